@@ -1,0 +1,249 @@
+// The only file that knows Python. Pointers arrive as integers (tp_fused/native.py takes them from tensors).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "tp_fused.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(tpf_status status, const std::string& what) {
+  if (status == TPF_OK) return;
+  const std::string message = what + ": " + std::strerror(errno);
+  if (status == TPF_NO_SPACE) {
+    PyErr_SetString(PyExc_MemoryError, message.c_str());
+  } else {
+    PyErr_SetString(PyExc_OSError, message.c_str());
+  }
+  throw py::error_already_set();
+}
+
+class Segment {
+ public:
+  Segment(const std::string& name, int64_t bytes, bool create) {
+    check(create ? tpf_segment_create(&segment_, name.c_str(), bytes) : tpf_segment_open(&segment_, name.c_str(), bytes),
+          (create ? "cannot create shared memory " : "cannot map shared memory ") + name);
+  }
+  Segment(const Segment&) = delete;
+  Segment& operator=(const Segment&) = delete;
+  ~Segment() { tpf_segment_close(&segment_); }
+
+  Address base() const { return reinterpret_cast<Address>(segment_.base); }
+  int fd() const { return segment_.fd; }
+  // False where the file system knows no locks: peers then find a dead rank by the deadline alone.
+  bool hold(int rank) const { return tpf_segment_hold(&segment_, rank) == TPF_OK; }
+  py::buffer_info buffer() {
+    return py::buffer_info(static_cast<uint8_t*>(segment_.base), static_cast<py::ssize_t>(segment_.bytes));
+  }
+
+ private:
+  tpf_segment segment_ = {nullptr, 0, -1};
+};
+
+class Team {
+ public:
+  Team(int rank, const std::vector<Address>& regions, int64_t slot_bytes, int64_t timeout_ns, int max_ctas,
+       int liveness_fd) {
+    team_ = {};
+    team_.rank = rank;
+    team_.world_size = static_cast<int32_t>(regions.size());
+    for (size_t r = 0; r < regions.size(); ++r) team_.region[r] = at(regions[r]);
+    team_.slot_bytes = slot_bytes;
+    team_.timeout_ns = timeout_ns;
+    team_.max_ctas = max_ctas;
+    team_.liveness_fd = liveness_fd;
+  }
+
+  const tpf_team* get() const { return &team_; }
+
+  // Makes known that [bases[r], bases[r] + bytes) are one symmetric buffer: inputs inside it are read in place.
+  void add_symmetric_buffer(const std::vector<Address>& bases, int64_t bytes) {
+    Buffer buffer = {{}, bytes};
+    for (size_t r = 0; r < bases.size(); ++r) buffer.symm.base[r] = at(bases[r]);
+    buffers_.push_back(buffer);
+  }
+
+  // Where `input` lies in symmetric memory; false where it does not.
+  bool find(Address input, tpf_symm* symm) const {
+    for (const Buffer& buffer : buffers_) {
+      const auto offset = static_cast<int64_t>(input - reinterpret_cast<Address>(buffer.symm.base[team_.rank]));
+      if (offset < 0 || offset >= buffer.bytes) continue;
+      *symm = buffer.symm;
+      symm->offset = offset;
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  struct Buffer {
+    tpf_symm symm;
+    int64_t bytes;
+  };
+  tpf_team team_;
+  std::vector<Buffer> buffers_;
+};
+
+py::dict to_dict(const tpf_call& call) {
+  py::dict out;
+  out["op"] = call.op;
+  out["num_tokens"] = call.num_tokens;
+  out["hidden_size"] = call.hidden_size;
+  out["dtype"] = call.dtype;
+  out["columns"] = call.columns;
+  out["group_size"] = call.group_size;
+  out["variant"] = call.variant;
+  out["source"] = call.source;
+  return out;
+}
+
+py::dict to_dict(const tpf_fault& fault) {
+  py::dict out;
+  out["status"] = fault.status;
+  out["rank"] = fault.rank;
+  out["peer"] = fault.peer;
+  out["step"] = fault.step;
+  out["epoch"] = fault.epoch;
+  out["seen_epoch"] = fault.seen_epoch;
+  out["call_number"] = fault.call_number;
+  out["waited_s"] = static_cast<double>(fault.waited_ns) * 1e-9;
+  out["expected"] = to_dict(fault.expected);
+  out["seen"] = to_dict(fault.seen);
+  return out;
+}
+
+tpf_call projection_call(tpf_op op, int64_t num_tokens, int hidden_size, int columns, int dtype, bool bias) {
+  tpf_call call = {};
+  call.op = op;
+  call.dtype = static_cast<uint32_t>(dtype);
+  call.num_tokens = num_tokens;
+  call.hidden_size = static_cast<uint32_t>(hidden_size);
+  call.columns = static_cast<uint32_t>(columns);
+  call.variant = bias ? TPF_BIAS : 0;
+  call.source = -1;
+  return call;
+}
+
+// Runs `launch(symm)` without the interpreter's lock: ranks may be threads of one process, and a wait may be long.
+template <typename Launch>
+int with_input(const Team& team, Address input, Launch&& launch) {
+  tpf_symm symm;
+  const tpf_symm* found = team.find(input, &symm) ? &symm : nullptr;
+  py::gil_scoped_release release;
+  return launch(found);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("cpu_supported", [] { return tpf_cpu_supported() != 0; });
+  m.def("region_bytes", &tpf_region_bytes);
+  m.def("rows_of", [](int64_t num_tokens, int rank, int world_size) {
+    int64_t start, count;
+    tpf_rows_of(&start, &count, num_tokens, rank, world_size);
+    return std::pair(start, count);
+  });
+  m.attr("MAX_RANKS") = TPF_MAX_RANKS;
+  m.attr("MAX_CTAS") = TPF_MAX_CTAS;
+  m.attr("MAX_HIDDEN_SIZE") = TPF_MAX_HIDDEN_SIZE;
+
+  py::class_<Segment>(m, "Segment", py::buffer_protocol())
+      .def(py::init<const std::string&, int64_t, bool>(), py::arg("name"), py::arg("bytes"), py::arg("create"))
+      .def_property_readonly("base", &Segment::base)
+      .def_property_readonly("fd", &Segment::fd)
+      .def("hold", &Segment::hold)
+      .def_static("unlink", [](const std::string& name) { check(tpf_segment_unlink(name.c_str()), "cannot unlink " + name); })
+      .def_buffer(&Segment::buffer);
+
+  py::class_<Team>(m, "Team")
+      .def(py::init<int, const std::vector<Address>&, int64_t, int64_t, int, int>(), py::arg("rank"), py::arg("regions"),
+           py::arg("slot_bytes"), py::arg("timeout_ns"), py::arg("max_ctas") = 0, py::arg("liveness_fd") = -1)
+      .def("add_symmetric_buffer", &Team::add_symmetric_buffer)
+      .def("is_symmetric", [](const Team& team, Address input) { tpf_symm symm; return team.find(input, &symm); })
+      .def("fault", [](const Team& team, int rank) { return to_dict(tpf_team_fault_cpu(team.get(), rank)); })
+      .def("next_slot", [](const Team& team, py::ssize_t bytes) {
+        return py::memoryview::from_memory(tpf_next_slot_cpu(team.get()), bytes);
+      })
+      .def("close", [](const Team& team) { tpf_team_close_cpu(team.get()); });
+
+  m.def("rs_rmsnorm", [](Address output, Address residual_out, Address input, Address residual, Address weight,
+                         const Team& team, int64_t num_tokens, int hidden_size, int dtype, float eps, bool complete) {
+    return with_input(team, input, [&](const tpf_symm* symm) {
+      return tpf_rs_rmsnorm_cpu(at(output), at(residual_out), at(input), symm, at(residual), at(weight), team.get(),
+                                num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, complete);
+    });
+  });
+
+  m.def("rs_rmsnorm_fp8", [](Address q, Address scale, Address residual_out, Address output, Address input,
+                             Address residual, Address weight, const Team& team, int64_t num_tokens, int hidden_size,
+                             int dtype, float eps, int group_size, bool column_scales, bool keep_output,
+                             int64_t scale_row_stride, int64_t scale_group_stride, bool complete) {
+    return with_input(team, input, [&](const tpf_symm* symm) {
+      return tpf_rs_rmsnorm_fp8_cpu(at(q), at<float>(scale), at(residual_out), at(output), at(input), symm,
+                                    at(residual), at(weight), team.get(), num_tokens, hidden_size,
+                                    static_cast<tpf_dtype>(dtype), eps, group_size, scale_row_stride,
+                                    scale_group_stride, complete);
+    });
+  });
+
+  m.def("rs_rmsnorm_ag", [](Address output, Address residual_out, Address input, Address residual, Address weight,
+                            const Team& team, int64_t num_tokens, int hidden_size, int dtype, float eps) {
+    return with_input(team, input, [&](const tpf_symm* symm) {
+      return tpf_rs_rmsnorm_ag_cpu(at(output), at(residual_out), at(input), symm, at(residual), at(weight), team.get(),
+                                   num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps);
+    });
+  });
+
+  m.def("reduce_scatter_rows", [](Address output, Address input, const Team& team, int64_t num_tokens, int hidden_size,
+                                  int dtype) {
+    return with_input(team, input, [&](const tpf_symm* symm) {
+      return tpf_reduce_scatter_rows_cpu(at(output), at(input), symm, team.get(), num_tokens, hidden_size,
+                                         static_cast<tpf_dtype>(dtype));
+    });
+  });
+
+  m.def("all_gather_rows", [](Address output, Address input, const Team& team, int64_t num_tokens, int hidden_size,
+                              int dtype) {
+    py::gil_scoped_release release;
+    return static_cast<int>(tpf_all_gather_rows_cpu(at(output), at(input), team.get(), num_tokens, hidden_size,
+                                                    static_cast<tpf_dtype>(dtype)));
+  });
+
+  m.def("qkv_a_proj_ag", [](Address latent, const Team& team, int64_t num_tokens, int hidden_size, int columns,
+                            int dtype, bool bias) {
+    const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG, num_tokens, hidden_size, columns, dtype, bias);
+    py::gil_scoped_release release;
+    return static_cast<int>(tpf_qkv_a_proj_ag_cpu(at(latent), team.get(), &call));
+  });
+
+  m.def("qkv_a_proj_ag_fp8", [](Address latent, const Team& team, int64_t num_tokens, int hidden_size, int columns) {
+    const tpf_call call =
+        projection_call(TPF_QKV_A_PROJ_AG_FP8, num_tokens, hidden_size, columns, TPF_E4M3, false);
+    py::gil_scoped_release release;
+    return static_cast<int>(tpf_qkv_a_proj_ag_cpu(at(latent), team.get(), &call));
+  });
+
+  m.def("qkv_a_proj_ag_norm", [](Address q_a, Address kv_a, Address k_pe, Address q_a_weight, Address kv_a_weight,
+                                 const Team& team, int64_t num_tokens, int hidden_size, int columns, int dtype,
+                                 int q_columns, int kv_columns, float eps) {
+    tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_NORM, num_tokens, hidden_size, columns, dtype, false);
+    call.group_size = static_cast<uint32_t>(q_columns);
+    py::gil_scoped_release release;
+    return static_cast<int>(tpf_qkv_a_proj_ag_norm_cpu(at(q_a), at(kv_a), at(k_pe), at(q_a_weight), at(kv_a_weight),
+                                                       team.get(), &call, q_columns, kv_columns, eps));
+  });
+}

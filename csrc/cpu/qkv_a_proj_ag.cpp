@@ -1,0 +1,36 @@
+// The projection itself is the caller's (torch's own matrix product writes into the slot); here the rows travel.
+#include "gather.h"
+#include "rows.h"
+
+tpf_status tpf_qkv_a_proj_ag_cpu(void* latent, const tpf_team* team, const tpf_call* call) {
+  using namespace tpf;
+  Round round(*team, *call);
+  if (const tpf_status status = round.begin(); status != TPF_OK) return status;
+  if (const tpf_status status = round.meet(0); status != TPF_OK) return status;
+  const tpf_dtype dtype = call->op == TPF_QKV_A_PROJ_AG_FP8 ? TPF_BF16 : static_cast<tpf_dtype>(call->dtype);
+  gather_rows(round, static_cast<char*>(latent), round.slot(round.rank()), call->columns * bytes_of(dtype));
+  return round.end(false);
+}
+
+tpf_status tpf_qkv_a_proj_ag_norm_cpu(void* q_a, void* kv_a, void* k_pe, const void* q_a_weight,
+                                      const void* kv_a_weight, const tpf_team* team, const tpf_call* call,
+                                      int32_t q_columns, int32_t kv_columns, float eps) {
+  using namespace tpf;
+  Round round(*team, *call);
+  if (const tpf_status status = round.begin(); status != TPF_OK) return status;
+  if (const tpf_status status = round.meet(0); status != TPF_OK) return status;
+  return visit(static_cast<tpf_dtype>(call->dtype), [&]<typename T>() {
+    const int64_t pe_columns = int64_t{call->columns} - q_columns - kv_columns;
+    for (int peer = 0; peer < round.world_size(); ++peer) {
+      const Rows rows = round.rows(peer);
+      const T* row = reinterpret_cast<const T*>(round.slot(peer));
+      for (int64_t token = rows.start; token < rows.start + rows.count; ++token, row += call->columns) {
+        norm_row(static_cast<T*>(q_a) + token * q_columns, row, static_cast<const T*>(q_a_weight), q_columns, eps);
+        norm_row(static_cast<T*>(kv_a) + token * kv_columns, row + q_columns, static_cast<const T*>(kv_a_weight),
+                 kv_columns, eps);
+        std::copy_n(row + q_columns + kv_columns, pe_columns, static_cast<T*>(k_pe) + token * pe_columns);
+      }
+    }
+    return round.end(false);
+  });
+}

@@ -1,0 +1,74 @@
+// The reduce-scatter half that rs_rmsnorm, rs_rmsnorm_fp8, rs_rmsnorm_ag and reduce_scatter_rows share.
+#pragma once
+#include <cstring>
+
+#include "round.h"
+#include "rows.h"
+
+namespace tpf {
+
+template <typename T>
+struct Reduction {
+  const T* input;
+  const tpf_symm* symm;  // null: staged
+  const T* residual;     // this rank's rows, or null
+  int hidden_size;
+  bool complete;  // the input is reduced already: nothing travels, the ranks only meet
+};
+
+// Meets the peers and calls finish(row, values, squares) for each of this rank's rows, once `stored_rows` (which may
+// be null) holds the row's rounded sum and `values` the same as fp32.
+template <typename T, typename Finish>
+tpf_status reduce_rows(Round& round, T* stored_rows, const Reduction<T>& in, Finish&& finish) {
+  const int rank = round.rank(), world_size = round.world_size();
+  const int64_t hidden = in.hidden_size;
+  const Rows own = round.rows(rank);
+
+  // 1. Lay the other ranks' rows open. A slot holds row t at t * hidden, as the input does.
+  const bool staged = in.symm == nullptr && !in.complete;
+  for (int peer = 0; staged && peer < world_size; ++peer) {
+    const Rows rows = round.rows(peer);
+    if (peer == rank || rows.count == 0) continue;
+    std::memcpy(round.slot(rank) + rows.start * hidden * sizeof(T), in.input + rows.start * hidden,
+                rows.count * hidden * sizeof(T));
+  }
+
+  // 2. Meet.
+  if (const tpf_status status = round.meet(0); status != TPF_OK) return status;
+
+  // 3. Add up.
+  alignas(64) float values[TPF_MAX_HIDDEN_SIZE];
+  const T* base[TPF_MAX_RANKS];
+  int num_sources = 0;
+  for (int peer = 0; peer < world_size; ++peer) {
+    if (peer == rank) {
+      base[num_sources++] = in.input;
+    } else if (!in.complete) {
+      base[num_sources++] = reinterpret_cast<const T*>(
+          in.symm == nullptr ? round.slot(peer) : static_cast<const char*>(in.symm->base[peer]) + in.symm->offset);
+    }
+  }
+  for (int64_t row = 0; row < own.count; ++row) {
+    const T* sources[TPF_MAX_RANKS];
+    for (int s = 0; s < num_sources; ++s) sources[s] = base[s] + (own.start + row) * hidden;
+    SquareSum squares;
+    reduce_row(stored_rows + row * hidden, values, &squares, sources, num_sources,
+               in.residual == nullptr ? nullptr : in.residual + row * hidden, in.hidden_size);
+    finish(row, values, squares);
+  }
+  return TPF_OK;
+}
+
+inline tpf_call reduce_call(tpf_op op, tpf_dtype dtype, int64_t num_tokens, int32_t hidden_size, const tpf_symm* symm,
+                            const void* residual, int32_t complete) {
+  tpf_call call = {};
+  call.op = op;
+  call.dtype = dtype;
+  call.num_tokens = num_tokens;
+  call.hidden_size = static_cast<uint32_t>(hidden_size);
+  call.variant = (complete ? TPF_COMPLETE : 0u) | (residual != nullptr ? TPF_RESIDUAL : 0u);
+  call.source = symm == nullptr ? -1 : symm->offset;
+  return call;
+}
+
+}  // namespace tpf

@@ -1,0 +1,129 @@
+// How the ranks of a workspace meet. Compiled for the CPU backend and for CUDA, so that the tests with threads and
+// processes on a CPU exercise the very state machine that runs on the GPU.
+//
+// Every rank owns one region of symmetric memory, laid out alike:
+//
+//     [ Control | signals: steps x ctas x ranks | staging slot 0 | staging slot 1 ]
+//
+// A *round* is one exchange of data. Rounds are counted by an epoch that every rank keeps in its own Control; an op is
+// one round, or two (rs_rmsnorm_ag). In a round each rank
+//
+//   1. announces its call in its own Control, writes its rows to its own slot (epoch & 1) or to its peers',
+//   2. publishes: stores `epoch (32) | contract (32)` with release order into its word in every peer's signals,
+//   3. observes: loads its own words with acquire order until every peer's epoch is `>= mine` (signed difference: a
+//      fast peer may be one round ahead),
+//   4. reads what the peers wrote, and 5. sets its epoch.
+//
+// What is ordered. The rows and the announced call are written before the release and read after the acquire. A slot is
+// written again two rounds later, and its reader has published the round in between: so two slots, used in turn, make
+// one synchronisation a round enough. An input that peers read in place (zero-copy) is the caller's memory and not a
+// slot; such a round has a closing step, published after the last read, and the op ends when all peers have
+// published it.
+//
+// What is agreed. The contract is a hash of the call. A word of my epoch with another contract is a disagreement; the
+// two announced calls then say in what. A word of a later epoch was written by a peer that has finished my round, and
+// it could finish only because it found my contract equal to its own.
+//
+// What is bounded. Every wait has a deadline. A rank that gives up writes a record into its Control and sets `faulted`;
+// whoever waits for it looks there (and at `closed`) from time to time, so that one rank's fault ends the others' waits.
+//
+// What stays with the caller: calls of one workspace are issued in one order (one stream), the same on all ranks.
+#pragma once
+#include <cstdint>
+
+#include "partition.h"
+#include "tp_fused.h"
+
+#if defined(__CUDACC__)
+#include <cuda/atomic>
+#else
+#include <atomic>
+#endif
+
+namespace tpf {
+
+#if defined(__CUDACC__)
+template <typename T>
+using shared_ref = cuda::atomic_ref<T, cuda::thread_scope_system>;
+namespace order = cuda::std;
+#else
+template <typename T>
+using shared_ref = std::atomic_ref<T>;
+namespace order = std;
+#endif
+
+struct Control {
+  uint32_t epoch;        // rounds this rank has finished; only its owner touches it
+  uint32_t blocks_done;  // CUDA: blocks of the running grid that are through; the last one sets the epoch
+  uint64_t calls;        // ops this rank has begun; only its owner touches it
+  tpf_call announced[2];  // what the owner calls in round e, at e & 1
+  tpf_fault fault;        // valid once `faulted` is set
+  uint32_t faulted;
+  uint32_t closed;
+};
+
+constexpr int64_t kControlBytes = 4096;
+constexpr int64_t kSignalBytes = int64_t{TPF_MAX_STEPS} * TPF_MAX_CTAS * TPF_MAX_RANKS * sizeof(uint64_t);
+static_assert(sizeof(Control) <= kControlBytes);
+
+TPF_HD constexpr int64_t region_bytes(int64_t slot_bytes) { return kControlBytes + kSignalBytes + 2 * slot_bytes; }
+
+TPF_HD inline Control* control(void* region) { return static_cast<Control*>(region); }
+
+// The word that rank `from` writes into `region` for block `cta` at `step` of a round.
+TPF_HD inline uint64_t* signal(void* region, int step, int cta, int from) {
+  return reinterpret_cast<uint64_t*>(static_cast<char*>(region) + kControlBytes) +
+         (int64_t{step} * TPF_MAX_CTAS + cta) * TPF_MAX_RANKS + from;
+}
+
+TPF_HD inline char* slot(void* region, uint32_t epoch, int64_t slot_bytes) {
+  return static_cast<char*>(region) + kControlBytes + kSignalBytes + (epoch & 1) * slot_bytes;
+}
+
+TPF_HD inline uint32_t mix(uint32_t hash, uint32_t value) {
+  hash ^= value;  // the finaliser of MurmurHash3: every bit of the value reaches every bit of the hash
+  hash = (hash ^ (hash >> 16)) * 0x85ebca6bu;
+  hash = (hash ^ (hash >> 13)) * 0xc2b2ae35u;
+  return hash ^ (hash >> 16);
+}
+
+TPF_HD inline uint32_t contract_of(const tpf_call& call) {
+  uint32_t hash = mix(0x9e3779b9u, call.op);
+  hash = mix(hash, call.dtype);
+  hash = mix(hash, static_cast<uint32_t>(call.num_tokens));
+  hash = mix(hash, static_cast<uint32_t>(call.num_tokens >> 32));
+  hash = mix(hash, call.hidden_size);
+  hash = mix(hash, call.columns);
+  hash = mix(hash, call.group_size);
+  hash = mix(hash, call.variant);
+  hash = mix(hash, static_cast<uint32_t>(call.source));
+  return mix(hash, static_cast<uint32_t>(call.source >> 32));
+}
+
+TPF_HD constexpr uint64_t signal_word(uint32_t epoch, uint32_t contract) { return uint64_t{epoch} << 32 | contract; }
+TPF_HD constexpr uint32_t epoch_of(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
+TPF_HD constexpr bool reached(uint32_t seen, uint32_t mine) { return static_cast<int32_t>(seen - mine) >= 0; }
+
+TPF_HD inline void publish(uint64_t* word, uint32_t epoch, uint32_t contract) {
+  shared_ref<uint64_t>(*word).store(signal_word(epoch, contract), order::memory_order_release);
+}
+
+TPF_HD inline uint64_t observe(uint64_t* word) {
+  return shared_ref<uint64_t>(*word).load(order::memory_order_acquire);
+}
+
+// Waits for a peer's word. `patience()` is called between two looks; it may sleep, and ends the wait by returning
+// anything but TPF_OK. `seen` is the last word read.
+template <typename Patience>
+TPF_HD inline tpf_status wait_for(uint64_t* word, uint32_t epoch, uint32_t contract, uint64_t* seen,
+                                  Patience&& patience) {
+  for (;;) {
+    *seen = observe(word);
+    if (reached(epoch_of(*seen), epoch)) {
+      return epoch_of(*seen) == epoch && *seen != signal_word(epoch, contract) ? TPF_DISAGREE : TPF_OK;
+    }
+    if (const tpf_status status = patience(); status != TPF_OK) return status;
+  }
+}
+
+}  // namespace tpf

@@ -1,0 +1,161 @@
+/* The C API of libtp_fused: plain structs, explicit pointers, status codes. No torch, no Python, no globals.
+ *
+ * Every op takes its outputs, its inputs, the team and the scalars, in this order. Pointers to row-major contiguous
+ * rows; sizes in elements unless a name says bytes. The caller has checked shapes, dtypes and devices (tp_fused/ops.py).
+ */
+#ifndef TP_FUSED_H_
+#define TP_FUSED_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(default) /* all else in the library is hidden */
+
+#define TPF_MAX_RANKS 8          /* ranks of one workspace: the GPUs of one node */
+#define TPF_MAX_CTAS 256         /* blocks of one grid that synchronise with their peers */
+#define TPF_MAX_STEPS 16         /* synchronisations of one round: staging chunks, closing */
+#define TPF_MAX_HIDDEN_SIZE 16384 /* widest row the reduce kernels take */
+
+typedef enum tpf_status {
+  TPF_OK = 0,
+  /* Faults of a collective. The record is in the caller's own region: tpf_team_fault. */
+  TPF_NEVER_ARRIVED = 1, /* a peer did not come before the deadline */
+  TPF_DISAGREE = 2,      /* a peer calls something else */
+  TPF_PEER_FAULTED = 3,  /* a peer has given up a call: its own record says why */
+  TPF_PEER_CLOSED = 4,   /* a peer closed its workspace */
+  TPF_PEER_DIED = 5,     /* a peer's process has ended */
+  /* Errors of set-up. errno says more. */
+  TPF_NO_SPACE = 16,
+  TPF_SYSTEM = 17,
+  TPF_UNSUPPORTED = 18,
+} tpf_status;
+
+typedef enum tpf_dtype { TPF_BF16 = 0, TPF_F16 = 1, TPF_F32 = 2, TPF_E4M3 = 3, TPF_U8 = 4 } tpf_dtype;
+
+typedef enum tpf_op {
+  TPF_RS_RMSNORM = 1,
+  TPF_RS_RMSNORM_FP8 = 2,
+  TPF_RS_RMSNORM_AG = 3,
+  TPF_QKV_A_PROJ_AG = 4,
+  TPF_QKV_A_PROJ_AG_FP8 = 5,
+  TPF_QKV_A_PROJ_AG_NORM = 6,
+  TPF_REDUCE_SCATTER_ROWS = 7,
+  TPF_ALL_GATHER_ROWS = 8,
+} tpf_op;
+
+/* Bits of tpf_call.variant. */
+#define TPF_COMPLETE 1u      /* the input is already reduced on every rank */
+#define TPF_RESIDUAL 2u      /* a residual is added */
+#define TPF_COLUMN_SCALES 4u /* fp8 scales are column-major */
+#define TPF_KEEP_OUTPUT 8u   /* the fp8 form also writes the normalised rows */
+#define TPF_BIAS 16u
+
+/* What a rank says it is calling. All ranks must say the same; a 32-bit hash of it travels with every signal. */
+typedef struct tpf_call {
+  uint32_t op;
+  uint32_t dtype;
+  int64_t num_tokens;
+  uint32_t hidden_size; /* columns of the input */
+  uint32_t columns;     /* columns of a projection, 0 elsewhere */
+  uint32_t group_size;  /* columns that share an fp8 scale; columns of q_a in qkv_a_proj_ag_norm; 0 elsewhere */
+  uint32_t variant;
+  int64_t source;       /* -1: input staged; else its offset in symmetric memory, read there in place */
+} tpf_call;
+
+typedef struct tpf_fault {
+  int32_t status; /* tpf_status */
+  int32_t rank;   /* who writes this record */
+  int32_t peer;   /* about whom */
+  uint32_t step;  /* which synchronisation of the round */
+  uint32_t epoch; /* the round */
+  uint32_t seen_epoch;
+  uint64_t call_number; /* calls on this workspace, from 1 */
+  int64_t waited_ns;
+  tpf_call expected; /* what this rank calls */
+  tpf_call seen;     /* what the peer calls; only with TPF_DISAGREE */
+} tpf_fault;
+
+/* One rank's view of a workspace. region[r] is rank r's symmetric allocation as mapped here. */
+typedef struct tpf_team {
+  int32_t rank;
+  int32_t world_size;
+  void* region[TPF_MAX_RANKS];
+  int64_t slot_bytes; /* of one staging slot; there are two */
+  int64_t timeout_ns;
+  int32_t max_ctas;    /* 0: as many as the kernel likes */
+  int32_t liveness_fd; /* CPU: the segment's descriptor, whose locks tell who lives; -1: unknown */
+} tpf_team;
+
+/* An input that lies in symmetric memory: at `offset` in every rank's base[r]. */
+typedef struct tpf_symm {
+  void* base[TPF_MAX_RANKS];
+  int64_t offset;
+} tpf_symm;
+
+/* ---- the row rule and the layout of a region ---- */
+void tpf_rows_of(int64_t* start, int64_t* count, int64_t num_tokens, int32_t rank, int32_t world_size);
+int64_t tpf_region_bytes(int64_t slot_bytes);
+
+/* ---- shared-memory segments (CPU) ---- */
+typedef struct tpf_segment {
+  void* base;
+  int64_t bytes;
+  int32_t fd;
+} tpf_segment;
+
+int32_t tpf_cpu_supported(void);
+tpf_status tpf_segment_create(tpf_segment* segment, const char* name, int64_t bytes);
+tpf_status tpf_segment_open(tpf_segment* segment, const char* name, int64_t bytes);
+tpf_status tpf_segment_unlink(const char* name);
+void tpf_segment_close(tpf_segment* segment);
+/* Says, until this process ends or closes the segment, that `rank` lives. */
+tpf_status tpf_segment_hold(const tpf_segment* segment, int32_t rank);
+
+/* ---- a rank's own state (CPU) ---- */
+void tpf_team_close_cpu(const tpf_team* team);
+/* The caller's own record; status is TPF_OK where nothing has gone wrong. */
+tpf_fault tpf_team_fault_cpu(const tpf_team* team, int32_t rank);
+/* Where the next round's staging rows of this rank begin: ops that compute into the slot write there first. */
+void* tpf_next_slot_cpu(const tpf_team* team);
+
+/* ---- ops (CPU) ---- */
+/* output, residual_out: [rows, hidden_size]. input: [num_tokens, hidden_size]. input_symm, residual: may be NULL.
+ * residual: this rank's rows. */
+tpf_status tpf_rs_rmsnorm_cpu(void* output, void* residual_out, const void* input, const tpf_symm* input_symm,
+                              const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,
+                              int32_t hidden_size, tpf_dtype dtype, float eps, int32_t complete);
+
+/* q: [rows, hidden_size] e4m3. scale: fp32, group g of row i at i*scale_row_stride + g*scale_group_stride.
+ * output: NULL or [rows, hidden_size]. */
+tpf_status tpf_rs_rmsnorm_fp8_cpu(void* q, float* scale, void* residual_out, void* output, const void* input,
+                                  const tpf_symm* input_symm, const void* residual, const void* weight,
+                                  const tpf_team* team, int64_t num_tokens, int32_t hidden_size, tpf_dtype dtype,
+                                  float eps, int32_t group_size, int64_t scale_row_stride, int64_t scale_group_stride,
+                                  int32_t complete);
+
+/* output: [num_tokens, hidden_size]; residual_out: [rows, hidden_size]. */
+tpf_status tpf_rs_rmsnorm_ag_cpu(void* output, void* residual_out, const void* input, const tpf_symm* input_symm,
+                                 const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,
+                                 int32_t hidden_size, tpf_dtype dtype, float eps);
+
+tpf_status tpf_reduce_scatter_rows_cpu(void* output, const void* input, const tpf_symm* input_symm,
+                                       const tpf_team* team, int64_t num_tokens, int32_t hidden_size, tpf_dtype dtype);
+
+tpf_status tpf_all_gather_rows_cpu(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
+                                   int32_t hidden_size, tpf_dtype dtype);
+
+/* The projected rows lie in tpf_next_slot_cpu already. latent: [num_tokens, columns]. */
+tpf_status tpf_qkv_a_proj_ag_cpu(void* latent, const tpf_team* team, const tpf_call* call);
+
+/* q_a: [num_tokens, q_columns], kv_a: [num_tokens, kv_columns], k_pe: [num_tokens, columns - q - kv]. */
+tpf_status tpf_qkv_a_proj_ag_norm_cpu(void* q_a, void* kv_a, void* k_pe, const void* q_a_weight,
+                                      const void* kv_a_weight, const tpf_team* team, const tpf_call* call,
+                                      int32_t q_columns, int32_t kv_columns, float eps);
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif
+#endif /* TP_FUSED_H_ */

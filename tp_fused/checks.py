@@ -1,0 +1,133 @@
+"""What is checked at the border, before anything is launched. Kernels trust it."""
+
+import torch
+
+from . import partition
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+E4M3 = torch.float8_e4m3fn
+
+
+def rows(name: str, tensor: torch.Tensor, dtypes=FLOATS, device: torch.device | None = None) -> None:
+    """`tensor` is a contiguous [rows, columns] of one of `dtypes`, on `device`."""
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} must be [rows, columns], got shape {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be one of {', '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}: its rows must be contiguous, "
+            f"call .contiguous() first"
+        )
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, the input on {device}")
+
+
+def like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """`tensor` is contiguous and has this shape, dtype and device."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} is {tensor.dtype}, expected {dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} of shape {shape} has strides {tensor.stride()}: it must be contiguous")
+
+
+def eps(value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"eps must be positive, got {value}")
+
+
+def capacity(workspace, num_tokens: int, columns: int, dtype: torch.dtype, columns_name: str = "hidden_size") -> None:
+    """The workspace is open and was made for calls of this size."""
+    workspace.require_open()
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
+    if num_tokens > workspace.max_num_tokens:
+        raise ValueError(
+            f"num_tokens={num_tokens} is over the workspace's max_num_tokens={workspace.max_num_tokens}; "
+            f"call tp_fused.init(max_num_tokens={num_tokens}, ...) once, on all ranks"
+        )
+    if columns * dtype.itemsize > workspace.row_bytes:
+        raise ValueError(
+            f"{columns_name}={columns} of {dtype} ({columns * dtype.itemsize} bytes a row) does not fit the "
+            f"workspace, made for hidden_size={workspace.hidden_size}, latent_size={workspace.latent_size} of "
+            f"{workspace.dtype} ({workspace.row_bytes} bytes a row); call tp_fused.init again, on all ranks"
+        )
+
+
+def local_rows(workspace, name: str, tensor: torch.Tensor, num_tokens: int) -> None:
+    """`tensor` holds exactly this rank's rows of `num_tokens`."""
+    expected = partition.row_count(num_tokens, workspace.rank, workspace.world_size)
+    if tensor.shape[0] != expected:
+        raise ValueError(
+            f"{name} has {tensor.shape[0]} rows; rank {workspace.rank} of {workspace.world_size} owns {expected} of "
+            f"num_tokens={num_tokens}"
+        )
+
+
+def residual_rows(workspace, residual: torch.Tensor | None, input: torch.Tensor) -> torch.Tensor | None:
+    """This rank's rows of `residual`, which may be the full tensor or the slice already."""
+    if residual is None:
+        return None
+    rows("residual", residual, (input.dtype,), input.device)
+    num_tokens, hidden_size = input.shape
+    own = partition.row_slice(num_tokens, workspace.rank, workspace.world_size)
+    if residual.shape[1] == hidden_size:
+        if residual.shape[0] == num_tokens:
+            return residual[own]
+        if residual.shape[0] == own.stop - own.start:
+            return residual
+    raise ValueError(
+        f"residual must be the full [{num_tokens}, {hidden_size}] or rank {workspace.rank}'s slice "
+        f"[{own.stop - own.start}, {hidden_size}], got {tuple(residual.shape)}"
+    )
+
+
+def reduction(workspace, input: torch.Tensor, residual, weight=None, epsilon: float = 1.0) -> torch.Tensor | None:
+    """The inputs of an op that reduces; returns this rank's rows of the residual."""
+    rows("input", input)
+    capacity(workspace, input.shape[0], input.shape[1], input.dtype)
+    workspace.require_kernel_width(input.shape[1])
+    if weight is not None:
+        like("weight", weight, (input.shape[1],), input.dtype, input.device)
+        eps(epsilon)
+    return residual_rows(workspace, residual, input)
+
+
+def projection(workspace, input, weight, num_tokens: int, input_dtypes=FLOATS, output_dtype=None) -> None:
+    """The inputs of an op that projects this rank's rows by a replicated [columns, hidden_size] weight."""
+    rows("input", input, input_dtypes)
+    rows("weight", weight, (input.dtype,), input.device)
+    if weight.shape[1] != input.shape[1]:
+        raise ValueError(f"weight is {tuple(weight.shape)}, but the input has {input.shape[1]} columns")
+    capacity(workspace, num_tokens, weight.shape[0], output_dtype or input.dtype, "weight.shape[0]")
+    local_rows(workspace, "input", input, num_tokens)
+
+
+def fp8_scales(scale: torch.Tensor, q: torch.Tensor, group_size: int = 128) -> None:
+    """`scale` is fp32, one for each row and `group_size` columns of `q`, row-major or column-major."""
+    expected = (q.shape[0], -(-q.shape[1] // group_size))
+    if tuple(scale.shape) != expected:
+        raise ValueError(f"scale must be {expected} for a {tuple(q.shape)} input, got {tuple(scale.shape)}")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"scale must be torch.float32, got {scale.dtype}")
+    if scale.device != q.device:
+        raise ValueError(f"scale is on {scale.device}, the input on {q.device}")
+    if 1 not in scale.stride() and scale.numel() > 1:
+        raise ValueError(f"scale has strides {scale.stride()}: it must be row-major or column-major")
+
+
+def latent_norms(q_a_weight: torch.Tensor, kv_a_weight: torch.Tensor, weight: torch.Tensor) -> None:
+    """The weights of the two latent norms fit into the projection's columns."""
+    for name, norm in (("q_a_weight", q_a_weight), ("kv_a_weight", kv_a_weight)):
+        if norm.dim() != 1:
+            raise ValueError(f"{name} must be one-dimensional, got shape {tuple(norm.shape)}")
+        like(name, norm, tuple(norm.shape), weight.dtype, weight.device)
+    if q_a_weight.shape[0] + kv_a_weight.shape[0] > weight.shape[0]:
+        raise ValueError(
+            f"q_a_weight ({q_a_weight.shape[0]}) and kv_a_weight ({kv_a_weight.shape[0]}) are longer than the "
+            f"projection's {weight.shape[0]} columns"
+        )

@@ -1,0 +1,77 @@
+"""What goes wrong between ranks, told in words. The record is `tpf_fault` of csrc/tp_fused.h."""
+
+NEVER_ARRIVED, DISAGREE, PEER_FAULTED, PEER_CLOSED, PEER_DIED = 1, 2, 3, 4, 5
+
+OPS = {
+    1: "rs_rmsnorm",
+    2: "rs_rmsnorm_fp8",
+    3: "rs_rmsnorm_ag",
+    4: "qkv_a_proj_ag",
+    5: "qkv_a_proj_ag_fp8",
+    6: "qkv_a_proj_ag_norm",
+    7: "reduce_scatter_rows",
+    8: "all_gather_rows",
+}
+DTYPES = {0: "bfloat16", 1: "float16", 2: "float32", 3: "float8_e4m3fn", 4: "uint8"}
+VARIANTS = {1: "complete", 2: "residual", 4: "column scales", 8: "keep_output", 16: "bias"}
+
+
+class CollectiveFault(RuntimeError):
+    """Ranks that were to meet in an op did not: one is late beyond the deadline, gone, or calls something else.
+
+    The workspace of the op stays faulted, on all ranks that saw it: every later op on it raises this again until
+    `tp_fused.init` makes a new one. The process and its other work are not affected.
+
+    Attributes: `op`, `call_number` (calls on this workspace, from 1), `rank` (whose report this is), `peer` (about
+    whom), `reason` ("never arrived", "disagrees", "gave up", "closed", "died").
+    """
+
+    def __init__(self, message: str, op: str, call_number: int, rank: int, peer: int, reason: str):
+        super().__init__(message)
+        self.op, self.call_number, self.rank, self.peer, self.reason = op, call_number, rank, peer, reason
+
+    def __reduce__(self):
+        return type(self), (str(self), self.op, self.call_number, self.rank, self.peer, self.reason)
+
+
+def _differences(expected: dict, seen: dict) -> tuple[str, str]:
+    """The fields in which two calls differ, as `(what the first says, what the second says)`."""
+
+    def words(call: dict, key: str) -> str:
+        value = call[key]
+        if key == "op":
+            return OPS.get(value, f"op {value}")
+        if key == "dtype":
+            return f"dtype={DTYPES.get(value, value)}"
+        if key == "variant":
+            names = [name for bit, name in VARIANTS.items() if value & bit]
+            return " and ".join(names) if names else "no option set"
+        if key == "source":
+            return "an ordinary input" if value < 0 else f"an input at byte {value} of symmetric memory"
+        return f"{key}={value}"
+
+    keys = [key for key in expected if expected[key] != seen[key]]
+    if "op" in keys:  # the rest follows from it
+        keys = ["op"] + (["num_tokens"] if "num_tokens" in keys else [])
+    return tuple(", ".join(words(call, key) for key in keys) for call in (expected, seen))
+
+
+def fault_from(record: dict, peer_record: dict | None = None) -> CollectiveFault:
+    """The exception for a record; `peer_record` is the awaited peer's own, where it gave up first."""
+    op = OPS.get(record["expected"]["op"], f"op {record['expected']['op']}")
+    rank, peer, status = record["rank"], record["peer"], record["status"]
+    call = f"{op} #{record['call_number']}"
+    if status == DISAGREE:
+        mine, theirs = _differences(record["expected"], record["seen"])
+        reason, message = "disagrees", f"{call}: rank {peer} called with {theirs}, rank {rank} with {mine}"
+    elif status == NEVER_ARRIVED:
+        waited = f"rank {rank} waited {record['waited_s']:.3g} s"
+        reason, message = "never arrived", f"{call}: rank {peer} never arrived; {waited}"
+    elif status == PEER_FAULTED:
+        because = f" ({fault_from(peer_record)})" if peer_record and peer_record["status"] else ""
+        reason, message = "gave up", f"{call}: rank {peer} has given up on this workspace{because}"
+    elif status == PEER_CLOSED:
+        reason, message = "closed", f"{call}: rank {peer} closed its workspace before it arrived"
+    else:
+        reason, message = "died", f"{call}: the process of rank {peer} ended before it arrived"
+    return CollectiveFault(message, op, record["call_number"], rank, peer, reason)

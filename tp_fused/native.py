@@ -1,0 +1,202 @@
+"""Tensors to pointers to `_C`: one function an op, under the op's own name.
+
+The arguments have been checked (checks.py) and `residual` is this rank's rows. Outputs are allocated here; no other
+memory is.
+"""
+
+import torch
+
+from . import partition, reference
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"tp_fused's native library is missing or does not load: build it with `pip install .`, or `make build` in a "
+        f"checkout ({error})"
+    ) from error
+
+_DTYPE_CODES = {
+    torch.bfloat16: 0,
+    torch.float16: 1,
+    torch.float32: 2,
+    torch.float8_e4m3fn: 3,
+    torch.uint8: 4,
+}
+
+
+def _own_rows(workspace, num_tokens: int) -> int:
+    return partition.row_count(num_tokens, workspace.rank, workspace.world_size)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _done(workspace, status: int) -> None:
+    if status:
+        workspace.check()
+        raise RuntimeError(f"tp_fused: status {status} without a fault record")
+
+
+def rs_rmsnorm(workspace, input, residual, weight, eps, complete):
+    num_tokens, hidden_size = input.shape
+    output = input.new_empty(_own_rows(workspace, num_tokens), hidden_size)
+    residual_out = torch.empty_like(output)
+    status = _C.rs_rmsnorm(
+        _address(output),
+        _address(residual_out),
+        _address(input),
+        _address(residual),
+        _address(weight),
+        workspace.team,
+        num_tokens,
+        hidden_size,
+        _DTYPE_CODES[input.dtype],
+        eps,
+        complete,
+    )
+    _done(workspace, status)
+    return output, residual_out
+
+
+def rs_rmsnorm_fp8(workspace, input, residual, weight, eps, group_size, scale_layout, keep_output, complete):
+    num_tokens, hidden_size = input.shape
+    num_rows = _own_rows(workspace, num_tokens)
+    q = input.new_empty(num_rows, hidden_size, dtype=torch.float8_e4m3fn)
+    scale = reference.empty_scale(num_rows, hidden_size, group_size, scale_layout, input.device)
+    residual_out = input.new_empty(num_rows, hidden_size)
+    output = input.new_empty(num_rows if keep_output else 0, hidden_size)
+    column = scale_layout == "column"
+    status = _C.rs_rmsnorm_fp8(
+        _address(q),
+        _address(scale),
+        _address(residual_out),
+        _address(output) if keep_output else 0,
+        _address(input),
+        _address(residual),
+        _address(weight),
+        workspace.team,
+        num_tokens,
+        hidden_size,
+        _DTYPE_CODES[input.dtype],
+        eps,
+        group_size,
+        column,
+        keep_output,
+        1 if column else scale.shape[1],
+        reference.scale_pitch(num_rows) if column else 1,
+        complete,
+    )
+    _done(workspace, status)
+    return q, scale, residual_out, output
+
+
+def rs_rmsnorm_ag(workspace, input, residual, weight, eps):
+    num_tokens, hidden_size = input.shape
+    output = torch.empty_like(input)
+    residual_out = input.new_empty(_own_rows(workspace, num_tokens), hidden_size)
+    status = _C.rs_rmsnorm_ag(
+        _address(output),
+        _address(residual_out),
+        _address(input),
+        _address(residual),
+        _address(weight),
+        workspace.team,
+        num_tokens,
+        hidden_size,
+        _DTYPE_CODES[input.dtype],
+        eps,
+    )
+    _done(workspace, status)
+    return output, residual_out
+
+
+def reduce_scatter_rows(workspace, input):
+    num_tokens, hidden_size = input.shape
+    output = input.new_empty(_own_rows(workspace, num_tokens), hidden_size)
+    status = _C.reduce_scatter_rows(
+        _address(output), _address(input), workspace.team, num_tokens, hidden_size, _DTYPE_CODES[input.dtype]
+    )
+    _done(workspace, status)
+    return output
+
+
+def all_gather_rows(workspace, input, num_tokens):
+    columns = input.shape[1]
+    output = input.new_empty(num_tokens, columns)
+    status = _C.all_gather_rows(
+        _address(output), _address(input), workspace.team, num_tokens, columns, _DTYPE_CODES[input.dtype]
+    )
+    _done(workspace, status)
+    return output
+
+
+def _next_slot(workspace, num_rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """This rank's staging rows of the next round: what is computed into them need not be copied there."""
+    count = num_rows * columns
+    if count == 0:
+        return torch.empty(num_rows, columns, dtype=dtype)
+    memory = workspace.team.next_slot(count * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(num_rows, columns)
+
+
+def _project(workspace, input, weight, bias=None) -> None:
+    rows = _next_slot(workspace, input.shape[0], weight.shape[0], input.dtype)
+    if bias is None:
+        torch.mm(input, weight.t(), out=rows)
+    else:
+        torch.addmm(bias, input, weight.t(), out=rows)
+
+
+def qkv_a_proj_ag(workspace, input, weight, num_tokens, bias):
+    columns, hidden_size = weight.shape
+    _project(workspace, input, weight, bias)
+    latent = input.new_empty(num_tokens, columns)
+    status = _C.qkv_a_proj_ag(
+        _address(latent),
+        workspace.team,
+        num_tokens,
+        hidden_size,
+        columns,
+        _DTYPE_CODES[input.dtype],
+        bias is not None,
+    )
+    _done(workspace, status)
+    return latent
+
+
+def qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens):
+    columns, hidden_size = weight.shape
+    rows = _next_slot(workspace, q.shape[0], columns, torch.bfloat16)
+    rows.copy_(reference.project_fp8(q, scale, weight, weight_scale))
+    latent = q.new_empty(num_tokens, columns, dtype=torch.bfloat16)
+    status = _C.qkv_a_proj_ag_fp8(_address(latent), workspace.team, num_tokens, hidden_size, columns)
+    _done(workspace, status)
+    return latent
+
+
+def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, num_tokens):
+    columns, hidden_size = weight.shape
+    q_columns, kv_columns = q_a_weight.numel(), kv_a_weight.numel()
+    _project(workspace, input, weight)
+    q_a = input.new_empty(num_tokens, q_columns)
+    kv_a = input.new_empty(num_tokens, kv_columns)
+    k_pe = input.new_empty(num_tokens, columns - q_columns - kv_columns)
+    status = _C.qkv_a_proj_ag_norm(
+        _address(q_a),
+        _address(kv_a),
+        _address(k_pe),
+        _address(q_a_weight),
+        _address(kv_a_weight),
+        workspace.team,
+        num_tokens,
+        hidden_size,
+        columns,
+        _DTYPE_CODES[input.dtype],
+        q_columns,
+        kv_columns,
+        eps,
+    )
+    _done(workspace, status)
+    return q_a, kv_a, k_pe

@@ -1,0 +1,324 @@
+"""The public ops: schema, border checks, choice of backend, fake kernel, and the Python wrapper with the docstring.
+
+Each op is registered as `torch.ops.tp_fused.<name>` (what engines and compiled graphs call) and wrapped as
+`tp_fused.<name>` (what people call: a ProcessGroup instead of a name, defaults). `torch.library.Library` registers
+them: the `custom_op` decorator would cost several times more a call.
+
+In all of them rows are split as `torch.tensor_split` splits them; a rank may own none and still takes part. Inputs are
+never written. Ops that meet trouble between ranks raise `CollectiveFault`; on bad arguments they raise ValueError or
+TypeError before anything is launched.
+"""
+
+import torch
+
+from . import checks, native, partition, reference
+from .workspace import get_workspace, resolve_group_name
+
+_library = torch.library.Library("tp_fused", "DEF")
+_BACKENDS = {"cpu": native, "reference": reference}
+_ops = torch.ops.tp_fused
+
+
+def _define(schema: str, fake):
+    """Registers the decorated function as the op of this schema, for CPU and CUDA tensors."""
+
+    def register(function):
+        name = schema[: schema.index("(")]
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, function, key)
+        torch.library.register_fake(f"tp_fused::{name}", fake, lib=_library)
+        return function
+
+    return register
+
+
+def _own_rows(tensor: torch.Tensor, num_tokens, group_name: str):
+    workspace = get_workspace(group_name, tensor.device)
+    return partition.row_count(num_tokens, workspace.rank, workspace.world_size)
+
+
+# ---- rs_rmsnorm ----
+
+
+def _rs_rmsnorm_fake(input, residual, weight, eps, group_name, *, complete=False):
+    output = input.new_empty(_own_rows(input, input.shape[0], group_name), input.shape[1])
+    return output, torch.empty_like(output)
+
+
+@_define(
+    "rs_rmsnorm(Tensor input, Tensor? residual, Tensor weight, float eps, str group_name, *, bool complete=False)"
+    " -> (Tensor output, Tensor residual_out)",
+    _rs_rmsnorm_fake,
+)
+def _rs_rmsnorm(input, residual, weight, eps, group_name, *, complete=False):
+    workspace = get_workspace(group_name, input.device)
+    residual = checks.reduction(workspace, input, residual, weight, eps)
+    return _BACKENDS[workspace.backend].rs_rmsnorm(workspace, input, residual, weight, eps, complete)
+
+
+def rs_rmsnorm(input, residual, weight, eps=1e-6, group=None, *, complete=False):
+    """Reduce-scatter, residual add and RMSNorm in one kernel.
+
+        x = reduce_scatter(input); residual = residual + x; output = rms_norm(residual, weight, eps)
+
+    input: this rank's partial sum, [num_tokens, hidden_size], bf16, fp16 or fp32, contiguous. In symmetric memory
+    (`tp_fused.symm_empty`) the peers read it in place. residual: None (the reduced rows become the residual), the full
+    [num_tokens, hidden_size] (this rank's rows are taken) or this rank's slice. weight: [hidden_size].
+    complete: the input is the full sum already, on every rank; nothing is added up, the rank's slice is taken.
+
+    Returns (output, residual_out), both [rows of this rank, hidden_size]. Partial sums are added in fp32 in rank
+    order, then the residual, and rounded once: residual_out has the same bits on every backend. output is the norm of
+    residual_out as stored, in fp32, rounded once.
+
+    The idea: SGLang's scattered attention input (pull request 10568), there as separate launches.
+    """
+    return _ops.rs_rmsnorm(input, residual, weight, eps, resolve_group_name(group), complete=complete)
+
+
+# ---- rs_rmsnorm_fp8 ----
+
+
+def _rs_rmsnorm_fp8_fake(
+    input, residual, weight, eps, group_name, *, group_size=128, scale_layout="row", keep_output=False, complete=False
+):
+    num_rows, hidden_size = _own_rows(input, input.shape[0], group_name), input.shape[1]
+    return (
+        input.new_empty(num_rows, hidden_size, dtype=checks.E4M3),
+        reference.empty_scale(num_rows, hidden_size, group_size, scale_layout, input.device),
+        input.new_empty(num_rows, hidden_size),
+        input.new_empty(num_rows if keep_output else 0, hidden_size),
+    )
+
+
+@_define(
+    "rs_rmsnorm_fp8(Tensor input, Tensor? residual, Tensor weight, float eps, str group_name, *, int group_size=128,"
+    ' str scale_layout="row", bool keep_output=False, bool complete=False)'
+    " -> (Tensor q, Tensor scale, Tensor residual_out, Tensor output)",
+    _rs_rmsnorm_fp8_fake,
+)
+def _rs_rmsnorm_fp8(
+    input, residual, weight, eps, group_name, *, group_size=128, scale_layout="row", keep_output=False, complete=False
+):
+    workspace = get_workspace(group_name, input.device)
+    if scale_layout not in ("row", "column"):
+        raise ValueError(f'scale_layout must be "row" or "column", got {scale_layout!r}')
+    if group_size < 1:
+        raise ValueError(f"group_size must be positive, got {group_size}")
+    residual = checks.reduction(workspace, input, residual, weight, eps)
+    return _BACKENDS[workspace.backend].rs_rmsnorm_fp8(
+        workspace, input, residual, weight, eps, group_size, scale_layout, keep_output, complete
+    )
+
+
+def rs_rmsnorm_fp8(
+    input,
+    residual,
+    weight,
+    eps=1e-6,
+    group=None,
+    *,
+    group_size=128,
+    scale_layout="row",
+    keep_output=False,
+    complete=False,
+):
+    """Reduce-scatter, residual add, RMSNorm and fp8 quantisation in one kernel.
+
+        output, residual = rs_rmsnorm(input, residual, weight, eps)
+        scale = amax(|output|, each group_size columns) / 448;  q = e4m3(output / scale)
+
+    Arguments as `rs_rmsnorm`. What is quantised is the output as it would have been stored. scale is fp32, one per
+    token and group: layout "row" is [rows, groups] row-major; "column" is column-major with rows padded to a multiple
+    of 4, as DeepGEMM's TMA loads want. A group of zeros has scale 0.
+
+    Returns (q, scale, residual_out, output); output has no rows unless keep_output.
+    """
+    return _ops.rs_rmsnorm_fp8(
+        input,
+        residual,
+        weight,
+        eps,
+        resolve_group_name(group),
+        group_size=group_size,
+        scale_layout=scale_layout,
+        keep_output=keep_output,
+        complete=complete,
+    )
+
+
+# ---- rs_rmsnorm_ag ----
+
+
+def _rs_rmsnorm_ag_fake(input, residual, weight, eps, group_name):
+    return torch.empty_like(input), input.new_empty(_own_rows(input, input.shape[0], group_name), input.shape[1])
+
+
+@_define(
+    "rs_rmsnorm_ag(Tensor input, Tensor? residual, Tensor weight, float eps, str group_name)"
+    " -> (Tensor output, Tensor residual_out)",
+    _rs_rmsnorm_ag_fake,
+)
+def _rs_rmsnorm_ag(input, residual, weight, eps, group_name):
+    workspace = get_workspace(group_name, input.device)
+    residual = checks.reduction(workspace, input, residual, weight, eps)
+    return _BACKENDS[workspace.backend].rs_rmsnorm_ag(workspace, input, residual, weight, eps)
+
+
+def rs_rmsnorm_ag(input, residual, weight, eps=1e-6, group=None):
+    """All-reduce, residual add and RMSNorm in one kernel, with the residual left scattered.
+
+        x = reduce_scatter(input); residual = residual + x; output = all_gather(rms_norm(residual, weight, eps))
+
+    Arguments as `rs_rmsnorm`. Returns (output, residual_out): output [num_tokens, hidden_size] on every rank,
+    residual_out [rows of this rank, hidden_size]. For the attention -> MLP boundary and the final norm.
+    """
+    return _ops.rs_rmsnorm_ag(input, residual, weight, eps, resolve_group_name(group))
+
+
+# ---- reduce_scatter_rows, all_gather_rows ----
+
+
+def _reduce_scatter_rows_fake(input, group_name):
+    return input.new_empty(_own_rows(input, input.shape[0], group_name), input.shape[1])
+
+
+@_define("reduce_scatter_rows(Tensor input, str group_name) -> Tensor", _reduce_scatter_rows_fake)
+def _reduce_scatter_rows(input, group_name):
+    workspace = get_workspace(group_name, input.device)
+    checks.reduction(workspace, input, None)
+    return _BACKENDS[workspace.backend].reduce_scatter_rows(workspace, input)
+
+
+def reduce_scatter_rows(input, group=None):
+    """Reduce-scatter over the token dimension, any token count.
+
+        output = tensor_split(sum over ranks of input)[rank]
+
+    input: this rank's partial sum [num_tokens, hidden_size]. Returns [rows of this rank, hidden_size], added in fp32 in
+    rank order and rounded once.
+    """
+    return _ops.reduce_scatter_rows(input, resolve_group_name(group))
+
+
+def _all_gather_rows_fake(input, num_tokens, group_name):
+    return input.new_empty(num_tokens, input.shape[1])
+
+
+@_define("all_gather_rows(Tensor input, SymInt num_tokens, str group_name) -> Tensor", _all_gather_rows_fake)
+def _all_gather_rows(input, num_tokens, group_name):
+    workspace = get_workspace(group_name, input.device)
+    checks.rows("input", input, (*checks.FLOATS, checks.E4M3, torch.uint8))
+    checks.capacity(workspace, num_tokens, input.shape[1], input.dtype, "input.shape[1]")
+    checks.local_rows(workspace, "input", input, num_tokens)
+    return _BACKENDS[workspace.backend].all_gather_rows(workspace, input, num_tokens)
+
+
+def all_gather_rows(input, num_tokens, group=None):
+    """All-gather of scattered rows, any token count.
+
+        output = cat(every rank's input)
+
+    input: this rank's rows of num_tokens, bf16, fp16, fp32, e4m3 or uint8. Returns [num_tokens, columns].
+    """
+    return _ops.all_gather_rows(input, num_tokens, resolve_group_name(group))
+
+
+# ---- qkv_a_proj_ag ----
+
+
+def _qkv_a_proj_ag_fake(input, weight, num_tokens, group_name, *, bias=None):
+    return input.new_empty(num_tokens, weight.shape[0])
+
+
+@_define(
+    "qkv_a_proj_ag(Tensor input, Tensor weight, SymInt num_tokens, str group_name, *, Tensor? bias=None) -> Tensor",
+    _qkv_a_proj_ag_fake,
+)
+def _qkv_a_proj_ag(input, weight, num_tokens, group_name, *, bias=None):
+    workspace = get_workspace(group_name, input.device)
+    checks.projection(workspace, input, weight, num_tokens)
+    if bias is not None:
+        checks.like("bias", bias, (weight.shape[0],), input.dtype, input.device)
+    return _BACKENDS[workspace.backend].qkv_a_proj_ag(workspace, input, weight, num_tokens, bias)
+
+
+def qkv_a_proj_ag(input, weight, num_tokens, group=None, *, bias=None):
+    """A replicated projection of scattered rows, all-gathered while it is computed.
+
+        latent = all_gather(input @ weight.T + bias)
+
+    input: this rank's rows of num_tokens, [rows, hidden_size], bf16, fp16 or fp32. weight: [columns, hidden_size], the
+    same on all ranks (DeepSeek's fused q_a and kv_a projection). bias: [columns]. Returns [num_tokens, columns], the
+    same bits on all ranks.
+    """
+    return _ops.qkv_a_proj_ag(input, weight, num_tokens, resolve_group_name(group), bias=bias)
+
+
+# ---- qkv_a_proj_ag_fp8 ----
+
+
+def _qkv_a_proj_ag_fp8_fake(q, scale, weight, weight_scale, num_tokens, group_name):
+    return q.new_empty(num_tokens, weight.shape[0], dtype=torch.bfloat16)
+
+
+@_define(
+    "qkv_a_proj_ag_fp8(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, SymInt num_tokens, str group_name)"
+    " -> Tensor",
+    _qkv_a_proj_ag_fp8_fake,
+)
+def _qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, group_name):
+    workspace = get_workspace(group_name, q.device)
+    checks.projection(workspace, q, weight, num_tokens, (checks.E4M3,), torch.bfloat16)
+    checks.fp8_scales(scale, q)
+    blocks = tuple(-(-size // 128) for size in weight.shape)
+    checks.like("weight_scale", weight_scale, blocks, torch.float32, q.device)
+    return _BACKENDS[workspace.backend].qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens)
+
+
+def qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, group=None):
+    """`qkv_a_proj_ag` on fp8 rows and weight with DeepSeek-V3's block scales.
+
+        latent = all_gather((q * scale) @ (weight * weight_scale).T)
+
+    q: e4m3 [rows, hidden_size]; scale: fp32 [rows, ceil(hidden_size / 128)], either layout of `rs_rmsnorm_fp8`.
+    weight: e4m3 [columns, hidden_size]; weight_scale: fp32, one per 128 x 128 block, the last may be partial.
+    Returns bf16 [num_tokens, columns].
+    """
+    return _ops.qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, resolve_group_name(group))
+
+
+# ---- qkv_a_proj_ag_norm ----
+
+
+def _qkv_a_proj_ag_norm_fake(input, weight, q_a_weight, kv_a_weight, eps, num_tokens, group_name):
+    q_columns, kv_columns = q_a_weight.shape[0], kv_a_weight.shape[0]
+    widths = (q_columns, kv_columns, weight.shape[0] - q_columns - kv_columns)
+    return tuple(input.new_empty(num_tokens, width) for width in widths)
+
+
+@_define(
+    "qkv_a_proj_ag_norm(Tensor input, Tensor weight, Tensor q_a_weight, Tensor kv_a_weight, float eps,"
+    " SymInt num_tokens, str group_name) -> (Tensor q_a, Tensor kv_a, Tensor k_pe)",
+    _qkv_a_proj_ag_norm_fake,
+)
+def _qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, eps, num_tokens, group_name):
+    workspace = get_workspace(group_name, input.device)
+    checks.projection(workspace, input, weight, num_tokens)
+    checks.latent_norms(q_a_weight, kv_a_weight, weight)
+    checks.eps(eps)
+    return _BACKENDS[workspace.backend].qkv_a_proj_ag_norm(
+        workspace, input, weight, q_a_weight, kv_a_weight, eps, num_tokens
+    )
+
+
+def qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, num_tokens, eps=1e-6, group=None):
+    """`qkv_a_proj_ag` and the two latent RMSNorms, split into three contiguous tensors.
+
+        q_a, kv_a, k_pe = split(all_gather(input @ weight.T))
+        q_a = rms_norm(q_a, q_a_weight, eps); kv_a = rms_norm(kv_a, kv_a_weight, eps)
+
+    input, weight: as `qkv_a_proj_ag`. q_a_weight: [q_lora_rank], empty for a model without q_lora; kv_a_weight:
+    [kv_lora_rank]; the columns of weight after both are k_pe. Returns (q_a, kv_a, k_pe), each [num_tokens, ...].
+    """
+    return _ops.qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, eps, num_tokens, resolve_group_name(group))

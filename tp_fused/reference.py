@@ -1,0 +1,194 @@
+"""Every op in plain torch and torch.distributed: the backend that runs anywhere, and the tests' oracle.
+
+Works over gloo and NCCL, on any number of nodes. Rows travel by all-to-all and are added here, in fp32 and in rank
+order, so results have the same bits as the other backends'; by bytes an all-to-all of the rows costs what a
+reduce-scatter costs.
+
+Before each op on CPU tensors the ranks compare what they call, and a disagreement raises. On CUDA that would need a
+wait on the host; there, ranks that disagree are left to the process group's own time-out.
+"""
+
+import torch
+import torch.distributed as dist
+
+from . import faults, partition
+
+E4M3_MAX = 448.0
+
+# Renamed in torch 2.13, where the old name warns.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+# ---- single-process pieces: what the fused ops are measured against ----
+
+
+def sum_in_rank_order(parts: list[torch.Tensor], residual: torch.Tensor | None = None) -> torch.Tensor:
+    """The fp32 sum of the parts in list order, then the residual, rounded once to their dtype."""
+    total = parts[0].to(torch.float32, copy=True)
+    for part in (*parts[1:], *(() if residual is None else (residual,))):
+        total += part.float()
+    return total.to(parts[0].dtype)
+
+
+def rms_norm(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of rows as stored, in fp32, rounded once.
+
+    The mean of squares is summed in double, so that it does not depend on the order of summation, and the root is
+    taken in double because torch's fp32 one is off by a bit now and then.
+    """
+    mean = rows.double().square().mean(-1, keepdim=True).float()
+    root = (mean + eps).double().sqrt().float()
+    normed = rows.float() * (1.0 / root)
+    return (normed * weight.float()).to(rows.dtype)
+
+
+def scale_pitch(num_rows: int) -> int:
+    """Rows between two columns of a "column" scale tensor: padded to 16 bytes, as TMA loads want."""
+    return -(-num_rows // 4) * 4
+
+
+def empty_scale(num_rows: int, hidden_size: int, group_size: int, layout: str, device) -> torch.Tensor:
+    """An uninitialised scale tensor [num_rows, groups] in either layout."""
+    groups = -(-hidden_size // group_size)
+    if layout == "row":
+        return torch.empty(num_rows, groups, dtype=torch.float32, device=device)
+    return torch.empty_strided((num_rows, groups), (1, scale_pitch(num_rows)), dtype=torch.float32, device=device)
+
+
+def quantize_e4m3(rows: torch.Tensor, group_size: int = 128, layout: str = "row") -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 rows and their scales, amax / 448 of every `group_size` columns; a group of zeros has scale 0."""
+    num_rows, hidden_size = rows.shape
+    scale = empty_scale(num_rows, hidden_size, group_size, layout, rows.device)
+    groups = scale.shape[1]
+    padded = torch.nn.functional.pad(rows.float(), (0, groups * group_size - hidden_size))
+    grouped = padded.view(num_rows, groups, group_size)
+    amax = grouped.abs().amax(-1)
+    largest = torch.full_like(amax, E4M3_MAX)  # a tensor: torch turns division by or of a number into a product
+    scale.copy_(amax / largest)
+    inverse = torch.where(amax > 0, largest / amax, 0.0)
+    q = (grouped * inverse[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return q.view(num_rows, groups * group_size)[:, :hidden_size].contiguous(), scale
+
+
+def dequantize(q: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """fp32 values of fp8 ones with a scale for each block of (rows, columns); the last blocks may be partial."""
+    rows, columns = q.shape
+    spread = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    return q.float() * spread
+
+
+def project_fp8(q, scale, weight, weight_scale) -> torch.Tensor:
+    """bf16 product of 1x128-scaled rows and a 128x128-scaled weight, in fp32."""
+    product = torch.mm(dequantize(q, scale, (1, 128)), dequantize(weight, weight_scale, (128, 128)).t())
+    return product.to(torch.bfloat16)
+
+
+# ---- how rows travel ----
+
+
+def _agree(workspace, op: str, input: torch.Tensor, num_tokens: int, variant: str = "") -> None:
+    workspace.check()
+    workspace.calls += 1
+    if input.device.type != "cpu":
+        return
+
+    def fault(message: str, peer: int, reason: str) -> faults.CollectiveFault:
+        message = f"{op} #{workspace.calls}: {message}"
+        workspace.fault = faults.CollectiveFault(message, op, workspace.calls, workspace.rank, peer, reason)
+        return workspace.fault
+
+    calls = [None] * workspace.world_size
+    call = f"{op}(num_tokens={num_tokens}, hidden_size={input.shape[1]}, dtype={input.dtype}{variant})"
+    try:
+        dist.all_gather_object(calls, call, group=workspace.group)
+    except RuntimeError as error:
+        raise fault(f"rank {workspace.rank} did not hear from all peers: {error}", -1, "never arrived") from error
+    for peer, other in enumerate(calls):
+        if other != call:
+            raise fault(f"rank {peer} called {other}, rank {workspace.rank} {call}", peer, "disagrees")
+
+
+def _exchange(workspace, input: torch.Tensor) -> list[torch.Tensor]:
+    """Every rank's version of this rank's rows."""
+    num_tokens, columns = input.shape
+    counts = partition.row_counts(num_tokens, workspace.world_size)
+    own = counts[workspace.rank]
+    received = input.new_empty(workspace.world_size * own, columns)
+    dist.all_to_all_single(_bytes(received), _bytes(input), [own] * workspace.world_size, counts, group=workspace.group)
+    return list(received.view(workspace.world_size, own, columns).unbind())
+
+
+def _gather(workspace, input: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """All ranks' rows. Uneven shares travel padded to the largest."""
+    counts = partition.row_counts(num_tokens, workspace.world_size)
+    share = input.new_empty(counts[0], input.shape[1])
+    share[: input.shape[0]] = input
+    gathered = input.new_empty(workspace.world_size * counts[0], input.shape[1])
+    _all_gather(_bytes(gathered), _bytes(share), group=workspace.group)
+    if num_tokens == gathered.shape[0]:
+        return gathered
+    shares = gathered.view(workspace.world_size, counts[0], input.shape[1])
+    return torch.cat([share[:count] for share, count in zip(shares, counts, strict=True)])
+
+
+def _bytes(rows: torch.Tensor) -> torch.Tensor:
+    """The same memory as bytes: not every process group knows every dtype."""
+    return rows.view(torch.uint8)
+
+
+def _reduce(workspace, op: str, input, residual, complete: bool, variant: str = "") -> torch.Tensor:
+    num_tokens = input.shape[0]
+    options = f"{', complete' if complete else ''}{', residual' if residual is not None else ''}{variant}"
+    _agree(workspace, op, input, num_tokens, options)
+    if complete:
+        parts = [input[partition.row_slice(num_tokens, workspace.rank, workspace.world_size)]]
+    else:
+        parts = _exchange(workspace, input)
+    return sum_in_rank_order(parts, residual)
+
+
+# ---- the ops ----
+
+
+def rs_rmsnorm(workspace, input, residual, weight, eps, complete):
+    residual_out = _reduce(workspace, "rs_rmsnorm", input, residual, complete)
+    return rms_norm(residual_out, weight, eps), residual_out
+
+
+def rs_rmsnorm_fp8(workspace, input, residual, weight, eps, group_size, scale_layout, keep_output, complete):
+    variant = f", group_size={group_size}, {scale_layout} scales{', keep_output' if keep_output else ''}"
+    residual_out = _reduce(workspace, "rs_rmsnorm_fp8", input, residual, complete, variant)
+    output = rms_norm(residual_out, weight, eps)
+    q, scale = quantize_e4m3(output, group_size, scale_layout)
+    return q, scale, residual_out, output if keep_output else output.new_empty(0, output.shape[1])
+
+
+def rs_rmsnorm_ag(workspace, input, residual, weight, eps):
+    residual_out = _reduce(workspace, "rs_rmsnorm_ag", input, residual, False)
+    return _gather(workspace, rms_norm(residual_out, weight, eps), input.shape[0]), residual_out
+
+
+def reduce_scatter_rows(workspace, input):
+    return _reduce(workspace, "reduce_scatter_rows", input, None, False)
+
+
+def all_gather_rows(workspace, input, num_tokens):
+    _agree(workspace, "all_gather_rows", input, num_tokens)
+    return _gather(workspace, input, num_tokens)
+
+
+def qkv_a_proj_ag(workspace, input, weight, num_tokens, bias):
+    _agree(workspace, "qkv_a_proj_ag", input, num_tokens, f", columns={weight.shape[0]}, bias={bias is not None}")
+    return _gather(workspace, torch.nn.functional.linear(input, weight, bias), num_tokens)
+
+
+def qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens):
+    _agree(workspace, "qkv_a_proj_ag_fp8", q, num_tokens, f", columns={weight.shape[0]}")
+    return _gather(workspace, project_fp8(q, scale, weight, weight_scale), num_tokens)
+
+
+def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, num_tokens):
+    q_columns, kv_columns = q_a_weight.numel(), kv_a_weight.numel()
+    _agree(workspace, "qkv_a_proj_ag_norm", input, num_tokens, f", columns={weight.shape[0]}, q_a={q_columns}")
+    latent = _gather(workspace, torch.nn.functional.linear(input, weight), num_tokens)
+    q_a, kv_a, k_pe = latent.split([q_columns, kv_columns, latent.shape[1] - q_columns - kv_columns], dim=1)
+    return rms_norm(q_a, q_a_weight, eps), rms_norm(kv_a, kv_a_weight, eps), k_pe.contiguous()
