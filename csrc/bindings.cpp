@@ -35,8 +35,9 @@ void check(tpf_status status, const std::string& what) {
 class Segment {
  public:
   Segment(const std::string& name, int64_t bytes, bool create) {
-    check(create ? tpf_segment_create(&segment_, name.c_str(), bytes) : tpf_segment_open(&segment_, name.c_str(), bytes),
-          (create ? "cannot create shared memory " : "cannot map shared memory ") + name);
+    check(
+        create ? tpf_segment_create(&segment_, name.c_str(), bytes) : tpf_segment_open(&segment_, name.c_str(), bytes),
+        (create ? "cannot create shared memory " : "cannot map shared memory ") + name);
   }
   Segment(const Segment&) = delete;
   Segment& operator=(const Segment&) = delete;
@@ -157,6 +158,10 @@ PYBIND11_MODULE(_C, m) {
     tpf_rows_of(&start, &count, num_tokens, rank, world_size);
     return std::pair(start, count);
   });
+  m.attr("COMPLETE") = TPF_COMPLETE;
+  m.attr("RESIDUAL") = TPF_RESIDUAL;
+  m.attr("COLUMN_SCALES") = TPF_COLUMN_SCALES;
+  m.attr("KEEP_OUTPUT") = TPF_KEEP_OUTPUT;
   m.attr("MAX_RANKS") = TPF_MAX_RANKS;
   m.attr("MAX_CTAS") = TPF_MAX_CTAS;
   m.attr("MAX_HIDDEN_SIZE") = TPF_MAX_HIDDEN_SIZE;
@@ -166,73 +171,81 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("base", &Segment::base)
       .def_property_readonly("fd", &Segment::fd)
       .def("hold", &Segment::hold)
-      .def_static("unlink", [](const std::string& name) { check(tpf_segment_unlink(name.c_str()), "cannot unlink " + name); })
+      .def_static("unlink",
+                  [](const std::string& name) { check(tpf_segment_unlink(name.c_str()), "cannot unlink " + name); })
       .def_buffer(&Segment::buffer);
 
   py::class_<Team>(m, "Team")
-      .def(py::init<int, const std::vector<Address>&, int64_t, int64_t, int, int>(), py::arg("rank"), py::arg("regions"),
-           py::arg("slot_bytes"), py::arg("timeout_ns"), py::arg("max_ctas") = 0, py::arg("liveness_fd") = -1)
+      .def(py::init<int, const std::vector<Address>&, int64_t, int64_t, int, int>(), py::arg("rank"),
+           py::arg("regions"), py::arg("slot_bytes"), py::arg("timeout_ns"), py::arg("max_ctas") = 0,
+           py::arg("liveness_fd") = -1)
       .def("add_symmetric_buffer", &Team::add_symmetric_buffer)
-      .def("is_symmetric", [](const Team& team, Address input) { tpf_symm symm; return team.find(input, &symm); })
+      .def("is_symmetric",
+           [](const Team& team, Address input) {
+             tpf_symm symm;
+             return team.find(input, &symm);
+           })
       .def("fault", [](const Team& team, int rank) { return to_dict(tpf_team_fault_cpu(team.get(), rank)); })
-      .def("next_slot", [](const Team& team, py::ssize_t bytes) {
-        return py::memoryview::from_memory(tpf_next_slot_cpu(team.get()), bytes);
-      })
+      .def("next_slot",
+           [](const Team& team, py::ssize_t bytes) {
+             return py::memoryview::from_memory(tpf_next_slot_cpu(team.get()), bytes);
+           })
       .def("close", [](const Team& team) { tpf_team_close_cpu(team.get()); });
 
-  m.def("rs_rmsnorm", [](Address output, Address residual_out, Address input, Address residual, Address weight,
-                         const Team& team, int64_t num_tokens, int hidden_size, int dtype, float eps, bool complete) {
-    return with_input(team, input, [&](const tpf_symm* symm) {
-      return tpf_rs_rmsnorm_cpu(at(output), at(residual_out), at(input), symm, at(residual), at(weight), team.get(),
-                                num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, complete);
-    });
-  });
+  m.def("rs_rmsnorm",
+        [](Address output, Address residual_out, Address input, Address residual, Address weight, const Team& team,
+           int64_t num_tokens, int hidden_size, int dtype, float eps, uint32_t variant) {
+          return with_input(team, input, [&](const tpf_symm* symm) {
+            return tpf_rs_rmsnorm_cpu(at(output), at(residual_out), at(input), symm, at(residual), at(weight),
+                                      team.get(), num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, variant);
+          });
+        });
 
-  m.def("rs_rmsnorm_fp8", [](Address q, Address scale, Address residual_out, Address output, Address input,
-                             Address residual, Address weight, const Team& team, int64_t num_tokens, int hidden_size,
-                             int dtype, float eps, int group_size, bool column_scales, bool keep_output,
-                             int64_t scale_row_stride, int64_t scale_group_stride, bool complete) {
-    return with_input(team, input, [&](const tpf_symm* symm) {
-      return tpf_rs_rmsnorm_fp8_cpu(at(q), at<float>(scale), at(residual_out), at(output), at(input), symm,
-                                    at(residual), at(weight), team.get(), num_tokens, hidden_size,
-                                    static_cast<tpf_dtype>(dtype), eps, group_size, scale_row_stride,
-                                    scale_group_stride, complete);
-    });
-  });
+  m.def("rs_rmsnorm_fp8",
+        [](Address q, Address scale, Address residual_out, Address output, Address input, Address residual,
+           Address weight, const Team& team, int64_t num_tokens, int hidden_size, int dtype, float eps, int group_size,
+           int64_t scale_row_stride, int64_t scale_group_stride, uint32_t variant) {
+          return with_input(team, input, [&](const tpf_symm* symm) {
+            return tpf_rs_rmsnorm_fp8_cpu(at(q), at<float>(scale), at(residual_out), at(output), at(input), symm,
+                                          at(residual), at(weight), team.get(), num_tokens, hidden_size,
+                                          static_cast<tpf_dtype>(dtype), eps, group_size, scale_row_stride,
+                                          scale_group_stride, variant);
+          });
+        });
 
   m.def("rs_rmsnorm_ag", [](Address output, Address residual_out, Address input, Address residual, Address weight,
-                            const Team& team, int64_t num_tokens, int hidden_size, int dtype, float eps) {
+                            const Team& team, int64_t num_tokens, int hidden_size, int dtype, float eps,
+                            uint32_t variant) {
     return with_input(team, input, [&](const tpf_symm* symm) {
       return tpf_rs_rmsnorm_ag_cpu(at(output), at(residual_out), at(input), symm, at(residual), at(weight), team.get(),
-                                   num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps);
+                                   num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, variant);
     });
   });
 
-  m.def("reduce_scatter_rows", [](Address output, Address input, const Team& team, int64_t num_tokens, int hidden_size,
-                                  int dtype) {
-    return with_input(team, input, [&](const tpf_symm* symm) {
-      return tpf_reduce_scatter_rows_cpu(at(output), at(input), symm, team.get(), num_tokens, hidden_size,
-                                         static_cast<tpf_dtype>(dtype));
-    });
-  });
+  m.def("reduce_scatter_rows",
+        [](Address output, Address input, const Team& team, int64_t num_tokens, int hidden_size, int dtype) {
+          return with_input(team, input, [&](const tpf_symm* symm) {
+            return tpf_reduce_scatter_rows_cpu(at(output), at(input), symm, team.get(), num_tokens, hidden_size,
+                                               static_cast<tpf_dtype>(dtype));
+          });
+        });
 
-  m.def("all_gather_rows", [](Address output, Address input, const Team& team, int64_t num_tokens, int hidden_size,
-                              int dtype) {
-    py::gil_scoped_release release;
-    return static_cast<int>(tpf_all_gather_rows_cpu(at(output), at(input), team.get(), num_tokens, hidden_size,
-                                                    static_cast<tpf_dtype>(dtype)));
-  });
+  m.def("all_gather_rows",
+        [](Address output, Address input, const Team& team, int64_t num_tokens, int hidden_size, int dtype) {
+          py::gil_scoped_release release;
+          return static_cast<int>(tpf_all_gather_rows_cpu(at(output), at(input), team.get(), num_tokens, hidden_size,
+                                                          static_cast<tpf_dtype>(dtype)));
+        });
 
-  m.def("qkv_a_proj_ag", [](Address latent, const Team& team, int64_t num_tokens, int hidden_size, int columns,
-                            int dtype, bool bias) {
-    const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG, num_tokens, hidden_size, columns, dtype, bias);
-    py::gil_scoped_release release;
-    return static_cast<int>(tpf_qkv_a_proj_ag_cpu(at(latent), team.get(), &call));
-  });
+  m.def("qkv_a_proj_ag",
+        [](Address latent, const Team& team, int64_t num_tokens, int hidden_size, int columns, int dtype, bool bias) {
+          const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG, num_tokens, hidden_size, columns, dtype, bias);
+          py::gil_scoped_release release;
+          return static_cast<int>(tpf_qkv_a_proj_ag_cpu(at(latent), team.get(), &call));
+        });
 
   m.def("qkv_a_proj_ag_fp8", [](Address latent, const Team& team, int64_t num_tokens, int hidden_size, int columns) {
-    const tpf_call call =
-        projection_call(TPF_QKV_A_PROJ_AG_FP8, num_tokens, hidden_size, columns, TPF_E4M3, false);
+    const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_FP8, num_tokens, hidden_size, columns, TPF_E4M3, false);
     py::gil_scoped_release release;
     return static_cast<int>(tpf_qkv_a_proj_ag_cpu(at(latent), team.get(), &call));
   });

@@ -25,7 +25,8 @@
 // it could finish only because it found my contract equal to its own.
 //
 // What is bounded. Every wait has a deadline. A rank that gives up writes a record into its Control and sets `faulted`;
-// whoever waits for it looks there (and at `closed`) from time to time, so that one rank's fault ends the others' waits.
+// whoever waits for it looks there (and at `closed`) from time to time, so that one rank's fault ends the others'
+// waits.
 //
 // What stays with the caller: calls of one workspace are issued in one order (one stream), the same on all ranks.
 #pragma once
@@ -53,9 +54,9 @@ namespace order = std;
 #endif
 
 struct Control {
-  uint32_t epoch;        // rounds this rank has finished; only its owner touches it
-  uint32_t blocks_done;  // CUDA: blocks of the running grid that are through; the last one sets the epoch
-  uint64_t calls;        // ops this rank has begun; only its owner touches it
+  uint32_t epoch;         // rounds this rank has finished; only its owner touches it
+  uint32_t blocks_done;   // CUDA: blocks of the running grid that are through; the last one sets the epoch
+  uint64_t calls;         // ops this rank has begun; only its owner touches it
   tpf_call announced[2];  // what the owner calls in round e, at e & 1
   tpf_fault fault;        // valid once `faulted` is set
   uint32_t faulted;
@@ -108,9 +109,7 @@ TPF_HD inline void publish(uint64_t* word, uint32_t epoch, uint32_t contract) {
   shared_ref<uint64_t>(*word).store(signal_word(epoch, contract), order::memory_order_release);
 }
 
-TPF_HD inline uint64_t observe(uint64_t* word) {
-  return shared_ref<uint64_t>(*word).load(order::memory_order_acquire);
-}
+TPF_HD inline uint64_t observe(uint64_t* word) { return shared_ref<uint64_t>(*word).load(order::memory_order_acquire); }
 
 // Waits for a peer's word. `patience()` is called between two looks; it may sleep, and ends the wait by returning
 // anything but TPF_OK. `seen` is the last word read.

@@ -1,7 +1,8 @@
 /* The C API of libtp_fused: plain structs, explicit pointers, status codes. No torch, no Python, no globals.
  *
  * Every op takes its outputs, its inputs, the team and the scalars, in this order. Pointers to row-major contiguous
- * rows; sizes in elements unless a name says bytes. The caller has checked shapes, dtypes and devices (tp_fused/ops.py).
+ * rows; sizes in elements unless a name says bytes. The caller has checked shapes, dtypes and devices
+ * (tp_fused/ops.py).
  */
 #ifndef TP_FUSED_H_
 #define TP_FUSED_H_
@@ -13,9 +14,9 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default) /* all else in the library is hidden */
 
-#define TPF_MAX_RANKS 8          /* ranks of one workspace: the GPUs of one node */
-#define TPF_MAX_CTAS 256         /* blocks of one grid that synchronise with their peers */
-#define TPF_MAX_STEPS 16         /* synchronisations of one round: staging chunks, closing */
+#define TPF_MAX_RANKS 8           /* ranks of one workspace: the GPUs of one node */
+#define TPF_MAX_CTAS 256          /* blocks of one grid that synchronise with their peers */
+#define TPF_MAX_STEPS 16          /* synchronisations of one round: staging chunks, closing */
 #define TPF_MAX_HIDDEN_SIZE 16384 /* widest row the reduce kernels take */
 
 typedef enum tpf_status {
@@ -61,7 +62,7 @@ typedef struct tpf_call {
   uint32_t columns;     /* columns of a projection, 0 elsewhere */
   uint32_t group_size;  /* columns that share an fp8 scale; columns of q_a in qkv_a_proj_ag_norm; 0 elsewhere */
   uint32_t variant;
-  int64_t source;       /* -1: input staged; else its offset in symmetric memory, read there in place */
+  int64_t source; /* -1: input staged; else its offset in symmetric memory, read there in place */
 } tpf_call;
 
 typedef struct tpf_fault {
@@ -121,24 +122,24 @@ tpf_fault tpf_team_fault_cpu(const tpf_team* team, int32_t rank);
 void* tpf_next_slot_cpu(const tpf_team* team);
 
 /* ---- ops (CPU) ---- */
-/* output, residual_out: [rows, hidden_size]. input: [num_tokens, hidden_size]. input_symm, residual: may be NULL.
- * residual: this rank's rows. */
+/* output, residual_out: [rows, hidden_size]. input: [num_tokens, hidden_size]. input_symm: NULL where the input is
+ * staged. residual: this rank's rows, used with TPF_RESIDUAL. variant: the TPF_ bits above, the same on all ranks. */
 tpf_status tpf_rs_rmsnorm_cpu(void* output, void* residual_out, const void* input, const tpf_symm* input_symm,
                               const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,
-                              int32_t hidden_size, tpf_dtype dtype, float eps, int32_t complete);
+                              int32_t hidden_size, tpf_dtype dtype, float eps, uint32_t variant);
 
 /* q: [rows, hidden_size] e4m3. scale: fp32, group g of row i at i*scale_row_stride + g*scale_group_stride.
- * output: NULL or [rows, hidden_size]. */
+ * output: [rows, hidden_size], written with TPF_KEEP_OUTPUT. */
 tpf_status tpf_rs_rmsnorm_fp8_cpu(void* q, float* scale, void* residual_out, void* output, const void* input,
                                   const tpf_symm* input_symm, const void* residual, const void* weight,
                                   const tpf_team* team, int64_t num_tokens, int32_t hidden_size, tpf_dtype dtype,
                                   float eps, int32_t group_size, int64_t scale_row_stride, int64_t scale_group_stride,
-                                  int32_t complete);
+                                  uint32_t variant);
 
 /* output: [num_tokens, hidden_size]; residual_out: [rows, hidden_size]. */
 tpf_status tpf_rs_rmsnorm_ag_cpu(void* output, void* residual_out, const void* input, const tpf_symm* input_symm,
                                  const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,
-                                 int32_t hidden_size, tpf_dtype dtype, float eps);
+                                 int32_t hidden_size, tpf_dtype dtype, float eps, uint32_t variant);
 
 tpf_status tpf_reduce_scatter_rows_cpu(void* output, const void* input, const tpf_symm* input_symm,
                                        const tpf_team* team, int64_t num_tokens, int32_t hidden_size, tpf_dtype dtype);

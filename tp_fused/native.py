@@ -33,6 +33,10 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _variant(residual: torch.Tensor | None, complete: bool = False) -> int:
+    return (_C.RESIDUAL if residual is not None else 0) | (_C.COMPLETE if complete else 0)
+
+
 def _done(workspace, status: int) -> None:
     if status:
         workspace.check()
@@ -54,7 +58,7 @@ def rs_rmsnorm(workspace, input, residual, weight, eps, complete):
         hidden_size,
         _DTYPE_CODES[input.dtype],
         eps,
-        complete,
+        _variant(residual, complete),
     )
     _done(workspace, status)
     return output, residual_out
@@ -68,11 +72,12 @@ def rs_rmsnorm_fp8(workspace, input, residual, weight, eps, group_size, scale_la
     residual_out = input.new_empty(num_rows, hidden_size)
     output = input.new_empty(num_rows if keep_output else 0, hidden_size)
     column = scale_layout == "column"
+    variant = _variant(residual, complete) | column * _C.COLUMN_SCALES | keep_output * _C.KEEP_OUTPUT
     status = _C.rs_rmsnorm_fp8(
         _address(q),
         _address(scale),
         _address(residual_out),
-        _address(output) if keep_output else 0,
+        _address(output),
         _address(input),
         _address(residual),
         _address(weight),
@@ -82,11 +87,9 @@ def rs_rmsnorm_fp8(workspace, input, residual, weight, eps, group_size, scale_la
         _DTYPE_CODES[input.dtype],
         eps,
         group_size,
-        column,
-        keep_output,
         1 if column else scale.shape[1],
         reference.scale_pitch(num_rows) if column else 1,
-        complete,
+        variant,
     )
     _done(workspace, status)
     return q, scale, residual_out, output
@@ -107,6 +110,7 @@ def rs_rmsnorm_ag(workspace, input, residual, weight, eps):
         hidden_size,
         _DTYPE_CODES[input.dtype],
         eps,
+        _variant(residual),
     )
     _done(workspace, status)
     return output, residual_out

@@ -9,6 +9,13 @@ namespace tpf {
 
 template <typename T>
 struct Reduction {
+  Reduction(const void* input, const tpf_symm* symm, const void* residual, int hidden_size, uint32_t variant)
+      : input(static_cast<const T*>(input)),
+        symm(symm),
+        residual((variant & TPF_RESIDUAL) != 0 ? static_cast<const T*>(residual) : nullptr),
+        hidden_size(hidden_size),
+        complete((variant & TPF_COMPLETE) != 0) {}
+
   const T* input;
   const tpf_symm* symm;  // null: staged
   const T* residual;     // this rank's rows, or null
@@ -16,10 +23,10 @@ struct Reduction {
   bool complete;  // the input is reduced already: nothing travels, the ranks only meet
 };
 
-// Meets the peers and calls finish(row, values, squares) for each of this rank's rows, once `stored_rows` (which may
-// be null) holds the row's rounded sum and `values` the same as fp32.
+// Meets the peers, writes the rounded sum of each of this rank's rows to `sums`, and calls finish(row) after each,
+// while the row is in the cache.
 template <typename T, typename Finish>
-tpf_status reduce_rows(Round& round, T* stored_rows, const Reduction<T>& in, Finish&& finish) {
+tpf_status reduce_rows(Round& round, T* sums, const Reduction<T>& in, Finish&& finish) {
   const int rank = round.rank(), world_size = round.world_size();
   const int64_t hidden = in.hidden_size;
   const Rows own = round.rows(rank);
@@ -37,7 +44,6 @@ tpf_status reduce_rows(Round& round, T* stored_rows, const Reduction<T>& in, Fin
   if (const tpf_status status = round.meet(0); status != TPF_OK) return status;
 
   // 3. Add up.
-  alignas(64) float values[TPF_MAX_HIDDEN_SIZE];
   const T* base[TPF_MAX_RANKS];
   int num_sources = 0;
   for (int peer = 0; peer < world_size; ++peer) {
@@ -51,22 +57,21 @@ tpf_status reduce_rows(Round& round, T* stored_rows, const Reduction<T>& in, Fin
   for (int64_t row = 0; row < own.count; ++row) {
     const T* sources[TPF_MAX_RANKS];
     for (int s = 0; s < num_sources; ++s) sources[s] = base[s] + (own.start + row) * hidden;
-    SquareSum squares;
-    reduce_row(stored_rows + row * hidden, values, &squares, sources, num_sources,
-               in.residual == nullptr ? nullptr : in.residual + row * hidden, in.hidden_size);
-    finish(row, values, squares);
+    sum_row(sums + row * hidden, sources, num_sources, in.residual == nullptr ? nullptr : in.residual + row * hidden,
+            in.hidden_size);
+    finish(row);
   }
   return TPF_OK;
 }
 
 inline tpf_call reduce_call(tpf_op op, tpf_dtype dtype, int64_t num_tokens, int32_t hidden_size, const tpf_symm* symm,
-                            const void* residual, int32_t complete) {
+                            uint32_t variant) {
   tpf_call call = {};
   call.op = op;
   call.dtype = dtype;
   call.num_tokens = num_tokens;
   call.hidden_size = static_cast<uint32_t>(hidden_size);
-  call.variant = (complete ? TPF_COMPLETE : 0u) | (residual != nullptr ? TPF_RESIDUAL : 0u);
+  call.variant = variant;
   call.source = symm == nullptr ? -1 : symm->offset;
   return call;
 }

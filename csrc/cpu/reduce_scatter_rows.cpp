@@ -3,12 +3,11 @@
 tpf_status tpf_reduce_scatter_rows_cpu(void* output, const void* input, const tpf_symm* input_symm,
                                        const tpf_team* team, int64_t num_tokens, int32_t hidden_size, tpf_dtype dtype) {
   using namespace tpf;
-  const tpf_call call =
-      reduce_call(TPF_REDUCE_SCATTER_ROWS, dtype, num_tokens, hidden_size, input_symm, nullptr, 0);
+  const tpf_call call = reduce_call(TPF_REDUCE_SCATTER_ROWS, dtype, num_tokens, hidden_size, input_symm, 0);
   Round round(*team, call);
   if (const tpf_status status = round.begin(); status != TPF_OK) return status;
   return visit(dtype, [&]<typename T>() {
-    const Reduction<T> in = {static_cast<const T*>(input), input_symm, nullptr, hidden_size, false};
+    const Reduction<T> in(input, input_symm, nullptr, hidden_size, 0);
     const tpf_status status = reduce_rows(round, static_cast<T*>(output), in, [](auto&&...) {});
     return status != TPF_OK ? status : round.end(input_symm != nullptr);
   });

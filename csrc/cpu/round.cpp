@@ -99,8 +99,7 @@ tpf_status Round::meet(int step) {
     if (peer == rank()) continue;
     uint64_t seen = 0;
     Patience patience(team_, peer);
-    const tpf_status status =
-        wait_for(signal(team_.region[rank()], step, 0, peer), epoch_, contract_, &seen, patience);
+    const tpf_status status = wait_for(signal(team_.region[rank()], step, 0, peer), epoch_, contract_, &seen, patience);
     if (status != TPF_OK) return fail(status, peer, step, seen, patience.waited_ns());
   }
   return TPF_OK;

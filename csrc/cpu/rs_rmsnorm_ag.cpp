@@ -3,21 +3,19 @@
 
 tpf_status tpf_rs_rmsnorm_ag_cpu(void* output, void* residual_out, const void* input, const tpf_symm* input_symm,
                                  const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,
-                                 int32_t hidden_size, tpf_dtype dtype, float eps) {
+                                 int32_t hidden_size, tpf_dtype dtype, float eps, uint32_t variant) {
   using namespace tpf;
-  const tpf_call call = reduce_call(TPF_RS_RMSNORM_AG, dtype, num_tokens, hidden_size, input_symm, residual, 0);
+  const tpf_call call = reduce_call(TPF_RS_RMSNORM_AG, dtype, num_tokens, hidden_size, input_symm, variant);
   Round round(*team, call);
   if (const tpf_status status = round.begin(); status != TPF_OK) return status;
   return visit(dtype, [&]<typename T>() {
     const Rows rows = round.rows(round.rank());
     T* own = static_cast<T*>(output) + rows.start * hidden_size;
-    const Reduction<T> in = {static_cast<const T*>(input), input_symm, static_cast<const T*>(residual), hidden_size,
-                             false};
-    tpf_status status =
-        reduce_rows(round, static_cast<T*>(residual_out), in, [&](int64_t row, const float* values, SquareSum& squares) {
-          scale_row(own + row * hidden_size, values, static_cast<const T*>(weight), squares.rstd(hidden_size, eps),
-                    hidden_size);
-        });
+    const Reduction<T> in(input, input_symm, residual, hidden_size, variant);
+    T* sums = static_cast<T*>(residual_out);
+    tpf_status status = reduce_rows(round, sums, in, [&](int64_t row) {
+      norm_row(own + row * hidden_size, sums + row * hidden_size, static_cast<const T*>(weight), hidden_size, eps);
+    });
     if (status == TPF_OK) status = round.end(input_symm != nullptr);
     if (status == TPF_OK) status = round.begin_next();
     if (status != TPF_OK) return status;
