@@ -1,0 +1,52 @@
+"""Fixtures. `--device cuda` runs the tests that take `device` on GPU tensors; the default is cpu."""
+
+import ranks
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the tensors of the ops live")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "packaging: builds a wheel of the project")
+
+
+def pytest_generate_tests(metafunc):
+    # A backend is named after the device it serves; `reference` serves any.
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", [metafunc.config.getoption("--device"), "reference"])
+
+
+@pytest.fixture(scope="session")
+def device(request) -> str:
+    return request.config.getoption("--device")
+
+
+@pytest.fixture(scope="session")
+def pools(device):
+    """pools(world_size): the pool that tests of this world size share; a new one when the last one lost a rank."""
+    made = {}
+
+    def get(world_size: int) -> ranks.Pool:
+        if world_size not in made or not made[world_size].alive:
+            if world_size in made:
+                made[world_size].close()
+            made[world_size] = ranks.Pool(world_size, device)
+        return made[world_size]
+
+    yield get
+    for pool in made.values():
+        pool.close()
+
+
+@pytest.fixture
+def pool(pools, world_size):
+    return pools(world_size)
+
+
+@pytest.fixture
+def fresh_pool(device, world_size):
+    """A pool for one test: for those that kill, stop or confuse ranks."""
+    with ranks.Pool(world_size, device) as made:
+        yield made

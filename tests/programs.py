@@ -1,0 +1,201 @@
+"""The unfused programs: for every op, a call's inputs on each rank and what must come out, computed in one process.
+
+A `Call` is the same on all ranks; its tensors come from a generator seeded with their name and the rank, so that every
+rank can make all the others' and no data travels but through the op.
+"""
+
+import dataclasses
+import zlib
+
+import torch
+
+import tp_fused
+from tp_fused import partition, reference
+
+REDUCTIONS = ("rs_rmsnorm", "rs_rmsnorm_fp8", "rs_rmsnorm_ag", "reduce_scatter_rows")
+PROJECTIONS = ("qkv_a_proj_ag", "qkv_a_proj_ag_fp8", "qkv_a_proj_ag_norm")
+OPS = (*REDUCTIONS, "all_gather_rows", *PROJECTIONS)
+EPS = 1e-5
+LATENT = (96, 40, 8)  # columns of q_a, kv_a and k_pe
+
+
+def random(name: str, shape, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    if dtype == torch.uint8:
+        return torch.randint(256, shape, generator=generator, dtype=dtype)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of `tp_fused.<op>`."""
+
+    op: str
+    num_tokens: int
+    hidden_size: int = 200
+    dtype: torch.dtype = torch.float32
+    residual: str | None = None  # None, "full" or "slice"
+    seed: int = 0
+    device: str = "cpu"
+    options: dict = dataclasses.field(default_factory=dict)  # keywords passed on to the op
+
+    # ---- inputs ----
+
+    def input(self, rank: int) -> torch.Tensor:
+        """The [num_tokens, hidden_size] that a rank reduces or, of its rows, gathers and projects."""
+        return self._sample(0 if self.options.get("complete") else rank)[: self.num_tokens]
+
+    def arguments(self, rank: int, world_size: int) -> dict:
+        """What this rank passes, on the call's device."""
+        own = self.rows(rank, world_size)
+        arguments = {"input": self.input(rank)}
+        if self.op in ("rs_rmsnorm", "rs_rmsnorm_fp8", "rs_rmsnorm_ag"):
+            full = self._residual()
+            arguments["residual"] = full[own] if self.residual == "slice" else full
+            arguments |= {"weight": self._norm_weight("norm", self.hidden_size), "eps": EPS}
+        elif self.op != "reduce_scatter_rows":
+            arguments = {"input": self.input(0)[own].contiguous(), "num_tokens": self.num_tokens}
+        if self.op in PROJECTIONS:
+            arguments["weight"] = self._projection_weight()
+        if self.op == "qkv_a_proj_ag_norm":
+            q_a, kv_a = (self._norm_weight(name, size) for name, size in zip("qk", LATENT[:2], strict=True))
+            arguments |= {"q_a_weight": q_a, "kv_a_weight": kv_a, "eps": EPS}
+        options = dict(self.options)
+        if options.pop("bias", False):
+            arguments["bias"] = self._bias()
+        if self.op == "qkv_a_proj_ag_fp8":
+            layout = options.pop("scale_layout", "row")
+            arguments["q"], arguments["scale"] = reference.quantize_e4m3(arguments.pop("input"), layout=layout)
+            arguments["weight"], arguments["weight_scale"] = self._projection_weight_fp8()
+        moved = {key: v.to(self.device) if torch.is_tensor(v) else v for key, v in arguments.items()}
+        return moved | options
+
+    def run(self, rank: int, world_size: int, arguments: dict | None = None) -> tuple[torch.Tensor, ...]:
+        arguments = self.arguments(rank, world_size) if arguments is None else arguments
+        result = getattr(tp_fused, self.op)(**arguments)
+        return result if isinstance(result, tuple) else (result,)
+
+    # ---- the unfused program ----
+
+    def check(self, outputs, rank: int, world_size: int) -> None:
+        """Raises AssertionError where `outputs` are not what the unfused program makes on this rank."""
+        outputs = tuple(output.cpu() for output in outputs)
+        if self.op == "all_gather_rows":
+            same_bits(outputs, (self.input(0),))
+        elif self.op in PROJECTIONS:
+            exact, unfused = self._project(torch.float64), self._project(self.dtype)
+            for name, *values in zip("0 1 2".split(), outputs, exact, unfused, strict=False):
+                assert values[0].shape[0] == self.num_tokens, f"output {name} has {values[0].shape[0]} rows"
+                within_twice_the_error(f"output {name}", *values)
+        else:
+            same_bits(outputs, self._reduce(rank, world_size), exactly=self.device == "cpu")
+
+    def rows(self, rank: int, world_size: int) -> slice:
+        return partition.row_slice(self.num_tokens, rank, world_size)
+
+    def _reduce(self, rank: int, world_size: int) -> tuple[torch.Tensor, ...]:
+        full = self._residual()
+
+        def reduced(rank: int) -> torch.Tensor:
+            own = self.rows(rank, world_size)
+            parts = [self.input(0 if self.options.get("complete") else peer)[own] for peer in range(world_size)]
+            parts = parts[:1] if self.options.get("complete") else parts
+            return reference.sum_in_rank_order(parts, None if full is None else full[own])
+
+        residual_out = reduced(rank)
+        if self.op == "reduce_scatter_rows":
+            return (residual_out,)
+        weight = self._norm_weight("norm", self.hidden_size)
+        if self.op == "rs_rmsnorm_ag":
+            every = torch.cat([reduced(peer) for peer in range(world_size)])
+            return reference.rms_norm(every, weight, EPS), residual_out
+        output = reference.rms_norm(residual_out, weight, EPS)
+        if self.op == "rs_rmsnorm":
+            return output, residual_out
+        group_size, layout = self.options.get("group_size", 128), self.options.get("scale_layout", "row")
+        q, scale = reference.quantize_e4m3(output, group_size, layout)
+        return q, scale, residual_out, output if self.options.get("keep_output") else output[:0]
+
+    def _project(self, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """The projection of the sample's rows with every step done in `dtype`."""
+        rows, weight = self._sample(0), self._projection_weight()
+        if self.op == "qkv_a_proj_ag_fp8":
+            dtype = torch.bfloat16 if dtype != torch.float64 else dtype
+            rows = reference.dequantize(*reference.quantize_e4m3(rows), (1, 128))
+            weight = reference.dequantize(*self._projection_weight_fp8(), (128, 128))
+        bias = self._bias().to(dtype) if self.options.get("bias") else None
+        latent = torch.nn.functional.linear(rows.to(dtype), weight.to(dtype), bias)
+        if self.op != "qkv_a_proj_ag_norm":
+            return (latent,)
+        q_a, kv_a, k_pe = latent.split(LATENT, dim=1)
+        q_weight, kv_weight = (self._norm_weight(name, size) for name, size in zip("qk", LATENT[:2], strict=True))
+        return (*(_rms_norm(x, w.to(dtype)) for x, w in ((q_a, q_weight), (kv_a, kv_weight))), k_pe)
+
+    # ---- tensors ----
+
+    def _random(self, name: str, shape, scale: float = 1.0) -> torch.Tensor:
+        return random(f"{name} {self.seed} {self.num_tokens}", shape, self.dtype, scale)
+
+    def _sample(self, rank: int) -> torch.Tensor:
+        """The rank's rows and, where they are few, some more: rounding errors are measured on all of these."""
+        return self._random(f"input {rank}", (max(self.num_tokens, 256), self.hidden_size))
+
+    def _residual(self) -> torch.Tensor | None:
+        if self.residual is None or self.op == "reduce_scatter_rows":
+            return None
+        return self._random("residual", (self.num_tokens, self.hidden_size))
+
+    def _norm_weight(self, name: str, size: int) -> torch.Tensor:
+        return self._random(name, (size,)) + 1
+
+    def _projection_weight(self) -> torch.Tensor:
+        return self._random("weight", (sum(LATENT), self.hidden_size), self.hidden_size**-0.5)
+
+    def _projection_weight_fp8(self) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = self._projection_weight()
+        blocks = [-(-size // 128) for size in weight.shape]
+        scale = random("weight scale", blocks, torch.float32).abs() + 0.1
+        spread = scale.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[:, : weight.shape[1]]
+        return (weight / spread).to(torch.float8_e4m3fn), scale
+
+    def _bias(self) -> torch.Tensor:
+        return self._random("bias", (sum(LATENT),))
+
+
+def _rms_norm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(rows, rows.shape[-1:], weight, EPS)
+
+
+# ---- comparisons ----
+
+
+def same_bits(actual, expected, exactly: bool = True) -> None:
+    """Tensors of equal shape, dtype and bits; without `exactly`, bits may differ by the rounding of one step."""
+    assert len(actual) == len(expected), f"{len(actual)} outputs, expected {len(expected)}"
+    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        seen, wanted = (a.shape, a.dtype), (e.shape, e.dtype)
+        assert seen == wanted, f"output {index} is {seen}, expected {wanted}"
+        if a.numel() == 0:
+            continue
+        if not exactly:
+            torch.testing.assert_close(a.float(), e.float(), atol=0, rtol=2 * torch.finfo(e.dtype).eps)
+            continue
+        differ = a.contiguous().view(torch.uint8) != e.contiguous().view(torch.uint8)
+        if differ.any():
+            where = differ.view(*a.shape, -1).any(-1).nonzero()
+            first = tuple(where[0].tolist())
+            raise AssertionError(
+                f"output {index} of shape {tuple(a.shape)}: {len(where)} elements differ, the first at {first}: "
+                f"{a[first].item()} instead of {e[first].item()}"
+            )
+
+
+def within_twice_the_error(name: str, actual, exact, unfused) -> None:
+    """The distance from the exact result is at most twice that of the unfused program, which may have more rows."""
+    seen, wanted = (actual.shape[1], actual.dtype), (unfused.shape[1], unfused.dtype)
+    assert seen == wanted, f"{name} has columns and dtype {seen}, expected {wanted}"
+    if actual.numel() == 0:
+        return
+    error = (actual.double() - exact[: len(actual)]).abs().max()
+    bound = 2 * (unfused.double() - exact).abs().max()
+    assert error <= bound, f"{name} is off by {error:.3g}, more than {bound:.3g}"

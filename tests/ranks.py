@@ -1,0 +1,211 @@
+"""Rank processes for tests: a pool of them is started once and then given functions to run.
+
+    results = Pool(world_size=2).run(function, *arguments)      # function(*arguments) on both, top-level in a test module
+
+The processes are forked from a server that has torch imported already: a pool costs milliseconds, so a test that kills
+ranks takes one of its own. In every rank, memory that torch hands out uninitialised is filled with NaN (255 for
+integers): an output that an op forgets to write cannot pass for a right one.
+"""
+
+import contextlib
+import datetime
+import faulthandler
+import io
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import tempfile
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+
+import tp_fused
+
+_context = multiprocessing.get_context("forkserver")
+# The last one is what torch.use_deterministic_algorithms imports: two seconds of it.
+_context.set_forkserver_preload(["torch", "torch.distributed", "tp_fused", "torch._inductor.config"])
+
+# How long the other ranks may go on after one has raised: long enough for a deadline of their own to pass.
+_GRACE_S = 15.0
+
+
+class RankDied(Exception):
+    """What a pool reports for a rank whose process ended. `exitcode` is negative for a signal."""
+
+    def __init__(self, rank: int, exitcode: int):
+        super().__init__(f"the process of rank {rank} ended with exit code {exitcode}")
+        self.rank, self.exitcode = rank, exitcode
+
+
+class _Traceback(Exception):
+    """The text of a rank's traceback, shown as the cause of the exception that is raised here."""
+
+    def __str__(self):
+        return self.args[0]
+
+
+class Pool:
+    """`world_size` ranks in one gloo group, which run what they are given until `close`."""
+
+    def __init__(self, world_size: int, device: str = "cpu"):
+        self.world_size, self.device = world_size, device
+        self._folder = tempfile.TemporaryDirectory(prefix="tp_fused-ranks-")
+        self._connections, self.processes = [], []
+        for rank in range(world_size):
+            connection, theirs = _context.Pipe()
+            arguments = (rank, world_size, device, self._folder.name, theirs)
+            process = _context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(connection)
+            self.processes.append(process)
+
+    @property
+    def alive(self) -> bool:
+        return bool(self.processes) and all(process.is_alive() for process in self.processes)
+
+    def run(self, function, *arguments, timeout_s: float = 60.0) -> list:
+        """The result of every rank. What a rank raises is raised here, and ends the pool."""
+        outcomes = self.outcomes(function, *arguments, timeout_s=timeout_s)
+        failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        if failed:
+            self.close()
+            # A rank that died explains the others' troubles, not the other way round.
+            raise next((error for error in failed if isinstance(error, RankDied)), failed[0])
+        return outcomes
+
+    def outcomes(self, function, *arguments, timeout_s: float = 60.0) -> list:
+        """What became of every rank: its result, the exception that it raised, or `RankDied`."""
+        job = _pack((function, arguments))
+        for connection in self._connections:
+            with contextlib.suppress(BrokenPipeError):
+                connection.send_bytes(job)
+        outcomes = {}
+        deadline = time.monotonic() + timeout_s
+        while len(outcomes) < self.world_size:
+            waiting = {self._connections[r]: r for r in range(self.world_size) if r not in outcomes}
+            ready = multiprocessing.connection.wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise self._timed_out(sorted(waiting.values()), outcomes, timeout_s)
+            for connection in ready:
+                rank = waiting[connection]
+                outcomes[rank] = self._receive(rank)
+                if isinstance(outcomes[rank], BaseException):
+                    deadline = min(deadline, time.monotonic() + _GRACE_S)
+        return [outcomes[rank] for rank in range(self.world_size)]
+
+    def _receive(self, rank: int):
+        try:
+            result, error, text = _unpack(self._connections[rank].recv_bytes())
+        except (EOFError, ConnectionError):
+            self.processes[rank].join(5)
+            return RankDied(rank, self.processes[rank].exitcode)
+        if error is not None:
+            error.__cause__ = _Traceback(f"\nrank {rank}: {text}")
+            return error
+        return result
+
+    def _timed_out(self, late: list[int], outcomes: dict, timeout_s: float) -> TimeoutError:
+        told = [f"rank {rank}: {outcome!r}" for rank, outcome in sorted(outcomes.items())]
+        for rank in late:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        for rank in late:
+            with open(_stacks_path(self._folder.name, rank)) as file:
+                told.append(f"rank {rank} was here:\n{file.read()}")
+        self.close()
+        return TimeoutError(f"ranks {late} did not finish within {timeout_s} s\n" + "\n".join(told))
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        deadline = time.monotonic() + 2
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+            process.join()
+        self._connections, self.processes = [], []
+        self._folder.cleanup()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def _stacks_path(folder: str, rank: int) -> str:
+    return os.path.join(folder, f"stacks-{rank}")
+
+
+def _pack(value) -> bytes:
+    """Bytes of any picklable value, tensors of every dtype included."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes):
+    return torch.load(io.BytesIO(data), weights_only=False)
+
+
+def _serve(rank: int, world_size: int, device: str, folder: str, connection) -> None:
+    with open(_stacks_path(folder, rank), "w") as stacks:
+        faulthandler.enable()
+        faulthandler.register(signal.SIGUSR1, file=stacks)
+        torch.set_num_threads(1)
+        if device == "cuda":
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory
+        store = dist.FileStore(os.path.join(folder, "store"), world_size)
+        timeout = datetime.timedelta(seconds=30)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+        while True:
+            try:
+                function, arguments = _unpack(connection.recv_bytes())
+            except (EOFError, ConnectionError):
+                return
+            connection.send_bytes(_run(function, arguments))
+
+
+def _run(function, arguments) -> bytes:
+    try:
+        return _pack((function(*arguments), None, ""))
+    except Exception as error:
+        text = traceback.format_exc()
+        try:
+            data = _pack((None, error, text))
+            _unpack(data)
+            return data
+        except Exception:  # not every exception can be pickled
+            return _pack((None, RuntimeError(f"{type(error).__name__}: {error}"), text))
+
+
+# ---- what the functions that run on ranks need ----
+
+
+@contextlib.contextmanager
+def workspace(backend: str | None = None, device: str = "cpu", **arguments):
+    """A workspace of the default group, on this rank; `backend` None leaves the choice to tp_fused."""
+    if backend is None:
+        os.environ.pop("TP_FUSED_BACKEND", None)
+    else:
+        os.environ["TP_FUSED_BACKEND"] = backend
+    defaults = {"max_num_tokens": 64, "hidden_size": 256, "dtype": torch.float32, "timeout_s": 20.0}
+    with tp_fused.init(device=device, **{**defaults, **arguments}) as made:
+        yield made
+
+
+def outcome(function, *arguments, **keywords):
+    """What the call returns or raises, and how many seconds it took."""
+    begin = time.monotonic()
+    try:
+        result = function(*arguments, **keywords)
+    except Exception as error:
+        result = error
+    return result, time.monotonic() - begin
