@@ -1,0 +1,170 @@
+"""`python -m bench OP`: checks an op on every rank, then times it beside the unfused program.
+
+`python -m bench plot FILE.json...` draws what runs have left.
+"""
+
+import functools
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.multiprocessing
+import typer
+
+import tp_fused.launch
+from tp_fused.native import _C
+
+from . import options as run_options
+from .run import CASES, run_rank
+
+HELP = """Times tp_fused's ops, each beside the unfused program over torch.distributed ("dist") and over tp_fused's own
+transport ("own"), interleaved in one run.
+
+Every size is checked first, on poisoned outputs, against an oracle. Then it is timed: median and p99 of the slowest
+rank. bytes, algbw and busbw mean what they mean in nccl-tests. Rank processes are started, unless torchrun has.
+
+Exit codes: 0, 1 wrong results, 2 bad options or set-up, 3 a fault between ranks.
+"""
+
+
+def _paragraphs(text: str) -> str:
+    """Without the line breaks of the source, which typer would keep."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
+app = typer.Typer(help=_paragraphs(HELP), no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+class Dtype(str, Enum):
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Backend(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+    reference = "reference"
+
+
+class ScaleLayout(str, Enum):
+    row = "row"
+    column = "column"
+
+
+_general = functools.partial(typer.Option, rich_help_panel="Run")
+_sizes = functools.partial(typer.Option, rich_help_panel="Sizes")
+_timing = functools.partial(typer.Option, rich_help_panel="Timing")
+
+
+def run_op(
+    context: typer.Context,
+    world_size: Annotated[int | None, _general(min=1, help="Ranks", show_default="torchrun's, else 2")] = None,
+    device: Annotated[Device, _general(help="auto: cuda where torch sees a card")] = Device.auto,
+    backend: Annotated[Backend | None, _general(help="Asks for one", show_default="what fits the machine")] = None,
+    zero_copy: Annotated[bool, _general("--zero-copy", help="Inputs in symmetric memory, read in place")] = False,
+    max_ctas: Annotated[int | None, _general(min=1, help="Bound of every CUDA grid")] = None,
+    timeout: Annotated[float, _general(min=0.001, help="Seconds that an op waits for a peer")] = 30.0,
+    check: Annotated[int, _general(min=0, max=1, help="1: check results before timing them")] = 1,
+    json: Annotated[Path | None, _general(dir_okay=False, help="Write all numbers to this file")] = None,
+    min_tokens: Annotated[int, _sizes(min=0, help="The first size")] = 1,
+    max_tokens: Annotated[int, _sizes(min=0, help="The last size")] = 4096,
+    step_factor: Annotated[float, _sizes(help="From one size to the next")] = 2.0,
+    tokens: Annotated[str | None, _sizes(help="These sizes instead, for example 1,5,1023")] = None,
+    hidden: Annotated[int, _sizes(min=1, help="Columns of the reduced rows")] = 7168,
+    latent: Annotated[int, _sizes(min=1, help="Columns of the projection")] = 2112,
+    kv_lora: Annotated[int, _sizes(min=1, help="Of those, kv_a's")] = 512,
+    rope: Annotated[int, _sizes(min=0, help="Of those, k_pe's; q_a has the rest")] = 64,
+    dtype: Annotated[Dtype, _sizes(help="Of the rows")] = Dtype.bf16,
+    scale_layout: Annotated[ScaleLayout, _sizes(help="Of fp8 scales")] = ScaleLayout.row,
+    warmup: Annotated[int, _timing(min=1, help="Rounds before the clock counts")] = 3,
+    iters: Annotated[int | None, _timing(min=1, help="Rounds that count", show_default="as --budget allows")] = None,
+    budget: Annotated[float, _timing(min=0.0, help="Seconds of timing a size, for 5 to 1000 rounds")] = 2.0,
+    baselines: Annotated[int, _timing(min=0, max=1, help="0: only the fused op")] = 1,
+    compile: Annotated[bool, _timing("--compile", help="torch.compile the unfused programs' local parts")] = False,
+) -> None:
+    torchrun_ranks = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+    try:
+        counts = run_options.token_counts(tokens, min_tokens, max_tokens, step_factor)
+        if json is not None and not json.absolute().parent.is_dir():
+            raise run_options.OptionError("--json", f"there is no directory {json.parent}")
+        options = run_options.Options(
+            ops=tuple(CASES) if context.info_name == "all" else (context.info_name,),
+            world_size=world_size or torchrun_ranks or 2,
+            tokens=counts,
+            hidden=hidden,
+            latent=latent,
+            kv_lora=kv_lora,
+            rope=rope,
+            dtype=dtype.value,
+            scale_layout=scale_layout.value,
+            device=_choose_device(device),
+            backend=backend.value if backend else None,
+            zero_copy=zero_copy,
+            check=bool(check),
+            baselines=bool(baselines),
+            compile=compile,
+            warmup=warmup,
+            iters=iters,
+            budget_s=budget,
+            timeout_s=timeout,
+            max_ctas=max_ctas,
+            json=None if json is None else str(json),
+            argv=tuple(sys.argv[1:]),
+        )
+        launch(options, torchrun_ranks)
+    except run_options.OptionError as error:
+        raise typer.BadParameter(str(error), ctx=context, param_hint=error.option) from None
+
+
+def _choose_device(device: Device) -> str:
+    if device == Device.cuda and not torch.cuda.is_available():
+        raise run_options.OptionError("--device", "cuda was asked for, but torch sees no card")
+    return "cuda" if device != Device.cpu and torch.cuda.is_available() else "cpu"
+
+
+def launch(options: run_options.Options, torchrun_ranks: int | None) -> None:
+    run_options.check(options, _C.MAX_HIDDEN_SIZE, _C.MAX_RANKS, torchrun_ranks)
+    try:
+        # The process group waits longer than the ops: between two of them a rank may be busy with the oracle.
+        tp_fused.launch.launch(run_rank, options.world_size, options, timeout_s=max(600.0, 10 * options.timeout_s))
+    except torch.multiprocessing.ProcessExitedException as ended:
+        # The rank has said why, unless a signal ended it.
+        if ended.exit_code < 0:
+            typer.echo(f"rank {ended.error_index} was ended by {ended.signal_name}", err=True)
+        raise typer.Exit(ended.exit_code if ended.exit_code > 0 else 1) from None
+    except torch.multiprocessing.ProcessRaisedException as raised:
+        typer.echo(str(raised), err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command(help="Draws time and bandwidth over tokens from JSON files, with the unfused programs and the floor.")
+def plot(
+    files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="What --json wrote")],
+    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="The picture")] = Path("bench.png"),
+) -> None:
+    from .plot import draw  # matplotlib is for this command only
+
+    try:
+        draw(files, output)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="FILES") from None
+    typer.echo(f"wrote {output}")
+
+
+for _op, _case in CASES.items():
+    app.command(_op, help=_paragraphs(_case.__doc__))(run_op)
+app.command("all", help="Every op in turn, for an overview.")(run_op)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m bench")

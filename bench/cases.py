@@ -1,0 +1,342 @@
+"""One class an op: its inputs, the fused call, the unfused program, what is right, and the bytes.
+
+The docstring of a class is the help of its command. `bytes` and the bus factor follow nccl-tests: a reduce-scatter's
+bytes are one rank's input, an all-gather's are one rank's output, (world_size - 1) / world_size of them cross a rank's
+link. `memory_bytes` is what all ranks together have to read and write, and sets the floor: see `Case.memory_bytes`.
+"""
+
+import functools
+
+import torch
+
+import tp_fused
+from tp_fused import reference
+
+from .context import compact
+from .timing import Program
+from .transports import OverTorch, OverTpFused
+
+EPS = 1e-6
+
+
+def rms_norm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(rows, (rows.shape[1],), weight.to(rows.dtype), EPS)
+
+
+def add_norm(rows: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor):
+    """What follows a reduction, in place on its fresh output."""
+    rows.add_(residual)
+    return rms_norm(rows, weight), rows
+
+
+def add_norm_quantize(rows: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale_layout: str):
+    output, residual_out = add_norm(rows, residual, weight)
+    return (*reference.quantize_e4m3(output, layout=scale_layout), residual_out)
+
+
+def steps_apart(value: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """How many representable numbers lie between two tensors' elements; 0 only where the bits are the same."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[value.element_size()]
+    smallest = torch.iinfo(integer).min
+
+    def ordered(tensor):
+        bits = tensor.contiguous().view(integer).long()
+        return torch.where(bits < 0, smallest - bits - 1, bits)
+
+    return (ordered(value) - ordered(expected)).abs()
+
+
+class Case:
+    """An op at one token count on one rank. Subclasses name themselves in `op`."""
+
+    op: str
+    baselines = ("dist", "own")
+    bus_passes = 1  # 2 where rows are scattered and gathered again, as nccl-tests counts an all-reduce
+
+    def __init__(self, context, num_tokens: int):
+        self.context, self.num_tokens, self.group = context, num_tokens, context.group
+        options = context.options
+        self.own_rows = context.row_count(num_tokens)
+        self.hidden, self.latent, self.itemsize = options.hidden, options.latent, context.dtype.itemsize
+        # A result of the kernels differs from the oracle by the order of fp32 sums at most: on the CPU, not at all.
+        self.roundings = 0 if context.device.type == "cpu" else 1
+
+    def fused(self) -> tuple[torch.Tensor, ...]:
+        raise NotImplementedError
+
+    def unfused(self, via) -> Program:
+        """The ordinary program over a transport; its outputs are those of `fused`, padded where the transport pads."""
+        raise NotImplementedError
+
+    def count_wrong(self, outputs: tuple[torch.Tensor, ...]) -> int:
+        """Elements of this rank's outputs that are not what they must be."""
+        raise NotImplementedError
+
+    @property
+    def bytes(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def memory_bytes(self) -> int:
+        """What all ranks together read and write at least, when every byte is touched once."""
+        raise NotImplementedError
+
+    def programs(self) -> dict[str, Program]:
+        """What is timed: "fused" first, then the baselines."""
+        programs = {"fused": Program(self.fused)}
+        for name in self.available_baselines(self.context):
+            # Nothing to send, nothing to compare with: the collectives of torch refuse empty tensors.
+            if self.num_tokens > 0 or name == "own":
+                programs[name] = self.baseline(name)
+        return programs
+
+    @classmethod
+    def available_baselines(cls, context) -> tuple[str, ...]:
+        if not context.options.baselines:
+            return ()
+        return tuple(name for name in cls.baselines if name == "own" or context.has_collectives)
+
+    def baseline(self, name: str) -> Program:
+        kind = OverTpFused if name == "own" else OverTorch
+        return self.unfused(kind(self.context, self.num_tokens, getattr(self, "input", None)))
+
+    def resembles(self, outputs, expected) -> bool:
+        """Whether a baseline computes the same thing, give or take its own roundings."""
+        for output, right in zip(outputs, expected, strict=True):
+            if output.shape[0] != right.shape[0]:
+                if right.shape[0] == self.num_tokens:
+                    output = compact(output, self.num_tokens, self.context.world_size)
+                output = output[: right.shape[0]]
+            output, right = output.double(), right.double()
+            # On average, since one rounding may move an fp8 number by an eighth; `not <=` catches NaN.
+            if right.numel() and not (output - right).abs().mean() <= 0.05 * right.abs().mean():
+                return False
+        return True
+
+    def _local(self, function):
+        """The part of an unfused program that runs on one rank, compiled where --compile asks for it."""
+        return torch.compile(function, dynamic=False) if self.context.options.compile else function
+
+
+# ---- ops that begin with a reduction ----
+
+
+class Reduction(Case):
+    """Partial sums of all ranks, a residual of which each rank holds its rows, and a norm's weight."""
+
+    def __init__(self, context, num_tokens: int):
+        super().__init__(context, num_tokens)
+        shares = [self._partial(context.rank, owner) for owner in range(context.world_size)]
+        self.input = context.place(torch.cat(shares))
+        self.residual = context.random("residual", num_tokens, context.rank, shape=(self.own_rows, self.hidden))
+        self.weight = 1 + 0.1 * context.constant("norm", (self.hidden,))
+
+    def _partial(self, source: int, owner: int) -> torch.Tensor:
+        """What rank `source` adds to the rows of rank `owner`: a tensor of its own, so that a peer can make just it."""
+        shape = (self.context.row_count(self.num_tokens, owner), self.hidden)
+        return self.context.random("partial", self.num_tokens, source, owner, shape=shape)
+
+    def expected_sum(self, residual: torch.Tensor | None) -> torch.Tensor:
+        parts = [self._partial(source, self.context.rank) for source in range(self.context.world_size)]
+        return reference.sum_in_rank_order(parts, residual)
+
+    @functools.cached_property
+    def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output, residual_out) of this rank's rows."""
+        residual_out = self.expected_sum(self.residual)
+        return reference.rms_norm(residual_out, self.weight, EPS), residual_out
+
+    @property
+    def bytes(self) -> int:
+        return self.num_tokens * self.hidden * self.itemsize
+
+    @property
+    def reduction_bytes(self) -> int:
+        """Every rank's input is read; staged, all but the owner's rows are written and read once more."""
+        copies = 0 if self.context.options.zero_copy else self.context.world_size - 1
+        return (self.context.world_size + 2 * copies) * self.bytes
+
+
+class RsRmsnorm(Reduction):
+    """Reduce-scatter, residual add and RMSNorm.
+
+    bytes: one rank's input.
+
+    Right: residual_out has the oracle's bits; so has output on a CPU, on CUDA it is within one rounding.
+    """
+
+    op = "rs_rmsnorm"
+
+    def fused(self):
+        return tp_fused.rs_rmsnorm(self.input, self.residual, self.weight, EPS, self.group)
+
+    def unfused(self, via):
+        residual, finish = via.pad_rows(self.residual), self._local(add_norm)
+        return Program(lambda: finish(via.reduce_scatter(), residual, self.weight))
+
+    def count_wrong(self, outputs):
+        output, residual_out = outputs
+        wrong = (steps_apart(residual_out, self.expected[1]) > 0).sum()
+        return int(wrong + (steps_apart(output, self.expected[0]) > self.roundings).sum())
+
+    @property
+    def memory_bytes(self):
+        return self.reduction_bytes + 3 * self.bytes
+
+
+class RsRmsnormFp8(Reduction):
+    """Reduce-scatter, residual add, RMSNorm and fp8 quantisation.
+
+    bytes: one rank's input.
+
+    Right: residual_out has the oracle's bits; so have q and scale on a CPU, on CUDA they are within one step of e4m3
+    and one rounding of the group's largest number.
+    """
+
+    op = "rs_rmsnorm_fp8"
+
+    def fused(self):
+        layout = self.context.options.scale_layout
+        outputs = tp_fused.rs_rmsnorm_fp8(self.input, self.residual, self.weight, EPS, self.group, scale_layout=layout)
+        return outputs[:3]
+
+    def unfused(self, via):
+        residual, finish = via.pad_rows(self.residual), self._local(add_norm_quantize)
+        layout = self.context.options.scale_layout
+        return Program(lambda: finish(via.reduce_scatter(), residual, self.weight, layout))
+
+    def count_wrong(self, outputs):
+        q, scale, residual_out = outputs
+        expected_q, expected_scale = reference.quantize_e4m3(self.expected[0])
+        rounding = self.roundings * torch.finfo(self.context.dtype).eps
+        wrong = (steps_apart(residual_out, self.expected[1]) > 0).sum()
+        wrong += (steps_apart(q, expected_q) > self.roundings).sum()
+        return int(wrong + (~((scale - expected_scale).abs() <= rounding * expected_scale)).sum())
+
+    @property
+    def memory_bytes(self):
+        quantised = self.num_tokens * (self.hidden + 4 * -(-self.hidden // 128))
+        return self.reduction_bytes + 2 * self.bytes + quantised
+
+
+class RsRmsnormAg(Reduction):
+    """All-reduce, residual add and RMSNorm, with the residual left scattered.
+
+    Besides the unfused program, "allreduce" is what engines do today: all_reduce, then every rank adds and norms all
+    rows.
+
+    bytes: one rank's input, scattered and gathered again. Right: as rs_rmsnorm.
+    """
+
+    op = "rs_rmsnorm_ag"
+    baselines = ("dist", "allreduce", "own")
+    bus_passes = 2
+
+    def fused(self):
+        return tp_fused.rs_rmsnorm_ag(self.input, self.residual, self.weight, EPS, self.group)
+
+    def unfused(self, via):
+        residual, finish = via.pad_rows(self.residual), self._local(add_norm)
+
+        def call():
+            output, residual_out = finish(via.reduce_scatter(), residual, self.weight)
+            return via.all_gather(output), residual_out
+
+        return Program(call)
+
+    def all_reduced(self, via) -> Program:
+        residual, finish = self.context.gather_rows(self.residual, self.num_tokens), self._local(add_norm)
+
+        def call():
+            output, residual_out = finish(via.all_reduce(), residual, self.weight)
+            return output, residual_out[tp_fused.row_slice(self.num_tokens, self.context.rank, self.context.world_size)]
+
+        return Program(call, via.prepare_all_reduce)
+
+    def baseline(self, name):
+        if name == "allreduce":
+            return self.all_reduced(OverTorch(self.context, self.num_tokens, self.input))
+        return super().baseline(name)
+
+    @functools.cached_property
+    def expected_output(self) -> torch.Tensor:
+        return self.context.gather_rows(self.expected[0], self.num_tokens)
+
+    def count_wrong(self, outputs):
+        output, residual_out = outputs
+        wrong = (steps_apart(residual_out, self.expected[1]) > 0).sum()
+        return int(wrong + (steps_apart(output, self.expected_output) > self.roundings).sum())
+
+    @property
+    def memory_bytes(self):
+        return self.reduction_bytes + (2 + self.context.world_size) * self.bytes
+
+
+class ReduceScatterRows(Reduction):
+    """Reduce-scatter over the token dimension: tp_fused's own transport, so only torch.distributed beside it.
+
+    bytes: one rank's input. Right: the oracle's bits.
+    """
+
+    op = "reduce_scatter_rows"
+    baselines = ("dist",)
+
+    def fused(self):
+        return (tp_fused.reduce_scatter_rows(self.input, self.group),)
+
+    def unfused(self, via):
+        return Program(lambda: (via.reduce_scatter(),))
+
+    def count_wrong(self, outputs):
+        return int((steps_apart(outputs[0], self.expected_rows) > 0).sum())
+
+    @functools.cached_property
+    def expected_rows(self) -> torch.Tensor:
+        return self.expected_sum(None)
+
+    @property
+    def memory_bytes(self):
+        return self.reduction_bytes + self.bytes
+
+
+# ---- ops that end with a gather ----
+
+
+class AllGatherRows(Case):
+    """All-gather of scattered rows: tp_fused's own transport, so only torch.distributed beside it.
+
+    bytes: one rank's output. Right: every rank's bits. With --tokens 0, a bare barrier.
+    """
+
+    op = "all_gather_rows"
+    baselines = ("dist",)
+
+    def __init__(self, context, num_tokens: int):
+        super().__init__(context, num_tokens)
+        self.rows = self._rows_of(context.rank)
+
+    def _rows_of(self, rank: int) -> torch.Tensor:
+        shape = (self.context.row_count(self.num_tokens, rank), self.hidden)
+        return self.context.random("rows", self.num_tokens, rank, shape=shape)
+
+    def fused(self):
+        return (tp_fused.all_gather_rows(self.rows, self.num_tokens, self.group),)
+
+    def unfused(self, via):
+        rows = via.pad_rows(self.rows)
+        return Program(lambda: (via.all_gather(rows),))
+
+    @functools.cached_property
+    def expected(self) -> torch.Tensor:
+        return torch.cat([self._rows_of(rank) for rank in range(self.context.world_size)])
+
+    def count_wrong(self, outputs):
+        return int((steps_apart(outputs[0], self.expected) > 0).sum())
+
+    @property
+    def bytes(self):
+        return self.num_tokens * self.hidden * self.itemsize
+
+    @property
+    def memory_bytes(self):
+        return (1 + self.context.world_size) * self.bytes

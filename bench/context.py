@@ -1,0 +1,140 @@
+"""What a rank has for the whole run: its place, device, workspace and groups, and inputs that peers can recompute."""
+
+import functools
+import os
+import zlib
+
+import torch
+import torch.distributed as dist
+
+import tp_fused
+from tp_fused import partition
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Renamed in torch 2.13, where the old name warns.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Context:
+    """Made on every rank of an initialised gloo group; `close` gives the workspace back.
+
+    `group` is what the ops and the unfused programs talk over: the default group on CPU tensors, an NCCL group where
+    every rank has a card of its own. Ranks that share cards have no collective library (NCCL wants a card a rank), so
+    there `has_collectives` is False and the programs over torch.distributed are left out.
+    """
+
+    def __init__(self, options):
+        self.options = options
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.dtype = TORCH_DTYPES[options.dtype]
+        self.group, self.has_collectives, self.ranks_per_card = dist.group.WORLD, True, 0
+        self.device = self._device()
+        if options.backend is not None:
+            os.environ["TP_FUSED_BACKEND"] = options.backend
+        self.workspace = tp_fused.init(
+            self.group,
+            max_num_tokens=options.max_tokens,
+            hidden_size=options.hidden,
+            latent_size=options.latent,
+            dtype=self.dtype,
+            timeout_s=options.timeout_s,
+            max_ctas=options.max_ctas,
+            device=self.device.type,
+        )
+        self._symmetric = None
+        if options.zero_copy:
+            self._symmetric = self.workspace.symm_empty(options.max_tokens, options.hidden)
+        self._nothing = torch.empty(0, options.hidden, dtype=self.dtype, device=self.device)
+
+    def _device(self) -> torch.device:
+        if self.options.device != "cuda":
+            return torch.device("cpu")
+        cards = torch.cuda.device_count()
+        local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self.ranks_per_card = -(-int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)) // cards)
+        device = torch.device("cuda", local_rank % cards)
+        torch.cuda.set_device(device)
+        if self.ranks_per_card > 1:
+            os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+            self.has_collectives = False
+        else:
+            self.group = dist.new_group(backend="nccl")
+        return device
+
+    def close(self) -> None:
+        self.host_barrier()
+        self.workspace.close()
+
+    # ---- inputs ----
+
+    def random(self, *key, shape: tuple[int, ...]) -> torch.Tensor:
+        """Normal numbers that depend on the key only: any rank can make what any other has."""
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(repr(key).encode()))
+        return torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
+
+    @functools.cache  # noqa: B019 -- a context lives as long as its process
+    def constant(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """What does not depend on the token count: weights. Made once."""
+        return self.random(name, shape=shape)
+
+    def row_count(self, num_tokens: int, rank: int | None = None) -> int:
+        return partition.row_count(num_tokens, self.rank if rank is None else rank, self.world_size)
+
+    def place(self, input: torch.Tensor) -> torch.Tensor:
+        """The tensor, or its copy in symmetric memory where the run is to be zero-copy."""
+        if self._symmetric is None:
+            return input
+        placed = self._symmetric[: input.shape[0]]
+        placed.copy_(input)
+        return placed
+
+    def explain(self, op: str) -> str:
+        """What the backend would do with the run's inputs, and why."""
+        input = self._nothing if self._symmetric is None else self._symmetric
+        op = op if hasattr(torch.ops.tp_fused, op) else "rs_rmsnorm"  # a chain of ops begins with it
+        lines = tp_fused.explain(op, self.options.max_tokens, self.group, input=input).splitlines()
+        return "\n".join(line for line in lines if " owns rows " not in line)  # of one size only
+
+    # ---- meeting the peers ----
+
+    def meet(self) -> None:
+        """Lines the ranks up before a timed call: on the workspace's own signals, the shortest way they have."""
+        if self.workspace.backend != "reference":
+            tp_fused.all_gather_rows(self._nothing, 0, self.group)
+        elif self.device.type == "cuda":
+            dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
+        else:
+            dist.barrier()
+
+    def host_barrier(self) -> None:
+        """Waits as long as the process group does: work on the host may take longer than an op's deadline."""
+        dist.barrier(dist.group.WORLD)
+
+    def host_reduce(self, values, operation=dist.ReduceOp.MAX) -> torch.Tensor:
+        """The values of all ranks, element by element, in double."""
+        total = torch.as_tensor(values, dtype=torch.float64, device="cpu").clone()
+        dist.all_reduce(total, operation, group=dist.group.WORLD)
+        return total
+
+    def host_sum(self, value: int) -> int:
+        return int(self.host_reduce([value], dist.ReduceOp.SUM)[0])
+
+    def gather_rows(self, rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """All ranks' rows, over gloo: the oracle does not travel by the code it judges."""
+        share = self.row_count(num_tokens, 0)
+        padded = torch.zeros(share, rows.shape[1], dtype=rows.dtype)
+        padded[: rows.shape[0]] = rows.cpu()
+        gathered = torch.empty(self.world_size * share, rows.shape[1], dtype=rows.dtype)
+        if share > 0:
+            all_gather_single(gathered, padded, group=dist.group.WORLD)
+        return compact(gathered, num_tokens, self.world_size).to(self.device)
+
+
+def compact(gathered: torch.Tensor, num_tokens: int, world_size: int) -> torch.Tensor:
+    """Rows of equal, padded shares without the padding."""
+    if gathered.shape[0] == num_tokens:
+        return gathered
+    shares = gathered.chunk(world_size)
+    counts = partition.row_counts(num_tokens, world_size)
+    return torch.cat([share[:count] for share, count in zip(shares, counts, strict=True)])

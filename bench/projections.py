@@ -1,0 +1,199 @@
+"""The cases that project: qkv_a_proj_ag in its three forms, and the chain from partial sums to latents."""
+
+import functools
+
+import torch
+from torch.nn.functional import linear
+
+import tp_fused
+from tp_fused import reference
+
+from .cases import EPS, Case, RsRmsnorm, add_norm, rms_norm, steps_apart
+from .timing import Program
+
+# How the fused result may differ from the exact one, in units of what the unfused program of the same dtype does.
+ERROR_BOUND = 2.0
+
+
+class QkvAProjAg(Case):
+    """A replicated projection of scattered rows, all-gathered while it is computed.
+
+    bytes: one rank's output. Right: within twice the largest error that the unfused program of the same dtype makes,
+    against a product in fp32 (fp64 for fp32).
+    """
+
+    op = "qkv_a_proj_ag"
+
+    def __init__(self, context, num_tokens: int):
+        super().__init__(context, num_tokens)
+        # Higher than the dtype by enough to be called exact.
+        self.exact_dtype = torch.float64 if context.dtype == torch.float32 else torch.float32
+        self.weight = context.constant("projection", (self.latent, self.hidden)) / self.hidden**0.5
+
+    @functools.cached_property
+    def rows(self) -> torch.Tensor:
+        shape = (self.own_rows, self.hidden)
+        return self.context.random("rows", self.num_tokens, self.context.rank, shape=shape)
+
+    @property
+    def arguments(self) -> tuple[torch.Tensor, ...]:
+        """What `project` takes, one entry a row."""
+        return (self.rows,)
+
+    def fused(self):
+        return (tp_fused.qkv_a_proj_ag(self.rows, self.weight, self.num_tokens, self.group),)
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        return linear(rows, self.weight)
+
+    def project_exactly(self) -> torch.Tensor:
+        return linear(self.rows.to(self.exact_dtype), self.weight.to(self.exact_dtype))
+
+    def finish(self, latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What follows the gather, in the latent's own dtype."""
+        return (latent,)
+
+    def unfused(self, via):
+        rows, finish = [via.pad_rows(argument) for argument in self.arguments], self._local(self.finish)
+        return Program(lambda: finish(via.all_gather(self.project(*rows))))
+
+    @functools.cached_property
+    def expected(self) -> list[tuple[torch.Tensor, float]]:
+        """Each output, exact, and the error it may have."""
+        exact = self.project_exactly()
+        plain = self.finish(self.project(*self.arguments))
+        errors = [
+            (value - right).abs().max().item() if value.numel() else 0.0
+            for value, right in zip(plain, self.finish(exact), strict=True)
+        ]
+        bounds = (ERROR_BOUND * self.context.host_reduce(errors)).tolist()
+        gathered = self.context.gather_rows(exact, self.num_tokens)
+        return list(zip(self.finish(gathered), bounds, strict=True))
+
+    def count_wrong(self, outputs):
+        pairs = zip(outputs, self.expected, strict=True)
+        return int(sum((~((value - right).abs() <= bound)).sum() for value, (right, bound) in pairs))
+
+    @property
+    def bytes(self):
+        return self.num_tokens * self.latent * self.itemsize
+
+    @property
+    def memory_bytes(self):
+        """The rows once, the weight and the output on every rank."""
+        weight = self.latent * self.hidden * self.itemsize
+        return self.num_tokens * self.hidden * self.itemsize + self.context.world_size * (weight + self.bytes)
+
+
+class QkvAProjAgFp8(QkvAProjAg):
+    """qkv_a_proj_ag on fp8 rows and weight with block scales; the output is bf16.
+
+    The unfused program dequantises and multiplies in fp32. bytes and right: as qkv_a_proj_ag.
+    """
+
+    op = "qkv_a_proj_ag_fp8"
+
+    def __init__(self, context, num_tokens: int):
+        super().__init__(context, num_tokens)
+        blocks = tuple(-(-size // 128) for size in self.weight.shape)
+        self.weight = context.constant("projection", self.weight.shape).to(torch.float8_e4m3fn)
+        self.weight_scale = (1 + 0.1 * context.constant("scale", blocks).float()) / self.hidden**0.5
+        self.itemsize = torch.bfloat16.itemsize
+
+    @functools.cached_property
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return reference.quantize_e4m3(self.rows, layout=self.context.options.scale_layout)
+
+    def fused(self):
+        weight = (self.weight, self.weight_scale)
+        return (tp_fused.qkv_a_proj_ag_fp8(*self.arguments, *weight, self.num_tokens, self.group),)
+
+    def project(self, q, scale):
+        return reference.project_fp8(q, scale, self.weight, self.weight_scale)
+
+    def project_exactly(self):
+        rows = reference.dequantize(*self.arguments, (1, 128))
+        return linear(rows, reference.dequantize(self.weight, self.weight_scale, (128, 128)))
+
+    @property
+    def memory_bytes(self):
+        rows = self.num_tokens * (self.hidden + 4 * -(-self.hidden // 128))
+        return rows + self.context.world_size * (self.latent * self.hidden + self.bytes)
+
+
+class QkvAProjAgNorm(QkvAProjAg):
+    """qkv_a_proj_ag and the two latent RMSNorms, split into three contiguous tensors.
+
+    bytes: one rank's outputs. Right: as qkv_a_proj_ag.
+    """
+
+    op = "qkv_a_proj_ag_norm"
+
+    def __init__(self, context, num_tokens: int):
+        super().__init__(context, num_tokens)
+        options = context.options
+        self.widths = [options.q_lora, options.kv_lora, options.rope]
+        self.q_a_weight = 1 + 0.1 * context.constant("q_a", (options.q_lora,))
+        self.kv_a_weight = 1 + 0.1 * context.constant("kv_a", (options.kv_lora,))
+
+    def fused(self):
+        return self.fused_from(self.rows)
+
+    def fused_from(self, rows: torch.Tensor):
+        norms = (self.q_a_weight, self.kv_a_weight)
+        return tp_fused.qkv_a_proj_ag_norm(rows, self.weight, *norms, self.num_tokens, EPS, self.group)
+
+    def finish(self, latent):
+        q_a, kv_a, k_pe = latent.split(self.widths, dim=1)
+        return rms_norm(q_a, self.q_a_weight), rms_norm(kv_a, self.kv_a_weight), k_pe.contiguous()
+
+
+class Chain(QkvAProjAgNorm):
+    """rs_rmsnorm, then qkv_a_proj_ag_norm, against what engines do today.
+
+    Today: all-reduce, then every rank adds, norms and projects all rows, and norms the latents.
+
+    bytes: those of both ops. Right: residual_out has the oracle's bits, the latents are as in qkv_a_proj_ag_norm.
+    """
+
+    op = "chain"
+
+    def __init__(self, context, num_tokens: int):
+        super().__init__(context, num_tokens)
+        self.reduction = RsRmsnorm(context, num_tokens)
+        self.input = self.reduction.input
+
+    @functools.cached_property
+    def rows(self):
+        return self.reduction.expected[0]
+
+    def fused(self):
+        output, residual_out = self.reduction.fused()
+        return (*self.fused_from(output), residual_out)
+
+    def unfused(self, via):
+        residual = self.context.gather_rows(self.reduction.residual, self.num_tokens)
+        norm, finish = self._local(add_norm), self._local(self.finish)
+        own = tp_fused.row_slice(self.num_tokens, self.context.rank, self.context.world_size)
+
+        def call():
+            output, residual_out = norm(via.all_reduce(), residual, self.reduction.weight)
+            return (*finish(self.project(output)), residual_out[own])
+
+        return Program(call, via.prepare_all_reduce)
+
+    def count_wrong(self, outputs):
+        *latents, residual_out = outputs
+        wrong = (steps_apart(residual_out, self.reduction.expected[1]) > 0).sum()
+        return super().count_wrong(latents) + int(wrong)
+
+    @property
+    def bytes(self):
+        return super().bytes + self.reduction.bytes
+
+    @property
+    def memory_bytes(self):
+        rows = self.num_tokens * self.hidden * self.itemsize
+        weight = self.latent * self.hidden * self.itemsize
+        latents = self.num_tokens * self.latent * self.itemsize
+        return self.reduction.memory_bytes + rows + self.context.world_size * (weight + latents)

@@ -1,0 +1,135 @@
+"""What every rank does: check an op, then time it, size by size."""
+
+import contextlib
+import sys
+import time
+
+import torch
+
+import tp_fused
+
+from . import cases, projections
+from .context import Context
+from .report import Report, result_row
+from .timing import copy_bandwidth, measure
+
+CASES = {
+    case.op: case
+    for case in (
+        cases.RsRmsnorm,
+        cases.RsRmsnormFp8,
+        cases.RsRmsnormAg,
+        cases.ReduceScatterRows,
+        cases.AllGatherRows,
+        projections.QkvAProjAg,
+        projections.QkvAProjAgFp8,
+        projections.QkvAProjAgNorm,
+        projections.Chain,
+    )
+}
+
+WRONG, BAD_SETUP, FAULT = 1, 2, 3  # exit codes
+
+
+def run_rank(options, registry=CASES) -> None:
+    """Runs on every rank of an initialised process group. Ends the process with a code when something is wrong."""
+    rank = torch.distributed.get_rank()
+    try:
+        context = Context(options)
+    except (ValueError, TypeError, MemoryError) as error:
+        if rank == 0:  # it is the same on all ranks
+            _complain(error)
+        sys.exit(BAD_SETUP)
+    try:
+        wrong = _run(context, registry)
+        context.close()
+    except tp_fused.CollectiveFault as fault:
+        _complain(fault, f"rank {rank}: ")
+        sys.exit(FAULT)
+    if wrong:
+        sys.exit(WRONG)
+
+
+def _complain(error: Exception, prefix: str = "") -> None:
+    print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+
+def _run(context, registry) -> int:
+    options = context.options
+    bandwidth = copy_bandwidth(context)
+    report = Report(options, context, bandwidth) if context.rank == 0 else None
+    total_wrong = 0
+    with report or contextlib.nullcontext():
+        for op in options.ops:
+            for index, num_tokens in enumerate(options.tokens):
+                row = _run_case(context, registry[op](context, num_tokens), report, index == 0)
+                total_wrong += row["wrong"] or 0
+        if total_wrong and report:
+            print(f"\n# {total_wrong} wrong elements", flush=True)
+    return total_wrong
+
+
+def _run_case(context, case, report, first: bool) -> dict:
+    label = f"{case.op} {case.num_tokens}"
+    programs = case.programs()
+    if report and first:
+        if not report.document["results"]:
+            report.header(context.explain(case.op))
+        report.table(case.op, case.available_baselines(context))
+    wrong = None
+    if context.options.check:
+        if report:
+            report.stage(f"{label}: check")
+        wrong = _check(context, case, programs)
+    samples = measure(context, programs, _ticker(report, label))
+    if context.options.check:  # the timed calls have to be right too, not only the first ones
+        wrong += context.host_sum(case.count_wrong(samples["fused"].last))
+    row = result_row(case, samples, wrong)
+    if report:
+        report.stage(label, advance=1)
+        report.row(row)
+    return row
+
+
+def _ticker(report, label: str):
+    """Draws the progress, a few times a second."""
+    drawn = time.monotonic()
+
+    def tick(done: int, total: int) -> None:
+        nonlocal drawn
+        if report and time.monotonic() - drawn > 0.2:
+            drawn = time.monotonic()
+            report.stage(f"{label}: {done} of {total}")
+
+    return tick
+
+
+def _check(context, case, programs) -> int:
+    """Wrong elements of all ranks in two poisoned calls (there are two staging slots), and a look at the baselines."""
+    wrong = 0
+    for _ in range(2):
+        context.host_barrier()
+        with poisoned():
+            outputs = programs["fused"].call()
+        wrong += case.count_wrong(outputs)
+    for name, program in programs.items():
+        if name == "fused":
+            continue
+        context.host_barrier()
+        if program.prepare is not None:
+            program.prepare()
+        alike = case.resembles(program.call(), outputs)
+        if wrong == 0 and not alike:
+            raise RuntimeError(f"{case.op}: the unfused program {name!r} computes something else")
+    return context.host_sum(wrong)
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Memory that torch hands out in here is NaN: what an op leaves unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

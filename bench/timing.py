@@ -1,0 +1,144 @@
+"""Times programs in turn on all ranks. The slowest rank counts.
+
+Iteration i of every program comes before iteration i + 1 of any, so that what else the machine does falls on all of
+them alike. Before each sample the ranks line up on the workspace's own signals, outside of the clock.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Program:
+    """A call to be timed, and what has to be done before each, off the clock."""
+
+    call: Callable[[], object]
+    prepare: Callable[[], None] | None = None
+
+
+@dataclass
+class Samples:
+    """Seconds per call, the slowest rank's, and what the last call returned here."""
+
+    seconds: torch.Tensor
+    last: object = None
+
+    @property
+    def median(self) -> float:
+        return self.seconds.median().item()
+
+    @property
+    def p99(self) -> float:
+        """The time that 99 of 100 calls stay within; of fewer than 100 calls, the slowest."""
+        ordered = self.seconds.sort().values
+        return ordered[-(-99 * len(ordered) // 100) - 1].item()
+
+
+class HostClock:
+    """Calls that return when their work is done: the process's own clock."""
+
+    rounds_in_flight = 1
+
+    def load(self, program: Program) -> Program:
+        return program
+
+    def sample(self, program: Program, meet) -> tuple[float, object]:
+        if program.prepare is not None:
+            program.prepare()
+        meet()
+        start = time.perf_counter()
+        result = program.call()
+        return time.perf_counter() - start, result
+
+    def seconds(self, samples: list[float]) -> list[float]:
+        return samples
+
+
+@dataclass
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    result: object
+    prepare: Callable[[], None] | None
+
+
+class CudaClock:
+    """Graph replay between two events. A graph holds several calls, so that its launch weighs little.
+
+    Rounds are queued ahead of the card, or the host's launches would show; hence `rounds_in_flight`.
+    """
+
+    rounds_in_flight = 20
+    calls_per_graph = 8
+
+    def load(self, program: Program) -> _Graph:
+        if program.prepare is not None:
+            program.prepare()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # lazy set-up of libraries is not for a capture
+            program.call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(self.calls_per_graph):
+                result = program.call()
+        return _Graph(graph, result, program.prepare)
+
+    def sample(self, program: _Graph, meet) -> tuple[tuple[torch.cuda.Event, torch.cuda.Event], object]:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if program.prepare is not None:
+            program.prepare()
+        meet()
+        start.record()
+        program.graph.replay()
+        stop.record()
+        return (start, stop), program.result
+
+    def seconds(self, samples) -> list[float]:
+        torch.cuda.synchronize()
+        return [start.elapsed_time(stop) * 1e-3 / self.calls_per_graph for start, stop in samples]
+
+
+def measure(context, programs: dict[str, Program], tick=lambda done, total: None) -> dict[str, Samples]:
+    """Samples of every program. `tick` hears of the progress, off the clock.
+
+    Iterations: --iters, or as many as fit into --budget seconds (5 to 1000), agreed on by the ranks after the warm-up.
+    """
+    options = context.options
+    clock = CudaClock() if context.device.type == "cuda" else HostClock()
+    context.host_barrier()
+    loaded = {name: clock.load(program) for name, program in programs.items()}
+
+    def run(iterations: int) -> tuple[dict[str, list[float]], dict[str, object]]:
+        seconds, last = {name: [] for name in loaded}, {}
+        for begin in range(0, iterations, clock.rounds_in_flight):
+            samples = {name: [] for name in loaded}
+            for _ in range(begin, min(begin + clock.rounds_in_flight, iterations)):
+                for name, program in loaded.items():
+                    last.pop(name, None)  # its memory is for the next call, as in a loop of layers
+                    sample, last[name] = clock.sample(program, context.meet)
+                    samples[name].append(sample)
+            for name, taken in samples.items():
+                seconds[name] += clock.seconds(taken)
+            tick(min(begin + clock.rounds_in_flight, iterations), iterations)
+        return seconds, last
+
+    start = time.perf_counter()
+    run(options.warmup)
+    round_s = context.host_reduce([(time.perf_counter() - start) / options.warmup])[0].item()
+    iterations = options.iters or int(min(max(options.budget_s / round_s, 5), 1000))
+    seconds, last = run(iterations)
+    slowest = context.host_reduce(list(seconds.values()))
+    return {name: Samples(slowest[i], last[name]) for i, name in enumerate(loaded)}
+
+
+def copy_bandwidth(context) -> float:
+    """Bytes read and written a second by large copies on all ranks at once: what the machine's memory gives them."""
+    size = (512 if context.device.type == "cuda" else 64) * 2**20
+    source = torch.ones(size, dtype=torch.uint8, device=context.device)
+    target = torch.zeros_like(source)
+    samples = measure(context, {"copy": Program(lambda: target.copy_(source))})["copy"]
+    return 2 * size * context.world_size / samples.median

@@ -1,0 +1,278 @@
+"""The benchmark CLI: whole runs as a user starts them, what makes them fail, and the arithmetic of its columns."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("typer", reason="the bench extra is not installed")
+pytest.importorskip("rich", reason="the bench extra is not installed")
+
+from typer.testing import CliRunner
+
+import tp_fused
+from bench import options as run_options
+from bench import run
+from bench.__main__ import app
+from bench.cases import RsRmsnorm, steps_apart
+from bench.report import bus_factor
+from bench.timing import Samples
+from bench.transports import OverTorch
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--hidden", "64", "--latent", "96", "--kv-lora", "32", "--rope", "32", "--iters", "2", "--warmup", "1"]
+RANKS = 3
+TOKENS = [0, 1, 7]
+
+
+def bench(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, *launcher, "-m", "bench", *arguments]
+    environment = {**inherited, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def all_ops(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    path = tmp_path_factory.mktemp("bench") / "all.json"
+    tokens = ",".join(map(str, TOKENS))
+    done = bench(
+        *("all", "--device", "cpu", "--world-size", str(RANKS), "--tokens", tokens),
+        *("--zero-copy", "--json", str(path), *SMALL),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, path
+
+
+# ---- whole runs ----
+
+
+def test_every_op_is_right_and_has_its_row(all_ops):
+    _, path = all_ops
+    document = json.loads(path.read_text())
+    rows = {(row["op"], row["tokens"]): row for row in document["results"]}
+    assert set(rows) == {(op, tokens) for op in run.CASES for tokens in TOKENS}
+    for (op, tokens), row in rows.items():
+        assert row["wrong"] == 0
+        baselines = set(run.CASES[op].baselines) if tokens else set(run.CASES[op].baselines) & {"own"}
+        assert set(row["programs"]) == {"fused"} | baselines
+        assert set(row["speedup"]) == baselines
+        assert all(0 < times["median_us"] <= times["p99_us"] for times in row["programs"].values())
+
+
+def test_json_names_machine_and_run(all_ops):
+    document = json.loads(all_ops[1].read_text())
+    machine = document["machine"]
+    assert machine["backend"] == "cpu" and machine["torch"] == torch.__version__
+    assert machine["copy_gb_s"] > 0 and machine["cores"] > 0 and machine["cpu"]
+    assert document["options"]["world_size"] == RANKS and document["options"]["tokens"] == TOKENS
+    assert document["argv"][0] == "all"
+
+
+def test_columns_agree_with_json(all_ops):
+    done, path = all_ops
+    row = next(row for row in json.loads(path.read_text())["results"] if row["tokens"] == 7)
+    assert row["op"] == "rs_rmsnorm" and row["bytes"] == 7 * 64 * 2
+    # Zero-copy: every rank's input is read, then the residual read and two outputs written.
+    assert row["memory_bytes"] == (RANKS + 3) * row["bytes"]
+    assert row["algbw_gb_s"] == pytest.approx(row["bytes"] / row["programs"]["fused"]["median_us"] * 1e-3)
+    assert row["busbw_gb_s"] == pytest.approx(row["algbw_gb_s"] * 2 / 3)
+    printed = next(line for line in done.stdout.splitlines() if line.split()[:2] == ["7", str(row["bytes"])])
+    assert float(printed.split()[2]) == pytest.approx(row["programs"]["fused"]["median_us"], abs=0.1)
+    assert "backend cpu (all ranks share one host's memory)" in done.stdout
+    assert "the peers read the input in place" in done.stdout
+
+
+def test_plot(all_ops, tmp_path):
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    document = json.loads(all_ops[1].read_text())
+    document["results"] = [row for row in document["results"] if row["op"] in ("rs_rmsnorm_ag", "reduce_scatter_rows")]
+    runs, picture = [tmp_path / "one.json", tmp_path / "other.json"], tmp_path / "both.png"
+    for path in runs:
+        path.write_text(json.dumps(document))
+    done = CliRunner().invoke(app, ["plot", *map(str, runs), "-o", str(picture)])
+    assert done.exit_code == 0, done.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_of_something_else(tmp_path):
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    (tmp_path / "other.json").write_text("{}")
+    done = CliRunner().invoke(app, ["plot", str(tmp_path / "other.json")], env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and "is no file that --json wrote" in " ".join(done.output.split())
+
+
+def test_under_torchrun():
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = bench(
+        *("rs_rmsnorm", "--device", "cpu", "--backend", "reference", "--tokens", "5", "--dtype", "fp32", *SMALL),
+        launcher=launcher,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks" in done.stdout and "TP_FUSED_BACKEND asks for it" in done.stdout
+
+
+def test_a_rank_that_cannot_start_ends_the_run():
+    done = bench("rs_rmsnorm", "--device", "cpu", "--world-size", "1", "--tokens", "1000000000")
+    assert done.returncode == run.BAD_SETUP
+    assert "MemoryError" in done.stderr and "/dev/shm" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- what makes a run fail ----
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield run_options.Options(ops=("rs_rmsnorm",), world_size=1, tokens=(3,), hidden=64, iters=1, warmup=1)
+    dist.destroy_process_group()
+
+
+class NeverWritten(RsRmsnorm):
+    def fused(self):
+        output, residual_out = super().fused()
+        return torch.empty_like(output), residual_out
+
+
+class OneBitOff(RsRmsnorm):
+    def fused(self):
+        output, residual_out = super().fused()
+        residual_out.view(torch.int16)[0, 0] ^= 1
+        return output, residual_out
+
+
+class WrongLater(RsRmsnorm):
+    """Right while it is checked, wrong while it is timed."""
+
+    calls = 0
+
+    def fused(self):
+        output, residual_out = super().fused()
+        self.calls += 1
+        return (output, residual_out) if self.calls <= 2 else (output, 2 * residual_out)
+
+
+class OtherBaseline(RsRmsnorm):
+    def unfused(self, via):
+        program = super().unfused(via)
+        call = program.call
+        program.call = lambda: tuple(tensor.flip(0) for tensor in call())
+        return program
+
+
+class Faulty(RsRmsnorm):
+    def fused(self):
+        raise tp_fused.CollectiveFault("rs_rmsnorm #1: rank 1 never arrived", "rs_rmsnorm", 1, 0, 1, "never arrived")
+
+
+@pytest.mark.parametrize(
+    ("case", "fewest", "most"),
+    [
+        (NeverWritten, 2 * 3 * 64, 3 * 3 * 64),  # the timed call may be given memory with the right rows still in it
+        (OneBitOff, 3, 3),
+        (WrongLater, 1, 3 * 64),
+    ],
+)
+def test_wrong_results_are_counted_and_end_in_a_code(one_rank, case, fewest, most, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run.run_rank(one_rank, {"rs_rmsnorm": case})
+    assert ended.value.code == run.WRONG
+    assert fewest <= int(capsys.readouterr().out.split("# ")[-1].split()[0]) <= most
+
+
+def test_right_results_end_without_a_code(one_rank, capsys):
+    run.run_rank(one_rank)
+    assert "wrong elements" not in capsys.readouterr().out
+
+
+def test_a_fault_ends_in_a_code_and_its_message(one_rank, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run.run_rank(one_rank, {"rs_rmsnorm": Faulty})
+    assert ended.value.code == run.FAULT
+    assert "rank 0: CollectiveFault: rs_rmsnorm #1: rank 1 never arrived" in capsys.readouterr().err
+
+
+def test_a_baseline_that_computes_something_else_is_no_baseline(one_rank):
+    with pytest.raises(RuntimeError, match="rs_rmsnorm: the unfused program 'dist' computes something else"):
+        run.run_rank(one_rank, {"rs_rmsnorm": OtherBaseline})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "1,x"], "'1,x' is no list of integers"),
+        (["--tokens", "4,-1"], "-1 tokens"),
+        (["--min-tokens", "9", "--max-tokens", "3"], "9 is over --max-tokens 3"),
+        (["--step-factor", "1"], "1 must be over 1"),
+        (["--latent", "100"], "100 columns are fewer than --kv-lora 512 + --rope 64"),
+        (["--hidden", "100000"], "100000 is over 16384"),
+        (["--world-size", "0"], "greater than or equal to 1"),
+        (["--backend", "cuda"], "cuda works on cuda tensors"),
+        (["--json", "no/such/folder/file.json"], "there is no directory no/such/folder"),
+    ],
+)
+def test_bad_options_are_named_before_a_rank_starts(arguments, message, monkeypatch):
+    monkeypatch.setattr("tp_fused.launch.launch", lambda *_, **__: pytest.fail("ranks were started"))
+    done = CliRunner().invoke(app, ["rs_rmsnorm", "--device", "cpu", *arguments], env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+
+
+# ---- arithmetic ----
+
+
+@pytest.mark.parametrize(
+    ("passes", "world_size", "factor"), [(1, 4, 0.75), (2, 4, 1.5), (1, 1, 0.0), (1, 3, 2 / 3), (2, 8, 1.75)]
+)
+def test_bus_factor_is_that_of_nccl_tests(passes, world_size, factor):
+    assert bus_factor(passes, world_size) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "counts"),
+    [
+        ((None, 1, 16, 2.0), (1, 2, 4, 8, 16)),
+        ((None, 0, 3, 2.0), (0, 1, 2, 3)),
+        ((None, 3, 20, 2.5), (3, 7, 18, 20)),
+        ((None, 5, 5, 2.0), (5,)),
+        (("7,1,1023", 1, 4096, 2.0), (7, 1, 1023)),
+    ],
+)
+def test_token_counts(arguments, counts):
+    assert run_options.token_counts(*arguments) == counts
+
+
+@pytest.mark.parametrize(("count", "p99"), [(1, 1.0), (7, 7.0), (100, 99.0), (1000, 990.0)])
+def test_p99(count, p99):
+    seconds = torch.arange(1, count + 1, dtype=torch.float64)[torch.randperm(count)]
+    assert Samples(seconds).p99 == p99
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn], ids=str)
+def test_steps_apart(dtype):
+    eps = torch.finfo(dtype).eps
+    value = torch.tensor([1.0, 1.0, -1.0, 1.0, float("nan")]).to(dtype)
+    other = torch.tensor([1.0, 1 + eps, -1 + eps / 2, 1 + 2 * eps, 1.0]).to(dtype)
+    steps = steps_apart(value, other).tolist()
+    assert steps[:4] == [0, 1, 1, 2] and steps[4] > 1
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 7])
+def test_padding_for_torch_keeps_every_row_at_its_owner(num_tokens):
+    """What reduce_scatter_tensor cuts into equal shares begins, for each rank, with the rows that the rank owns."""
+
+    class Ranks:
+        group, world_size = None, 3
+
+        def row_count(self, num_tokens, rank):
+            return tp_fused.row_count(num_tokens, rank, self.world_size)
+
+    input = torch.arange(num_tokens * 2.0).view(num_tokens, 2)
+    shares = OverTorch(Ranks(), num_tokens, input).padded.chunk(3)
+    for share, owned in zip(shares, input.tensor_split(3), strict=True):
+        assert torch.equal(share[: len(owned)], owned) and not share[len(owned) :].any()
