@@ -58,7 +58,7 @@ class Segment {
 class Team {
  public:
   Team(int rank, const std::vector<Address>& regions, int64_t slot_bytes, int64_t timeout_ns, int max_ctas,
-       int liveness_fd) {
+       int liveness_fd, int device, Address mailbox) {
     team_ = {};
     team_.rank = rank;
     team_.world_size = static_cast<int32_t>(regions.size());
@@ -67,9 +67,16 @@ class Team {
     team_.timeout_ns = timeout_ns;
     team_.max_ctas = max_ctas;
     team_.liveness_fd = liveness_fd;
+    team_.device = device;
+    team_.mailbox = at<tpf_fault>(mailbox);
   }
 
   const tpf_team* get() const { return &team_; }
+  bool on_cuda() const { return team_.device >= 0; }
+  // What a kernel of an earlier call has run into; nothing is launched on a workspace that has faulted.
+  int fault_status() const {
+    return on_cuda() ? static_cast<const volatile tpf_fault*>(team_.mailbox)->status : TPF_OK;
+  }
 
   // Makes known that [bases[r], bases[r] + bytes) are one symmetric buffer: inputs inside it are read in place.
   void add_symmetric_buffer(const std::vector<Address>& bases, int64_t bytes) {
@@ -139,18 +146,36 @@ tpf_call projection_call(tpf_op op, int64_t num_tokens, int hidden_size, int col
   return call;
 }
 
-// Runs `launch(symm)` without the interpreter's lock: ranks may be threads of one process, and a wait may be long.
-template <typename Launch>
-int with_input(const Team& team, Address input, Launch&& launch) {
-  tpf_symm symm;
-  const tpf_symm* found = team.find(input, &symm) ? &symm : nullptr;
-  py::gil_scoped_release release;
-  return launch(found);
+int checked(tpf_status status) {
+  if (status == TPF_CUDA_ERROR) throw std::runtime_error(std::string("CUDA: ") + tpf_cuda_error_string());
+  if (status == TPF_UNSUPPORTED) throw std::runtime_error("this build of tp_fused cannot run that");
+  return status;
 }
+
+// Launches for `team`, unless it has faulted. Without the interpreter's lock where the call itself waits for peers:
+// ranks may be threads of one process.
+template <typename Cuda, typename Cpu>
+int run(const Team& team, Cuda&& cuda, Cpu&& cpu) {
+  if (const int status = team.fault_status()) return status;
+  if (team.on_cuda()) return checked(cuda());
+  py::gil_scoped_release release;
+  return cpu();
+}
+
+// Where an op's input lies in symmetric memory; null where it does not.
+struct Input {
+  Input(const Team& team, Address input) : symm_(), found_(team.find(input, &symm_)) {}
+  const tpf_symm* get() const { return found_ ? &symm_ : nullptr; }
+
+ private:
+  tpf_symm symm_;
+  bool found_;
+};
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.def("cuda_compiled", [] { return tpf_cuda_compiled() != 0; });
   m.def("cpu_supported", [] { return tpf_cpu_supported() != 0; });
   m.def("region_bytes", &tpf_region_bytes);
   m.def("rows_of", [](int64_t num_tokens, int rank, int world_size) {
@@ -158,6 +183,7 @@ PYBIND11_MODULE(_C, m) {
     tpf_rows_of(&start, &count, num_tokens, rank, world_size);
     return std::pair(start, count);
   });
+  m.attr("FAULT_BYTES") = sizeof(tpf_fault);
   m.attr("COMPLETE") = TPF_COMPLETE;
   m.attr("RESIDUAL") = TPF_RESIDUAL;
   m.attr("COLUMN_SCALES") = TPF_COLUMN_SCALES;
@@ -176,66 +202,94 @@ PYBIND11_MODULE(_C, m) {
       .def_buffer(&Segment::buffer);
 
   py::class_<Team>(m, "Team")
-      .def(py::init<int, const std::vector<Address>&, int64_t, int64_t, int, int>(), py::arg("rank"),
+      .def(py::init<int, const std::vector<Address>&, int64_t, int64_t, int, int, int, Address>(), py::arg("rank"),
            py::arg("regions"), py::arg("slot_bytes"), py::arg("timeout_ns"), py::arg("max_ctas") = 0,
-           py::arg("liveness_fd") = -1)
+           py::arg("liveness_fd") = -1, py::arg("device") = -1, py::arg("mailbox") = 0)
       .def("add_symmetric_buffer", &Team::add_symmetric_buffer)
       .def("is_symmetric",
            [](const Team& team, Address input) {
              tpf_symm symm;
              return team.find(input, &symm);
            })
-      .def("fault", [](const Team& team, int rank) { return to_dict(tpf_team_fault_cpu(team.get(), rank)); })
+      .def("fault",
+           [](const Team& team, int rank) {
+             return to_dict(team.on_cuda() ? tpf_team_fault_cuda(team.get(), rank)
+                                           : tpf_team_fault_cpu(team.get(), rank));
+           })
       .def("next_slot",
            [](const Team& team, py::ssize_t bytes) {
              return py::memoryview::from_memory(tpf_next_slot_cpu(team.get()), bytes);
            })
-      .def("close", [](const Team& team) { tpf_team_close_cpu(team.get()); });
+      .def("close",
+           [](const Team& team) { team.on_cuda() ? tpf_team_close_cuda(team.get()) : tpf_team_close_cpu(team.get()); });
 
-  m.def("rs_rmsnorm",
-        [](Address output, Address residual_out, Address input, Address residual, Address weight, const Team& team,
-           int64_t num_tokens, int hidden_size, int dtype, float eps, uint32_t variant) {
-          return with_input(team, input, [&](const tpf_symm* symm) {
-            return tpf_rs_rmsnorm_cpu(at(output), at(residual_out), at(input), symm, at(residual), at(weight),
-                                      team.get(), num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, variant);
-          });
-        });
+  m.def("rs_rmsnorm", [](Address output, Address residual_out, Address input, Address residual, Address weight,
+                         const Team& team, int64_t num_tokens, int hidden_size, int dtype, float eps, uint32_t variant,
+                         Address stream) {
+    const Input symm(team, input);
+    const auto launch = [&](auto op, auto... last) {
+      return op(at(output), at(residual_out), at(input), symm.get(), at(residual), at(weight), team.get(), num_tokens,
+                hidden_size, static_cast<tpf_dtype>(dtype), eps, variant, last...);
+    };
+    return run(
+        team, [&] { return launch(tpf_rs_rmsnorm_cuda, at(stream)); }, [&] { return launch(tpf_rs_rmsnorm_cpu); });
+  });
 
   m.def("rs_rmsnorm_fp8",
         [](Address q, Address scale, Address residual_out, Address output, Address input, Address residual,
            Address weight, const Team& team, int64_t num_tokens, int hidden_size, int dtype, float eps, int group_size,
-           int64_t scale_row_stride, int64_t scale_group_stride, uint32_t variant) {
-          return with_input(team, input, [&](const tpf_symm* symm) {
-            return tpf_rs_rmsnorm_fp8_cpu(at(q), at<float>(scale), at(residual_out), at(output), at(input), symm,
-                                          at(residual), at(weight), team.get(), num_tokens, hidden_size,
-                                          static_cast<tpf_dtype>(dtype), eps, group_size, scale_row_stride,
-                                          scale_group_stride, variant);
-          });
+           int64_t scale_row_stride, int64_t scale_group_stride, uint32_t variant, Address stream) {
+          const Input symm(team, input);
+          const auto launch = [&](auto op, auto... last) {
+            return op(at(q), at<float>(scale), at(residual_out), at(output), at(input), symm.get(), at(residual),
+                      at(weight), team.get(), num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, group_size,
+                      scale_row_stride, scale_group_stride, variant, last...);
+          };
+          return run(
+              team, [&] { return launch(tpf_rs_rmsnorm_fp8_cuda, at(stream)); },
+              [&] { return launch(tpf_rs_rmsnorm_fp8_cpu); });
         });
 
-  m.def("rs_rmsnorm_ag", [](Address output, Address residual_out, Address input, Address residual, Address weight,
-                            const Team& team, int64_t num_tokens, int hidden_size, int dtype, float eps,
-                            uint32_t variant) {
-    return with_input(team, input, [&](const tpf_symm* symm) {
-      return tpf_rs_rmsnorm_ag_cpu(at(output), at(residual_out), at(input), symm, at(residual), at(weight), team.get(),
-                                   num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, variant);
-    });
+  m.def("rs_rmsnorm_ag",
+        [](Address output, Address residual_out, Address input, Address residual, Address weight, const Team& team,
+           int64_t num_tokens, int hidden_size, int dtype, float eps, uint32_t variant, Address stream) {
+          const Input symm(team, input);
+          const auto launch = [&](auto op, auto... last) {
+            return op(at(output), at(residual_out), at(input), symm.get(), at(residual), at(weight), team.get(),
+                      num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, variant, last...);
+          };
+          return run(
+              team, [&] { return launch(tpf_rs_rmsnorm_ag_cuda, at(stream)); },
+              [&] { return launch(tpf_rs_rmsnorm_ag_cpu); });
+        });
+
+  m.def("reduce_scatter_rows", [](Address output, Address input, const Team& team, int64_t num_tokens, int hidden_size,
+                                  int dtype, Address stream) {
+    const Input symm(team, input);
+    const auto launch = [&](auto op, auto... last) {
+      return op(at(output), at(input), symm.get(), team.get(), num_tokens, hidden_size, static_cast<tpf_dtype>(dtype),
+                last...);
+    };
+    return run(
+        team, [&] { return launch(tpf_reduce_scatter_rows_cuda, at(stream)); },
+        [&] { return launch(tpf_reduce_scatter_rows_cpu); });
   });
 
-  m.def("reduce_scatter_rows",
-        [](Address output, Address input, const Team& team, int64_t num_tokens, int hidden_size, int dtype) {
-          return with_input(team, input, [&](const tpf_symm* symm) {
-            return tpf_reduce_scatter_rows_cpu(at(output), at(input), symm, team.get(), num_tokens, hidden_size,
-                                               static_cast<tpf_dtype>(dtype));
-          });
-        });
+  m.def("all_gather_rows", [](Address output, Address input, const Team& team, int64_t num_tokens, int hidden_size,
+                              int dtype, Address stream) {
+    const auto launch = [&](auto op, auto... last) {
+      return op(at(output), at(input), team.get(), num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), last...);
+    };
+    return run(
+        team, [&] { return launch(tpf_all_gather_rows_cuda, at(stream)); },
+        [&] { return launch(tpf_all_gather_rows_cpu); });
+  });
 
-  m.def("all_gather_rows",
-        [](Address output, Address input, const Team& team, int64_t num_tokens, int hidden_size, int dtype) {
-          py::gil_scoped_release release;
-          return static_cast<int>(tpf_all_gather_rows_cpu(at(output), at(input), team.get(), num_tokens, hidden_size,
-                                                          static_cast<tpf_dtype>(dtype)));
-        });
+  // A round without rows, on CUDA: the least that any op costs. For benchmarks.
+  m.def("barrier", [](const Team& team, Address stream) {
+    if (const int status = team.fault_status()) return status;
+    return checked(tpf_barrier_cuda(team.get(), at(stream)));
+  });
 
   m.def("qkv_a_proj_ag",
         [](Address latent, const Team& team, int64_t num_tokens, int hidden_size, int columns, int dtype, bool bias) {

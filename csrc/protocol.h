@@ -55,11 +55,12 @@ namespace order = std;
 
 struct Control {
   uint32_t epoch;         // rounds this rank has finished; only its owner touches it
-  uint32_t blocks_done;   // CUDA: blocks of the running grid that are through; the last one sets the epoch
+  uint32_t faulted;       // set once `fault` is valid; beside the epoch, so that a kernel reads both at once
   uint64_t calls;         // ops this rank has begun; only its owner touches it
+  uint32_t blocks_done;   // CUDA: blocks of the running grid that are through; the last one sets the epoch
+  uint32_t claimed;       // CUDA: the first thread to meet a fault writes the record
   tpf_call announced[2];  // what the owner calls in round e, at e & 1
   tpf_fault fault;        // valid once `faulted` is set
-  uint32_t faulted;
   uint32_t closed;
 };
 
@@ -79,6 +80,34 @@ TPF_HD inline uint64_t* signal(void* region, int step, int cta, int from) {
 
 TPF_HD inline char* slot(void* region, uint32_t epoch, int64_t slot_bytes) {
   return static_cast<char*>(region) + kControlBytes + kSignalBytes + (epoch & 1) * slot_bytes;
+}
+
+// What the ops that reduce announce.
+inline tpf_call reduce_call(tpf_op op, tpf_dtype dtype, int64_t num_tokens, int32_t hidden_size, const tpf_symm* symm,
+                            uint32_t variant) {
+  tpf_call call = {};
+  call.op = op;
+  call.dtype = dtype;
+  call.num_tokens = num_tokens;
+  call.hidden_size = static_cast<uint32_t>(hidden_size);
+  call.variant = variant;
+  call.source = symm == nullptr ? -1 : symm->offset;
+  return call;
+}
+
+// What all_gather_rows announces.
+inline tpf_call gather_call(tpf_dtype dtype, int64_t num_tokens, int32_t hidden_size) {
+  tpf_call call = {};
+  call.op = TPF_ALL_GATHER_ROWS;
+  call.dtype = dtype;
+  call.num_tokens = num_tokens;
+  call.hidden_size = static_cast<uint32_t>(hidden_size);
+  call.source = -1;
+  return call;
+}
+
+inline int64_t bytes_of(tpf_dtype dtype) {
+  return dtype == TPF_F32 ? 4 : dtype == TPF_BF16 || dtype == TPF_F16 ? 2 : 1;
 }
 
 TPF_HD inline uint32_t mix(uint32_t hash, uint32_t value) {

@@ -31,6 +31,7 @@ typedef enum tpf_status {
   TPF_NO_SPACE = 16,
   TPF_SYSTEM = 17,
   TPF_UNSUPPORTED = 18,
+  TPF_CUDA_ERROR = 19, /* tpf_cuda_error_string says which */
 } tpf_status;
 
 typedef enum tpf_dtype { TPF_BF16 = 0, TPF_F16 = 1, TPF_F32 = 2, TPF_E4M3 = 3, TPF_U8 = 4 } tpf_dtype;
@@ -44,6 +45,7 @@ typedef enum tpf_op {
   TPF_QKV_A_PROJ_AG_NORM = 6,
   TPF_REDUCE_SCATTER_ROWS = 7,
   TPF_ALL_GATHER_ROWS = 8,
+  TPF_BARRIER = 9,
 } tpf_op;
 
 /* Bits of tpf_call.variant. */
@@ -87,6 +89,8 @@ typedef struct tpf_team {
   int64_t timeout_ns;
   int32_t max_ctas;    /* 0: as many as the kernel likes */
   int32_t liveness_fd; /* CPU: the segment's descriptor, whose locks tell who lives; -1: unknown */
+  int32_t device;      /* CUDA: the ordinal; -1: the CPU backend */
+  tpf_fault* mailbox;  /* CUDA: pinned host memory, zeroed; the kernel's fault record arrives there, status last */
 } tpf_team;
 
 /* An input that lies in symmetric memory: at `offset` in every rank's base[r]. */
@@ -154,6 +158,40 @@ tpf_status tpf_qkv_a_proj_ag_cpu(void* latent, const tpf_team* team, const tpf_c
 tpf_status tpf_qkv_a_proj_ag_norm_cpu(void* q_a, void* kv_a, void* k_pe, const void* q_a_weight,
                                       const void* kv_a_weight, const tpf_team* team, const tpf_call* call,
                                       int32_t q_columns, int32_t kv_columns, float eps);
+
+/* ---- CUDA ---- */
+void tpf_team_close_cuda(const tpf_team* team);
+/* The caller's own record comes from the mailbox, without a wait; a peer's is copied from its region. */
+tpf_fault tpf_team_fault_cuda(const tpf_team* team, int32_t rank);
+
+/* ---- ops (CUDA): as above, on a stream (a cudaStream_t). Outputs of a call that faults are filled with NaN ---- */
+typedef void* tpf_stream;
+int32_t tpf_cuda_compiled(void);
+const char* tpf_cuda_error_string(void); /* of this thread's last TPF_CUDA_ERROR */
+
+tpf_status tpf_rs_rmsnorm_cuda(void* output, void* residual_out, const void* input, const tpf_symm* input_symm,
+                               const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,
+                               int32_t hidden_size, tpf_dtype dtype, float eps, uint32_t variant, tpf_stream stream);
+
+tpf_status tpf_rs_rmsnorm_fp8_cuda(void* q, float* scale, void* residual_out, void* output, const void* input,
+                                   const tpf_symm* input_symm, const void* residual, const void* weight,
+                                   const tpf_team* team, int64_t num_tokens, int32_t hidden_size, tpf_dtype dtype,
+                                   float eps, int32_t group_size, int64_t scale_row_stride, int64_t scale_group_stride,
+                                   uint32_t variant, tpf_stream stream);
+
+tpf_status tpf_rs_rmsnorm_ag_cuda(void* output, void* residual_out, const void* input, const tpf_symm* input_symm,
+                                  const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,
+                                  int32_t hidden_size, tpf_dtype dtype, float eps, uint32_t variant, tpf_stream stream);
+
+tpf_status tpf_reduce_scatter_rows_cuda(void* output, const void* input, const tpf_symm* input_symm,
+                                        const tpf_team* team, int64_t num_tokens, int32_t hidden_size, tpf_dtype dtype,
+                                        tpf_stream stream);
+
+tpf_status tpf_all_gather_rows_cuda(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
+                                    int32_t hidden_size, tpf_dtype dtype, tpf_stream stream);
+
+/* All ranks' kernels meet once, in one block: what every op pays at least. */
+tpf_status tpf_barrier_cuda(const tpf_team* team, tpf_stream stream);
 
 #pragma GCC visibility pop
 #ifdef __cplusplus

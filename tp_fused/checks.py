@@ -40,6 +40,15 @@ def eps(value: float) -> None:
         raise ValueError(f"eps must be positive, got {value}")
 
 
+def kernel_shape(workspace, tensor: torch.Tensor) -> None:
+    """What the CUDA kernels want beyond that: 16-byte vectors."""
+    if workspace.backend == "cuda" and (tensor.shape[1] % 8 or tensor.data_ptr() % 16):
+        raise ValueError(
+            f"on cuda, hidden_size must be a multiple of 8 (got {tensor.shape[1]}) and rows must begin at a multiple "
+            f"of 16 bytes (got address {tensor.data_ptr():#x})"
+        )
+
+
 def capacity(workspace, num_tokens: int, columns: int, dtype: torch.dtype, columns_name: str = "hidden_size") -> None:
     """The workspace is open and was made for calls of this size."""
     workspace.require_open()
@@ -91,6 +100,7 @@ def reduction(workspace, input: torch.Tensor, residual, weight=None, epsilon: fl
     rows("input", input)
     capacity(workspace, input.shape[0], input.shape[1], input.dtype)
     workspace.require_kernel_width(input.shape[1])
+    kernel_shape(workspace, input)
     if weight is not None:
         like("weight", weight, (input.shape[1],), input.dtype, input.device)
         eps(epsilon)

@@ -29,7 +29,9 @@ def explain(op: str, num_tokens: int, group=None, *, device=None, input: torch.T
         lines.append("rows travel by torch.distributed's all-to-all and all-gather; nothing is fused")
     elif op.startswith(("rs_", "reduce_")) and input is not None:
         in_place = workspace.team.is_symmetric(input.data_ptr())
-        lines.append("the peers read the input in place" if in_place else "the input is staged through shared memory")
+        lines.append("the peers read the input in place" if in_place else "the input is staged by the same kernel")
+    elif op.startswith("qkv_") and workspace.backend == "cuda":
+        lines.append("torch multiplies, then all_gather_rows; not fused yet on this backend")
     elif op.startswith("qkv_"):
         lines.append("torch multiplies into shared memory; the gather copies from there")
     return "\n".join(lines)

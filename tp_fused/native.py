@@ -33,6 +33,11 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _stream(workspace) -> int:
+    """The CUDA stream that torch launches on now; the CPU backend takes none."""
+    return 0 if workspace.device_index is None else torch._C._cuda_getCurrentRawStream(workspace.device_index)
+
+
 def _variant(residual: torch.Tensor | None, complete: bool = False) -> int:
     return (_C.RESIDUAL if residual is not None else 0) | (_C.COMPLETE if complete else 0)
 
@@ -59,6 +64,7 @@ def rs_rmsnorm(workspace, input, residual, weight, eps, complete):
         _DTYPE_CODES[input.dtype],
         eps,
         _variant(residual, complete),
+        _stream(workspace),
     )
     _done(workspace, status)
     return output, residual_out
@@ -90,6 +96,7 @@ def rs_rmsnorm_fp8(workspace, input, residual, weight, eps, group_size, scale_la
         1 if column else scale.shape[1],
         reference.scale_pitch(num_rows) if column else 1,
         variant,
+        _stream(workspace),
     )
     _done(workspace, status)
     return q, scale, residual_out, output
@@ -111,6 +118,7 @@ def rs_rmsnorm_ag(workspace, input, residual, weight, eps):
         _DTYPE_CODES[input.dtype],
         eps,
         _variant(residual),
+        _stream(workspace),
     )
     _done(workspace, status)
     return output, residual_out
@@ -120,7 +128,13 @@ def reduce_scatter_rows(workspace, input):
     num_tokens, hidden_size = input.shape
     output = input.new_empty(_own_rows(workspace, num_tokens), hidden_size)
     status = _C.reduce_scatter_rows(
-        _address(output), _address(input), workspace.team, num_tokens, hidden_size, _DTYPE_CODES[input.dtype]
+        _address(output),
+        _address(input),
+        workspace.team,
+        num_tokens,
+        hidden_size,
+        _DTYPE_CODES[input.dtype],
+        _stream(workspace),
     )
     _done(workspace, status)
     return output
@@ -130,7 +144,13 @@ def all_gather_rows(workspace, input, num_tokens):
     columns = input.shape[1]
     output = input.new_empty(num_tokens, columns)
     status = _C.all_gather_rows(
-        _address(output), _address(input), workspace.team, num_tokens, columns, _DTYPE_CODES[input.dtype]
+        _address(output),
+        _address(input),
+        workspace.team,
+        num_tokens,
+        columns,
+        _DTYPE_CODES[input.dtype],
+        _stream(workspace),
     )
     _done(workspace, status)
     return output
@@ -155,6 +175,8 @@ def _project(workspace, input, weight, bias=None) -> None:
 
 def qkv_a_proj_ag(workspace, input, weight, num_tokens, bias):
     columns, hidden_size = weight.shape
+    if workspace.backend == "cuda":
+        return all_gather_rows(workspace, torch.nn.functional.linear(input, weight, bias), num_tokens)
     _project(workspace, input, weight, bias)
     latent = input.new_empty(num_tokens, columns)
     status = _C.qkv_a_proj_ag(
@@ -172,6 +194,8 @@ def qkv_a_proj_ag(workspace, input, weight, num_tokens, bias):
 
 def qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens):
     columns, hidden_size = weight.shape
+    if workspace.backend == "cuda":
+        return all_gather_rows(workspace, reference.project_fp8(q, scale, weight, weight_scale), num_tokens)
     rows = _next_slot(workspace, q.shape[0], columns, torch.bfloat16)
     rows.copy_(reference.project_fp8(q, scale, weight, weight_scale))
     latent = q.new_empty(num_tokens, columns, dtype=torch.bfloat16)
@@ -183,6 +207,9 @@ def qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens):
 def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, num_tokens):
     columns, hidden_size = weight.shape
     q_columns, kv_columns = q_a_weight.numel(), kv_a_weight.numel()
+    if workspace.backend == "cuda":
+        latent = all_gather_rows(workspace, torch.nn.functional.linear(input, weight), num_tokens)
+        return reference.split_and_norm(latent, q_a_weight, kv_a_weight, eps)
     _project(workspace, input, weight)
     q_a = input.new_empty(num_tokens, q_columns)
     kv_a = input.new_empty(num_tokens, kv_columns)

@@ -15,7 +15,7 @@ from . import checks, native, partition, reference
 from .workspace import get_workspace, resolve_group_name
 
 _library = torch.library.Library("tp_fused", "DEF")
-_BACKENDS = {"cpu": native, "reference": reference}
+_BACKENDS = {"cuda": native, "cpu": native, "reference": reference}
 _ops = torch.ops.tp_fused
 
 
@@ -105,6 +105,8 @@ def _rs_rmsnorm_fp8(
         raise ValueError(f'scale_layout must be "row" or "column", got {scale_layout!r}')
     if group_size < 1:
         raise ValueError(f"group_size must be positive, got {group_size}")
+    if workspace.backend == "cuda" and group_size not in (64, 128):
+        raise ValueError(f"on cuda, group_size must be 64 or 128, got {group_size}")
     residual = checks.reduction(workspace, input, residual, weight, eps)
     return _BACKENDS[workspace.backend].rs_rmsnorm_fp8(
         workspace, input, residual, weight, eps, group_size, scale_layout, keep_output, complete

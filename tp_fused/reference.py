@@ -82,6 +82,13 @@ def project_fp8(q, scale, weight, weight_scale) -> torch.Tensor:
     return product.to(torch.bfloat16)
 
 
+def split_and_norm(latent, q_a_weight, kv_a_weight, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The latent's three parts, contiguous, the first two normalised."""
+    q_columns, kv_columns = q_a_weight.numel(), kv_a_weight.numel()
+    q_a, kv_a, k_pe = latent.split([q_columns, kv_columns, latent.shape[1] - q_columns - kv_columns], dim=1)
+    return rms_norm(q_a, q_a_weight, eps), rms_norm(kv_a, kv_a_weight, eps), k_pe.contiguous()
+
+
 # ---- how rows travel ----
 
 
@@ -187,8 +194,7 @@ def qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens):
 
 
 def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, num_tokens):
-    q_columns, kv_columns = q_a_weight.numel(), kv_a_weight.numel()
-    _agree(workspace, "qkv_a_proj_ag_norm", input, num_tokens, f", columns={weight.shape[0]}, q_a={q_columns}")
+    variant = f", columns={weight.shape[0]}, q_a={q_a_weight.numel()}"
+    _agree(workspace, "qkv_a_proj_ag_norm", input, num_tokens, variant)
     latent = _gather(workspace, torch.nn.functional.linear(input, weight), num_tokens)
-    q_a, kv_a, k_pe = latent.split([q_columns, kv_columns, latent.shape[1] - q_columns - kv_columns], dim=1)
-    return rms_norm(q_a, q_a_weight, eps), rms_norm(kv_a, kv_a_weight, eps), k_pe.contiguous()
+    return split_and_norm(latent, q_a_weight, kv_a_weight, eps)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
 
-from . import faults
+from . import faults, partition
 from .native import _C
 
 BACKENDS = ("cuda", "cpu", "reference")
@@ -38,11 +39,15 @@ class Workspace:
         self.timeout_s: float = arguments["timeout_s"]
         self.max_ctas: int | None = arguments["max_ctas"]
         self.row_bytes = max(self.hidden_size, self.latent_size) * self.dtype.itemsize
+        self.device_index = torch.cuda.current_device() if device_type == "cuda" else None
         self.closed = False
         self.calls, self.fault = 0, None  # the reference backend's; the others keep theirs in the region
-        self._segments: list = []
+        self.team = None
+        self._segments: list = []  # what the team's addresses point into
         if backend == "cpu":
             self._make_cpu_team()
+        elif backend == "cuda":
+            self._make_cuda_team()
 
     # ---- what the ops ask ----
 
@@ -86,6 +91,10 @@ class Workspace:
         numel = torch.Size(shape).numel()
         if self.backend == "reference" or numel == 0:
             return torch.empty(shape, dtype=dtype, device=self.device_type)
+        if self.backend == "cuda":
+            tensor, bases = self._symmetric_memory(numel * dtype.itemsize)
+            self.team.add_symmetric_buffer(bases, numel * dtype.itemsize)
+            return tensor.view(dtype).view(shape)
         stride = -(-numel * dtype.itemsize // 4096) * 4096
         segment = self._shared_segment(stride)
         self.team.add_symmetric_buffer([segment.base + r * stride for r in range(self.world_size)], stride)
@@ -96,7 +105,7 @@ class Workspace:
         if self.closed:
             return
         self.closed = True
-        if self.backend == "cpu":
+        if self.team is not None:
             self.team.close()
         self._segments.clear()
         self.team = None
@@ -118,8 +127,13 @@ class Workspace:
 
     # ---- making ----
 
+    def _slot_bytes(self) -> int:
+        """A slot holds as many rows from every rank as the rank with most rows owns."""
+        rows = self.world_size * partition.row_count(self.max_num_tokens, 0, self.world_size)
+        return -(-rows * self.row_bytes // 4096) * 4096
+
     def _make_cpu_team(self) -> None:
-        slot_bytes = -(-self.max_num_tokens * self.row_bytes // 4096) * 4096
+        slot_bytes = self._slot_bytes()
         region = _C.region_bytes(slot_bytes)
         segment = self._shared_segment(region)
         held = all(_gather_objects(self.group, segment.hold(self.rank)))
@@ -131,6 +145,30 @@ class Workspace:
             max_ctas=self.max_ctas or 0,
             liveness_fd=segment.fd if held else -1,
         )
+
+    def _make_cuda_team(self) -> None:
+        slot_bytes = self._slot_bytes()
+        memory, regions = self._symmetric_memory(_C.region_bytes(slot_bytes))
+        memory.zero_()
+        torch.cuda.synchronize()
+        _gather_objects(self.group, None)  # nobody signals into a region that is not zeroed yet
+        self._mailbox = torch.zeros(_C.FAULT_BYTES, dtype=torch.uint8, pin_memory=True)
+        self.team = _C.Team(
+            rank=self.rank,
+            regions=regions,
+            slot_bytes=slot_bytes,
+            timeout_ns=int(self.timeout_s * 1e9),
+            max_ctas=self.max_ctas,
+            device=self.device_index,
+            mailbox=self._mailbox.data_ptr(),
+        )
+
+    def _symmetric_memory(self, num_bytes: int) -> tuple[torch.Tensor, list[int]]:
+        """torch's symmetric memory: this rank's tensor of bytes, and where every rank's is mapped here."""
+        tensor = symm_mem.empty(num_bytes, dtype=torch.uint8, device=f"cuda:{self.device_index}")
+        handle = symm_mem.rendezvous(tensor, self.group_name)
+        self._segments.append((tensor, handle))
+        return tensor, list(handle.buffer_ptrs)
 
     def _shared_segment(self, bytes_per_rank: int):
         """One segment, mapped by all ranks of this host and nameless by the time this returns."""
@@ -182,9 +220,10 @@ def init(
     timeout_s: how long an op waits for a peer before it raises `CollectiveFault`. max_ctas: bounds the grid of every
     CUDA kernel. device: "cpu" or "cuda" (default: cuda where torch sees one).
 
-    The backend is chosen from what all ranks report, the same everywhere: `cpu` (shared memory) when all ranks run on
-    one host, `reference` (torch.distributed) otherwise. TP_FUSED_BACKEND=cpu|cuda|reference asks for one; if it cannot
-    run, this raises. A workspace that the group already has is closed and replaced.
+    The backend is chosen from what all ranks report, the same everywhere: when all ranks run on one host, `cuda`
+    (torch's symmetric memory) or `cpu` (shared memory); otherwise `reference` (torch.distributed).
+    TP_FUSED_BACKEND=cpu|cuda|reference asks for one; if it cannot run, this raises. A workspace that the group already
+    has is closed and replaced.
 
     Raises ValueError on every rank when an argument is out of range or differs between ranks, and names the rank and
     the argument; MemoryError when /dev/shm is too small.
@@ -204,7 +243,7 @@ def init(
         "TP_FUSED_BACKEND": os.environ.get("TP_FUSED_BACKEND") or None,
     }
     # Exchanged before any of them is judged: a rank that raised alone would leave the others waiting.
-    reports = _gather_objects(group, _Report(arguments, *_host()))
+    reports = _gather_objects(group, _report(arguments, device_type))
     for rank, report in enumerate(reports):
         for name, value in report.arguments.items():
             if value != reports[0].arguments[name]:
@@ -214,6 +253,10 @@ def init(
                 )
     _check_arguments(arguments, group.size())
     backend, reason = choose_backend(reports, device_type, group.size(), arguments["TP_FUSED_BACKEND"])
+    if backend == "cuda":
+        arguments["max_ctas"] = _bound_ctas(reports, max_ctas)
+        if _ranks_per_card(reports) > 1:  # torch refuses two ranks on one card unless told that it is meant
+            os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
     key = (group.group_name, device_type)
     if key in _workspaces:
         _workspaces[key].close()
@@ -259,18 +302,24 @@ class _Report:
     arguments: dict
     host: str
     cpu_supported: bool
-    max_ranks: int
+    gpu: str | None  # which card this rank computes on
+    num_sms: int
+    capability: tuple[int, int]
 
 
-def _host() -> tuple[str, bool, int]:
-    """What identifies this host's shared memory, and what the native library can do here."""
+def _report(arguments: dict, device_type: str) -> _Report:
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
         mount = os.stat("/dev/shm").st_dev  # two containers of one machine may have a /dev/shm each
     except OSError:
         boot, mount = "unknown", "none"
-    return f"{socket.gethostname()}/{boot}/{mount}", _C.cpu_supported(), _C.MAX_RANKS
+    host = f"{socket.gethostname()}/{boot}/{mount}"
+    if device_type != "cuda":
+        return _Report(arguments, host, _C.cpu_supported(), None, 0, (0, 0))
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    capability = (card.major, card.minor)
+    return _Report(arguments, host, _C.cpu_supported(), str(card.uuid), card.multi_processor_count, capability)
 
 
 def choose_backend(reports, device_type: str, world_size: int, asked: str | None) -> tuple[str, str]:
@@ -281,7 +330,9 @@ def choose_backend(reports, device_type: str, world_size: int, asked: str | None
         return "reference", "TP_FUSED_BACKEND asks for it"
     obstacle = _obstacle(reports, device_type, world_size, asked)
     if obstacle is None:
-        return device_type, "TP_FUSED_BACKEND asks for it" if asked else "all ranks share one host's memory"
+        reason = "TP_FUSED_BACKEND asks for it" if asked else "all ranks share one host's memory"
+        shared = _ranks_per_card(reports) if device_type == "cuda" else 1
+        return device_type, f"{reason}; {shared} ranks share a GPU" if shared > 1 else reason
     if asked is not None:
         raise ValueError(f"TP_FUSED_BACKEND={asked} cannot run: {obstacle}")
     return "reference", obstacle
@@ -291,16 +342,39 @@ def _obstacle(reports, device_type: str, world_size: int, asked: str | None) -> 
     """What keeps the shared-memory backend of this device from running, if anything does."""
     if asked is not None and asked != device_type:
         return f"the workspace is for {device_type} tensors"
-    if device_type != "cpu":
-        return f"there are no {device_type} kernels in this build"
-    if world_size > reports[0].max_ranks:
-        return f"world size {world_size} is over {reports[0].max_ranks}, the ranks that one segment is made for"
+    if device_type not in ("cpu", "cuda"):
+        return f"there are no kernels for {device_type}"
+    if device_type == "cuda" and not _C.cuda_compiled():
+        return "this build has no CUDA kernels: there was no nvcc"
+    if world_size > _C.MAX_RANKS:
+        return f"world size {world_size} is over {_C.MAX_RANKS}, the ranks that one segment is made for"
     for rank, report in enumerate(reports):
-        if report.host != reports[0].host:
+        if report.host.split("/")[:2] != reports[0].host.split("/")[:2]:
             return f"rank {rank} runs on {report.host}, rank 0 on {reports[0].host}: they share no memory"
-        if not report.cpu_supported:
+        if device_type == "cpu" and report.host != reports[0].host:
+            return f"ranks {rank} and 0 run on one machine, but each with its own /dev/shm"
+        if device_type == "cpu" and not report.cpu_supported:
             return f"the processor of rank {rank} lacks AVX2"
+        if device_type == "cuda" and report.capability < (8, 0):
+            return f"the GPU of rank {rank} has compute capability {report.capability}; 8.0 is the least"
     return None
+
+
+def _ranks_per_card(reports) -> int:
+    """Ranks on the card that has most of them."""
+    cards = [report.gpu for report in reports]
+    return max(cards.count(card) for card in cards)
+
+
+def _bound_ctas(reports, asked: int | None) -> int:
+    """Blocks of a grid: all of one call must run at once, and ranks that share a card share its multiprocessors."""
+    fitting = max(1, min(report.num_sms for report in reports) // _ranks_per_card(reports))
+    if asked is not None and asked > fitting:
+        raise ValueError(
+            f"tp_fused.init: max_ctas={asked} blocks do not fit: {_ranks_per_card(reports)} ranks share a card of "
+            f"{reports[0].num_sms} multiprocessors, at most {fitting} each"
+        )
+    return asked or min(fitting, _C.MAX_CTAS)
 
 
 def _check_arguments(arguments: dict, world_size: int) -> None:

@@ -1,15 +1,9 @@
 #include "gather.h"
-#include "rows.h"
 
 tpf_status tpf_all_gather_rows_cpu(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
                                    int32_t hidden_size, tpf_dtype dtype) {
   using namespace tpf;
-  tpf_call call = {};
-  call.op = TPF_ALL_GATHER_ROWS;
-  call.dtype = dtype;
-  call.num_tokens = num_tokens;
-  call.hidden_size = static_cast<uint32_t>(hidden_size);
-  call.source = -1;
+  const tpf_call call = gather_call(dtype, num_tokens, hidden_size);
   Round round(*team, call);
   if (const tpf_status status = round.begin(); status != TPF_OK) return status;
   const int64_t row_bytes = hidden_size * bytes_of(dtype);

@@ -64,16 +64,4 @@ tpf_status reduce_rows(Round& round, T* sums, const Reduction<T>& in, Finish&& f
   return TPF_OK;
 }
 
-inline tpf_call reduce_call(tpf_op op, tpf_dtype dtype, int64_t num_tokens, int32_t hidden_size, const tpf_symm* symm,
-                            uint32_t variant) {
-  tpf_call call = {};
-  call.op = op;
-  call.dtype = dtype;
-  call.num_tokens = num_tokens;
-  call.hidden_size = static_cast<uint32_t>(hidden_size);
-  call.variant = variant;
-  call.source = symm == nullptr ? -1 : symm->offset;
-  return call;
-}
-
 }  // namespace tpf

@@ -210,8 +210,4 @@ tpf_status visit(tpf_dtype dtype, Body&& body) {
   }
 }
 
-inline int64_t bytes_of(tpf_dtype dtype) {
-  return dtype == TPF_F32 ? 4 : dtype == TPF_BF16 || dtype == TPF_F16 ? 2 : 1;
-}
-
 }  // namespace tpf

@@ -1,0 +1,35 @@
+// barrier_kernel: a round without rows. What every op pays at least; the benchmark's yardstick for small calls.
+#include "launch.cuh"
+#include "signal.cuh"
+
+namespace tpf {
+namespace {
+
+struct BarrierArgs {
+  tpf_team team;
+  tpf_call call;
+  uint32_t contract;
+};
+
+__global__ void barrier_kernel(const __grid_constant__ BarrierArgs args) {
+  const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
+  const int peer = threadIdx.x;
+  if (round.refused || peer >= args.team.world_size || peer == args.team.rank) return;
+  publish_step(args.team, round, 0, peer);
+  wait_step(args.team, args.call, round, 0, peer);
+}
+
+}  // namespace
+}  // namespace tpf
+
+tpf_status tpf_barrier_cuda(const tpf_team* team, tpf_stream stream) {
+  using namespace tpf;
+  Device device;
+  if (const tpf_status status = use_device(&device, team->device); status != TPF_OK) return status;
+  BarrierArgs args = {};
+  args.team = *team;
+  args.call.op = TPF_BARRIER;
+  args.call.source = -1;
+  args.contract = contract_of(args.call);
+  return launch_kernel(barrier_kernel, args, device, 1, 32, 0, stream);
+}

@@ -1,0 +1,122 @@
+// The bulk copy engine of sm_90 and newer, and the mbarriers it completes on. PTX ISA, "cp.async.bulk", "mbarrier".
+#pragma once
+#include <cstdint>
+
+namespace tpf {
+
+constexpr int kCopierStages = 4;  // row buffers of a BulkCopier
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes initialised mbarriers, and shared memory written by ordinary stores, known to the copy engine.
+__device__ inline void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Orders global memory between ordinary accesses and those of the copy engine, both ways.
+__device__ inline void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+__device__ inline void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Within one block and for copies that are on their way: needs no deadline.
+__device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(shared)),
+               "l"(global), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+__device__ inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared_address(shared)),
+               "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until at most kPending of this thread's stores still read shared memory.
+template <int kPending>
+__device__ inline void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// Until all of this thread's stores are in global memory.
+__device__ inline void bulk_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Copies rows through shared memory with the copy engine alone: kCopierStages row buffers, loads two items ahead of the
+// stores. One thread drives it.
+class BulkCopier {
+ public:
+  __device__ BulkCopier(char* buffers, uint64_t* barriers, uint32_t item_bytes)
+      : buffers_(buffers), barriers_(barriers), item_bytes_(item_bytes) {}
+
+  __device__ void copy(char* to, const char* from, uint32_t bytes) {
+    bulk_wait_read<kCopierStages - kAhead - 1>();
+    const int stage = loaded_ % kCopierStages;
+    barrier_expect(&barriers_[stage], bytes);
+    bulk_load(buffers_ + stage * item_bytes_, from, bytes, &barriers_[stage]);
+    // The two items in flight are remembered in registers, newest first.
+    if (loaded_ - stored_ == kAhead) store_oldest();
+    to_[1] = to_[0], bytes_[1] = bytes_[0];
+    to_[0] = to, bytes_[0] = bytes;
+    ++loaded_;
+  }
+
+  // All copied rows are in global memory when this returns.
+  __device__ void flush() {
+    drain();
+    bulk_wait_all();
+  }
+
+ private:
+  static constexpr int kAhead = 2;
+
+  __device__ void store_oldest() { store(to_[1], bytes_[1]); }
+
+  __device__ void drain() {
+    if (loaded_ - stored_ == 2) store(to_[1], bytes_[1]);
+    if (loaded_ - stored_ == 1) store(to_[0], bytes_[0]);
+  }
+
+  __device__ void store(char* to, uint32_t bytes) {
+    const int stage = stored_ % kCopierStages;
+    barrier_wait(&barriers_[stage], stored_ / kCopierStages & 1);
+    bulk_store(to, buffers_ + stage * item_bytes_, bytes);
+    ++stored_;
+  }
+
+  char* const buffers_;
+  uint64_t* const barriers_;
+  const uint32_t item_bytes_;
+  uint32_t loaded_ = 0, stored_ = 0;
+  char* to_[2] = {};
+  uint32_t bytes_[2] = {};
+};
+
+#endif
+
+}  // namespace tpf

@@ -1,0 +1,51 @@
+#include "launch.cuh"
+
+namespace tpf {
+namespace {
+thread_local cudaError_t last_error = cudaSuccess;
+}
+
+tpf_status cuda_failed(cudaError_t error) {
+  if (error == cudaSuccess) return TPF_OK;
+  last_error = error;
+  return TPF_CUDA_ERROR;
+}
+
+tpf_status use_device(Device* device, int ordinal) {
+  static Device known[64] = {};  // written alike by every thread that comes first
+  int current = -1;
+  if (const cudaError_t error = cudaGetDevice(&current); error != cudaSuccess) return cuda_failed(error);
+  if (current != ordinal) {
+    if (const cudaError_t error = cudaSetDevice(ordinal); error != cudaSuccess) return cuda_failed(error);
+  }
+  Device& entry = known[ordinal % 64];
+  if (entry.shared_bytes == 0) {
+    int shared = 0, major = 0;
+    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
+    entry = {shared, major >= 9};
+  }
+  *device = entry;
+  return TPF_OK;
+}
+
+}  // namespace tpf
+
+int32_t tpf_cuda_compiled(void) { return 1; }
+
+const char* tpf_cuda_error_string(void) { return cudaGetErrorString(tpf::last_error); }
+
+void tpf_team_close_cuda(const tpf_team* team) {
+  const uint32_t closed = 1;
+  cudaMemcpy(&tpf::control(team->region[team->rank])->closed, &closed, sizeof(closed), cudaMemcpyHostToDevice);
+}
+
+tpf_fault tpf_team_fault_cuda(const tpf_team* team, int32_t rank) {
+  if (rank == team->rank) {
+    const volatile tpf_fault* mail = team->mailbox;
+    return mail->status != TPF_OK ? *team->mailbox : tpf_fault{};
+  }
+  tpf_fault fault = {};
+  cudaMemcpy(&fault, &tpf::control(team->region[rank])->fault, sizeof(fault), cudaMemcpyDeviceToHost);
+  return fault;
+}

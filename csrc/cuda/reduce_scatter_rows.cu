@@ -1,0 +1,9 @@
+#include "rs_rmsnorm_kernel.cuh"
+
+tpf_status tpf_reduce_scatter_rows_cuda(void* output, const void* input, const tpf_symm* input_symm,
+                                        const tpf_team* team, int64_t num_tokens, int32_t hidden_size, tpf_dtype dtype,
+                                        tpf_stream stream) {
+  tpf::ReduceArgs args = tpf::reduce_args(TPF_REDUCE_SCATTER_ROWS, output, input, input_symm, nullptr, nullptr, team,
+                                          num_tokens, hidden_size, dtype, 0.0f, 0);
+  return tpf::ReduceLauncher<tpf::Ending::kSum>::run(args, stream);
+}

@@ -1,0 +1,239 @@
+// rs_rmsnorm_kernel: reduce-scatter, and what follows it on a row that is in registers anyway. rs_rmsnorm,
+// rs_rmsnorm_fp8, rs_rmsnorm_ag and reduce_scatter_rows are this kernel with different endings.
+//
+// Block b of every rank owns rows b, b + grid, b + 2 grid, ... of each rank's share: the rows it stages for a peer are
+// those that block b of the peer adds up. Rows go in chunks; chunk c is published at step c, and may be added up while
+// chunk c + 1 is being staged. A staged row is written straight into the slot of the rank that wants it.
+//
+// With the copy engine (kBulk, sm_90 and newer) one warp stages, one warp fetches rows into a ring of shared-memory
+// buffers, and the others add them up from there. Without, every thread loads and stores 16 bytes at a time.
+#pragma once
+#include <cfloat>
+
+#include "bulk.cuh"
+#include "signal.cuh"
+#include "vec.cuh"
+
+namespace tpf {
+
+enum class Ending { kSum, kNorm, kFp8, kGather };
+
+constexpr int kMaxChunks = 7;  // steps 0..6 staging, 7..13 gathering, 15 closing
+constexpr int kGatherStep = kMaxChunks;
+constexpr int kHelperThreads = 64;  // the staging and the fetching warp
+constexpr int kMaxStages = 32;
+constexpr int kMaxAddingThreads = 448;  // with the helpers 16 warps: 128 registers each
+constexpr int kMaxWarps = kMaxAddingThreads / 32;
+
+struct ReduceArgs {
+  void* output;        // kNorm, kFp8 with TPF_KEEP_OUTPUT: [rows, hidden]; kGather: [num_tokens, hidden]
+  void* residual_out;  // [rows, hidden]
+  uint8_t* q;
+  float* scale;
+  const void* input;
+  const void* residual;
+  const void* weight;
+  tpf_symm symm;  // where call.source >= 0
+  tpf_team team;
+  tpf_call call;
+  uint32_t contract;
+  float eps;
+  int64_t scale_row_stride, scale_group_stride;
+  int64_t largest_share;  // rows of the rank that owns most
+  int32_t chunk_rows;     // rows of one chunk, for one block
+  int32_t num_chunks;
+  int32_t stages;  // kBulk: row buffers of the ring
+};
+
+// What the threads of a block derive from the arguments once.
+template <typename T>
+struct View {
+  __device__ View(const ReduceArgs& args, const BlockRound& round)
+      : args(args),
+        rank(args.team.rank),
+        world_size(args.team.world_size),
+        hidden(args.call.hidden_size),
+        own(rows_of(args.call.num_tokens, args.team.rank, args.team.world_size)),
+        complete((args.call.variant & TPF_COMPLETE) != 0),
+        zero_copy(args.call.source >= 0),
+        epoch(round.epoch) {}
+
+  // Row `row` of this rank's share, as `source` contributes it.
+  __device__ const T* source_row(int source, int64_t row) const {
+    if (source == rank || complete) return static_cast<const T*>(args.input) + (own.start + row) * hidden;
+    if (zero_copy) {
+      return reinterpret_cast<const T*>(static_cast<const char*>(args.symm.base[source]) + args.symm.offset) +
+             (own.start + row) * hidden;
+    }
+    return staged_row(rank, source, row);
+  }
+  // Where `source` stages row `row` of `peer`'s share.
+  __device__ T* staged_row(int peer, int source, int64_t row) const {
+    return reinterpret_cast<T*>(slot(args.team.region[peer], epoch, args.team.slot_bytes)) +
+           (source * args.largest_share + row) * hidden;
+  }
+  // Where `source` lays its normalised row `row` open: in its own slot of the next round.
+  __device__ T* gathered_row(int source, int64_t row) const {
+    return reinterpret_cast<T*>(slot(args.team.region[source], epoch + 1, args.team.slot_bytes)) + row * hidden;
+  }
+  __device__ Rows rows(int peer) const { return rows_of(args.call.num_tokens, peer, world_size); }
+  __device__ int64_t row_of(int step) const { return int64_t{step} * gridDim.x + blockIdx.x; }
+  __device__ bool staged() const { return !zero_copy && !complete && world_size > 1; }
+  __device__ bool has_residual() const { return (args.call.variant & TPF_RESIDUAL) != 0; }
+  __device__ int num_sources() const { return complete ? 1 : world_size; }
+
+  const ReduceArgs& args;
+  const int rank, world_size;
+  const int64_t hidden;
+  const Rows own;
+  const bool complete, zero_copy;
+  const uint32_t epoch;
+};
+
+// Threads `first`..`first + count` of the block wait for each other.
+__device__ inline void sync_threads(int barrier, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// The sum over the adding threads; `partial` alternates between two buffers, so one barrier a row is enough.
+__device__ inline float block_sum(float value, float* partial, int threads) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+  sync_threads(1, threads);
+  float sum = 0;
+  for (int warp = 0; warp < threads / 32; ++warp) sum += partial[warp];
+  return sum;
+}
+
+// The norm's weight: in registers, where threads hold few vectors of a row; otherwise read again for every row.
+template <typename T, int kVecs>
+struct RowWeight {
+  static constexpr bool kKept = kVecs * kLanes<T> <= 16;
+
+  __device__ void init(const View<T>& view, int threads) {
+    if constexpr (kKept) {
+#pragma unroll
+      for (int v = 0; v < kVecs; ++v) kept[v] = read(view, (int64_t{v} * threads + threadIdx.x) * kLanes<T>);
+    }
+  }
+  __device__ uint4 at(int v, const View<T>& view, int64_t column) const {
+    if constexpr (kKept) {
+      return kept[v];
+    } else {
+      return read(view, column);
+    }
+  }
+  __device__ static uint4 read(const View<T>& view, int64_t column) {
+    return column < view.hidden
+               ? __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(view.args.weight) + column))
+               : uint4{};
+  }
+
+  uint4 kept[kKept ? kVecs : 1];
+};
+
+// What is done with a summed row: round, store, normalise, quantise. Threads hold kVecs vectors of it each.
+template <typename T, int kVecs, Ending kEnding>
+__device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums)[kVecs][kLanes<T>],
+                                  const RowWeight<T, kVecs>& weight, float* partial, int threads) {
+  const ReduceArgs& args = view.args;
+  T* stored = static_cast<T*>(args.residual_out) + row * view.hidden;
+  float squares = 0;
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) {
+    const int64_t column = (int64_t{v} * threads + threadIdx.x) * kLanes<T>;
+    const uint4 rounded = pack(sums[v], T{});
+    if (column < view.hidden) store16(stored + column, rounded);
+    unpack(sums[v], rounded, T{});
+#pragma unroll
+    for (int i = 0; i < kLanes<T>; ++i) squares = fmaf(sums[v][i], sums[v][i], squares);
+  }
+  if constexpr (kEnding == Ending::kSum) return;
+
+  const float mean = block_sum(squares, partial, threads) / static_cast<float>(view.hidden);
+  const float rstd = __frsqrt_rn(mean + args.eps);
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) {
+    const int64_t column = (int64_t{v} * threads + threadIdx.x) * kLanes<T>;
+    float scaled[kLanes<T>];
+    unpack(scaled, weight.at(v, view, column), T{});
+#pragma unroll
+    for (int i = 0; i < kLanes<T>; ++i) scaled[i] *= sums[v][i] * rstd;
+    const uint4 rounded = pack(scaled, T{});
+    const bool inside = column < view.hidden;
+    if constexpr (kEnding == Ending::kNorm) {
+      if (inside) store16(static_cast<T*>(args.output) + row * view.hidden + column, rounded);
+    } else if constexpr (kEnding == Ending::kGather) {
+      if (inside) {
+        store16(static_cast<T*>(args.output) + (view.own.start + row) * view.hidden + column, rounded);
+        store16(view.gathered_row(view.rank, row) + column, rounded);
+      }
+    } else {
+      if (inside && (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
+        store16(static_cast<T*>(args.output) + row * view.hidden + column, rounded);
+      }
+      unpack(scaled, rounded, T{});  // what is quantised is the row as it would have been stored
+      float amax = 0;
+#pragma unroll
+      for (int i = 0; i < kLanes<T>; ++i) amax = fmaxf(amax, fabsf(scaled[i]));
+      // group_size is a power of two (the launcher sees to it), so that a group is a run of lanes of one warp.
+      const int lanes = args.call.group_size / kLanes<T>;
+      for (int offset = lanes / 2; offset > 0; offset /= 2) {
+        amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, offset));
+      }
+      if (inside) {
+        store_e4m3(args.q + row * view.hidden + column, scaled, amax > 0 ? __fdiv_rn(448.0f, amax) : 0.0f);
+        if (threadIdx.x % lanes == 0) {
+          args.scale[row * args.scale_row_stride + column / args.call.group_size * args.scale_group_stride] =
+              __fdiv_rn(amax, 448.0f);
+        }
+      }
+    }
+  }
+}
+
+// A block that saw a fault leaves no number that could be taken for a result. 0xff bytes are NaN in every dtype.
+template <typename T, Ending kEnding>
+__device__ inline void poison_rows(const View<T>& view) {
+  const ReduceArgs& args = view.args;
+  const uint4 nan = {~0u, ~0u, ~0u, ~0u};
+  const auto fill = [&](void* row, int64_t bytes) {
+    for (int64_t at = threadIdx.x * 16; at < bytes; at += blockDim.x * 16) store16(static_cast<char*>(row) + at, nan);
+  };
+  const int64_t row_bytes = view.hidden * sizeof(T);
+  for (int64_t row = blockIdx.x; row < view.own.count; row += gridDim.x) {
+    fill(static_cast<char*>(args.residual_out) + row * row_bytes, row_bytes);
+    if constexpr (kEnding == Ending::kNorm || kEnding == Ending::kFp8) {
+      if (kEnding == Ending::kNorm || (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
+        fill(static_cast<char*>(args.output) + row * row_bytes, row_bytes);
+      }
+    }
+    if constexpr (kEnding == Ending::kFp8) {
+      for (int64_t at = threadIdx.x; at < view.hidden; at += blockDim.x) args.q[row * view.hidden + at] = 0xff;
+      const int64_t groups = (view.hidden + args.call.group_size - 1) / args.call.group_size;
+      for (int64_t group = threadIdx.x; group < groups; group += blockDim.x) {
+        args.scale[row * args.scale_row_stride + group * args.scale_group_stride] = __uint_as_float(~0u);
+      }
+    }
+  }
+  if constexpr (kEnding == Ending::kGather) {
+    for (int64_t row = blockIdx.x; row < args.call.num_tokens; row += gridDim.x) {
+      fill(static_cast<char*>(args.output) + row * row_bytes, row_bytes);
+    }
+  }
+}
+
+// Lanes 0..world_size-1 of a warp (or threads of a block) each speak to one peer.
+template <typename T>
+__device__ inline void publish_to_peers(const View<T>& view, const BlockRound& round, int step, int lane) {
+  if (lane < view.world_size && lane != view.rank) publish_step(view.args.team, round, step, lane);
+}
+
+template <typename T>
+__device__ inline bool wait_for_peers(const View<T>& view, const BlockRound& round, int step, int lane) {
+  if (lane >= view.world_size || lane == view.rank) return true;
+  return wait_step(view.args.team, view.args.call, round, step, lane);
+}
+
+}  // namespace tpf

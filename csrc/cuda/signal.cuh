@@ -1,0 +1,97 @@
+// One block's part in a round of the protocol (csrc/protocol.h), on the GPU. Block b of every rank meets block b of all
+// others: the grids are equal, so no block waits for one that does not exist.
+#pragma once
+#include "../protocol.h"
+
+namespace tpf {
+
+constexpr int kClosingStep = TPF_MAX_STEPS - 1;
+
+__device__ inline uint64_t now_ns() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+
+// What a block knows of the call it is in. All threads hold the same.
+struct BlockRound {
+  uint32_t epoch;
+  uint32_t contract;
+  uint64_t call_number;
+  bool refused;  // this workspace has faulted before: nothing is to be done
+};
+
+__device__ inline void report(const tpf_team& team, const tpf_call& call, const BlockRound& round, tpf_status status,
+                              int peer, int step, uint64_t seen, uint64_t waited_ns) {
+  Control* own = control(team.region[team.rank]);
+  if (atomicExch(&own->claimed, 1u) != 0) return;
+  tpf_fault* const records[2] = {&own->fault, team.mailbox};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    tpf_fault* record = records[i];
+    record->rank = team.rank;
+    record->peer = peer;
+    record->step = step;
+    record->epoch = round.epoch;
+    record->seen_epoch = epoch_of(seen);
+    record->call_number = round.call_number;
+    record->waited_ns = waited_ns;
+    record->expected = call;
+    if (status == TPF_DISAGREE) record->seen = control(team.region[peer])->announced[round.epoch & 1];
+    __threadfence_system();
+    record->status = status;
+  }
+  shared_ref<uint32_t>(own->faulted).store(1, order::memory_order_release);
+}
+
+// Opens the op: reads the epoch, announces the call; the last block to come advances the epoch by `rounds` for the next
+// call on the stream. (By then every block of this grid has read it.)
+__device__ inline BlockRound begin_op(const tpf_team& team, const tpf_call& call, uint32_t contract, int rounds) {
+  __shared__ BlockRound shared;
+  if (threadIdx.x == 0) {
+    Control* own = control(team.region[team.rank]);
+    const uint32_t epoch = own->epoch + 1;
+    shared = {epoch, contract, own->calls + 1, own->faulted != 0};
+    own->announced[epoch & 1] = call;  // every block writes the same, so that its own release publishes it
+    __threadfence();
+    if (atomicInc(&own->blocks_done, gridDim.x - 1) == gridDim.x - 1) {
+      own->epoch = epoch - 1 + rounds;
+      own->calls = shared.call_number;
+    }
+  }
+  __syncthreads();
+  return shared;
+}
+
+__device__ inline void publish_step(const tpf_team& team, const BlockRound& round, int step, int peer) {
+  publish(signal(team.region[peer], step, blockIdx.x, team.rank), round.epoch, round.contract);
+}
+
+// Waits for one peer; false, with the fault on record, where that fails.
+__device__ inline bool wait_step(const tpf_team& team, const tpf_call& call, const BlockRound& round, int step,
+                                 int peer) {
+  uint64_t* word = signal(team.region[team.rank], step, blockIdx.x, peer);
+  uint64_t seen, start = 0;
+  uint32_t looks = 0;
+  tpf_status verdict = TPF_OK;
+  const tpf_status status = wait_for(word, round.epoch, round.contract, &seen, [&] {
+    if (++looks % 1024 != 0) return TPF_OK;
+    if (verdict != TPF_OK) return verdict;  // a peer that is gone may have published just before: one more look
+    const uint64_t now = now_ns();
+    if (start == 0) start = now;
+    Control* other = control(team.region[peer]);
+    if (now - start > static_cast<uint64_t>(team.timeout_ns)) {
+      verdict = TPF_NEVER_ARRIVED;
+    } else if (shared_ref<uint32_t>(other->faulted).load(order::memory_order_acquire) != 0) {
+      verdict = TPF_PEER_FAULTED;
+    } else if (shared_ref<uint32_t>(other->closed).load(order::memory_order_acquire) != 0) {
+      verdict = TPF_PEER_CLOSED;
+    }
+    return TPF_OK;
+  });
+  if (status == TPF_OK) return true;
+  report(team, call, round, status, peer, step, seen, start == 0 ? 0 : now_ns() - start);
+  return false;
+}
+
+}  // namespace tpf

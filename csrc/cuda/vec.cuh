@@ -1,0 +1,92 @@
+// 16-byte vectors of rows, to and from fp32.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+namespace tpf {
+
+template <typename T>
+constexpr int kLanes = 16 / sizeof(T);  // elements of one 16-byte vector
+
+// Loads that see what peers wrote: never through the read-only path, and not kept in L1, where no line is read twice.
+__device__ inline uint4 load16(const void* address) {
+  uint4 raw;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+               : "l"(address)
+               : "memory");
+  return raw;
+}
+
+__device__ inline void store16(void* address, uint4 raw) { *static_cast<uint4*>(address) = raw; }
+
+__device__ inline void unpack(float (&values)[8], uint4 raw, __nv_bfloat16) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[2 * i] = __uint_as_float(words[i] << 16);
+    values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+
+__device__ inline void unpack(float (&values)[8], uint4 raw, __half) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+    values[2 * i] = pair.x;
+    values[2 * i + 1] = pair.y;
+  }
+}
+
+__device__ inline void unpack(float (&values)[4], uint4 raw, float) {
+  values[0] = __uint_as_float(raw.x);
+  values[1] = __uint_as_float(raw.y);
+  values[2] = __uint_as_float(raw.z);
+  values[3] = __uint_as_float(raw.w);
+}
+
+__device__ inline uint32_t pack2(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ inline uint32_t pack2(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+template <typename T>
+__device__ inline uint4 pack(const float (&values)[8], T type) {
+  return {pack2(values[0], values[1], type), pack2(values[2], values[3], type), pack2(values[4], values[5], type),
+          pack2(values[6], values[7], type)};
+}
+
+__device__ inline uint4 pack(const float (&values)[4], float) {
+  return {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
+          __float_as_uint(values[3])};
+}
+
+// e4m3, saturating, rounded to nearest even; the low 32 bits hold the first four.
+template <int kCount>
+__device__ inline void store_e4m3(uint8_t* out, const float (&values)[kCount], float scale) {
+  uint32_t words[kCount / 4];
+#pragma unroll
+  for (int i = 0; i < kCount / 4; ++i) {
+    const auto low =
+        __nv_cvt_float2_to_fp8x2({values[4 * i] * scale, values[4 * i + 1] * scale}, __NV_SATFINITE, __NV_E4M3);
+    const auto high =
+        __nv_cvt_float2_to_fp8x2({values[4 * i + 2] * scale, values[4 * i + 3] * scale}, __NV_SATFINITE, __NV_E4M3);
+    words[i] = low | uint32_t{high} << 16;
+  }
+  if constexpr (kCount == 8) {
+    *reinterpret_cast<uint2*>(out) = {words[0], words[1]};
+  } else {
+    *reinterpret_cast<uint32_t*>(out) = words[0];
+  }
+}
+
+}  // namespace tpf
