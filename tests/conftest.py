@@ -1,7 +1,7 @@
 """Fixtures. `--device cuda` runs the tests that take `device` on GPU tensors; the default is cpu."""
 
-import ranks
 import pytest
+import ranks
 
 
 def pytest_addoption(parser):

@@ -84,9 +84,9 @@ class Call:
             same_bits(outputs, (self.input(0),))
         elif self.op in PROJECTIONS:
             exact, unfused = self._project(torch.float64), self._project(self.dtype)
-            for name, *values in zip("0 1 2".split(), outputs, exact, unfused, strict=False):
-                assert values[0].shape[0] == self.num_tokens, f"output {name} has {values[0].shape[0]} rows"
-                within_twice_the_error(f"output {name}", *values)
+            for index, values in enumerate(zip(outputs, exact, unfused, strict=True)):
+                assert len(values[0]) == self.num_tokens, f"output {index} has {len(values[0])} rows"
+                within_twice_the_error(f"output {index}", *values)
         else:
             same_bits(outputs, self._reduce(rank, world_size), exactly=self.device == "cpu")
 

@@ -1,6 +1,8 @@
 """Rank processes for tests: a pool of them is started once and then given functions to run.
 
-    results = Pool(world_size=2).run(function, *arguments)      # function(*arguments) on both, top-level in a test module
+    results = Pool(world_size=2).run(function, *arguments)
+
+`function`, at the top level of a test module, is called with the arguments on every rank.
 
 The processes are forked from a server that has torch imported already: a pool costs milliseconds, so a test that kills
 ranks takes one of its own. In every rank, memory that torch hands out uninitialised is filled with NaN (255 for
@@ -69,16 +71,21 @@ class Pool:
 
     def run(self, function, *arguments, timeout_s: float = 60.0) -> list:
         """The result of every rank. What a rank raises is raised here, and ends the pool."""
-        outcomes = self.outcomes(function, *arguments, timeout_s=timeout_s)
-        failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        outcomes = self._collect(function, arguments, timeout_s)
+        failed = [error for _, error in outcomes if error is not None]
         if failed:
             self.close()
             # A rank that died explains the others' troubles, not the other way round.
             raise next((error for error in failed if isinstance(error, RankDied)), failed[0])
-        return outcomes
+        return [result for result, _ in outcomes]
 
     def outcomes(self, function, *arguments, timeout_s: float = 60.0) -> list:
         """What became of every rank: its result, the exception that it raised, or `RankDied`."""
+        outcomes = self._collect(function, arguments, timeout_s)
+        return [result if error is None else error for result, error in outcomes]
+
+    def _collect(self, function, arguments, timeout_s: float) -> list[tuple]:
+        """(result, None) or (None, exception) of every rank."""
         job = _pack((function, arguments))
         for connection in self._connections:
             with contextlib.suppress(BrokenPipeError):
@@ -93,23 +100,22 @@ class Pool:
             for connection in ready:
                 rank = waiting[connection]
                 outcomes[rank] = self._receive(rank)
-                if isinstance(outcomes[rank], BaseException):
+                if outcomes[rank][1] is not None:
                     deadline = min(deadline, time.monotonic() + _GRACE_S)
         return [outcomes[rank] for rank in range(self.world_size)]
 
-    def _receive(self, rank: int):
+    def _receive(self, rank: int) -> tuple:
         try:
             result, error, text = _unpack(self._connections[rank].recv_bytes())
         except (EOFError, ConnectionError):
             self.processes[rank].join(5)
-            return RankDied(rank, self.processes[rank].exitcode)
+            return None, RankDied(rank, self.processes[rank].exitcode)
         if error is not None:
             error.__cause__ = _Traceback(f"\nrank {rank}: {text}")
-            return error
-        return result
+        return result, error
 
     def _timed_out(self, late: list[int], outcomes: dict, timeout_s: float) -> TimeoutError:
-        told = [f"rank {rank}: {outcome!r}" for rank, outcome in sorted(outcomes.items())]
+        told = [f"rank {rank}: {error or 'done'}" for rank, (_, error) in sorted(outcomes.items())]
         for rank in late:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.processes[rank].pid, signal.SIGUSR1)
