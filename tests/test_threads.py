@@ -52,7 +52,7 @@ def test_symmetric_input_of_threads():
 
 
 def test_a_thread_that_never_comes_is_told_apart():
-    ranks = ThreadRanks(3, timeout_s=0.3)
+    ranks = ThreadRanks(3, timeout_s=1.0)
 
     def reduce(workspace):
         if workspace.rank == 2:
@@ -60,7 +60,7 @@ def test_a_thread_that_never_comes_is_told_apart():
         begin = time.monotonic()
         with pytest.raises(faults.CollectiveFault, match="rank 2 never arrived") as raised:
             native.reduce_scatter_rows(workspace, torch.zeros(4, 8))
-        assert time.monotonic() - begin < 2
+        assert 1.0 <= time.monotonic() - begin < 3
         return raised.value.rank
 
     assert ranks.run(reduce) == [0, 1, None]
