@@ -86,9 +86,9 @@ def run_op(
     rope: Annotated[int, _sizes(min=0, help="Of those, k_pe's; q_a has the rest")] = 64,
     dtype: Annotated[Dtype, _sizes(help="Of the rows")] = Dtype.bf16,
     scale_layout: Annotated[ScaleLayout, _sizes(help="Of fp8 scales")] = ScaleLayout.row,
-    warmup: Annotated[int, _timing(min=1, help="Rounds before the clock counts")] = 3,
+    warmup: Annotated[int, _timing(min=1, help="Rounds before the clock counts, at most")] = 3,
     iters: Annotated[int | None, _timing(min=1, help="Rounds that count", show_default="as --budget allows")] = None,
-    budget: Annotated[float, _timing(min=0.0, help="Seconds of timing a size, for 5 to 1000 rounds")] = 2.0,
+    budget: Annotated[float, _timing(min=0.0, help="Seconds of timing a size, for 3 to 1000 rounds")] = 2.0,
     baselines: Annotated[int, _timing(min=0, max=1, help="0: only the fused op")] = 1,
     compile: Annotated[bool, _timing("--compile", help="torch.compile the unfused programs' local parts")] = False,
 ) -> None:

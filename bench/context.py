@@ -56,7 +56,6 @@ class Context:
         device = torch.device("cuda", local_rank % cards)
         torch.cuda.set_device(device)
         if self.ranks_per_card > 1:
-            os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
             self.has_collectives = False
         else:
             self.group = dist.new_group(backend="nccl")
@@ -106,6 +105,12 @@ class Context:
             dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
         else:
             dist.barrier()
+
+    def settle(self) -> None:
+        """Waits for what was launched. A kernel that met a fault has written it down and gone on: here it is raised."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.workspace.check()
 
     def host_barrier(self) -> None:
         """Waits as long as the process group does: work on the host may take longer than an op's deadline."""

@@ -44,9 +44,10 @@ def draw(paths: list[Path], output: Path) -> None:
                 prefix = f"{_name(run)}: " if len(runs) > 1 else ""
                 _curves(time_axes, bandwidth_axes, run, rows, prefix, color=f"C{index}" if len(runs) > 1 else None)
         for side, label in ((time_axes, "us a call (median of the slowest rank)"), (bandwidth_axes, "GB/s of memory")):
-            side.set(title=op, xlabel="tokens", ylabel=label, xscale="log", yscale="log")
-            side.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            side.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            side.set(title=op, xlabel="tokens", ylabel=label, yscale="log")
+            side.set_xscale("log", base=2)
+            for axis in (side.xaxis, side.yaxis):
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             side.grid(True, which="both", alpha=0.25)
             side.legend(fontsize=8)
     figure.suptitle("\n".join(_title(run) for run in runs), fontsize=10)

@@ -111,6 +111,7 @@ def _check(context, case, programs) -> int:
         context.host_barrier()
         with poisoned():
             outputs = programs["fused"].call()
+            context.settle()
         wrong += case.count_wrong(outputs)
     for name, program in programs.items():
         if name == "fused":

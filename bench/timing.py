@@ -82,7 +82,8 @@ class CudaClock:
             program.call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        # thread_local: NCCL's watchdog thread asks after events meanwhile, which a global capture would forbid.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             for _ in range(self.calls_per_graph):
                 result = program.call()
         return _Graph(graph, result, program.prepare)
@@ -98,14 +99,14 @@ class CudaClock:
         return (start, stop), program.result
 
     def seconds(self, samples) -> list[float]:
-        torch.cuda.synchronize()
         return [start.elapsed_time(stop) * 1e-3 / self.calls_per_graph for start, stop in samples]
 
 
 def measure(context, programs: dict[str, Program], tick=lambda done, total: None) -> dict[str, Samples]:
     """Samples of every program. `tick` hears of the progress, off the clock.
 
-    Iterations: --iters, or as many as fit into --budget seconds (5 to 1000), agreed on by the ranks after the warm-up.
+    Warm-up: --warmup rounds, or fewer when they have spent --budget seconds. Iterations: --iters, or as many as fit
+    into --budget, 3 to 1000. The ranks agree on both: they go by the slowest.
     """
     options = context.options
     clock = CudaClock() if context.device.type == "cuda" else HostClock()
@@ -121,15 +122,19 @@ def measure(context, programs: dict[str, Program], tick=lambda done, total: None
                     last.pop(name, None)  # its memory is for the next call, as in a loop of layers
                     sample, last[name] = clock.sample(program, context.meet)
                     samples[name].append(sample)
+            context.settle()
             for name, taken in samples.items():
                 seconds[name] += clock.seconds(taken)
             tick(min(begin + clock.rounds_in_flight, iterations), iterations)
         return seconds, last
 
-    start = time.perf_counter()
-    run(options.warmup)
-    round_s = context.host_reduce([(time.perf_counter() - start) / options.warmup])[0].item()
-    iterations = options.iters or int(min(max(options.budget_s / round_s, 5), 1000))
+    warmup_s, rounds = 0.0, 0
+    while rounds < options.warmup and (rounds == 0 or warmup_s < options.budget_s):
+        start = time.perf_counter()
+        run(1)
+        warmup_s += context.host_reduce([time.perf_counter() - start])[0].item()
+        rounds += 1
+    iterations = options.iters or int(min(max(options.budget_s * rounds / warmup_s, 3), 1000))
     seconds, last = run(iterations)
     slowest = context.host_reduce(list(seconds.values()))
     return {name: Samples(slowest[i], last[name]) for i, name in enumerate(loaded)}

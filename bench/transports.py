@@ -45,7 +45,7 @@ class OverTorch:
 
     def __init__(self, context, num_tokens: int, input: torch.Tensor | None = None):
         self.group, self.world_size, self.input = context.group, context.world_size, input
-        self.share = context.row_count(num_tokens, 0)
+        self.share, self.scratch = context.row_count(num_tokens, 0), None
         if input is not None:
             counts = [context.row_count(num_tokens, rank) for rank in range(self.world_size)]
             self.padded = torch.cat([self.pad_rows(rows) for rows in input.split(counts)])
@@ -67,7 +67,9 @@ class OverTorch:
 
     def prepare_all_reduce(self) -> None:
         """all_reduce works in place; an engine gives it a fresh product, so the copy is not charged."""
-        self.scratch = self.input.clone()
+        if self.scratch is None:
+            self.scratch = torch.empty_like(self.input)
+        self.scratch.copy_(self.input)  # to where a captured graph looks for it
 
     def all_reduce(self) -> torch.Tensor:
         dist.all_reduce(self.scratch, group=self.group)
