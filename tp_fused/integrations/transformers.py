@@ -135,7 +135,7 @@ class TensorParallel:
         if embeds is None:
             return None
         # Embeddings of the caller are whole on every rank, and the first layer adds up what the ranks bring.
-        whole = embeds.clone(memory_format=torch.contiguous_format)
+        whole = embeds.detach().clone(memory_format=torch.contiguous_format)
         return args, {**kwargs, "inputs_embeds": whole if self.rank == 0 else whole.zero_()}
 
     def _all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
@@ -292,9 +292,8 @@ class _DecoderLayer(nn.Module):
         first = not isinstance(hidden_states, _Stream)
         partial, residual = _Stream(hidden_states, None) if first else hidden_states
         shape, program = partial.shape[:2], self.tp.program
-        queries, kv, residual = program.attention_input(
-            partial.flatten(0, 1), residual, self.input_layernorm, self.latent
-        )
+        rows = partial.flatten(0, 1)
+        queries, kv, residual = program.attention_input(rows, residual, self.input_layernorm, self.latent)
         self.handed.latent = kv.unflatten(0, shape)
         attended, *_ = self.self_attn(hidden_states=queries.unflatten(0, shape), **kwargs)
         rows, residual = program.norm_rows(attended.flatten(0, 1), residual, self.post_attention_layernorm)
@@ -354,14 +353,8 @@ def _shard_attention(tp: TensorParallel, attention: nn.Module, handed: _Handed) 
     attention.kv_a_proj_with_mqa, attention.kv_a_layernorm = handed, nn.Identity()
 
 
-def _intermediate_share(tp: TensorParallel, size: int) -> slice:
-    """Whole groups of 8 columns where there are enough of them: grouped GEMMs want rows of 16 bytes on CUDA."""
-    unit = 8 if size % 8 == 0 and size // 8 >= tp.world_size else 1
-    return tp.share(size // unit, unit)
-
-
 def _shard_mlp(tp: TensorParallel, mlp: nn.Module) -> None:
-    own = _intermediate_share(tp, mlp.intermediate_size)
+    own = tp.share(mlp.intermediate_size)
     _column_parallel(mlp.gate_proj, own)
     _column_parallel(mlp.up_proj, own)
     _row_parallel(tp, mlp.down_proj, own)
@@ -369,12 +362,14 @@ def _shard_mlp(tp: TensorParallel, mlp: nn.Module) -> None:
 
 
 def _shard_experts(tp: TensorParallel, experts: nn.Module) -> None:
+    """By intermediate columns, padded with zeros, which add nothing: grouped GEMMs take rows of whole 16 bytes only."""
     size = experts.intermediate_dim
-    own = _intermediate_share(tp, size)
+    own = tp.share(size)
+    padding = -(own.stop - own.start) % (16 // experts.down_proj.element_size())
     gate_up = experts.gate_up_proj.unflatten(1, (2, size))[:, :, own]
-    experts.gate_up_proj = _frozen(gate_up.flatten(1, 2).contiguous())
-    experts.down_proj = _cut(experts.down_proj, ..., own)
-    experts.intermediate_dim = own.stop - own.start
+    experts.gate_up_proj = _frozen(F.pad(gate_up, (0, 0, 0, padding)).flatten(1, 2))
+    experts.down_proj = _frozen(F.pad(experts.down_proj[..., own], (0, padding)))
+    experts.intermediate_dim = own.stop - own.start + padding
 
 
 def _check_model(model, world_size: int) -> tuple[torch.dtype, torch.device]:
@@ -392,10 +387,7 @@ def _check_model(model, world_size: int) -> tuple[torch.dtype, torch.device]:
         )
     if next(iter(devices)).type not in ("cpu", "cuda"):
         raise ValueError(f"the model is on {next(iter(devices))}; load its weights on cpu or cuda first")
-    sizes = ["num_attention_heads", "intermediate_size", "vocab_size"]
-    if any(hasattr(layer.mlp, "experts") for layer in model.model.layers):
-        sizes.append("moe_intermediate_size")
-    for name in sizes:
+    for name in ("num_attention_heads", "intermediate_size", "moe_intermediate_size", "vocab_size"):
         if getattr(model.config, name) < world_size:
             raise ValueError(f"{world_size} ranks are more than {name}={getattr(model.config, name)} can be split over")
     return dtypes.pop(), devices.pop()
