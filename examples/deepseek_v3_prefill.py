@@ -1,0 +1,314 @@
+"""Prefills a DeepSeek-V3 on several ranks in three ways, times their parts, and checks them against one process.
+
+    python examples/deepseek_v3_prefill.py                        4 ranks, started here
+    torchrun --nproc-per-node 2 examples/deepseek_v3_prefill.py   torchrun's ranks
+
+The model is a DeepseekV3ForCausalLM of transformers with random weights, tensor-parallel; the prompt is a text's bytes.
+The ways share the sharded weights and run in turn, so that what else the machine does hits all of them. Exits with 1
+when the logits of any way, on any rank, are not the unsharded model's.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import transformers
+from presets import PRESETS, make_config, make_model, read_prompt
+from tqdm import tqdm
+
+import tp_fused
+from tp_fused.integrations.transformers import parallelize
+from tp_fused.launch import launch
+
+TODAY = "all_reduce"
+WAYS = {
+    TODAY: "today, torch.distributed",
+    "transport": "today, tp_fused transport",
+    "fused": "tp_fused",
+}
+PARTS = ("communication", "rms_norm", "qkv_a_proj")
+
+# ---- measuring ----
+
+
+class PartTimer:
+    """Seconds spent in each part of a forward; what `TensorParallel.timer` wants."""
+
+    def __init__(self, device: torch.device):
+        self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.parts = dict.fromkeys(PARTS, 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, part: str):
+        start = self.now()
+        yield
+        self.parts[part] += self.now() - start
+
+    def now(self) -> float:
+        self.synchronize()
+        return time.perf_counter()
+
+
+def prefill(model, tp, way: str, ids: torch.Tensor) -> dict[str, float]:
+    """Seconds of one prefill on this rank: its parts and the total.
+
+    As in an engine, the cache is filled and only the last position's logits are computed.
+    """
+    dist.barrier(group=tp.group)
+    tp.way, tp.timer = way, PartTimer(ids.device)
+    start = tp.timer.now()
+    model(ids, use_cache=True, logits_to_keep=1)
+    total = tp.timer.now() - start
+    parts, tp.timer = tp.timer.parts, None
+    return {**parts, "total": total}
+
+
+def summarize(runs: dict[str, list[list[dict[str, float]]]]) -> dict[str, dict[str, float]]:
+    """Of runs[way][rank][round], each way's round of median total, and its speedup over today's way.
+
+    A round takes as long as its slowest rank. Its parts are means over the ranks, because one rank's waiting is
+    another's work; "rest" is what they leave of the total. The speedup is the median of the rounds' own ratios: the
+    ways of one round met the same load on the machine.
+    """
+    totals = {way: [max(run["total"] for run in ranks) for ranks in zip(*runs[way], strict=True)] for way in runs}
+    summary = {}
+    for way, rounds in totals.items():
+        chosen = rounds.index(statistics.median_low(rounds))
+        parts = {part: statistics.fmean(rank[chosen][part] for rank in runs[way]) for part in PARTS}
+        summary[way] = {
+            **parts,
+            "rest": rounds[chosen] - sum(parts.values()),
+            "total": rounds[chosen],
+            "speedup": statistics.median(today / own for today, own in zip(totals[TODAY], rounds, strict=True)),
+        }
+    return summary
+
+
+# ---- checking ----
+
+
+def compare(logits: torch.Tensor, expected: torch.Tensor) -> dict:
+    """How the logits [num_tokens, vocab_size] of one way on one rank differ from the unsharded model's."""
+    difference = (logits.float() - expected.float()).abs().amax(-1)
+    difference = difference.where(difference.isfinite(), torch.inf)
+    return {
+        "max_difference": difference.max().item(),
+        "mean_difference": difference.mean().item(),
+        "worst_position": difference.argmax().item(),
+        "flipped": (logits.argmax(-1) != expected.argmax(-1)).nonzero().flatten().tolist(),
+    }
+
+
+def judge(found: dict[str, list[dict]], num_tokens: int, largest_logit: float, dtype: torch.dtype) -> list[str]:
+    """What is wrong with found[way][rank] of `compare`, in words; nothing when the check passes.
+
+    In float32 the argmax must be the unsharded model's at every position, and the largest difference at most twice
+    that of today's way; that one's own at most 0.1 % of the largest logit.
+
+    In lower precision two experts, or two logits, that are nearly tied may swap, in any way of computing them, and the
+    largest difference tells nothing. There the mean over positions takes its place, today's at most 10 % of the largest
+    logit, and the argmax may differ at twice as many positions as in today's way, or at 1 % and one more.
+
+    No bound is below some roundings of the largest logit: today's way may round exactly as the unsharded model does (on
+    one rank it does).
+    """
+    exact = dtype == torch.float32
+    measure, share, roundings = ("max_difference", 1e-3, 32) if exact else ("mean_difference", 0.1, 4)
+    floor = roundings * torch.finfo(dtype).eps * largest_logit
+    twice_today = 2 * max(result[measure] for result in found[TODAY])
+    most_flips = 0 if exact else max(2 * max(len(result["flipped"]) for result in found[TODAY]), num_tokens // 100 + 1)
+    wrong = []
+    for way, ranks in found.items():
+        bound = share * largest_logit if way == TODAY else max(twice_today, floor)
+        for rank, result in enumerate(ranks):
+            if not result[measure] <= bound:
+                wrong.append(
+                    f"{way}, rank {rank}: {measure} of the logits is {result[measure]:.3g}, more than {bound:.3g}; "
+                    f"worst at position {result['worst_position']}"
+                )
+            if len(result["flipped"]) > (num_tokens // 10 if way == TODAY and not exact else most_flips):
+                wrong.append(
+                    f"{way}, rank {rank}: another argmax at {len(result['flipped'])} of {num_tokens} positions, the "
+                    f"first {result['flipped'][0]}"
+                )
+    return wrong
+
+
+# ---- the job ----
+
+
+def run(args: argparse.Namespace) -> None:
+    """What every rank does."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    transformers.logging.set_verbosity_error()
+    ids, taken = read_prompt(args.text_file, args.num_tokens)
+    ids = ids.to(device)
+    say = print if rank == 0 else lambda *_: None
+    say(f"DeepSeek-V3 prefill: {args.preset}, {args.num_tokens} tokens ({taken}), {args.dtype}, {world_size} ranks")
+    steps = 2 + len(WAYS) * (1 + args.repeats)
+    with torch.inference_mode(), tqdm(total=steps, disable=None if rank == 0 else True, leave=False) as bar:
+
+        def step(what: str) -> None:
+            bar.set_description(what)
+            bar.update()
+
+        bar.set_description("building the model")
+        model = make_model(make_config(args.preset, args.num_tokens), args.seed, dtype, device)
+        step("unsharded model")
+        expected = unsharded_logits(model, ids)
+        step("sharding")
+        tp = parallelize(model, max_num_tokens=args.num_tokens)
+        found, runs = {}, {way: [] for way in WAYS}
+        for way in WAYS:  # also the warm-up
+            tp.way = way
+            found[way] = compare(model(ids).logits[0], expected)
+            step(f"checking {way}")
+        for repeat in range(args.repeats):
+            for offset in range(len(WAYS)):
+                way = list(WAYS)[(repeat + offset) % len(WAYS)]
+                runs[way].append(prefill(model, tp, way, ids))
+                step(f"timing {way}")
+    everyone = [None] * world_size
+    dist.all_gather_object(everyone, (found, runs))
+    found, runs = ({way: [kind[way] for kind in kinds] for way in WAYS} for kinds in zip(*everyone, strict=True))
+    times = summarize(runs)
+    wrong = judge(found, args.num_tokens, expected.abs().max().item(), dtype)
+    if rank == 0:
+        backend = get_backend(device)
+        print_times(times, args, backend)
+        print_check(found, wrong, expected)
+        if args.json:
+            args.json.write_text(json.dumps(as_json(args, backend, times, found, wrong), indent=2) + "\n")
+    sys.stdout.flush()
+    dist.barrier()  # whoever exits with an error ends the others, and rank 0 shall have said why
+    if wrong:
+        raise SystemExit(1)
+
+
+def get_backend(device: torch.device) -> str:
+    workspace = tp_fused.workspace.get_workspace(dist.group.WORLD.group_name, device)
+    return f"{workspace.backend} ({workspace.reason})"
+
+
+def unsharded_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """All logits [num_tokens, vocab_size] of the whole model, computed by rank 0 with every core."""
+    logits = torch.empty(ids.shape[1], model.config.vocab_size, dtype=model.dtype, device=ids.device)
+    if dist.get_rank() == 0:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        logits.copy_(model(ids, use_cache=False).logits[0])
+        torch.set_num_threads(threads)
+    dist.broadcast(logits, src=0)
+    return logits
+
+
+def print_times(times: dict, args: argparse.Namespace, backend: str) -> None:
+    print(f"\ntp_fused backend: {backend}. Median of {args.repeats} rounds, milliseconds:\n")
+    heads = ("communication", "RMSNorm", "qkv_a proj", "rest", "total", "tokens/s", "vs today")
+    print(f"{'':26}" + "".join(f"{head:>15}" for head in heads))
+    for way, title in WAYS.items():
+        run = times[way]
+        cells = [f"{run[part] * 1e3:.1f}" for part in (*PARTS, "rest", "total")]
+        if way == "fused":
+            cells = [cells[0] + " *", "*", cells[2] + " *", *cells[3:]]
+        cells += [f"{args.num_tokens / run['total']:.0f}", f"{run['speedup']:.2f} x"]
+        print(f"{title:26}" + "".join(f"{cell:>15}" for cell in cells))
+    print(
+        "\n* One kernel does several of these. communication holds rs_rmsnorm and rs_rmsnorm_ag, with their residual\n"
+        "  additions and RMSNorms; qkv_a proj holds qkv_a_proj_ag_norm, with its all-gather and the latent RMSNorms.\n"
+        "Total is the slowest rank's; parts are means over ranks, and communication includes waiting for peers.\n"
+        "vs today is the median of the rounds' ratios. Logits of the last position only, as engines prefill."
+    )
+
+
+def print_check(found: dict, wrong: list[str], expected: torch.Tensor) -> None:
+    num_tokens, largest = expected.shape[0], expected.abs().max().item()
+    print(f"\nAll logits against the unsharded model, whose largest is {largest:.3g}; the worst of all ranks:\n")
+    for way, title in WAYS.items():
+        most, mean = (max(result[kind] for result in found[way]) for kind in ("max_difference", "mean_difference"))
+        same = num_tokens - max(len(result["flipped"]) for result in found[way])
+        print(f"{title:26}  difference at most {most:.2e}, mean {mean:.2e}; same argmax at {same} of {num_tokens}")
+    for line in wrong:
+        print(f"WRONG  {line}", file=sys.stderr)
+    print("\n" + ("MISMATCH: the logits are not the unsharded model's." if wrong else "OK"))
+
+
+def as_json(args, backend: str, times: dict, found: dict, wrong: list[str]) -> dict:
+    return {
+        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": len(os.sched_getaffinity(0)),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tp_fused": tp_fused.__version__,
+        },
+        "backend": backend,
+        "ways": {
+            way: {
+                "ms": {part: times[way][part] * 1e3 for part in (*PARTS, "rest", "total")},
+                "tokens_per_s": args.num_tokens / times[way]["total"],
+                "speedup": times[way]["speedup"],
+                "max_difference": max(result["max_difference"] for result in found[way]),
+                "mean_difference": max(result["mean_difference"] for result in found[way]),
+                "flipped_positions": sorted({position for result in found[way] for position in result["flipped"]}),
+            }
+            for way in WAYS
+        },
+        "wrong": wrong,
+        "ok": not wrong,
+    }
+
+
+# ---- the command line ----
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    summary, _, rest = __doc__.partition("\n\n")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=summary, epilog=rest, formatter_class=formatter)
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", 4)), help="ranks (4)")
+    parser.add_argument("--preset", choices=PRESETS, default="small", help="model (small)")
+    parser.add_argument("--text-file", type=Path, default=readme, help="its bytes are the prompt (the README)")
+    parser.add_argument("--num-tokens", type=int, default=1024, help="cut or repeat the text to this length (1024)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (7)")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (0)")
+    args = parser.parse_args(argv)
+    heads = PRESETS[args.preset]["num_attention_heads"]
+    if not 1 <= args.world_size <= heads:
+        parser.error(f"--world-size must be 1 to {heads} (the heads of {args.preset}), got {args.world_size}")
+    for name in ("num_tokens", "repeats"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if not args.text_file.is_file() or not args.text_file.stat().st_size:
+        parser.error(f"--text-file {args.text_file} is missing or empty")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {args.json.parent}")
+    args.device = "cpu" if args.device == "auto" else args.device
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    try:
+        launch(run, args.world_size, args)
+    except torch.multiprocessing.ProcessExitedException as error:
+        sys.exit(1 if error.exit_code == 1 else f"a rank ended: {error}")
+
+
+if __name__ == "__main__":
+    main()
