@@ -1,0 +1,293 @@
+"""What goes wrong between ranks: who is told what, how soon, and what works afterwards."""
+
+import os
+import pickle
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from programs import LATENT, OPS, Call
+from ranks import RankDied, outcome, workspace
+
+import tp_fused
+from tp_fused import CollectiveFault
+
+ODD = 1  # the rank that misbehaves
+SIZES = {"hidden_size": 256, "latent_size": sum(LATENT)}
+BF16 = torch.bfloat16
+
+
+def call_of(op: str, device: str, **changes) -> Call:
+    return Call(op, **{"num_tokens": 4, "hidden_size": 256, "residual": "full", "device": device, **changes})
+
+
+def faults_of_every_op(device: str) -> list:
+    """What each op does on the workspace as it is: the type of its error, or None."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    errors = [outcome(call_of(op, device).run, rank, world_size)[0] for op in OPS]
+    return [type(error) if isinstance(error, Exception) else None for error in errors]
+
+
+# ---- ranks that call different things ----
+
+# The op that the others call, and what the odd rank calls instead (an op, or changes), and how both are named.
+DISAGREEMENTS = {
+    "num_tokens": ("rs_rmsnorm", {"num_tokens": 5}, "num_tokens=5", "num_tokens=4"),
+    "op": ("rs_rmsnorm", {"op": "reduce_scatter_rows"}, "reduce_scatter_rows", "rs_rmsnorm"),
+    "op and num_tokens": (
+        *("all_gather_rows", {"op": "rs_rmsnorm_ag", "num_tokens": 9}),
+        *("rs_rmsnorm_ag, num_tokens=9", "all_gather_rows, num_tokens=4"),
+    ),
+    "dtype": ("rs_rmsnorm", {"dtype": BF16}, "dtype=bfloat16", "dtype=float32"),
+    "hidden_size": ("reduce_scatter_rows", {"hidden_size": 128}, "hidden_size=128", "hidden_size=256"),
+    "residual": ("rs_rmsnorm_ag", {"residual": None}, "no option set", "residual"),
+    "complete": ("rs_rmsnorm", {"options": {"complete": True}}, "complete and residual", "residual"),
+    "group_size": ("rs_rmsnorm_fp8", {"options": {"group_size": 64}}, "group_size=64", "group_size=128"),
+    "bias": ("qkv_a_proj_ag", {"options": {"bias": True}}, "bias", "no option set"),
+    "scale_layout": (
+        *("rs_rmsnorm_fp8", {"options": {"scale_layout": "column"}}),
+        *("residual and column scales", "residual"),
+    ),
+    "keep_output": ("rs_rmsnorm_fp8", {"options": {"keep_output": True}}, "residual and keep_output", "residual"),
+    "dtype of gathered rows": ("all_gather_rows", {"dtype": BF16}, "dtype=bfloat16", "dtype=float32"),
+    "num_tokens of a projection": ("qkv_a_proj_ag_norm", {"num_tokens": 7}, "num_tokens=7", "num_tokens=4"),
+    "dtype of a projection": ("qkv_a_proj_ag", {"dtype": BF16}, "dtype=bfloat16", "dtype=float32"),
+    "norms of a projection": (
+        *("qkv_a_proj_ag", {"op": "qkv_a_proj_ag_norm"}),
+        *("qkv_a_proj_ag_norm", "qkv_a_proj_ag"),
+    ),
+}
+
+
+def disagree(backend: str, device: str, name: str) -> tuple:
+    """Runs on a rank: a good call, one that the odd rank sees differently, every op, and a new workspace."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    op, changes, *_ = DISAGREEMENTS[name]
+    with workspace(backend, device, **SIZES) as made:
+        good = call_of("rs_rmsnorm", device)
+        good.check(good.run(rank, world_size), rank, world_size)
+        made.check()
+        call = call_of(**({"op": op, "device": device} | (changes if rank == ODD else {})))
+        error, seconds = outcome(call.run, rank, world_size)
+        later, reported = faults_of_every_op(device), outcome(made.check)[0]
+    with workspace(backend, device, **SIZES):
+        good.check(good.run(rank, world_size), rank, world_size)
+    return error, seconds, later, reported
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_that_disagree(pool, device, name, world_size):
+    op, changes, theirs, mine = DISAGREEMENTS[name]
+    others = rf"{op} #2: rank {ODD} called with {theirs}, rank \d with {mine}"
+    odd = rf"{changes.get('op', op)} #2: rank \d called with {mine}, rank {ODD} with {theirs}"
+    for rank, (error, seconds, later, reported) in enumerate(pool.run(disagree, device, device, name)):
+        assert isinstance(error, CollectiveFault), repr(error)
+        assert seconds < 10
+        assert set(later) == {CollectiveFault}
+        assert str(reported) == str(error)
+        # Whoever saw it first may have told the others.
+        seen = odd if rank == ODD else others
+        told = rf"^{seen}$|rank \d has given up on this workspace \(({odd}|{others})\)$"
+        with pytest.raises(CollectiveFault, match=told):
+            raise error
+
+
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+@pytest.mark.parametrize("world_size", [2])
+def test_ranks_that_disagree_over_torch_distributed(pool, name, world_size):
+    op, changes, *_ = DISAGREEMENTS[name]
+    for rank, (error, _, later, reported) in enumerate(pool.run(disagree, "reference", "cpu", name)):
+        assert isinstance(error, CollectiveFault), repr(error)
+        assert set(later) == {CollectiveFault}
+        assert str(reported) == str(error)
+        mine, theirs = op, changes.get("op", op)
+        mine, theirs = (mine, theirs) if rank != ODD else (theirs, mine)
+        assert f"{mine} #2: rank {1 - rank} called {theirs}(num_tokens=" in str(error)
+
+
+# ---- ranks that do not come ----
+
+
+def be_killed(made) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exit_at_once(made) -> None:
+    os._exit(0)
+
+
+def leave_the_interpreter(made) -> None:
+    raise SystemExit(0)
+
+
+def close(made) -> None:
+    made.close()
+
+
+def come_late(made) -> None:
+    time.sleep(5)
+
+
+# What the odd rank does instead of calling, how long the others wait at most, and what they are told.
+DIED = rf"the process of rank {ODD} ended before it arrived"
+ABSENCES = {
+    "killed": (be_killed, 20.0, DIED),
+    "exits": (exit_at_once, 20.0, DIED),
+    "ends": (leave_the_interpreter, 20.0, rf"{DIED}|rank {ODD} closed its workspace before it arrived"),
+    "closes": (close, 20.0, rf"rank {ODD} closed its workspace before it arrived"),
+    "late": (come_late, 2.0, rf"rank {ODD} never arrived; rank \d waited 2(\.\d+)? s"),
+}
+
+
+def be_absent(device: str, op: str, name: str) -> tuple:
+    """Runs on a rank."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    absence, timeout_s, _ = ABSENCES[name]
+    with workspace(device, device, timeout_s=timeout_s, **SIZES) as made:
+        call = call_of(op, device)
+        for _ in range(2):
+            call.check(call.run(rank, world_size), rank, world_size)
+        arguments = call.arguments(rank, world_size)
+        if rank == ODD:
+            absence(made)
+        error, seconds = outcome(call.run, rank, world_size, arguments)
+        return error, seconds, [] if made.closed else faults_of_every_op(device)
+
+
+@pytest.mark.parametrize("name", ABSENCES)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_rank_that_does_not_come(fresh_pool, device, name, world_size):
+    _, timeout_s, told = ABSENCES[name]
+    outcomes = fresh_pool.outcomes(be_absent, device, "rs_rmsnorm", name)
+    for rank in {*range(world_size)} - {ODD}:
+        error, seconds, later = outcomes[rank]
+        assert seconds < timeout_s + 2 if name == "late" else seconds < 5
+        assert set(later) == {CollectiveFault}
+        with pytest.raises(CollectiveFault, match=rf"rs_rmsnorm #3: .*({told})"):
+            raise error
+    assert [entry for entry in os.listdir("/dev/shm") if "tp_fused" in entry] == []
+    if name == "late":  # it learns on arrival what became of its call
+        error, seconds, later = outcomes[ODD]
+        assert isinstance(error, CollectiveFault) and seconds < 1
+        assert "has given up on this workspace (rs_rmsnorm #3: rank 1 never arrived" in str(error)
+        assert set(later) == {CollectiveFault}
+    elif name in ("killed", "exits"):
+        assert isinstance(outcomes[ODD], RankDied)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("world_size", [3])
+def test_rank_that_dies_in_every_op(fresh_pool, device, op, world_size):
+    outcomes = fresh_pool.outcomes(be_absent, device, op, "killed")
+    for rank in (0, 2):
+        error, seconds, _ = outcomes[rank]
+        assert seconds < 5
+        with pytest.raises(CollectiveFault, match=rf"{op} #3: .*{DIED}"):
+            raise error
+
+
+def die_over_torch_distributed() -> tuple:
+    """Runs on a rank."""
+    with workspace("reference"):
+        if dist.get_rank() == ODD:
+            os.kill(os.getpid(), signal.SIGKILL)
+        error, seconds = outcome(tp_fused.reduce_scatter_rows, torch.zeros(4, 8))
+        return error, seconds, faults_of_every_op("cpu")
+
+
+@pytest.mark.parametrize("world_size", [3])
+def test_rank_that_dies_over_torch_distributed(fresh_pool, world_size):
+    outcomes = fresh_pool.outcomes(die_over_torch_distributed)
+    for rank in (0, 2):
+        error, seconds, later = outcomes[rank]
+        assert isinstance(error, CollectiveFault), repr(error)
+        assert f"reduce_scatter_rows #1: rank {rank} did not hear from all peers" in str(error)
+        assert seconds < 10
+        assert set(later) == {CollectiveFault}
+
+
+def be_late_within_the_deadline(backend: str, device: str) -> float:
+    """Runs on a rank."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    call = call_of("rs_rmsnorm_ag", device)
+    with workspace(backend, device, timeout_s=10.0, **SIZES) as made:
+        arguments = call.arguments(rank, world_size)
+        time.sleep(1.5 * (rank == ODD))
+        outputs, seconds = outcome(call.run, rank, world_size, arguments)
+        call.check(outputs, rank, world_size)
+        made.check()
+    return seconds
+
+
+@pytest.mark.parametrize("world_size", [3])
+def test_late_within_the_deadline_is_no_fault(pool, backend, device, world_size):
+    seconds = pool.run(be_late_within_the_deadline, backend, device)
+    assert seconds[0] > 1 and seconds[2] > 1 and seconds[ODD] < 1
+
+
+def be_killed_anywhere(device: str) -> Exception:
+    """Runs on a rank: calls without end, until a peer is gone."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with workspace(device, device, **SIZES):
+        calls = [call_of(op, device) for op in OPS]
+        arguments = [call.arguments(rank, world_size) for call in calls]
+        if rank == ODD:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)  # SIGALRM, which nobody handles
+        while True:
+            for call, given in zip(calls, arguments, strict=True):
+                result, _ = outcome(call.run, rank, world_size, given)
+                if isinstance(result, Exception):
+                    return result
+
+
+@pytest.mark.parametrize("world_size", [3])
+def test_rank_that_dies_in_the_middle(fresh_pool, device, world_size):
+    outcomes = fresh_pool.outcomes(be_killed_anywhere, device)
+    for rank in (0, 2):
+        with pytest.raises(CollectiveFault, match=DIED):
+            raise outcomes[rank]
+    assert [entry for entry in os.listdir("/dev/shm") if "tp_fused" in entry] == []
+
+
+def go_on_without(device: str) -> None:
+    """Runs on a rank: the survivors of a dead rank make a group of their own."""
+    if dist.get_rank() == ODD:
+        os.kill(os.getpid(), signal.SIGKILL)
+    survivors = dist.new_group([0, 2], use_local_synchronization=True)
+    call, rank = call_of("rs_rmsnorm_ag", device), survivors.rank()
+    sizes = {"max_num_tokens": 64, "dtype": torch.float32, "device": device, **SIZES}
+    with tp_fused.init(survivors, **sizes):
+        call.check(call.run(rank, 2, call.arguments(rank, 2) | {"group": survivors}), rank, 2)
+
+
+@pytest.mark.parametrize("world_size", [3])
+def test_survivors_go_on_in_a_new_group(fresh_pool, device, world_size):
+    outcomes = fresh_pool.outcomes(be_absent, device, "rs_rmsnorm", "late")
+    assert all(isinstance(error, CollectiveFault) for error, _, _ in outcomes)
+    outcomes = fresh_pool.outcomes(go_on_without, device)
+    assert outcomes[0] is None and outcomes[2] is None, outcomes
+
+
+# ---- the exception ----
+
+
+def what_the_fault_says(device: str) -> list:
+    """Runs on a rank."""
+    with workspace(device, device, **SIZES):
+        call = call_of("rs_rmsnorm", device, num_tokens=4 + dist.get_rank())
+        error, _ = outcome(call.run, dist.get_rank(), 2)
+        return [error.op, error.call_number, error.rank, error.peer, error.reason]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_attributes(pool, device, world_size):
+    assert pool.run(what_the_fault_says, device)[0] == ["rs_rmsnorm", 1, 0, 1, "disagrees"]
+
+
+def test_fault_travels_between_processes():
+    fault = CollectiveFault("rank 2 never arrived", "rs_rmsnorm", 1842, 3, 2, "never arrived")
+    copy = pickle.loads(pickle.dumps(fault))
+    assert str(copy) == str(fault) and vars(copy) == vars(fault)
