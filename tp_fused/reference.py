@@ -86,7 +86,8 @@ def split_and_norm(latent, q_a_weight, kv_a_weight, eps: float) -> tuple[torch.T
     """The latent's three parts, contiguous, the first two normalised."""
     q_columns, kv_columns = q_a_weight.numel(), kv_a_weight.numel()
     q_a, kv_a, k_pe = latent.split([q_columns, kv_columns, latent.shape[1] - q_columns - kv_columns], dim=1)
-    return rms_norm(q_a, q_a_weight, eps), rms_norm(kv_a, kv_a_weight, eps), k_pe.contiguous()
+    k_pe = k_pe.clone(memory_format=torch.contiguous_format)  # of one row, .contiguous() would be a view
+    return rms_norm(q_a, q_a_weight, eps), rms_norm(kv_a, kv_a_weight, eps), k_pe
 
 
 # ---- how rows travel ----
