@@ -49,5 +49,13 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build_dir), "--target", "install"], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """Builds in place (editable installs too) get the library beside the extension that is linked to it."""
+        super().copy_extensions_to_source()
+        for extension in self.extensions:
+            built = Path(self.get_ext_fullpath(extension.name)).resolve().parent
+            with_library = Path(self.build_lib).resolve() / "tp_fused" / "libtp_fused.so"
+            shutil.copy2(with_library, built / "libtp_fused.so")
+
 
 setup(ext_modules=[Extension("tp_fused._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

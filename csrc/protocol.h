@@ -53,18 +53,26 @@ using shared_ref = std::atomic_ref<T>;
 namespace order = std;
 #endif
 
-struct Control {
-  uint32_t epoch;         // rounds this rank has finished; only its owner touches it
-  uint32_t faulted;       // set once `fault` is valid; beside the epoch, so that a kernel reads both at once
-  uint64_t calls;         // ops this rank has begun; only its owner touches it
-  uint32_t blocks_done;   // CUDA: blocks of the running grid that are through; the last one sets the epoch
-  uint32_t claimed;       // CUDA: the first thread to meet a fault writes the record
-  tpf_call announced[2];  // what the owner calls in round e, at e & 1
-  tpf_fault fault;        // valid once `faulted` is set
-  uint32_t closed;
+// How far a rank has come. On CUDA every block reads the entry of its own number, and the blocks of a grid together
+// advance all entries: no block waits for another to know the epoch, whatever grids follow each other. On the CPU there
+// is entry 0.
+struct Progress {
+  uint32_t epoch;  // rounds this rank has finished
+  uint32_t reserved;
+  uint64_t calls;  // ops this rank has begun
 };
 
-constexpr int64_t kControlBytes = 4096;
+struct Control {
+  uint32_t faulted;  // set once `fault` is valid
+  uint32_t claimed;  // CUDA: the first thread to meet a fault writes the record
+  uint32_t closed;
+  uint32_t reserved;
+  tpf_call announced[2];  // what the owner calls in round e, at e & 1
+  tpf_fault fault;
+  Progress progress[TPF_MAX_CTAS];  // only its owner touches it
+};
+
+constexpr int64_t kControlBytes = 8192;
 constexpr int64_t kSignalBytes = int64_t{TPF_MAX_STEPS} * TPF_MAX_CTAS * TPF_MAX_RANKS * sizeof(uint64_t);
 static_assert(sizeof(Control) <= kControlBytes);
 

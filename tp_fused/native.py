@@ -167,10 +167,11 @@ def _next_slot(workspace, num_rows: int, columns: int, dtype: torch.dtype) -> to
 
 def _project(workspace, input, weight, bias=None) -> None:
     rows = _next_slot(workspace, input.shape[0], weight.shape[0], input.dtype)
-    if bias is None:
-        torch.mm(input, weight.t(), out=rows)
-    else:
-        torch.addmm(bias, input, weight.t(), out=rows)
+    with torch.no_grad():  # a product with out= refuses inputs that ask for gradients; the ops have none
+        if bias is None:
+            torch.mm(input, weight.t(), out=rows)
+        else:
+            torch.addmm(bias, input, weight.t(), out=rows)
 
 
 def qkv_a_proj_ag(workspace, input, weight, num_tokens, bias):

@@ -71,13 +71,13 @@ Round::Round(const tpf_team& team, const tpf_call& call)
     : team_(team), call_(call), contract_(contract_of(call)), own_(control(team.region[team.rank])) {}
 
 void Round::announce() {
-  epoch_ = own_->epoch + 1;
+  epoch_ = own_->progress[0].epoch + 1;
   own_->announced[epoch_ & 1] = call_;
 }
 
 tpf_status Round::begin() {
   if (own_->faulted) return static_cast<tpf_status>(own_->fault.status);
-  ++own_->calls;
+  ++own_->progress[0].calls;
   announce();
   // A rank that comes after its peers have given up would find all their words and go on alone.
   for (int peer = 0; peer < world_size(); ++peer) {
@@ -109,7 +109,7 @@ tpf_status Round::end(bool zero_copy) {
   if (zero_copy) {
     if (const tpf_status status = meet(1); status != TPF_OK) return status;
   }
-  own_->epoch = epoch_;
+  own_->progress[0].epoch = epoch_;
   return TPF_OK;
 }
 
@@ -122,7 +122,7 @@ tpf_status Round::fail(tpf_status status, int peer, int step, uint64_t seen, int
   fault.step = static_cast<uint32_t>(step);
   fault.epoch = epoch_;
   fault.seen_epoch = epoch_of(seen);
-  fault.call_number = own_->calls;
+  fault.call_number = own_->progress[0].calls;
   fault.waited_ns = waited_ns;
   fault.expected = call_;
   if (status == TPF_DISAGREE) fault.seen = control(team_.region[peer])->announced[epoch_ & 1];
@@ -143,5 +143,5 @@ tpf_fault tpf_team_fault_cpu(const tpf_team* team, int32_t rank) {
 
 void* tpf_next_slot_cpu(const tpf_team* team) {
   void* region = team->region[team->rank];
-  return tpf::slot(region, tpf::control(region)->epoch + 1, team->slot_bytes);
+  return tpf::slot(region, tpf::control(region)->progress[0].epoch + 1, team->slot_bytes);
 }

@@ -22,6 +22,7 @@ constexpr int kMaxChunks = 7;  // steps 0..6 staging, 7..13 gathering, 15 closin
 constexpr int kGatherStep = kMaxChunks;
 constexpr int kHelperThreads = 64;  // the staging and the fetching warp
 constexpr int kMaxStages = 32;
+constexpr int kGroups = 2;              // groups of adding warps, with the copy engine
 constexpr int kMaxAddingThreads = 448;  // with the helpers 16 warps: 128 registers each
 constexpr int kMaxWarps = kMaxAddingThreads / 32;
 
@@ -45,15 +46,23 @@ struct ReduceArgs {
   int32_t stages;  // kBulk: row buffers of the ring
 };
 
+__device__ inline void fill_shares(Rows* shares, const ReduceArgs& args) {
+  if (threadIdx.x < args.team.world_size) {
+    shares[threadIdx.x] = rows_of(args.call.num_tokens, threadIdx.x, args.team.world_size);
+  }
+}
+
 // What the threads of a block derive from the arguments once.
 template <typename T>
 struct View {
-  __device__ View(const ReduceArgs& args, const BlockRound& round)
+  // `shares` is shared memory, filled by fill_shares: a division a row and peer would cost more than the row.
+  __device__ View(const ReduceArgs& args, const BlockRound& round, const Rows* shares)
       : args(args),
+        shares(shares),
         rank(args.team.rank),
         world_size(args.team.world_size),
         hidden(args.call.hidden_size),
-        own(rows_of(args.call.num_tokens, args.team.rank, args.team.world_size)),
+        own(shares[args.team.rank]),
         complete((args.call.variant & TPF_COMPLETE) != 0),
         zero_copy(args.call.source >= 0),
         epoch(round.epoch) {}
@@ -76,13 +85,14 @@ struct View {
   __device__ T* gathered_row(int source, int64_t row) const {
     return reinterpret_cast<T*>(slot(args.team.region[source], epoch + 1, args.team.slot_bytes)) + row * hidden;
   }
-  __device__ Rows rows(int peer) const { return rows_of(args.call.num_tokens, peer, world_size); }
+  __device__ Rows rows(int peer) const { return shares[peer]; }
   __device__ int64_t row_of(int step) const { return int64_t{step} * gridDim.x + blockIdx.x; }
   __device__ bool staged() const { return !zero_copy && !complete && world_size > 1; }
   __device__ bool has_residual() const { return (args.call.variant & TPF_RESIDUAL) != 0; }
   __device__ int num_sources() const { return complete ? 1 : world_size; }
 
   const ReduceArgs& args;
+  const Rows* const shares;
   const int rank, world_size;
   const int64_t hidden;
   const Rows own;
@@ -90,41 +100,47 @@ struct View {
   const uint32_t epoch;
 };
 
-// Threads `first`..`first + count` of the block wait for each other.
-__device__ inline void sync_threads(int barrier, int count) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
-}
+// The threads that add up a row together: the whole block, or all but the helping warps.
+struct Group {
+  __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 
-// The sum over the adding threads; `partial` alternates between two buffers, so one barrier a row is enough.
-__device__ inline float block_sum(float value, float* partial, int threads) {
+  int threads;
+  int thread;      // this one's place in the group
+  float* partial;  // shared memory: 2 x kMaxWarps
+};
+
+// The sum over the group. `parity` alternates from row to row between two buffers, so one barrier a row is enough.
+__device__ inline float group_sum(float value, const Group& group, int parity) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
-  sync_threads(1, threads);
+  float* partial = group.partial + parity * kMaxWarps;
+  if (group.thread % 32 == 0) partial[group.thread / 32] = value;
+  group.sync();
   float sum = 0;
-  for (int warp = 0; warp < threads / 32; ++warp) sum += partial[warp];
+#pragma unroll
+  for (int warp = 0; warp < kMaxWarps; ++warp) sum += warp * 32 < group.threads ? partial[warp] : 0.0f;
   return sum;
 }
 
 // The norm's weight: in registers, where threads hold few vectors of a row; otherwise read again for every row.
 template <typename T, int kVecs>
 struct RowWeight {
-  static constexpr bool kKept = kVecs * kLanes<T> <= 16;
+  static constexpr bool kKept = kVecs <= 3;
 
-  __device__ void init(const View<T>& view, int threads) {
+  __device__ void init(const View<T>& view, const Group& group) {
     if constexpr (kKept) {
 #pragma unroll
-      for (int v = 0; v < kVecs; ++v) kept[v] = read(view, (int64_t{v} * threads + threadIdx.x) * kLanes<T>);
+      for (int v = 0; v < kVecs; ++v) kept[v] = read(view, (v * group.threads + group.thread) * kLanes<T>);
     }
   }
-  __device__ uint4 at(int v, const View<T>& view, int64_t column) const {
+  __device__ uint4 at(int v, const View<T>& view, int column) const {
     if constexpr (kKept) {
       return kept[v];
     } else {
       return read(view, column);
     }
   }
-  __device__ static uint4 read(const View<T>& view, int64_t column) {
+  __device__ static uint4 read(const View<T>& view, int column) {
     return column < view.hidden
                ? __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(view.args.weight) + column))
                : uint4{};
@@ -136,13 +152,13 @@ struct RowWeight {
 // What is done with a summed row: round, store, normalise, quantise. Threads hold kVecs vectors of it each.
 template <typename T, int kVecs, Ending kEnding>
 __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums)[kVecs][kLanes<T>],
-                                  const RowWeight<T, kVecs>& weight, float* partial, int threads) {
+                                  const RowWeight<T, kVecs>& weight, const Group& group, int parity) {
   const ReduceArgs& args = view.args;
   T* stored = static_cast<T*>(args.residual_out) + row * view.hidden;
   float squares = 0;
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
-    const int64_t column = (int64_t{v} * threads + threadIdx.x) * kLanes<T>;
+    const int column = (v * group.threads + group.thread) * kLanes<T>;
     const uint4 rounded = pack(sums[v], T{});
     if (column < view.hidden) store16(stored + column, rounded);
     unpack(sums[v], rounded, T{});
@@ -151,11 +167,11 @@ __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums
   }
   if constexpr (kEnding == Ending::kSum) return;
 
-  const float mean = block_sum(squares, partial, threads) / static_cast<float>(view.hidden);
+  const float mean = group_sum(squares, group, parity) / static_cast<float>(view.hidden);
   const float rstd = __frsqrt_rn(mean + args.eps);
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
-    const int64_t column = (int64_t{v} * threads + threadIdx.x) * kLanes<T>;
+    const int column = (v * group.threads + group.thread) * kLanes<T>;
     float scaled[kLanes<T>];
     unpack(scaled, weight.at(v, view, column), T{});
 #pragma unroll
@@ -184,7 +200,7 @@ __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums
       }
       if (inside) {
         store_e4m3(args.q + row * view.hidden + column, scaled, amax > 0 ? __fdiv_rn(448.0f, amax) : 0.0f);
-        if (threadIdx.x % lanes == 0) {
+        if (group.thread % lanes == 0) {
           args.scale[row * args.scale_row_stride + column / args.call.group_size * args.scale_group_stride] =
               __fdiv_rn(amax, 448.0f);
         }

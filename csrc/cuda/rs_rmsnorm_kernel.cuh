@@ -18,65 +18,69 @@ __device__ inline void add_vector(float (&sums)[kLanes<T>], uint4 raw) {
 template <typename T, int kVecs, Ending kEnding>
 __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& round, float* partial) {
   const ReduceArgs& args = view.args;
-  const int threads = blockDim.x;
-  const auto column_of = [&](int v) { return (int64_t{v} * threads + threadIdx.x) * kLanes<T>; };
-  const auto load_row = [&](uint4(&raw)[kVecs], const T* row) {
+  const Group group = {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partial};
+  const auto column_of = [&](int v) { return (v * group.threads + group.thread) * kLanes<T>; };
+  // For every peer that has row `row`: to(peer) <- from(peer). All loads are on their way before the first store.
+  const auto copy_rows = [&](int64_t row, auto&& to, auto&& from) {
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
-      raw[v] = column_of(v) < view.hidden ? load16(row + column_of(v)) : uint4{};
-    }
-  };
-  bool arrived = true;
-  const auto stage_chunk = [&](int chunk) {
-    const int last = min((chunk + 1) * args.chunk_rows, static_cast<int>(args.largest_share));
-    for (int step = chunk * args.chunk_rows; step < last; ++step) {
-      const int64_t row = view.row_of(step);
-      for (int offset = 1; offset < view.world_size; ++offset) {
-        const int peer = (view.rank + offset) % view.world_size;
-        const Rows rows = view.rows(peer);
-        if (row >= rows.count) continue;
-        uint4 raw[kVecs];
-        load_row(raw, static_cast<const T*>(args.input) + (rows.start + row) * view.hidden);
-        T* to = view.staged_row(peer, view.rank, row);
+      if (column_of(v) >= view.hidden) break;
+      uint4 raw[TPF_MAX_RANKS];
 #pragma unroll
-        for (int v = 0; v < kVecs; ++v) {
-          if (column_of(v) < view.hidden) store16(to + column_of(v), raw[v]);
+      for (int peer = 0; peer < TPF_MAX_RANKS; ++peer) {
+        if (peer < view.world_size && peer != view.rank && row < view.rows(peer).count) {
+          raw[peer] = load16(from(peer) + column_of(v));
         }
       }
+#pragma unroll
+      for (int peer = 0; peer < TPF_MAX_RANKS; ++peer) {
+        if (peer < view.world_size && peer != view.rank && row < view.rows(peer).count) {
+          store16(to(peer) + column_of(v), raw[peer]);
+        }
+      }
+    }
+  };
+  const auto stage_chunk = [&](int chunk) {
+    for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
+      const int64_t row = view.row_of(step);
+      copy_rows(
+          row, [&](int peer) { return view.staged_row(peer, view.rank, row); },
+          [&](int peer) { return static_cast<const T*>(args.input) + (view.rows(peer).start + row) * view.hidden; });
     }
     __syncthreads();
     publish_to_peers(view, round, chunk, threadIdx.x);
   };
 
-  RowWeight<T, kVecs> weight;
-  if constexpr (kEnding != Ending::kSum) weight.init(view, threads);
+  bool arrived = true;
   if (view.staged()) {
     stage_chunk(0);
   } else {
     publish_to_peers(view, round, 0, threadIdx.x);
   }
+  RowWeight<T, kVecs> weight;
+  if constexpr (kEnding != Ending::kSum) weight.init(view, group);
+  const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
   for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
     if (view.staged() && chunk + 1 < args.num_chunks) stage_chunk(chunk + 1);
     if (view.staged() || chunk == 0) {
       arrived &= wait_for_peers(view, round, chunk, threadIdx.x);
       __syncthreads();
     }
-    const int last = (chunk + 1) * args.chunk_rows;
-    for (int step = chunk * args.chunk_rows; step < last; ++step) {
+    for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
       const int64_t row = view.row_of(step);
       if (row >= view.own.count) break;
       float sums[kVecs][kLanes<T>];
 #pragma unroll
       for (int v = 0; v < kVecs; ++v) {
-        uint4 raw[TPF_MAX_RANKS + 1];
-        const bool inside = column_of(v) < view.hidden;
+        uint4 raw[TPF_MAX_RANKS + 1] = {};
+        if (column_of(v) < view.hidden) {
 #pragma unroll
-        for (int source = 0; source < TPF_MAX_RANKS; ++source) {
-          const bool used = inside && source < view.num_sources();
-          raw[source] = used ? load16(view.source_row(source, row) + column_of(v)) : uint4{};
-        }
-        if (inside && view.has_residual()) {
-          raw[TPF_MAX_RANKS] = load16(static_cast<const T*>(args.residual) + row * view.hidden + column_of(v));
+          for (int source = 0; source < TPF_MAX_RANKS; ++source) {
+            if (source < view.num_sources()) raw[source] = load16(view.source_row(source, row) + column_of(v));
+          }
+          if (view.has_residual()) {
+            raw[TPF_MAX_RANKS] = load16(static_cast<const T*>(args.residual) + row * view.hidden + column_of(v));
+          }
         }
         unpack(sums[v], raw[0], T{});
 #pragma unroll
@@ -85,34 +89,21 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
         }
         if (view.has_residual()) add_vector<T>(sums[v], raw[TPF_MAX_RANKS]);
       }
-      finish_row<T, kVecs, kEnding>(view, row, sums, weight, partial + step % 2 * kMaxWarps, threads);
+      finish_row<T, kVecs, kEnding>(view, row, sums, weight, group, step % 2);
     }
     if constexpr (kEnding == Ending::kGather) {
       __syncthreads();
-      const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
       publish_to_peers(view, next, kGatherStep + chunk, threadIdx.x);
     }
   }
-  if constexpr (kEnding == Ending::kGather) {
-    const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
-    for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
-      arrived &= wait_for_peers(view, next, kGatherStep + chunk, threadIdx.x);
-      __syncthreads();
-      for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
-        const int64_t row = view.row_of(step);
-        for (int offset = 1; offset < view.world_size; ++offset) {
-          const int peer = (view.rank + offset) % view.world_size;
-          const Rows rows = view.rows(peer);
-          if (row >= rows.count) continue;
-          uint4 raw[kVecs];
-          load_row(raw, view.gathered_row(peer, row));
-          T* to = static_cast<T*>(args.output) + (rows.start + row) * view.hidden;
-#pragma unroll
-          for (int v = 0; v < kVecs; ++v) {
-            if (column_of(v) < view.hidden) store16(to + column_of(v), raw[v]);
-          }
-        }
-      }
+  for (int chunk = 0; kEnding == Ending::kGather && chunk < args.num_chunks; ++chunk) {
+    arrived &= wait_for_peers(view, next, kGatherStep + chunk, threadIdx.x);
+    __syncthreads();
+    for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
+      const int64_t row = view.row_of(step);
+      copy_rows(
+          row, [&](int peer) { return static_cast<T*>(args.output) + (view.rows(peer).start + row) * view.hidden; },
+          [&](int peer) { return view.gathered_row(peer, row); });
     }
   }
   return arrived;
@@ -181,107 +172,124 @@ __device__ inline bool move_rows(const View<T>& view, const BlockRound& round, B
   return arrived;
 }
 
-// The fetching warp: brings every source's version of this block's rows into the ring. The slot of a row in the ring
-// follows the order in which the sources are added; where the ring holds a whole row, they are asked for in an order
-// that begins with the next rank, so that the ranks do not all read from the same one.
+// A position in the ring, and how often the ring has been gone round before it.
+struct RingPosition {
+  __device__ void advance(int items, int stages) {
+    for (stage += items; stage >= stages; stage -= stages) ++round;
+  }
+  int stage = 0;
+  uint32_t round = 0;
+};
+
+// The fetching warp: brings every source's version of this block's rows into the ring. Each lane fetches one source's,
+// the lane after them the residual's.
 template <typename T>
 __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, BulkShared& shared, char* ring) {
   const ReduceArgs& args = view.args;
   const int lane = threadIdx.x % 32;
   const uint32_t row_bytes = static_cast<uint32_t>(view.hidden * sizeof(T));
   const int sources = view.num_sources(), items = sources + view.has_residual();
-  const int first = args.stages >= items ? (view.rank + 1) % sources : 0;
+  const int source = view.complete ? view.rank : lane;
+  const T* const from = lane < sources ? view.source_row(source, 0) : static_cast<const T*>(args.residual);
+  RingPosition at;
+  at.advance(lane, args.stages);
   bool arrived = true;
-  uint32_t count = 0;  // items before this row
   for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
     if (view.staged() || chunk == 0) {
       arrived &= wait_for_peers(view, round, chunk, lane);
       __syncwarp();
     }
-    if (lane != 0) continue;
+    if (lane >= items) continue;
     fence_async_global();
     for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
       const int64_t row = view.row_of(step);
       if (row >= view.own.count) break;
-      for (int i = 0; i < items; ++i) {
-        const int item = i < sources ? (first + i) % sources : i;
-        const T* from =
-            item < sources ? view.source_row(item, row) : static_cast<const T*>(args.residual) + row * view.hidden;
-        const uint32_t index = count + item;
-        const int stage = index % args.stages;
-        if (index >= args.stages) barrier_wait(&shared.empty[stage], (index / args.stages - 1) & 1);
-        barrier_expect(&shared.full[stage], row_bytes);
-        bulk_load(ring + int64_t{stage} * row_bytes, from, row_bytes, &shared.full[stage]);
-      }
-      count += items;
+      if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
+      barrier_expect(&shared.full[at.stage], row_bytes);
+      bulk_load(ring + at.stage * int64_t{row_bytes}, from + row * view.hidden, row_bytes, &shared.full[at.stage]);
+      at.advance(items, args.stages);
     }
   }
   return arrived;
 }
 
-// The adding warps.
+// The adding warps. The next source's vectors are on their way from shared memory while one source's are added.
 template <typename T, int kVecs, Ending kEnding>
-__device__ inline bool add_rows(const View<T>& view, const BlockRound& round, BulkShared& shared, const char* ring,
-                                float* partial) {
+__device__ inline void add_rows(const View<T>& view, const BlockRound& round, BulkShared& shared, const char* ring,
+                                const Group& group) {
   const ReduceArgs& args = view.args;
-  const int threads = blockDim.x - kHelperThreads;
-  const int64_t row_bytes = view.hidden * sizeof(T);
+  const int row_bytes = static_cast<int>(view.hidden * sizeof(T));
   const int items = view.num_sources() + view.has_residual();
   RowWeight<T, kVecs> weight;
-  if constexpr (kEnding != Ending::kSum) weight.init(view, threads);
-  int stage = 0, parity = 0;
+  if constexpr (kEnding != Ending::kSum) weight.init(view, group);
+  RingPosition at;
+  // Takes the next row buffer out of the ring and into registers.
+  const auto take = [&](uint4(&raw)[kVecs]) {
+    barrier_wait(&shared.full[at.stage], at.round & 1);
+    const char* from = ring + at.stage * row_bytes;
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+      const int byte = (v * group.threads + group.thread) * 16;
+      raw[v] = byte < row_bytes ? *reinterpret_cast<const uint4*>(from + byte) : uint4{};
+    }
+    __syncwarp();
+    if (group.thread % 32 == 0) barrier_arrive(&shared.empty[at.stage]);
+    at.advance(1, args.stages);
+  };
   for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
+#pragma unroll 1
     for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
       const int64_t row = view.row_of(step);
       if (row >= view.own.count) break;
       float sums[kVecs][kLanes<T>];
-      for (int item = 0; item < items; ++item) {
-        barrier_wait(&shared.full[stage], parity);
+      uint4 raw[2][kVecs];
+      take(raw[0]);
 #pragma unroll
-        for (int v = 0; v < kVecs; ++v) {
-          const int64_t at = (int64_t{v} * threads + threadIdx.x) * 16;
-          const uint4 raw = at < row_bytes ? *reinterpret_cast<const uint4*>(ring + stage * row_bytes + at) : uint4{};
-          if (item == 0) {
-            unpack(sums[v], raw, T{});
-          } else {
-            add_vector<T>(sums[v], raw);
-          }
+      for (int v = 0; v < kVecs; ++v) unpack(sums[v], raw[0][v], T{});
+      if (items > 1) take(raw[0]);
+#pragma unroll 1
+      for (int item = 1; item < items; item += 2) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (item + half >= items) break;
+          if (item + half + 1 < items) take(raw[1 - half]);
+#pragma unroll
+          for (int v = 0; v < kVecs; ++v) add_vector<T>(sums[v], raw[half][v]);
         }
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(&shared.empty[stage]);
-        if (++stage == args.stages) stage = 0, parity ^= 1;
       }
-      finish_row<T, kVecs, kEnding>(view, row, sums, weight, partial + step % 2 * kMaxWarps, threads);
+      finish_row<T, kVecs, kEnding>(view, row, sums, weight, group, step % 2);
     }
     if constexpr (kEnding == Ending::kGather) {
-      sync_threads(1, threads);
+      group.sync();
       const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
       publish_to_peers(view, next, kGatherStep + chunk, threadIdx.x);
     }
   }
-  return true;
 }
 
 template <typename T, int kVecs, Ending kEnding>
 __device__ inline bool reduce_in_bulk(const View<T>& view, const BlockRound& round, float* partial) {
   extern __shared__ __align__(128) char dynamic[];
   __shared__ BulkShared shared;
-  const int64_t row_bytes = view.hidden * sizeof(T);
-  const int adding_warps = (blockDim.x - kHelperThreads) / 32;
+  const int adding_threads = blockDim.x - kHelperThreads;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < view.args.stages; ++stage) {
       barrier_init(&shared.full[stage], 1);
-      barrier_init(&shared.empty[stage], adding_warps);
+      barrier_init(&shared.empty[stage], adding_threads / 32);
     }
     for (int stage = 0; stage < kCopierStages; ++stage) barrier_init(&shared.copied[stage], 1);
     fence_async_shared();
   }
   __syncthreads();
-  const int warp = threadIdx.x / 32;
+  const int64_t row_bytes = view.hidden * sizeof(T);
   char* ring = dynamic + (kEnding == Ending::kGather || view.staged() ? kCopierStages * row_bytes : 0);
-  if (warp < adding_warps) return add_rows<T, kVecs, kEnding>(view, round, shared, ring, partial);
-  if (warp == adding_warps) return move_rows<T, kEnding>(view, round, shared, dynamic);
-  return fetch_rows<T>(view, round, shared, ring);
+  if (threadIdx.x < adding_threads) {
+    const Group group = {adding_threads, static_cast<int>(threadIdx.x), partial};
+    add_rows<T, kVecs, kEnding>(view, round, shared, ring, group);
+    return true;
+  }
+  const bool moves = threadIdx.x < adding_threads + 32;
+  return moves ? move_rows<T, kEnding>(view, round, shared, dynamic) : fetch_rows<T>(view, round, shared, ring);
 }
 
 #endif
@@ -290,8 +298,10 @@ template <typename T, int kVecs, Ending kEnding, bool kBulk>
 __global__ void __launch_bounds__(kMaxAddingThreads + (kBulk ? kHelperThreads : 0), 1)
     rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
   __shared__ float partial[2 * kMaxWarps];
+  __shared__ Rows shares[TPF_MAX_RANKS];
+  fill_shares(shares, args);
   const BlockRound round = begin_op(args.team, args.call, args.contract, kEnding == Ending::kGather ? 2 : 1);
-  const View<T> view(args, round);
+  const View<T> view(args, round, shares);
   bool arrived = !round.refused;
   if (arrived) {
     if constexpr (kBulk) {
@@ -332,55 +342,66 @@ inline ReduceArgs reduce_args(tpf_op op, void* residual_out, const void* input, 
 template <Ending kEnding>
 struct ReduceLauncher {
   template <typename T, int kVecs, bool kBulk>
-  static tpf_status launch(ReduceArgs& args, const Device& device, int grid, int threads, tpf_stream stream) {
-    size_t shared_bytes = 0;
-    if (kBulk) {
-      const int64_t row_bytes = int64_t{args.call.hidden_size} * sizeof(T);
-      const bool copies = kEnding == Ending::kGather || (args.call.source < 0 && args.team.world_size > 1);
-      const int64_t copier_bytes = copies ? kCopierStages * row_bytes : 0;
-      args.stages = static_cast<int>(
-          std::min<int64_t>(kMaxStages, (device.shared_bytes - kStaticSharedBytes - copier_bytes) / row_bytes));
-      shared_bytes = copier_bytes + args.stages * row_bytes;
-    }
+  static tpf_status launch(const ReduceArgs& args, const Device& device, int grid, int threads, tpf_stream stream) {
+    const size_t shared_bytes = kBulk ? (copier_rows(args) + args.stages) * row_bytes(args) : 0;
     return launch_kernel(rs_rmsnorm_kernel<T, kVecs, kEnding, kBulk>, args, device, grid,
                          threads + (kBulk ? kHelperThreads : 0), shared_bytes, stream);
   }
 
-  template <typename T, int kVecs>
-  static tpf_status choose_body(ReduceArgs& args, const Device& device, int grid, int threads, tpf_stream stream) {
-    // Three rows of the ring are the least that overlaps anything.
-    const int64_t row_bytes = int64_t{args.call.hidden_size} * sizeof(T);
-    const bool fits = (kCopierStages + 3) * row_bytes <= device.shared_bytes - kStaticSharedBytes;
-    if (device.has_bulk_copies && fits) return launch<T, kVecs, true>(args, device, grid, threads, stream);
-    return launch<T, kVecs, false>(args, device, grid, threads, stream);
+  static int64_t row_bytes(const ReduceArgs& args) {
+    return args.call.hidden_size * bytes_of(static_cast<tpf_dtype>(args.call.dtype));
+  }
+  // Row buffers that the moving warp copies through.
+  static int copier_rows(const ReduceArgs& args) {
+    return kEnding == Ending::kGather || (args.call.source < 0 && args.team.world_size > 1) ? kCopierStages : 0;
+  }
+
+  // Threads that hold `vecs` vectors of a row each; 0 where that is too many.
+  static int adding_threads(const ReduceArgs& args, int vecs) {
+    const int64_t threads = (row_bytes(args) / 16 + vecs * 32 - 1) / (vecs * 32) * 32;
+    return threads <= kMaxAddingThreads ? static_cast<int>(threads) : 0;
+  }
+
+  // With the copy engine, where the ring holds every source's version of at least one row: fetch_rows relies on it.
+  template <typename T>
+  static tpf_status choose_bulk(ReduceArgs& args, const Device& device, int grid, tpf_stream stream) {
+    if (!device.has_bulk_copies || args.chunk_rows < 2) return TPF_UNSUPPORTED;
+    const int64_t rows = (device.shared_bytes - kStaticSharedBytes) / row_bytes(args) - copier_rows(args);
+    args.stages = static_cast<int>(std::min<int64_t>(kMaxStages, rows));
+    if (args.stages <= args.team.world_size) return TPF_UNSUPPORTED;
+    if (const int threads = adding_threads(args, 2)) return launch<T, 2, true>(args, device, grid, threads, stream);
+    if (const int threads = adding_threads(args, 3)) return launch<T, 3, true>(args, device, grid, threads, stream);
+    return TPF_UNSUPPORTED;
   }
 
   template <typename T>
-  static tpf_status choose_width(ReduceArgs& args, const Device& device, int grid, tpf_stream stream) {
-    constexpr int kFew = sizeof(T) == 4 ? 4 : 2, kMany = sizeof(T) == 4 ? 10 : 5;
+  static tpf_status choose_body(ReduceArgs& args, const Device& device, int grid, tpf_stream stream) {
+    const tpf_status status = choose_bulk<T>(args, device, grid, stream);
+    if (status != TPF_UNSUPPORTED) return status;
+    if (const int threads = adding_threads(args, 2)) return launch<T, 2, false>(args, device, grid, threads, stream);
+    constexpr int kMany = sizeof(T) == 4 ? 10 : 5;
     static_assert(kMaxAddingThreads * kMany * kLanes<T> >= TPF_MAX_HIDDEN_SIZE);
-    const int vectors = static_cast<int>(args.call.hidden_size) / kLanes<T>;
-    const auto threads = [&](int vecs) { return (vectors + vecs * 32 - 1) / (vecs * 32) * 32; };
-    if (threads(kFew) <= kMaxAddingThreads) return choose_body<T, kFew>(args, device, grid, threads(kFew), stream);
-    return choose_body<T, kMany>(args, device, grid, threads(kMany), stream);
+    return launch<T, kMany, false>(args, device, grid, adding_threads(args, kMany), stream);
   }
 
   static tpf_status run(ReduceArgs& args, tpf_stream stream) {
     Device device;
     if (const tpf_status status = use_device(&device, args.team.device); status != TPF_OK) return status;
     // The grid depends on the call and on what the workspace was made with: the same on all ranks.
-    args.contract = contract_of(args.call);
     args.largest_share = rows_of(args.call.num_tokens, 0, args.team.world_size).count;
     const Blocks blocks = share_out(args.largest_share, args.team.max_ctas);
+    // One row a block: to stage it costs less than the second synchronisation of an input that is read in place.
+    if (blocks.rows <= 1) args.call.source = -1;
+    args.contract = contract_of(args.call);
     args.chunk_rows = std::max((blocks.rows + kMaxChunks - 1) / kMaxChunks, std::min(blocks.rows, 2));
     args.num_chunks = std::max(1, (blocks.rows + args.chunk_rows - 1) / std::max(1, args.chunk_rows));
     switch (args.call.dtype) {
       case TPF_BF16:
-        return choose_width<__nv_bfloat16>(args, device, blocks.grid, stream);
+        return choose_body<__nv_bfloat16>(args, device, blocks.grid, stream);
       case TPF_F16:
-        return choose_width<__half>(args, device, blocks.grid, stream);
+        return choose_body<__half>(args, device, blocks.grid, stream);
       case TPF_F32:
-        return choose_width<float>(args, device, blocks.grid, stream);
+        return choose_body<float>(args, device, blocks.grid, stream);
       default:
         return TPF_UNSUPPORTED;
     }

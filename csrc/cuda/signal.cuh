@@ -44,23 +44,19 @@ __device__ inline void report(const tpf_team& team, const tpf_call& call, const 
   shared_ref<uint32_t>(own->faulted).store(1, order::memory_order_release);
 }
 
-// Opens the op: reads the epoch, announces the call; the last block to come advances the epoch by `rounds` for the next
-// call on the stream. (By then every block of this grid has read it.)
+// Opens the op: reads this block's progress, announces the call, and advances all blocks' progress by `rounds` for the
+// next call on the stream. All threads of the block call it.
 __device__ inline BlockRound begin_op(const tpf_team& team, const tpf_call& call, uint32_t contract, int rounds) {
-  __shared__ BlockRound shared;
-  if (threadIdx.x == 0) {
-    Control* own = control(team.region[team.rank]);
-    const uint32_t epoch = own->epoch + 1;
-    shared = {epoch, contract, own->calls + 1, own->faulted != 0};
-    own->announced[epoch & 1] = call;  // every block writes the same, so that its own release publishes it
-    __threadfence();
-    if (atomicInc(&own->blocks_done, gridDim.x - 1) == gridDim.x - 1) {
-      own->epoch = epoch - 1 + rounds;
-      own->calls = shared.call_number;
-    }
+  Control* own = control(team.region[team.rank]);
+  const Progress now = own->progress[blockIdx.x];
+  const bool refused = own->faulted != 0;
+  // Every block announces the same; the barrier below orders it before any thread's signal.
+  if (threadIdx.x == 0) own->announced[(now.epoch + 1) & 1] = call;
+  __syncthreads();  // all threads have read the entry that one of them is about to write
+  for (int block = blockIdx.x + threadIdx.x * gridDim.x; block < TPF_MAX_CTAS; block += blockDim.x * gridDim.x) {
+    own->progress[block] = {now.epoch + rounds, 0, now.calls + 1};
   }
-  __syncthreads();
-  return shared;
+  return {now.epoch + 1, contract, now.calls + 1, refused};
 }
 
 __device__ inline void publish_step(const tpf_team& team, const BlockRound& round, int step, int peer) {
