@@ -1,0 +1,54 @@
+# `make demo` and `make test` set up what they need, in .venv: the pinned packages and the build. Done once, both are
+# done again only when what they depend on has changed.
+#
+#   make demo ARGS="--world-size 3"        make test ARGS="-k faults"        make bench ARGS="rs_rmsnorm --world-size 4"
+#   make PYTHON=python3.12 test            TP_FUSED_CUDA=0 make build        (see setup.py)
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test bench gpu-test gpu-bench build format lint clean
+
+demo: build
+	$(BIN)/python examples/deepseek_v3_prefill.py $(ARGS)
+
+test: build
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: build
+	$(BIN)/python -m bench $(ARGS)
+
+gpu-test: build
+	$(BIN)/python -m pytest --device cuda $(ARGS)
+
+gpu-bench: build
+	$(BIN)/python -m bench all --device cuda $(ARGS)
+
+build: $(VENV)/built
+
+$(VENV)/built: $(VENV)/packages $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/packages: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed") if sys.version_info < (3, 10) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	touch $@
+
+lint: $(VENV)/packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/packages
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info tp_fused/*.so .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
