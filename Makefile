@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# The build calls cmake and ninja by name.
+$(VENV)/built: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: demo test bench gpu-test gpu-bench build format lint clean
 
