@@ -12,6 +12,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # The build calls cmake and ninja by name.
 $(VENV)/built: export PATH := $(CURDIR)/$(BIN):$(PATH)
+$(VENV)/built: export TP_FUSED_BUILD_DIR := build/make
 
 .PHONY: demo test bench gpu-test gpu-bench build format lint clean
 
