@@ -14,7 +14,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 $(VENV)/built: export PATH := $(CURDIR)/$(BIN):$(PATH)
 $(VENV)/built: export TP_FUSED_BUILD_DIR := build/make
 
-.PHONY: demo test bench gpu-test gpu-bench build format lint clean
+.PHONY: demo test bench gpu-build gpu-test gpu-bench build format lint clean
 
 demo: build
 	$(BIN)/python examples/deepseek_v3_prefill.py $(ARGS)
@@ -25,11 +25,15 @@ test: build
 bench: build
 	$(BIN)/python -m bench $(ARGS)
 
-gpu-test: build
-	$(BIN)/python -m pytest --device cuda $(ARGS)
+# On a machine with GPUs: its own Python, torch and nvcc; the build lands beside the sources.
+gpu-build:
+	TP_FUSED_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
 
-gpu-bench: build
-	$(BIN)/python -m bench all --device cuda $(ARGS)
+gpu-test: gpu-build
+	tools/with_mps.sh $(PYTHON) -m pytest --device cuda $(ARGS)
+
+gpu-bench: gpu-build
+	tools/with_mps.sh $(PYTHON) -m bench all --device cuda $(ARGS)
 
 build: $(VENV)/built
 

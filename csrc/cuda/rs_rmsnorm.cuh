@@ -24,6 +24,7 @@ constexpr int kHelperThreads = 64;  // the staging and the fetching warp
 constexpr int kMaxStages = 32;
 constexpr int kGroups = 2;              // groups of adding warps, with the copy engine
 constexpr int kMaxAddingThreads = 448;  // with the helpers 16 warps: 128 registers each
+constexpr int kFewThreads = 256;        // for wide rows without the copy engine: 255 registers each
 constexpr int kMaxWarps = kMaxAddingThreads / 32;
 
 struct ReduceArgs {

@@ -41,6 +41,7 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
     }
   };
   const auto stage_chunk = [&](int chunk) {
+#pragma unroll 1
     for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
       const int64_t row = view.row_of(step);
       copy_rows(
@@ -60,12 +61,14 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
   RowWeight<T, kVecs> weight;
   if constexpr (kEnding != Ending::kSum) weight.init(view, group);
   const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
+#pragma unroll 1
   for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
     if (view.staged() && chunk + 1 < args.num_chunks) stage_chunk(chunk + 1);
     if (view.staged() || chunk == 0) {
       arrived &= wait_for_peers(view, round, chunk, threadIdx.x);
       __syncthreads();
     }
+#pragma unroll 1
     for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
       const int64_t row = view.row_of(step);
       if (row >= view.own.count) break;
@@ -96,9 +99,11 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
       publish_to_peers(view, next, kGatherStep + chunk, threadIdx.x);
     }
   }
+#pragma unroll 1
   for (int chunk = 0; kEnding == Ending::kGather && chunk < args.num_chunks; ++chunk) {
     arrived &= wait_for_peers(view, next, kGatherStep + chunk, threadIdx.x);
     __syncthreads();
+#pragma unroll 1
     for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
       const int64_t row = view.row_of(step);
       copy_rows(
@@ -295,8 +300,10 @@ __device__ inline bool reduce_in_bulk(const View<T>& view, const BlockRound& rou
 #endif
 
 template <typename T, int kVecs, Ending kEnding, bool kBulk>
-__global__ void __launch_bounds__(kMaxAddingThreads + (kBulk ? kHelperThreads : 0), 1)
-    rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
+__global__ void __launch_bounds__(kBulk        ? kMaxAddingThreads + kHelperThreads
+                                  : kVecs <= 2 ? kMaxAddingThreads
+                                               : kFewThreads,
+                                  1) rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
   __shared__ float partial[2 * kMaxWarps];
   __shared__ Rows shares[TPF_MAX_RANKS];
   fill_shares(shares, args);
@@ -356,10 +363,10 @@ struct ReduceLauncher {
     return kEnding == Ending::kGather || (args.call.source < 0 && args.team.world_size > 1) ? kCopierStages : 0;
   }
 
-  // Threads that hold `vecs` vectors of a row each; 0 where that is too many.
-  static int adding_threads(const ReduceArgs& args, int vecs) {
+  // Threads that hold `vecs` vectors of a row each; 0 where that is more than `most`.
+  static int adding_threads(const ReduceArgs& args, int vecs, int most) {
     const int64_t threads = (row_bytes(args) / 16 + vecs * 32 - 1) / (vecs * 32) * 32;
-    return threads <= kMaxAddingThreads ? static_cast<int>(threads) : 0;
+    return threads <= most ? static_cast<int>(threads) : 0;
   }
 
   // With the copy engine, where the ring holds every source's version of at least one row: fetch_rows relies on it.
@@ -369,8 +376,12 @@ struct ReduceLauncher {
     const int64_t rows = (device.shared_bytes - kStaticSharedBytes) / row_bytes(args) - copier_rows(args);
     args.stages = static_cast<int>(std::min<int64_t>(kMaxStages, rows));
     if (args.stages <= args.team.world_size) return TPF_UNSUPPORTED;
-    if (const int threads = adding_threads(args, 2)) return launch<T, 2, true>(args, device, grid, threads, stream);
-    if (const int threads = adding_threads(args, 3)) return launch<T, 3, true>(args, device, grid, threads, stream);
+    if (const int threads = adding_threads(args, 2, kMaxAddingThreads)) {
+      return launch<T, 2, true>(args, device, grid, threads, stream);
+    }
+    if (const int threads = adding_threads(args, 3, kMaxAddingThreads)) {
+      return launch<T, 3, true>(args, device, grid, threads, stream);
+    }
     return TPF_UNSUPPORTED;
   }
 
@@ -378,10 +389,12 @@ struct ReduceLauncher {
   static tpf_status choose_body(ReduceArgs& args, const Device& device, int grid, tpf_stream stream) {
     const tpf_status status = choose_bulk<T>(args, device, grid, stream);
     if (status != TPF_UNSUPPORTED) return status;
-    if (const int threads = adding_threads(args, 2)) return launch<T, 2, false>(args, device, grid, threads, stream);
-    constexpr int kMany = sizeof(T) == 4 ? 10 : 5;
-    static_assert(kMaxAddingThreads * kMany * kLanes<T> >= TPF_MAX_HIDDEN_SIZE);
-    return launch<T, kMany, false>(args, device, grid, adding_threads(args, kMany), stream);
+    if (const int threads = adding_threads(args, 2, kMaxAddingThreads)) {
+      return launch<T, 2, false>(args, device, grid, threads, stream);
+    }
+    constexpr int kMany = sizeof(T) == 4 ? 16 : 8;
+    static_assert(kFewThreads * kMany * kLanes<T> >= TPF_MAX_HIDDEN_SIZE);
+    return launch<T, kMany, false>(args, device, grid, adding_threads(args, kMany, kFewThreads), stream);
   }
 
   static tpf_status run(ReduceArgs& args, tpf_stream stream) {
