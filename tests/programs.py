@@ -88,7 +88,13 @@ class Call:
                 assert len(values[0]) == self.num_tokens, f"output {index} has {len(values[0])} rows"
                 within_twice_the_error(f"output {index}", *values)
         else:
-            same_bits(outputs, self._reduce(rank, world_size), exactly=self.device == "cpu")
+            expected = self._reduce(rank, world_size)
+            if self.device == "cpu":
+                same_bits(outputs, expected)
+            else:  # the sums have the same bits everywhere; a norm may be rounded the other way
+                sums = {"reduce_scatter_rows": 0, "rs_rmsnorm_fp8": 2}.get(self.op, 1)
+                same_bits(outputs[sums : sums + 1], expected[sums : sums + 1])
+                within_one_rounding(outputs, expected, self.dtype)
 
     def rows(self, rank: int, world_size: int) -> slice:
         return partition.row_slice(self.num_tokens, rank, world_size)
@@ -169,16 +175,26 @@ def _rms_norm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 # ---- comparisons ----
 
 
-def same_bits(actual, expected, exactly: bool = True) -> None:
-    """Tensors of equal shape, dtype and bits; without `exactly`, bits may differ by the rounding of one step."""
+def within_one_rounding(actual, expected, dtype: torch.dtype) -> None:
+    """Values that follow from a row of `dtype` of which an element may be rounded the other way.
+
+    In fp32 the mean of squares itself carries a few roundings.
+    """
+    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        seen, wanted = (a.shape, a.dtype), (e.shape, e.dtype)
+        assert seen == wanted, f"output {index} is {seen}, expected {wanted}"
+        eight = e.dtype == torch.float8_e4m3fn
+        step = 2 * max(torch.finfo(e.dtype).eps, torch.finfo(dtype).eps, 2**-21)
+        torch.testing.assert_close(a.float(), e.float(), atol=2**-9 if eight else 1e-7, rtol=step)
+
+
+def same_bits(actual, expected) -> None:
+    """Tensors of equal shape, dtype and bits."""
     assert len(actual) == len(expected), f"{len(actual)} outputs, expected {len(expected)}"
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         seen, wanted = (a.shape, a.dtype), (e.shape, e.dtype)
         assert seen == wanted, f"output {index} is {seen}, expected {wanted}"
         if a.numel() == 0:
-            continue
-        if not exactly:
-            torch.testing.assert_close(a.float(), e.float(), atol=0, rtol=2 * torch.finfo(e.dtype).eps)
             continue
         differ = a.contiguous().view(torch.uint8) != e.contiguous().view(torch.uint8)
         if differ.any():
