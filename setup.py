@@ -1,9 +1,7 @@
 """Builds libtp_fused and _C with CMake. Everything else about the package is in pyproject.toml.
 
 torch is not imported: one build serves every torch from 2.10 on. With an nvcc (on PATH, in CUDA_HOME or CUDACXX) the
-CUDA sources are compiled in; TP_FUSED_CUDA=0 leaves them out, TP_FUSED_CUDA=1 insists on them. CMake works in
-TP_FUSED_BUILD_DIR where that is set: pip's own folder is gone after each install, and with it what need not be compiled
-again.
+CUDA sources are compiled in; TP_FUSED_CUDA=0 leaves them out, TP_FUSED_CUDA=1 insists on them.
 """
 
 import os
@@ -36,7 +34,7 @@ class CMakeBuild(build_ext):
         import pybind11
 
         package_dir = Path(self.get_ext_fullpath(extension.name)).resolve().parent
-        build_dir = Path(os.environ.get("TP_FUSED_BUILD_DIR") or self.build_temp).resolve()
+        build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         cmake = shutil.which("cmake") or "cmake"
         configure = [
