@@ -133,7 +133,7 @@ class Report:
                 f"# {machine['ranks_per_gpu']} ranks share a card: without MPS they take turns and times mean nothing;"
             )
             print("# NCCL wants a card a rank, so the programs over torch.distributed are left out")
-        print(f"# memory: {machine['copy_gb_s']:.2f} GB/s read and written, all ranks copying at once")
+        print(f"# memory: {machine['copy_gb_s']:.2f} GB/s read and written by large copies")
         print("# times in us: median of the slowest rank's; GB/s of 1e9 bytes; dist: unfused over torch.distributed;")
         print("# own: unfused over tp_fused's transport; x: how many times as long as fused")
 

@@ -4,6 +4,8 @@ Iteration i of every program comes before iteration i + 1 of any, so that what e
 them alike. Before each sample the ranks line up on the workspace's own signals, outside of the clock.
 """
 
+import itertools
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,9 +143,28 @@ def measure(context, programs: dict[str, Program], tick=lambda done, total: None
 
 
 def copy_bandwidth(context) -> float:
-    """Bytes read and written a second by large copies on all ranks at once: what the machine's memory gives them."""
-    size = (512 if context.device.type == "cuda" else 64) * 2**20
-    source = torch.ones(size, dtype=torch.uint8, device=context.device)
-    target = torch.zeros_like(source)
-    samples = measure(context, {"copy": Program(lambda: target.copy_(source))})["copy"]
-    return 2 * size * context.world_size / samples.median
+    """Bytes read and written a second by large copies: what the memory that the ranks use gives at its best.
+
+    On the CPU all ranks copy at once. A card is measured by one of the ranks that share it, while the others wait.
+    """
+    if context.device.type != "cuda":
+        size = 64 * 2**20
+        source = torch.ones(size, dtype=torch.uint8)
+        target = torch.zeros_like(source)
+        samples = measure(context, {"copy": Program(lambda: target.copy_(source))})["copy"]
+        return 2 * size * context.world_size / samples.median
+    size, cards, seconds = 2**30, context.world_size // context.ranks_per_card, 0.0
+    context.host_barrier()
+    if context.rank < cards:
+        source = torch.ones(size, dtype=torch.uint8, device=context.device)
+        target = torch.zeros_like(source)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+        for event in events:
+            target.copy_(source)
+            event.record()
+        torch.cuda.synchronize()
+        taken = [start.elapsed_time(stop) * 1e-3 for start, stop in itertools.pairwise(events)]
+        seconds = statistics.median(taken)
+        del source, target
+        torch.cuda.empty_cache()
+    return 2 * size * cards / context.host_reduce([seconds])[0].item()

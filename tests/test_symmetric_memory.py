@@ -110,6 +110,8 @@ def places_that_differ(device: str, place_of: list):
 )
 @pytest.mark.parametrize("world_size", [2])
 def test_places_that_differ_are_a_fault(pool, device, world_size, place_of, message):
+    if device == "cuda":
+        pytest.skip("on cuda, calls this small are staged wherever the input lies")
     errors = pool.run(places_that_differ, device, place_of)
     assert all(isinstance(error, tp_fused.CollectiveFault) for error in errors), errors
     assert message in str(errors[0])
