@@ -12,7 +12,6 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # The build calls cmake and ninja by name.
 $(VENV)/built: export PATH := $(CURDIR)/$(BIN):$(PATH)
-$(VENV)/built: export TP_FUSED_BUILD_DIR := build/make
 
 .PHONY: demo test bench gpu-build gpu-test gpu-bench build format lint clean
 
@@ -37,8 +36,11 @@ gpu-bench: gpu-build
 
 build: $(VENV)/built
 
+# An editable install in effect, but one that keeps its build folder and compiles again only what has changed.
 $(VENV)/built: $(VENV)/packages $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/python setup.py --quiet build_ext --inplace --build-temp build/make
+	$(BIN)/python -c "import pathlib, sysconfig; \
+	  pathlib.Path(sysconfig.get_path('purelib'), 'tp_fused.pth').write_text('$(CURDIR)')"
 	touch $@
 
 $(VENV)/packages: requirements.txt
