@@ -12,7 +12,7 @@ from programs import Call
 from ranks import Pool, outcome, workspace
 
 import tp_fused
-from tp_fused.workspace import _Report, _report, choose_backend
+from tp_fused import backends
 
 GOOD = {"max_num_tokens": 64, "hidden_size": 256, "dtype": torch.float32, "timeout_s": 20.0}
 
@@ -91,8 +91,8 @@ def test_no_process_group():
 # ---- the choice of the backend ----
 
 
-def report(**changes) -> _Report:
-    return dataclasses.replace(_report({}, "cpu"), **changes)
+def report(**changes) -> backends.Report:
+    return dataclasses.replace(backends.report({}, "cpu"), **changes)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def report(**changes) -> _Report:
     ],
 )
 def test_choice_of_backend(reports, asked, choice, reason):
-    chosen, why = choose_backend(reports, "cpu", len(reports), asked)
+    chosen, why = backends.choose_backend(reports, "cpu", len(reports), asked)
     assert chosen == choice and reason in why
 
 
@@ -129,7 +129,7 @@ def test_choice_of_backend(reports, asked, choice, reason):
 )
 def test_backend_that_was_asked_for_and_cannot_run(reports, device_type, asked, message):
     with pytest.raises(ValueError) as raised:
-        choose_backend(reports, device_type, len(reports), asked)
+        backends.choose_backend(reports, device_type, len(reports), asked)
     assert message in str(raised.value)
 
 

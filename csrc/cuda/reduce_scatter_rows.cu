@@ -1,4 +1,4 @@
-#include "rs_rmsnorm_kernel.cuh"
+#include "rs_rmsnorm_launch.cuh"
 
 tpf_status tpf_reduce_scatter_rows_cuda(void* output, const void* input, const tpf_symm* input_symm,
                                         const tpf_team* team, int64_t num_tokens, int32_t hidden_size, tpf_dtype dtype,

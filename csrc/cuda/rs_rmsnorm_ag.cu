@@ -1,4 +1,4 @@
-#include "rs_rmsnorm_kernel.cuh"
+#include "rs_rmsnorm_launch.cuh"
 
 tpf_status tpf_rs_rmsnorm_ag_cuda(void* output, void* residual_out, const void* input, const tpf_symm* input_symm,
                                   const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,

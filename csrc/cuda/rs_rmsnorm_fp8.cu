@@ -1,4 +1,4 @@
-#include "rs_rmsnorm_kernel.cuh"
+#include "rs_rmsnorm_launch.cuh"
 
 tpf_status tpf_rs_rmsnorm_fp8_cuda(void* q, float* scale, void* residual_out, void* output, const void* input,
                                    const tpf_symm* input_symm, const void* residual, const void* weight,

@@ -1,0 +1,93 @@
+"""Which backend serves a group: decided from what all ranks report, the same on all of them."""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+
+from .native import _C
+
+BACKENDS = ("cuda", "cpu", "reference")
+
+
+@dataclass
+class Report:
+    """What one rank tells the others when a workspace is made."""
+
+    arguments: dict
+    host: str
+    cpu_supported: bool
+    gpu: str | None  # which card this rank computes on
+    num_sms: int
+    capability: tuple[int, int]
+
+
+def report(arguments: dict, device_type: str) -> Report:
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        mount = os.stat("/dev/shm").st_dev  # two containers of one machine may have a /dev/shm each
+    except OSError:
+        boot, mount = "unknown", "none"
+    host = f"{socket.gethostname()}/{boot}/{mount}"
+    if device_type != "cuda":
+        return Report(arguments, host, _C.cpu_supported(), None, 0, (0, 0))
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    capability = (card.major, card.minor)
+    return Report(arguments, host, _C.cpu_supported(), str(card.uuid), card.multi_processor_count, capability)
+
+
+def choose_backend(reports, device_type: str, world_size: int, asked: str | None) -> tuple[str, str]:
+    """Which backend runs, and why. A function of what all ranks reported: the same on all of them."""
+    if asked is not None and asked not in BACKENDS:
+        raise ValueError(f"TP_FUSED_BACKEND={asked}: must be one of {', '.join(BACKENDS)}")
+    if asked == "reference":
+        return "reference", "TP_FUSED_BACKEND asks for it"
+    obstacle = _obstacle(reports, device_type, world_size, asked)
+    if obstacle is None:
+        reason = "TP_FUSED_BACKEND asks for it" if asked else "all ranks share one host's memory"
+        shared = ranks_per_card(reports) if device_type == "cuda" else 1
+        return device_type, f"{reason}; {shared} ranks share a GPU" if shared > 1 else reason
+    if asked is not None:
+        raise ValueError(f"TP_FUSED_BACKEND={asked} cannot run: {obstacle}")
+    return "reference", obstacle
+
+
+def _obstacle(reports, device_type: str, world_size: int, asked: str | None) -> str | None:
+    """What keeps the shared-memory backend of this device from running, if anything does."""
+    if asked is not None and asked != device_type:
+        return f"the workspace is for {device_type} tensors"
+    if device_type not in ("cpu", "cuda"):
+        return f"there are no kernels for {device_type}"
+    if device_type == "cuda" and not _C.cuda_compiled():
+        return "this build has no CUDA kernels: there was no nvcc"
+    if world_size > _C.MAX_RANKS:
+        return f"world size {world_size} is over {_C.MAX_RANKS}, the ranks that one segment is made for"
+    for rank, report in enumerate(reports):
+        if report.host.split("/")[:2] != reports[0].host.split("/")[:2]:
+            return f"rank {rank} runs on {report.host}, rank 0 on {reports[0].host}: they share no memory"
+        if device_type == "cpu" and report.host != reports[0].host:
+            return f"ranks {rank} and 0 run on one machine, but each with its own /dev/shm"
+        if device_type == "cpu" and not report.cpu_supported:
+            return f"the processor of rank {rank} lacks AVX2"
+        if device_type == "cuda" and report.capability < (8, 0):
+            return f"the GPU of rank {rank} has compute capability {report.capability}; 8.0 is the least"
+    return None
+
+
+def ranks_per_card(reports) -> int:
+    """Ranks on the card that has most of them."""
+    cards = [report.gpu for report in reports]
+    return max(cards.count(card) for card in cards)
+
+
+def bound_ctas(reports, asked: int | None) -> int:
+    """Blocks of a grid: all of one call must run at once, and ranks that share a card share its multiprocessors."""
+    fitting = max(1, min(report.num_sms for report in reports) // ranks_per_card(reports))
+    if asked is not None and asked > fitting:
+        raise ValueError(
+            f"tp_fused.init: max_ctas={asked} blocks do not fit: {ranks_per_card(reports)} ranks share a card of "
+            f"{reports[0].num_sms} multiprocessors, at most {fitting} each"
+        )
+    return asked or min(fitting, _C.MAX_CTAS)
