@@ -3,11 +3,13 @@
 #include <pybind11/stl.h>
 
 #include <cerrno>
+#include <cstddef>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "protocol.h"
 #include "tp_fused.h"
 
 namespace py = pybind11;
@@ -183,6 +185,9 @@ PYBIND11_MODULE(_C, m) {
     tpf_rows_of(&start, &count, num_tokens, rank, world_size);
     return std::pair(start, count);
   });
+  // For tests that set the stage for a round: where a region keeps its signals and how far its owner has come.
+  m.attr("CONTROL_BYTES") = tpf::kControlBytes;
+  m.attr("EPOCH_OFFSET") = offsetof(tpf::Control, progress) + offsetof(tpf::Progress, epoch);
   m.attr("FAULT_BYTES") = sizeof(tpf_fault);
   m.attr("COMPLETE") = TPF_COMPLETE;
   m.attr("RESIDUAL") = TPF_RESIDUAL;

@@ -131,10 +131,10 @@ def test_fp8_of_every_magnitude(group_size):
 def test_epochs_wrap_around():
     """After 2^32 rounds epochs begin again at 0: they are compared by their signed difference."""
     ranks, rows = ThreadRanks(2), torch.ones(3, 8)
-    before, control_bytes = -3, 4096
+    before = -3
     words = torch.frombuffer(ranks.segment, dtype=torch.int64).view(2, -1)
-    words[:, control_bytes // 8 : _C.region_bytes(0) // 8] = before << 32  # the last signals that came
-    words.view(torch.int32)[:, 0] = before  # Control.epoch
+    words[:, _C.CONTROL_BYTES // 8 : _C.region_bytes(0) // 8] = before << 32  # the last signals that came
+    words.view(torch.int32)[:, _C.EPOCH_OFFSET // 4] = before
 
     def six_rounds(workspace) -> None:
         for i in range(6):
@@ -143,4 +143,4 @@ def test_epochs_wrap_around():
             assert torch.equal(output, torch.full_like(output, 2 * i))
 
     ranks.run(six_rounds)
-    assert words.view(torch.int32)[:, 0].tolist() == [3, 3]
+    assert words.view(torch.int32)[:, _C.EPOCH_OFFSET // 4].tolist() == [3, 3]
