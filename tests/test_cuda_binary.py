@@ -1,0 +1,153 @@
+"""What nvcc has made of the kernels, read from the compiled library without a GPU: resource usage and SASS."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tp_fused.native import _C
+
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
+ENDINGS = {"0": "kSum", "1": "kNorm", "2": "kFp8", "3": "kGather"}
+DTYPES = {"__nv_bfloat16", "__half", "float"}
+
+
+@dataclasses.dataclass
+class Kernel:
+    """A kernel as compiled for one architecture."""
+
+    stack_bytes: int
+    local_bytes: int
+    opcodes: collections.Counter  # of accesses to local and global memory, as in "LDG.E.128"
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose opcode matches."""
+        return sum(number for opcode, number in self.opcodes.items() if re.match(pattern, opcode))
+
+
+def find_nvcc() -> str | None:
+    """The compiler that setup.py would take."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which(os.environ.get("CUDACXX") or (f"{home}/bin/nvcc" if home else "nvcc"))
+
+
+def run(tool: str, *arguments, folder: Path | None = None) -> str:
+    """The output of a CUDA binary utility: of the PyPI package, or of the machine's toolkit."""
+    packages = importlib.util.find_spec("nvidia")
+    installed = [str(path) for root in packages.submodule_search_locations for path in Path(root).glob("*/bin")]
+    compiler = [str(Path(find_nvcc()).resolve().parent)] if find_nvcc() else []
+    found = shutil.which(tool, path=os.pathsep.join([*installed, *compiler, os.environ["PATH"]]))
+    assert found, f"{tool} is missing: pip install --requirement requirements.txt"
+    environment = os.environ | {"PATH": f"{Path(found).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        [found, *map(str, arguments)], capture_output=True, text=True, timeout=120, cwd=folder, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read_cubin(cubin: Path) -> dict[str, Kernel]:
+    """The kernels of one cubin, by mangled name."""
+    resources = re.findall(
+        r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", run("cuobjdump", "-res-usage", cubin)
+    )
+    kernels = {name: Kernel(int(stack), int(local), collections.Counter()) for name, stack, local in resources}
+    # An instruction is `/*0070*/  @P0 LDG.E.128 R4, ...`; the predicate may be absent.
+    token = re.compile(r"^\.text\.(\S+):|\*/ +(?:@!?\w+ )?((?:LDL|STL|LDG|STG|UBLK)[\w.]*) ", re.MULTILINE)
+    opcodes = None
+    for section, opcode in token.findall(run("nvdisasm", "-c", cubin)):
+        if section:
+            opcodes = kernels[section].opcodes
+        else:
+            opcodes[opcode] += 1
+    return kernels
+
+
+def demangle(names: list[str]) -> list[str]:
+    """`rs_rmsnorm_kernel<float, 2, (tpf::Ending)1, true>` of each mangled name."""
+    plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    short = {line: re.search(r"\w+_kernel(<.*>)?(?=\()", line) for line in plain.splitlines()}
+    return [match[0] if match else line for line, match in short.items()]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> dict[str, dict[str, Kernel]]:
+    """The kernels of libtp_fused, by architecture and name. About ten seconds."""
+    if not _C.cuda_compiled():
+        left_out = os.environ.get("TP_FUSED_CUDA") == "0"
+        assert left_out or find_nvcc() is None, f"there is {find_nvcc()}, but libtp_fused has no CUDA kernels"
+        why = "TP_FUSED_CUDA=0 leaves them out" if left_out else "there was no nvcc"
+        pytest.skip(f"libtp_fused was built without its CUDA kernels: {why}")
+    folder = tmp_path_factory.mktemp("cubins")
+    run("cuobjdump", "-xelf", "all", Path(_C.__file__).with_name("libtp_fused.so"), folder=folder)
+    cubins = sorted(folder.glob("*.cubin"))  # libtp_fused.12.sm_90a.cubin
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
+        contents = list(executor.map(read_cubin, cubins))
+    kernels = collections.defaultdict(dict)
+    for cubin, content in zip(cubins, contents, strict=True):
+        kernels[cubin.suffixes[-2][1:]] |= dict(zip(demangle(list(content)), content.values(), strict=True))
+    return dict(kernels)
+
+
+@pytest.fixture
+def kernels(library, architecture) -> dict[str, Kernel]:
+    """The kernels of one architecture, by name."""
+    asked = os.environ.get("TP_FUSED_CUDA_ARCHITECTURES")
+    if asked and architecture not in {"sm_" + name.removesuffix("-real") for name in asked.split(";")}:
+        pytest.skip(f"TP_FUSED_CUDA_ARCHITECTURES={asked} leaves out {architecture}")
+    assert architecture in library, f"libtp_fused has no kernels for {architecture}, only for {sorted(library)}"
+    return library[architecture]
+
+
+def reductions(kernels: dict[str, Kernel], bulk: bool) -> dict[str, Kernel]:
+    """rs_rmsnorm_kernel<dtype, vectors, ending, kBulk> in all dtypes and endings, with or without the copy engine."""
+    name_of = re.compile(rf"rs_rmsnorm_kernel<(\w+), \d+, \(tpf::Ending\)(\d), {str(bulk).lower()}>")
+    found = {name: name_of.fullmatch(name) for name in kernels if name_of.fullmatch(name)}
+    forms = {(match[1], ENDINGS[match[2]]) for match in found.values()}
+    assert forms == {(dtype, ending) for dtype in DTYPES for ending in ENDINGS.values()}
+    return {name: kernels[name] for name in found}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_has_local_memory(kernels):
+    """Whatever of a row is not in registers or shared memory travels to the caches and back."""
+    used = {
+        name: f"STACK:{kernel.stack_bytes} LOCAL:{kernel.local_bytes}, {kernel.count('LDL|STL')} accesses"
+        for name, kernel in kernels.items()
+        if kernel.stack_bytes or kernel.local_bytes or kernel.count("LDL|STL")
+    }
+    assert not used, "\n".join(
+        [f"{len(used)} of {len(kernels)} kernels use local memory:", *map(": ".join, used.items())]
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_travel_in_vectors_of_16_bytes(kernels):
+    """Threads that copy rows load and store 16 bytes at a time, past the read-only cache: peers write what is read."""
+    narrow = {
+        name: dict(kernel.opcodes)
+        for name, kernel in {**reductions(kernels, bulk=False), "": kernels["all_gather_rows_kernel"]}.items()
+        if not kernel.count(r"LDG\.E(?!.*CONSTANT).*\.128") or not kernel.count(r"STG\.E.*\.128")
+    }
+    assert not narrow
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+def test_rows_travel_in_bulk_copies(kernels):
+    """With the copy engine rows come and go in bulk; only what is computed is stored by the threads, as vectors."""
+    threads_copy = {
+        name: dict(kernel.opcodes)
+        for name, kernel in reductions(kernels, bulk=True).items()
+        if not kernel.count(r"UBLKCP\.S\.G")
+        or not kernel.count(r"UBLKCP\.G\.S")
+        or not kernel.count(r"STG\.E.*\.128")
+        or kernel.count(r"LDG\.E(?!.*CONSTANT).*\.128")
+    }
+    assert not threads_copy
