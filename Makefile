@@ -32,7 +32,7 @@ gpu-test: gpu-build
 	tools/with_mps.sh $(PYTHON) -m pytest --device cuda $(ARGS)
 
 gpu-bench: gpu-build
-	tools/with_mps.sh $(PYTHON) -m bench all --device cuda $(ARGS)
+	tools/with_mps.sh $(PYTHON) -m bench goals $(ARGS)
 
 build: $(VENV)/built
 

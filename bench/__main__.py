@@ -17,11 +17,13 @@ import typer
 import tp_fused.launch
 from tp_fused.native import _C
 
+from . import goals
 from . import options as run_options
+from .baselines import BASELINES
 from .run import CASES, run_rank
 
-HELP = """Times tp_fused's ops, each beside the unfused program over torch.distributed ("dist") and over tp_fused's own
-transport ("own"), interleaved in one run.
+HELP = """Times tp_fused's ops, each beside other programs of the same effect, interleaved in one run: over
+torch.distributed ("dist"), over tp_fused's own transport ("own"), and others that the table explains.
 
 Every size is checked first, on poisoned outputs, against an oracle. Then it is timed: median and p99 of the slowest
 rank. bytes, algbw and busbw mean what they mean in nccl-tests. Rank processes are started, unless torchrun has.
@@ -89,7 +91,8 @@ def run_op(
     warmup: Annotated[int, _timing(min=1, help="Rounds before the clock counts, at most")] = 3,
     iters: Annotated[int | None, _timing(min=1, help="Rounds that count", show_default="as --budget allows")] = None,
     budget: Annotated[float, _timing(min=0.0, help="Seconds of timing a size, for 3 to 1000 rounds")] = 2.0,
-    baselines: Annotated[int, _timing(min=0, max=1, help="0: only the fused op")] = 1,
+    baselines: Annotated[str, _timing(help="Programs to time beside it: all, none, or a list: own,barrier")] = "all",
+    variants: Annotated[str, _timing(help="The fused op again: staged, zero-copy, ctasN (N blocks at most)")] = "",
     compile: Annotated[bool, _timing("--compile", help="torch.compile the unfused programs' local parts")] = False,
 ) -> None:
     torchrun_ranks = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
@@ -98,7 +101,7 @@ def run_op(
         if json is not None and not json.absolute().parent.is_dir():
             raise run_options.OptionError("--json", f"there is no directory {json.parent}")
         options = run_options.Options(
-            ops=tuple(CASES) if context.info_name == "all" else (context.info_name,),
+            ops=ALL_OPS if context.info_name == "all" else (context.info_name,),
             world_size=world_size or torchrun_ranks or 2,
             tokens=counts,
             hidden=hidden,
@@ -111,7 +114,8 @@ def run_op(
             backend=backend.value if backend else None,
             zero_copy=zero_copy,
             check=bool(check),
-            baselines=bool(baselines),
+            baselines=None if baselines == "all" else run_options.names(baselines, ("none", *BASELINES), "--baselines"),
+            variants=run_options.names(variants, run_options.VARIANTS, "--variants"),
             compile=compile,
             warmup=warmup,
             iters=iters,
@@ -126,6 +130,9 @@ def run_op(
         raise typer.BadParameter(str(error), ctx=context, param_hint=error.option) from None
 
 
+ALL_OPS = tuple(op for op, case in CASES.items() if not case.cuda_only)
+
+
 def _choose_device(device: Device) -> str:
     if device == Device.cuda and not torch.cuda.is_available():
         raise run_options.OptionError("--device", "cuda was asked for, but torch sees no card")
@@ -134,6 +141,9 @@ def _choose_device(device: Device) -> str:
 
 def launch(options: run_options.Options, torchrun_ranks: int | None) -> None:
     run_options.check(options, _C.MAX_HIDDEN_SIZE, _C.MAX_RANKS, torchrun_ranks)
+    for op in options.ops:
+        if CASES[op].cuda_only and options.device != "cuda":
+            raise run_options.OptionError("--device", f"{op} needs cuda")
     try:
         # The process group waits longer than the ops: between two of them a rank may be busy with the oracle.
         tp_fused.launch.launch(run_rank, options.world_size, options, timeout_s=max(600.0, 10 * options.timeout_s))
@@ -159,6 +169,16 @@ def plot(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="FILES") from None
     typer.echo(f"wrote {output}")
+
+
+@app.command("goals", help=_paragraphs(goals.__doc__))
+def run_goals(
+    launches: Annotated[str, typer.Option(help="Only these, of eight, four and one")] = "eight,four,one",
+) -> None:
+    if _choose_device(Device.auto) != "cuda":
+        raise typer.BadParameter("torch sees no card")
+    names = run_options.names(launches, tuple(launch.name for launch in goals.LAUNCHES), "--launches")
+    goals.check("goals", goals.GOALS, [launch for launch in goals.LAUNCHES if launch.name in names])
 
 
 for _op, _case in CASES.items():

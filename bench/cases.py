@@ -12,9 +12,10 @@ import torch
 import tp_fused
 from tp_fused import reference
 
+from .baselines import BASELINES
 from .context import compact
 from .timing import Program
-from .transports import OverTorch, OverTpFused
+from .transports import OverSymmMem, OverTorch, OverTpFused
 
 EPS = 1e-6
 
@@ -50,11 +51,12 @@ class Case:
     """An op at one token count on one rank. Subclasses name themselves in `op`."""
 
     op: str
+    cuda_only = False
     baselines = ("dist", "own")
     bus_passes = 1  # 2 where rows are scattered and gathered again, as nccl-tests counts an all-reduce
 
     def __init__(self, context, num_tokens: int):
-        self.context, self.num_tokens, self.group = context, num_tokens, context.group
+        self.context, self.num_tokens, self.group = context, num_tokens, context.group.group_name
         options = context.options
         self.own_rows = context.row_count(num_tokens)
         self.hidden, self.latent, self.itemsize = options.hidden, options.latent, context.dtype.itemsize
@@ -82,23 +84,36 @@ class Case:
         raise NotImplementedError
 
     def programs(self) -> dict[str, Program]:
-        """What is timed: "fused" first, then the baselines."""
-        programs = {"fused": Program(self.fused)}
+        """What is timed: "fused" first, then its variants, then the baselines."""
+        programs = {"fused": Program(self.fused, case=self)}
+        for name in self.context.options.variants:
+            variant = type(self)(self.context.variant(name), self.num_tokens)
+            programs[name] = Program(variant.fused, case=variant)
         for name in self.available_baselines(self.context):
-            # Nothing to send, nothing to compare with: the collectives of torch refuse empty tensors.
-            if self.num_tokens > 0 or name == "own":
-                programs[name] = self.baseline(name)
+            if self.num_tokens > 0 or BASELINES[name].empty:
+                program = self.baseline(name)
+                if program is not None:
+                    programs[name] = program
         return programs
 
     @classmethod
     def available_baselines(cls, context) -> tuple[str, ...]:
-        if not context.options.baselines:
-            return ()
-        return tuple(name for name in cls.baselines if name == "own" or context.has_collectives)
+        asked = context.options.baselines
+        return tuple(
+            name for name in cls.baselines if (asked is None or name in asked) and BASELINES[name].available(context)
+        )
 
-    def baseline(self, name: str) -> Program:
-        kind = OverTpFused if name == "own" else OverTorch
+    def baseline(self, name: str) -> Program | None:
+        """None where it cannot run at this size."""
+        kind = {"dist": OverTorch, "own": OverTpFused}[name]
         return self.unfused(kind(self.context, self.num_tokens, getattr(self, "input", None)))
+
+    def bare_barrier(self) -> Program:
+        def call():
+            self.context.barrier()
+            return ()
+
+        return Program(call, expected=lambda: ())
 
     def resembles(self, outputs, expected) -> bool:
         """Whether a baseline computes the same thing, give or take its own roundings."""
@@ -128,13 +143,44 @@ class Reduction(Case):
         super().__init__(context, num_tokens)
         shares = [self._partial(context.rank, owner) for owner in range(context.world_size)]
         self.input = context.place(torch.cat(shares))
-        self.residual = context.random("residual", num_tokens, context.rank, shape=(self.own_rows, self.hidden))
+        self.residual = self._residual(context.rank)
         self.weight = 1 + 0.1 * context.constant("norm", (self.hidden,))
 
     def _partial(self, source: int, owner: int) -> torch.Tensor:
         """What rank `source` adds to the rows of rank `owner`: a tensor of its own, so that a peer can make just it."""
         shape = (self.context.row_count(self.num_tokens, owner), self.hidden)
         return self.context.random("partial", self.num_tokens, source, owner, shape=shape)
+
+    def _residual(self, owner: int) -> torch.Tensor:
+        shape = (self.context.row_count(self.num_tokens, owner), self.hidden)
+        return self.context.random("residual", self.num_tokens, owner, shape=shape)
+
+    @functools.cached_property
+    def full_residual(self) -> torch.Tensor:
+        """The rows of all ranks, which a program without scattered rows holds on every rank."""
+        return torch.cat([self._residual(owner) for owner in range(self.context.world_size)])
+
+    def all_reduced(self, via, finish) -> Program:
+        """What engines do today: all-reduce, then `finish(rows, residual)` of all rows on every rank.
+
+        Of the residual that is returned last, the rows of this rank.
+        """
+        own = tp_fused.row_slice(self.num_tokens, self.context.rank, self.context.world_size)
+        residual = self.full_residual
+
+        def call():
+            *outputs, residual_out = finish(via.all_reduce(), residual)
+            return (*outputs, residual_out[own])
+
+        return Program(call, via.prepare_all_reduce)
+
+    def all_reduce_baseline(self, name: str, finish) -> Program:
+        if name in ("twoshot", "oneshot"):
+            via = OverSymmMem(self.context, self.num_tokens, self.input, one_shot=name == "oneshot")
+        else:
+            kind = OverTpFused if name == "own" else OverTorch
+            via = kind(self.context, self.num_tokens, self.input)
+        return self.all_reduced(via, finish)
 
     def expected_sum(self, residual: torch.Tensor | None) -> torch.Tensor:
         parts = [self._partial(source, self.context.rank) for source in range(self.context.world_size)]
@@ -166,9 +212,20 @@ class RsRmsnorm(Reduction):
     """
 
     op = "rs_rmsnorm"
+    baselines = ("dist", "own", "symm", "barrier")
 
     def fused(self):
         return tp_fused.rs_rmsnorm(self.input, self.residual, self.weight, EPS, self.group)
+
+    def baseline(self, name):
+        if name == "barrier":
+            return self.bare_barrier()
+        if name == "symm":
+            if self.num_tokens % self.context.world_size:
+                return None
+            via = OverSymmMem(self.context, self.num_tokens, self.input)
+            return Program(lambda: (via.reduce_scatter(),), expected=lambda: (self.expected_sum(None),))
+        return super().baseline(name)
 
     def unfused(self, via):
         residual, finish = via.pad_rows(self.residual), self._local(add_norm)
@@ -194,6 +251,7 @@ class RsRmsnormFp8(Reduction):
     """
 
     op = "rs_rmsnorm_fp8"
+    baselines = ("dist", "own", "rs_rmsnorm")
 
     def fused(self):
         layout = self.context.options.scale_layout
@@ -204,6 +262,12 @@ class RsRmsnormFp8(Reduction):
         residual, finish = via.pad_rows(self.residual), self._local(add_norm_quantize)
         layout = self.context.options.scale_layout
         return Program(lambda: finish(via.reduce_scatter(), residual, self.weight, layout))
+
+    def baseline(self, name):
+        if name == "rs_rmsnorm":
+            arguments = (self.input, self.residual, self.weight, EPS, self.group)
+            return Program(lambda: tp_fused.rs_rmsnorm(*arguments), expected=lambda: self.expected)
+        return super().baseline(name)
 
     def count_wrong(self, outputs):
         q, scale, residual_out = outputs
@@ -222,14 +286,11 @@ class RsRmsnormFp8(Reduction):
 class RsRmsnormAg(Reduction):
     """All-reduce, residual add and RMSNorm, with the residual left scattered.
 
-    Besides the unfused program, "allreduce" is what engines do today: all_reduce, then every rank adds and norms all
-    rows.
-
     bytes: one rank's input, scattered and gathered again. Right: as rs_rmsnorm.
     """
 
     op = "rs_rmsnorm_ag"
-    baselines = ("dist", "allreduce", "own")
+    baselines = ("dist", "allreduce", "twoshot", "oneshot", "own")
     bus_passes = 2
 
     def fused(self):
@@ -244,18 +305,10 @@ class RsRmsnormAg(Reduction):
 
         return Program(call)
 
-    def all_reduced(self, via) -> Program:
-        residual, finish = self.context.gather_rows(self.residual, self.num_tokens), self._local(add_norm)
-
-        def call():
-            output, residual_out = finish(via.all_reduce(), residual, self.weight)
-            return output, residual_out[tp_fused.row_slice(self.num_tokens, self.context.rank, self.context.world_size)]
-
-        return Program(call, via.prepare_all_reduce)
-
     def baseline(self, name):
-        if name == "allreduce":
-            return self.all_reduced(OverTorch(self.context, self.num_tokens, self.input))
+        if name in ("allreduce", "twoshot", "oneshot"):
+            norm = self._local(add_norm)
+            return self.all_reduce_baseline(name, lambda rows, residual: norm(rows, residual, self.weight))
         return super().baseline(name)
 
     @functools.cached_property

@@ -1,19 +1,31 @@
 """What a rank has for the whole run: its place, device, workspace and groups, and inputs that peers can recompute."""
 
+import copy
+import dataclasses
 import functools
 import os
 import zlib
 
 import torch
+import torch._dynamo
+import torch._inductor.config
 import torch.distributed as dist
 
 import tp_fused
 from tp_fused import partition
+from tp_fused.native import _C
+
+from .options import ctas_of
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Renamed in torch 2.13, where the old name warns.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@functools.cache
+def _nccl_group() -> dist.ProcessGroup:
+    return dist.new_group(backend="nccl")
 
 
 class Context:
@@ -32,6 +44,17 @@ class Context:
         self.device = self._device()
         if options.backend is not None:
             os.environ["TP_FUSED_BACKEND"] = options.backend
+        if options.compile:
+            # A function is compiled for every size (past the limit torch would run it as it is), in this process.
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+            torch._inductor.config.compile_threads = 1
+        self._variants: dict[str, Context] = {}
+        self.workspace, self._symmetric = None, {}
+        self._open()
+        self._nothing = torch.empty(0, options.hidden, dtype=self.dtype, device=self.device)
+
+    def _open(self) -> None:
+        options = self.options
         self.workspace = tp_fused.init(
             self.group,
             max_num_tokens=options.max_tokens,
@@ -42,10 +65,7 @@ class Context:
             max_ctas=options.max_ctas,
             device=self.device.type,
         )
-        self._symmetric = None
-        if options.zero_copy:
-            self._symmetric = self.workspace.symm_empty(options.max_tokens, options.hidden)
-        self._nothing = torch.empty(0, options.hidden, dtype=self.dtype, device=self.device)
+        self._symmetric = {}
 
     def _device(self) -> torch.device:
         if self.options.device != "cuda":
@@ -58,12 +78,32 @@ class Context:
         if self.ranks_per_card > 1:
             self.has_collectives = False
         else:
-            self.group = dist.new_group(backend="nccl")
+            self.group = _nccl_group()
         return device
 
     def close(self) -> None:
         self.host_barrier()
+        for variant in self._variants.values():
+            if variant.workspace is not self.workspace:
+                variant.workspace.close()
         self.workspace.close()
+
+    def variant(self, name: str) -> "Context":
+        """This context with its inputs placed otherwise, or with another bound of the grid and so another workspace.
+
+        name: "staged", "zero-copy" or "ctasN". Collective when it is asked for the first time.
+        """
+        if name not in self._variants:
+            other = copy.copy(self)
+            max_ctas = ctas_of(name)
+            if max_ctas is None:
+                other.options = dataclasses.replace(self.options, zero_copy=name == "zero-copy")
+            else:
+                other.options = dataclasses.replace(self.options, max_ctas=max_ctas)
+                other.group = dist.new_group(backend="gloo")  # of which the ops need the name only
+                other._open()
+            self._variants[name] = other
+        return self._variants[name]
 
     # ---- inputs ----
 
@@ -80,26 +120,38 @@ class Context:
     def row_count(self, num_tokens: int, rank: int | None = None) -> int:
         return partition.row_count(num_tokens, self.rank if rank is None else rank, self.world_size)
 
+    def symmetric(self, purpose: str, num_tokens: int) -> torch.Tensor:
+        """[num_tokens, hidden] of symmetric memory, one and the same for every size. Collective the first time."""
+        if purpose not in self._symmetric:
+            self._symmetric[purpose] = self.workspace.symm_empty(self.options.max_tokens, self.options.hidden)
+        return self._symmetric[purpose][:num_tokens]
+
     def place(self, input: torch.Tensor) -> torch.Tensor:
         """The tensor, or its copy in symmetric memory where the run is to be zero-copy."""
-        if self._symmetric is None:
+        if not self.options.zero_copy:
             return input
-        placed = self._symmetric[: input.shape[0]]
+        placed = self.symmetric("input", input.shape[0])
         placed.copy_(input)
         return placed
 
     def explain(self, op: str) -> str:
         """What the backend would do with the run's inputs, and why."""
-        input = self._nothing if self._symmetric is None else self._symmetric
+        input = self._symmetric.get("input", self._nothing) if self.options.zero_copy else self._nothing
         op = op if hasattr(torch.ops.tp_fused, op) else "rs_rmsnorm"  # a chain of ops begins with it
         lines = tp_fused.explain(op, self.options.max_tokens, self.group, input=input).splitlines()
         return "\n".join(line for line in lines if " owns rows " not in line)  # of one size only
 
     # ---- meeting the peers ----
 
+    def barrier(self) -> None:
+        """A bare barrier on the card, on the workspace's own signals."""
+        _C.barrier(self.workspace.team, torch.cuda.current_stream().cuda_stream)
+
     def meet(self) -> None:
-        """Lines the ranks up before a timed call: on the workspace's own signals, the shortest way they have."""
-        if self.workspace.backend != "reference":
+        """Lines the ranks up before a timed call, the shortest way they have."""
+        if self.workspace.backend == "cuda":
+            self.barrier()
+        elif self.workspace.backend == "cpu":
             tp_fused.all_gather_rows(self._nothing, 0, self.group)
         elif self.device.type == "cuda":
             dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
@@ -110,7 +162,8 @@ class Context:
         """Waits for what was launched. A kernel that met a fault has written it down and gone on: here it is raised."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.workspace.check()
+        for context in (self, *self._variants.values()):
+            context.workspace.check()
 
     def host_barrier(self) -> None:
         """Waits as long as the process group does: work on the host may take longer than an op's deadline."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-DTYPES = ("bf16", "fp16", "fp32")
+VARIANTS = ("staged", "zero-copy", "ctasN")
 
 
 class OptionError(ValueError):
@@ -30,7 +30,8 @@ class Options:
     backend: str | None = None
     zero_copy: bool = False
     check: bool = True
-    baselines: bool = True
+    baselines: tuple[str, ...] | None = None  # None: all that there are
+    variants: tuple[str, ...] = ()
     compile: bool = False
     warmup: int = 3
     iters: int | None = None
@@ -47,6 +48,20 @@ class Options:
     @property
     def max_tokens(self) -> int:
         return max(*self.tokens, 1)
+
+
+def ctas_of(variant: str) -> int | None:
+    """The N of "ctasN", None for the other variants."""
+    return int(variant[4:]) if variant[:4] == "ctas" and variant[4:].isdecimal() else None
+
+
+def names(explicit: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:
+    """A list of names such as own,dist; "ctas8" and the like are known as "ctasN"."""
+    chosen = tuple(word.strip() for word in explicit.split(",") if word.strip())
+    for name in chosen:
+        if name not in known and not ("ctasN" in known and ctas_of(name)):
+            raise OptionError(option, f"{name!r} is none of {', '.join(known)}")
+    return chosen
 
 
 def token_counts(explicit: str | None, smallest: int, largest: int, factor: float) -> tuple[int, ...]:

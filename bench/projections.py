@@ -8,8 +8,10 @@ from torch.nn.functional import linear
 import tp_fused
 from tp_fused import reference
 
+from .baselines import BASELINES
 from .cases import EPS, Case, RsRmsnorm, add_norm, rms_norm, steps_apart
 from .timing import Program
+from .transports import OverTpFused, PeerCopies
 
 # How the fused result may differ from the exact one, in units of what the unfused program of the same dtype does.
 ERROR_BOUND = 2.0
@@ -23,6 +25,7 @@ class QkvAProjAg(Case):
     """
 
     op = "qkv_a_proj_ag"
+    baselines = ("dist", "own", "copies", "gemm")
 
     def __init__(self, context, num_tokens: int):
         super().__init__(context, num_tokens)
@@ -57,6 +60,23 @@ class QkvAProjAg(Case):
         rows, finish = [via.pad_rows(argument) for argument in self.arguments], self._local(self.finish)
         return Program(lambda: finish(via.all_gather(self.project(*rows))))
 
+    def baseline(self, name):
+        if name == "gemm":
+            return self.gemm()
+        if name == "copies":
+            via = PeerCopies(self.context, self.num_tokens, self.latent)
+
+            def call():
+                torch.mm(self.rows, self.weight.t(), out=via.next_rows())
+                return (via.all_gather(),)
+
+            return Program(call)
+        return super().baseline(name)
+
+    def gemm(self) -> Program:
+        """The library's product of this rank's rows."""
+        return Program(lambda: (self.project(*self.arguments),), expected=lambda: (self.project_exactly(),))
+
     @functools.cached_property
     def expected(self) -> list[tuple[torch.Tensor, float]]:
         """Each output, exact, and the error it may have."""
@@ -88,10 +108,12 @@ class QkvAProjAg(Case):
 class QkvAProjAgFp8(QkvAProjAg):
     """qkv_a_proj_ag on fp8 rows and weight with block scales; the output is bf16.
 
-    The unfused program dequantises and multiplies in fp32. bytes and right: as qkv_a_proj_ag.
+    The unfused program dequantises and multiplies in fp32; where torch has a product with block scales, "scaled_mm" and
+    "gemm" use it. bytes and right: as qkv_a_proj_ag.
     """
 
     op = "qkv_a_proj_ag_fp8"
+    baselines = ("dist", "own", "scaled_mm", "gemm")
 
     def __init__(self, context, num_tokens: int):
         super().__init__(context, num_tokens)
@@ -111,6 +133,35 @@ class QkvAProjAgFp8(QkvAProjAg):
     def project(self, q, scale):
         return reference.project_fp8(q, scale, self.weight, self.weight_scale)
 
+    def baseline(self, name):
+        if name == "scaled_mm":
+            multiply, via = self.scaled_mm(), OverTpFused(self.context, self.num_tokens)
+            return Program(lambda: (via.all_gather(multiply()),))
+        return super().baseline(name)
+
+    def gemm(self):
+        if not BASELINES["scaled_mm"].available(self.context):
+            return super().gemm()
+        multiply = self.scaled_mm()
+        return Program(lambda: (multiply(),), expected=lambda: (self.project_exactly(),))
+
+    def scaled_mm(self):
+        """torch's product of this rank's rows. cuBLAS wants a multiple of 4 of them, and their scales column-major.
+
+        An engine's quantisation writes them so: neither is charged.
+        """
+        padding = (0, 0, 0, -self.own_rows % 4)
+        q, scale = (torch.nn.functional.pad(argument.float(), padding) for argument in self.arguments)
+        q, scale = q.to(torch.float8_e4m3fn), scale.t().contiguous().t()
+        scales = (scale, self.weight_scale.t())
+
+        def call():
+            if self.own_rows == 0:
+                return q.new_empty(0, self.latent, dtype=torch.bfloat16)
+            return torch._scaled_mm(q, self.weight.t(), *scales, out_dtype=torch.bfloat16)[: self.own_rows]
+
+        return call
+
     def project_exactly(self):
         rows = reference.dequantize(*self.arguments, (1, 128))
         return linear(rows, reference.dequantize(self.weight, self.weight_scale, (128, 128)))
@@ -128,6 +179,7 @@ class QkvAProjAgNorm(QkvAProjAg):
     """
 
     op = "qkv_a_proj_ag_norm"
+    baselines = ("dist", "own", "ag+norm")
 
     def __init__(self, context, num_tokens: int):
         super().__init__(context, num_tokens)
@@ -143,6 +195,13 @@ class QkvAProjAgNorm(QkvAProjAg):
         norms = (self.q_a_weight, self.kv_a_weight)
         return tp_fused.qkv_a_proj_ag_norm(rows, self.weight, *norms, self.num_tokens, EPS, self.group)
 
+    def baseline(self, name):
+        if name == "ag+norm":
+            finish = self._local(self.finish)
+            arguments = (self.rows, self.weight, self.num_tokens, self.group)
+            return Program(lambda: finish(tp_fused.qkv_a_proj_ag(*arguments)))
+        return super().baseline(name)
+
     def finish(self, latent):
         q_a, kv_a, k_pe = latent.split(self.widths, dim=1)
         return rms_norm(q_a, self.q_a_weight), rms_norm(kv_a, self.kv_a_weight), k_pe.contiguous()
@@ -151,12 +210,14 @@ class QkvAProjAgNorm(QkvAProjAg):
 class Chain(QkvAProjAgNorm):
     """rs_rmsnorm, then qkv_a_proj_ag_norm, against what engines do today.
 
-    Today: all-reduce, then every rank adds, norms and projects all rows, and norms the latents.
+    Today: all-reduce, then every rank adds, norms and projects all rows, and norms the latents. The baselines differ in
+    who reduces.
 
     bytes: those of both ops. Right: residual_out has the oracle's bits, the latents are as in qkv_a_proj_ag_norm.
     """
 
     op = "chain"
+    baselines = ("dist", "twoshot", "oneshot", "own")
 
     def __init__(self, context, num_tokens: int):
         super().__init__(context, num_tokens)
@@ -171,16 +232,14 @@ class Chain(QkvAProjAgNorm):
         output, residual_out = self.reduction.fused()
         return (*self.fused_from(output), residual_out)
 
-    def unfused(self, via):
-        residual = self.context.gather_rows(self.reduction.residual, self.num_tokens)
-        norm, finish = self._local(add_norm), self._local(self.finish)
-        own = tp_fused.row_slice(self.num_tokens, self.context.rank, self.context.world_size)
+    def baseline(self, name):
+        norm, latents = self._local(add_norm), self._local(self.finish)
 
-        def call():
-            output, residual_out = norm(via.all_reduce(), residual, self.reduction.weight)
-            return (*finish(self.project(output)), residual_out[own])
+        def finish(rows, residual):
+            output, residual_out = norm(rows, residual, self.reduction.weight)
+            return (*latents(self.project(output)), residual_out)
 
-        return Program(call, via.prepare_all_reduce)
+        return self.reduction.all_reduce_baseline(name, finish)
 
     def count_wrong(self, outputs):
         *latents, residual_out = outputs
@@ -197,3 +256,35 @@ class Chain(QkvAProjAgNorm):
         weight = self.latent * self.hidden * self.itemsize
         latents = self.num_tokens * self.latent * self.itemsize
         return self.reduction.memory_bytes + rows + self.context.world_size * (weight + latents)
+
+
+class BesideGemm(RsRmsnorm):
+    """rs_rmsnorm with a matrix product beside it on another stream: what both together take. CUDA only.
+
+    The product is [tokens, hidden] by [hidden, 2048], with nothing to wait for. bytes and right: as rs_rmsnorm.
+    """
+
+    op = "beside_gemm"
+    cuda_only = True
+    baselines = ("alone", "gemm")
+    columns = 2048
+
+    def __init__(self, context, num_tokens: int):
+        super().__init__(context, num_tokens)
+        self.rows = context.random("gemm", num_tokens, shape=(num_tokens, self.hidden))
+        self.matrix = context.constant("gemm", (self.columns, self.hidden)) / self.hidden**0.5
+        self.stream = torch.cuda.Stream()
+
+    def fused(self):
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            outputs = super().fused()
+        linear(self.rows, self.matrix)
+        current.wait_stream(self.stream)
+        return outputs
+
+    def baseline(self, name):
+        if name == "alone":
+            return Program(super().fused)
+        return Program(lambda: (linear(self.rows, self.matrix),), expected=lambda: (linear(self.rows, self.matrix),))

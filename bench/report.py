@@ -14,10 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import tp_fused
 
+from .baselines import BASELINES
+from .options import ctas_of
+
 FORMAT = 1  # of the JSON file: raised when a key changes its meaning
 
 
-def machine(context, copy_bytes_per_s: float) -> dict:
+def machine(context, copy_bytes_per_s: float, link_bytes_per_s: float | None) -> dict:
     """What a number has to name to be worth anything."""
     cuda = context.device.type == "cuda"
     return {
@@ -34,6 +37,7 @@ def machine(context, copy_bytes_per_s: float) -> dict:
         "backend": context.workspace.backend,
         "reason": context.workspace.reason,
         "copy_gb_s": copy_bytes_per_s * 1e-9,
+        "link_gb_s": link_bytes_per_s and link_bytes_per_s * 1e-9,
     }
 
 
@@ -47,35 +51,49 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, "-dirty" where files differ from it; None outside of a checkout."""
+    """The checkout's commit, "-dirty" where files differ from it; outside of a checkout, TP_FUSED_COMMIT or None."""
     root = Path(__file__).resolve().parents[1]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("TP_FUSED_COMMIT")
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def result_row(case, samples: dict, wrong: int | None) -> dict:
-    """One line of the table, as the JSON file holds it."""
+def result_row(case, programs: dict, samples: dict, wrong: int | None, host_s: float | None, bandwidths) -> dict:
+    """One line of the table, as the JSON file holds it.
+
+    bandwidths: of copies on all cards together, and between two cards or None, in bytes a second.
+    """
+    copy, link = bandwidths
     fused = samples["fused"].median
     algbw = case.bytes / fused * 1e-9
+    busbw = algbw * bus_factor(case.bus_passes, case.context.world_size)
+    results = {name: {"median_us": sample.median * 1e6, "p99_us": sample.p99 * 1e6} for name, sample in samples.items()}
+    for name, program in programs.items():
+        if program.case is not None:
+            results[name]["copy_share"] = program.case.memory_bytes / samples[name].median / copy
     return {
         "op": case.op,
         "tokens": case.num_tokens,
         "bytes": case.bytes,
         "memory_bytes": case.memory_bytes,
         "iterations": len(samples["fused"].seconds),
-        "programs": {
-            name: {"median_us": sample.median * 1e6, "p99_us": sample.p99 * 1e6} for name, sample in samples.items()
-        },
+        "programs": results,
+        "host_us": None if host_s is None else host_s * 1e6,
         "algbw_gb_s": algbw,
-        "busbw_gb_s": algbw * bus_factor(case.bus_passes, case.context.world_size),
+        "busbw_gb_s": busbw,
+        "link_share": None if link is None else busbw * 1e9 / link,
         "speedup": {name: sample.median / fused for name, sample in samples.items() if name != "fused"},
         "wrong": wrong,
     }
+
+
+def variant_meaning(name: str) -> str:
+    placed = {"staged": "its input staged by the kernel", "zero-copy": "its input read in place"}
+    return placed.get(name) or f"grids of at most {ctas_of(name)} blocks"
 
 
 def bus_factor(passes: int, world_size: int) -> float:
@@ -90,13 +108,14 @@ class Report:
     bar is drawn between samples only: a thread that drew it would take its time from the ranks.
     """
 
-    def __init__(self, options, context, copy_bytes_per_s: float):
+    def __init__(self, options, context, copy_bytes_per_s: float, link_bytes_per_s: float | None):
         self.options = options
+        self._cuda, self._linked = context.device.type == "cuda", link_bytes_per_s is not None
         self.document = {
             "format": FORMAT,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "argv": list(options.argv),
-            "machine": machine(context, copy_bytes_per_s),
+            "machine": machine(context, copy_bytes_per_s, link_bytes_per_s),
             "options": {key: value for key, value in vars(options).items() if key not in ("argv", "json")},
             "results": [],
         }
@@ -118,7 +137,7 @@ class Report:
     def __exit__(self, *exception):
         self._progress.stop()
 
-    def header(self, explanation: str) -> None:
+    def header(self) -> None:
         machine, options = self.document["machine"], self.options
         device = f"{machine['cpu']}, {machine['cores']} cores"
         if machine["gpu"]:
@@ -126,29 +145,45 @@ class Report:
         shape = f"hidden {options.hidden}, latent {options.latent}, {options.dtype}"
         print(f"# tp_fused {machine['tp_fused']}, {options.world_size} ranks, {shape}")
         print(f"# machine: {device}; torch {machine['torch']}; commit {machine['commit'] or 'unknown'}")
-        for line in explanation.splitlines():
-            print(f"# {line}")
         if machine["ranks_per_gpu"] > 1:
             print(
                 f"# {machine['ranks_per_gpu']} ranks share a card: without MPS they take turns and times mean nothing;"
             )
             print("# NCCL wants a card a rank, so the programs over torch.distributed are left out")
         print(f"# memory: {machine['copy_gb_s']:.2f} GB/s read and written by large copies")
-        print("# times in us: median of the slowest rank's; GB/s of 1e9 bytes; dist: unfused over torch.distributed;")
-        print("# own: unfused over tp_fused's transport; x: how many times as long as fused")
+        if self._linked:
+            print(f"# link: {machine['link_gb_s']:.2f} GB/s by copies out of another card's memory, all cards at once")
+        print("# times in us: median of the slowest rank's; GB/s of 1e9 bytes; x: how many times as long as fused")
+        if self._cuda:
+            print("# host: us that an eager call keeps the CPU; %copy: the bytes of memory that the op needs over its")
+            print("# time, of what large copies reach; %link: busbw of what copies between cards reach")
 
-    def table(self, op: str, baselines: tuple[str, ...]) -> None:
-        self._baselines = baselines
-        columns = "".join(f" |{name:>10} {'x':>6}" for name in baselines)
-        print(f"\n# {op}")
-        print(f"#{'tokens':>7} {'bytes':>12} {'time':>10} {'p99':>10} {'algbw':>7} {'busbw':>7} {'#wrong':>7}{columns}")
+    def table(self, op: str, baselines: tuple[str, ...], explanation: str) -> None:
+        self._others = (*self.options.variants, *baselines)
+        columns = "".join(f" |{name:>10} {'x':>6}" for name in self._others)
+        first, *rest = explanation.splitlines()
+        print(f"\n# {first if first.startswith(op) else f'{op}: {first}'}")
+        for line in rest:
+            print(f"# {line}")
+        for name in self.options.variants:
+            print(f"# {name}: the fused op, {variant_meaning(name)}")
+        for name in baselines:
+            print(f"# {name}: {BASELINES[name].meaning}")
+        measured = f" {'host':>6} {'%link' if self._linked else '%copy':>6}" if self._cuda else ""
+        print(
+            f"#{'tokens':>7} {'bytes':>12} {'time':>10} {'p99':>10} {'algbw':>7} {'busbw':>7} {'#wrong':>7}{measured}"
+            f"{columns}"
+        )
 
     def row(self, row: dict) -> None:
         fused = row["programs"]["fused"]
         line = f" {row['tokens']:>7} {row['bytes']:>12} {fused['median_us']:>10.1f} {fused['p99_us']:>10.1f}"
         line += f" {row['algbw_gb_s']:>7.2f} {row['busbw_gb_s']:>7.2f}"
         line += f" {'N/A' if row['wrong'] is None else row['wrong']:>7}"
-        for name in self._baselines:
+        if self._cuda:
+            share = row["link_share"] if self._linked else fused["copy_share"]
+            line += f" {row['host_us']:>6.1f} {100 * share:>6.1f}"
+        for name in self._others:
             if name in row["programs"]:
                 line += f" |{row['programs'][name]['median_us']:>10.1f} {row['speedup'][name]:>6.2f}"
             else:

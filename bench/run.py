@@ -11,7 +11,7 @@ import tp_fused
 from . import cases, projections
 from .context import Context
 from .report import Report, result_row
-from .timing import copy_bandwidth, measure
+from .timing import copy_bandwidth, host_time, link_bandwidth, measure
 
 CASES = {
     case.op: case
@@ -25,13 +25,14 @@ CASES = {
         projections.QkvAProjAgFp8,
         projections.QkvAProjAgNorm,
         projections.Chain,
+        projections.BesideGemm,
     )
 }
 
 WRONG, BAD_SETUP, FAULT = 1, 2, 3  # exit codes
 
 
-def run_rank(options, registry=CASES) -> None:
+def run_rank(options, registry=CASES, header: bool = True) -> None:
     """Runs on every rank of an initialised process group. Ends the process with a code when something is wrong."""
     rank = torch.distributed.get_rank()
     try:
@@ -41,7 +42,7 @@ def run_rank(options, registry=CASES) -> None:
             _complain(error)
         sys.exit(BAD_SETUP)
     try:
-        wrong = _run(context, registry)
+        wrong = _run(context, registry, header)
         context.close()
     except tp_fused.CollectiveFault as fault:
         _complain(fault, f"rank {rank}: ")
@@ -54,28 +55,28 @@ def _complain(error: Exception, prefix: str = "") -> None:
     print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
-def _run(context, registry) -> int:
+def _run(context, registry, header: bool) -> int:
     options = context.options
-    bandwidth = copy_bandwidth(context)
-    report = Report(options, context, bandwidth) if context.rank == 0 else None
+    bandwidths = copy_bandwidth(context), link_bandwidth(context)
+    report = Report(options, context, *bandwidths) if context.rank == 0 else None
     total_wrong = 0
+    if report and header:
+        report.header()
     with report or contextlib.nullcontext():
         for op in options.ops:
             for index, num_tokens in enumerate(options.tokens):
-                row = _run_case(context, registry[op](context, num_tokens), report, index == 0)
+                row = _run_case(context, registry[op](context, num_tokens), report, bandwidths, index == 0)
                 total_wrong += row["wrong"] or 0
         if total_wrong and report:
             print(f"\n# {total_wrong} wrong elements", flush=True)
     return total_wrong
 
 
-def _run_case(context, case, report, first: bool) -> dict:
+def _run_case(context, case, report, bandwidths, first: bool) -> dict:
     label = f"{case.op} {case.num_tokens}"
     programs = case.programs()
     if report and first:
-        if not report.document["results"]:
-            report.header(context.explain(case.op))
-        report.table(case.op, case.available_baselines(context))
+        report.table(case.op, case.available_baselines(context), context.explain(case.op))
     wrong = None
     if context.options.check:
         if report:
@@ -84,7 +85,8 @@ def _run_case(context, case, report, first: bool) -> dict:
     samples = measure(context, programs, _ticker(report, label))
     if context.options.check:  # the timed calls have to be right too, not only the first ones
         wrong += context.host_sum(case.count_wrong(samples["fused"].last))
-    row = result_row(case, samples, wrong)
+    host = host_time(context, programs["fused"]) if context.device.type == "cuda" else None
+    row = result_row(case, programs, samples, wrong, host, bandwidths)
     if report:
         report.stage(label, advance=1)
         report.row(row)
@@ -119,7 +121,13 @@ def _check(context, case, programs) -> int:
         context.host_barrier()
         if program.prepare is not None:
             program.prepare()
-        alike = case.resembles(program.call(), outputs)
+        if program.case is not None:
+            with poisoned():
+                variant = program.call()
+                context.settle()
+            wrong += program.case.count_wrong(variant)
+            continue
+        alike = case.resembles(program.call(), program.expected() if program.expected else outputs)
         if wrong == 0 and not alike:
             raise RuntimeError(f"{case.op}: the unfused program {name!r} computes something else")
     return context.host_sum(wrong)

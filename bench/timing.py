@@ -4,6 +4,7 @@ Iteration i of every program comes before iteration i + 1 of any, so that what e
 them alike. Before each sample the ranks line up on the workspace's own signals, outside of the clock.
 """
 
+import gc
 import itertools
 import statistics
 import time
@@ -12,13 +13,21 @@ from dataclasses import dataclass
 
 import torch
 
+from .transports import PeerCopies
+
 
 @dataclass
 class Program:
-    """A call to be timed, and what has to be done before each, off the clock."""
+    """A call to be timed, and what has to be done before each, off the clock.
+
+    expected: what the call's outputs resemble; by default, what the fused op returns. case: whose outputs they are,
+    where they have to be right, not only alike.
+    """
 
     call: Callable[[], object]
     prepare: Callable[[], None] | None = None
+    expected: Callable[[], tuple[torch.Tensor, ...]] | None = None
+    case: object = None
 
 
 @dataclass
@@ -43,6 +52,9 @@ class HostClock:
     """Calls that return when their work is done: the process's own clock."""
 
     rounds_in_flight = 1
+
+    def begin(self) -> None:
+        pass
 
     def load(self, program: Program) -> Program:
         return program
@@ -74,6 +86,10 @@ class CudaClock:
 
     rounds_in_flight = 20
     calls_per_graph = 8
+
+    def begin(self) -> None:
+        """Keeps the card busy (for some 100 us) while the first rounds are queued."""
+        torch.cuda._sleep(200_000)
 
     def load(self, program: Program) -> _Graph:
         if program.prepare is not None:
@@ -119,6 +135,7 @@ def measure(context, programs: dict[str, Program], tick=lambda done, total: None
         seconds, last = {name: [] for name in loaded}, {}
         for begin in range(0, iterations, clock.rounds_in_flight):
             samples = {name: [] for name in loaded}
+            clock.begin()
             for _ in range(begin, min(begin + clock.rounds_in_flight, iterations)):
                 for name, program in loaded.items():
                     last.pop(name, None)  # its memory is for the next call, as in a loop of layers
@@ -142,6 +159,47 @@ def measure(context, programs: dict[str, Program], tick=lambda done, total: None
     return {name: Samples(slowest[i], last[name]) for i, name in enumerate(loaded)}
 
 
+def host_time(context, program: Program, calls: int = 200) -> float:
+    """Seconds that an eager call keeps the CPU, its launches included: the median of the slowest rank.
+
+    The queue is kept short, or a launch would wait for the card to take it.
+    """
+    seconds = []
+    gc.disable()
+    try:
+        for call in range(calls):
+            if call % 8 == 0:
+                context.settle()
+            start = time.perf_counter()
+            program.call()
+            seconds.append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+    context.settle()
+    return context.host_reduce([statistics.median(seconds)])[0].item()
+
+
+def link_bandwidth(context) -> float | None:
+    """Bytes a second that copies out of another card's memory bring, all cards at once. None where there is no link."""
+    if context.ranks_per_card != 1 or context.world_size == 1 or context.workspace.backend != "cuda":
+        return None
+    rows = 2**28 // (context.options.hidden * context.dtype.itemsize)
+    memory = PeerCopies(context, rows * context.world_size, context.options.hidden)
+    source = memory.buffers[(context.rank + 1) % context.world_size][0]
+    seconds = _copy_seconds(torch.empty_like(source), source)
+    return source.nbytes / context.host_reduce([seconds])[0].item()
+
+
+def _copy_seconds(target: torch.Tensor, source: torch.Tensor) -> float:
+    """The median of 20 copies."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+    for event in events:
+        target.copy_(source)
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) * 1e-3 for start, stop in itertools.pairwise(events))
+
+
 def copy_bandwidth(context) -> float:
     """Bytes read and written a second by large copies: what the memory that the ranks use gives at its best.
 
@@ -158,13 +216,7 @@ def copy_bandwidth(context) -> float:
     if context.rank < cards:
         source = torch.ones(size, dtype=torch.uint8, device=context.device)
         target = torch.zeros_like(source)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
-        for event in events:
-            target.copy_(source)
-            event.record()
-        torch.cuda.synchronize()
-        taken = [start.elapsed_time(stop) * 1e-3 for start, stop in itertools.pairwise(events)]
-        seconds = statistics.median(taken)
+        seconds = _copy_seconds(target, source)
         del source, target
         torch.cuda.empty_cache()
     return 2 * size * cards / context.host_reduce([seconds])[0].item()

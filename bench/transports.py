@@ -1,11 +1,14 @@
 """How the rows of an unfused program travel. Each case writes its program once, in these words.
 
-Both transports offer reduce_scatter, all_gather and all_reduce of the case's input, and `pad_rows` for what a program
-keeps of its own rows. They differ in how uneven token counts travel.
+The first two transports offer reduce_scatter, all_gather and all_reduce of the case's input, and `pad_rows` for what a
+program keeps of its own rows. They differ in how uneven token counts travel. The others, CUDA's, have a part of that.
 """
+
+import itertools
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
 
 import tp_fused
 
@@ -74,3 +77,61 @@ class OverTorch:
     def all_reduce(self) -> torch.Tensor:
         dist.all_reduce(self.scratch, group=self.group)
         return self.scratch
+
+
+class OverSymmMem:
+    """torch's collectives on its symmetric memory: what engines use inside a node. Their input has to lie in it."""
+
+    def __init__(self, context, num_tokens: int, input: torch.Tensor, one_shot: bool = False):
+        self.group_name, self.world_size, self.input, self.one_shot = (
+            context.group.group_name,
+            context.world_size,
+            input,
+            one_shot,
+        )
+        self.scratch = context.symmetric("torch", num_tokens)
+        self.prepare_all_reduce()
+
+    def reduce_scatter(self) -> torch.Tensor:
+        """For token counts that the ranks divide: the op cuts its input, which it wants flat, into equal shares."""
+        rows, columns = self.scratch.shape
+        output = self.scratch.new_empty(rows // self.world_size * columns)
+        torch.ops.symm_mem.reduce_scatter_out(self.scratch.view(-1), self.group_name, False, output)
+        return output.view(-1, columns)
+
+    def prepare_all_reduce(self) -> None:
+        """As OverTorch's: two-shot works in place, and a row-parallel product can write where it reads."""
+        self.scratch.copy_(self.input)
+
+    def all_reduce(self) -> torch.Tensor:
+        if self.one_shot:
+            return torch.ops.symm_mem.one_shot_all_reduce(self.scratch, "sum", self.group_name)
+        return torch.ops.symm_mem.two_shot_all_reduce_(self.scratch, "sum", self.group_name)
+
+
+class PeerCopies:
+    """An all-gather in which every rank copies the others' rows out of their memory, by the driver's own copies."""
+
+    def __init__(self, context, num_tokens: int, columns: int):
+        self.context, self.num_tokens, self.columns = context, num_tokens, columns
+        # Two buffers in turn: a rank that is a call ahead does not write what a slower one still copies.
+        shape = (2, context.row_count(num_tokens, 0), columns)
+        self.memory = symm_mem.empty(*shape, dtype=context.dtype, device=context.device)
+        self.handle = symm_mem.rendezvous(self.memory, context.group.group_name)
+        self.buffers = [self.handle.get_buffer(rank, shape, context.dtype) for rank in range(context.world_size)]
+        self.turns = itertools.cycle(range(2))
+
+    def next_rows(self) -> torch.Tensor:
+        """Where this rank's rows of the next call belong."""
+        self.turn = next(self.turns)
+        return self.memory[self.turn, : self.context.row_count(self.num_tokens)]
+
+    def all_gather(self) -> torch.Tensor:
+        self.context.barrier()
+        rank, world_size = self.context.rank, self.context.world_size
+        output = self.memory.new_empty(self.num_tokens, self.columns)
+        for step in range(1, world_size + 1):  # every rank begins with another peer
+            peer = (rank + step) % world_size
+            own = output[tp_fused.row_slice(self.num_tokens, peer, world_size)]
+            own.copy_(self.buffers[peer][self.turn, : own.shape[0]])
+        return output

@@ -1,5 +1,6 @@
 """The benchmark CLI: whole runs as a user starts them, what makes them fail, and the arithmetic of its columns."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,9 +17,10 @@ pytest.importorskip("rich", reason="the bench extra is not installed")
 from typer.testing import CliRunner
 
 import tp_fused
+from bench import goals, run, suite
 from bench import options as run_options
-from bench import run
-from bench.__main__ import app
+from bench.__main__ import ALL_OPS, app
+from bench.baselines import BASELINES
 from bench.cases import RsRmsnorm, steps_apart
 from bench.report import bus_factor
 from bench.timing import Samples
@@ -28,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--hidden", "64", "--latent", "96", "--kv-lora", "32", "--rope", "32", "--iters", "2", "--warmup", "1"]
 RANKS = 3
 TOKENS = [0, 1, 7]
+ON_A_CPU = {"dist", "allreduce", "own", "rs_rmsnorm", "gemm", "ag+norm"}
 
 
 def bench(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
@@ -56,10 +59,12 @@ def test_every_op_is_right_and_has_its_row(all_ops):
     _, path = all_ops
     document = json.loads(path.read_text())
     rows = {(row["op"], row["tokens"]): row for row in document["results"]}
-    assert set(rows) == {(op, tokens) for op in run.CASES for tokens in TOKENS}
+    assert set(rows) == {(op, tokens) for op in ALL_OPS for tokens in TOKENS}
     for (op, tokens), row in rows.items():
         assert row["wrong"] == 0
-        baselines = set(run.CASES[op].baselines) if tokens else set(run.CASES[op].baselines) & {"own"}
+        baselines = set(run.CASES[op].baselines) & ON_A_CPU
+        if tokens == 0:
+            baselines = {name for name in baselines if BASELINES[name].empty}
         assert set(row["programs"]) == {"fused"} | baselines
         assert set(row["speedup"]) == baselines
         assert all(0 < times["median_us"] <= times["p99_us"] for times in row["programs"].values())
@@ -213,6 +218,8 @@ def test_a_baseline_that_computes_something_else_is_no_baseline(one_rank):
         (["--hidden", "100000"], "100000 is over 16384"),
         (["--world-size", "0"], "greater than or equal to 1"),
         (["--backend", "cuda"], "cuda works on cuda tensors"),
+        (["--baselines", "own,owl"], "'owl' is none of none, "),
+        (["--variants", "ctas0"], "'ctas0' is none of staged, zero-copy, ctasN"),
         (["--json", "no/such/folder/file.json"], "there is no directory no/such/folder"),
     ],
 )
@@ -221,6 +228,89 @@ def test_bad_options_are_named_before_a_rank_starts(arguments, message, monkeypa
     done = CliRunner().invoke(app, ["rs_rmsnorm", "--device", "cpu", *arguments], env={"COLUMNS": "200"})
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
+
+
+# ---- variants of the fused op ----
+
+
+def test_variants_run_beside_the_op(one_rank, tmp_path):
+    path = tmp_path / "one.json"
+    options = dataclasses.replace(
+        one_rank, ops=("chain",), latent=96, kv_lora=32, rope=32, variants=("zero-copy", "ctas2"), json=str(path)
+    )
+    run.run_rank(options)
+    row = json.loads(path.read_text())["results"][0]
+    assert set(row["programs"]) == {"fused", "zero-copy", "ctas2", "dist", "own"} and row["wrong"] == 0
+    assert all(row["programs"][name]["copy_share"] > 0 for name in ("fused", "zero-copy", "ctas2"))
+    assert "copy_share" not in row["programs"]["own"]
+
+
+class WrongWhenBounded(RsRmsnorm):
+    def fused(self):
+        output, residual_out = super().fused()
+        return output, residual_out + (self.context.options.max_ctas is not None)
+
+
+def test_a_variant_has_to_be_right(one_rank, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run.run_rank(dataclasses.replace(one_rank, variants=("ctas2",)), {"rs_rmsnorm": WrongWhenBounded})
+    assert ended.value.code == run.WRONG and f"{3 * 64} wrong elements" in capsys.readouterr().out
+
+
+# ---- several runs, and their goals ----
+
+
+def section(op: str, **options) -> run_options.Options:
+    sizes = {"hidden": 64, "latent": 96, "kv_lora": 32, "rope": 32, "iters": 2, "warmup": 1, "tokens": (5,)}
+    return run_options.Options(ops=(op,), world_size=2, **{**sizes, **options})
+
+
+def test_a_launch_goes_on_after_a_failure_and_is_ended_when_it_hangs(tmp_path, capfd):
+    sections = {
+        "huge": section("rs_rmsnorm", tokens=(10**9,)),
+        "small": section("rs_rmsnorm", baselines=("own",)),
+        "endless": section("rs_rmsnorm", iters=10**9),
+    }
+    (document,) = suite.run([suite.Launch("two", 30, sections)], tmp_path)
+    assert document["results"][0]["wrong"] == 0
+    assert json.loads((tmp_path / "small_cpu_2_ranks.json").read_text()) == document
+    captured = capfd.readouterr()
+    assert "# two: failed" in captured.out
+    assert "/dev/shm" in captured.err and "in measure" in captured.err  # why it failed, and where the ranks hung
+
+
+def test_a_file_is_named_after_section_device_and_ranks():
+    document = {"machine": {"gpu": "NVIDIA H100 80GB HBM3", "device": "cuda"}, "options": {"world_size": 8}}
+    assert suite.file_name("chain", document) == "chain_h100_8_ranks.json"
+
+
+@pytest.mark.parametrize("goal", goals.GOALS, ids=lambda goal: f"{goal.op}-{goal.tokens}-{goal.what}")
+def test_every_goal_is_measured_by_one_section(goal):
+    """Of the programs that the section times, with times that tell them apart."""
+    asked = [
+        options
+        for launch in goals.LAUNCHES
+        for options in launch.sections.values()
+        if (launch.world_size, options.ops, goal.tokens in options.tokens) == (goal.world_size, (goal.op,), True)
+    ]
+    assert len(asked) == 1
+    assert set(asked[0].baselines) <= set(run.CASES[goal.op].baselines)
+    names = ("fused", *asked[0].variants, *asked[0].baselines)
+    programs = {name: {"median_us": 10.0 + i, "copy_share": 0.5 + i} for i, name in enumerate(names)}
+    row = {"op": goal.op, "tokens": goal.tokens, "host_us": 9.0, "programs": programs}
+    assert goal.measured([{"options": {"world_size": goal.world_size}, "results": [row]}]) > 0
+
+
+def test_goals_are_compared_with_what_was_measured(capsys):
+    programs = {"fused": {"median_us": 10.0}, "own": {"median_us": 12.0}, "copies": {"median_us": 11.0}}
+    document = {
+        "options": {"world_size": 8},
+        "results": [{"op": "qkv_a_proj_ag", "tokens": tokens, "programs": programs} for tokens in (512, 16384)],
+    }
+    chosen = [goal for goal in goals.GOALS if goal.op == "qkv_a_proj_ag" and "all-gather" in goal.what]
+    found = {row["tokens"]: (row["value"], row["met"]) for row in goals.table(chosen, [document])}
+    assert found[512] == found[16384] == (pytest.approx(10 / 11), False)
+    assert found[4096] == (None, None) and "not measured" in capsys.readouterr().out
 
 
 # ---- arithmetic ----

@@ -1,0 +1,60 @@
+"""The programs that an op is timed beside: what each one is, and when it can run. The cases say how."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+# Blocks of torch's symmetric-memory kernels wait for the peers' and all have to run at once: from five ranks on they
+# do not fit on one card.
+_MOST_RANKS_OF_SYMM_MEM_ON_A_CARD = 4
+
+
+def _always(context) -> bool:
+    return True
+
+
+def _over_torch(context) -> bool:
+    return context.has_collectives
+
+
+def _on_cuda(context) -> bool:
+    return context.workspace.backend == "cuda"
+
+
+def _symm_mem(context) -> bool:
+    fits = context.ranks_per_card == 1 or context.world_size <= _MOST_RANKS_OF_SYMM_MEM_ON_A_CARD
+    return _on_cuda(context) and fits and context.world_size in (2, 4, 8) and context.dtype != torch.float16
+
+
+def _block_scaled_mm(context) -> bool:
+    # cuBLAS multiplies with 1x128 and 128x128 scales on Hopper only, since CUDA 12.9.
+    return (
+        context.device.type == "cuda"
+        and torch.cuda.get_device_capability() == (9, 0)
+        and tuple(map(int, torch.version.cuda.split("."))) >= (12, 9)
+    )
+
+
+@dataclass(frozen=True)
+class Baseline:
+    meaning: str  # printed above the table
+    available: Callable[[object], bool] = _always
+    empty: bool = False  # whether it can run without tokens: the collectives of torch refuse empty tensors
+
+
+BASELINES = {
+    "dist": Baseline("unfused over torch.distributed", _over_torch),
+    "allreduce": Baseline("torch.distributed's all-reduce, then every rank adds and norms all rows", _over_torch),
+    "own": Baseline("unfused over tp_fused's transport", empty=True),
+    "symm": Baseline("torch's symm_mem.reduce_scatter_out alone, which neither adds nor norms", _symm_mem),
+    "twoshot": Baseline("torch's symm_mem.two_shot_all_reduce_, then all rows on every rank", _symm_mem),
+    "oneshot": Baseline("torch's symm_mem.one_shot_all_reduce, then all rows on every rank", _symm_mem),
+    "rs_rmsnorm": Baseline("the fused op without the quantisation", empty=True),
+    "copies": Baseline("the projection, a barrier, then copies out of every peer's memory", _on_cuda),
+    "gemm": Baseline("this rank's matrix product alone, nothing travels"),
+    "scaled_mm": Baseline("torch._scaled_mm with block scales, then all_gather_rows", _block_scaled_mm),
+    "ag+norm": Baseline("qkv_a_proj_ag, then two RMSNorms and the split", empty=True),
+    "alone": Baseline("the fused op with nothing beside it", empty=True),
+    "barrier": Baseline("a bare barrier of the ranks, the least that any op costs", _on_cuda, empty=True),
+}

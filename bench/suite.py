@@ -1,0 +1,124 @@
+"""Several runs in one command: launches of ranks one after the other, each with a time limit of its own.
+
+A launch is a process that starts the ranks and runs its sections, each a run as `python -m bench OP` makes them. One
+that hangs or breaks is ended, and the next begins.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import tp_fused.launch
+
+from .options import Options
+from .run import FAULT, run_rank
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Sections, by name, that run on the same ranks. timeout_s: of all of them together."""
+
+    name: str
+    timeout_s: float
+    sections: dict[str, Options]
+
+    @property
+    def world_size(self) -> int:
+        return next(iter(self.sections.values())).world_size
+
+
+def run(launches: list[Launch], results: Path = RESULTS) -> list[dict]:
+    """What the launches leave: the document of every section that has measured something, also kept in `results`."""
+    documents = []
+    for launch in launches:
+        start = time.monotonic()
+        print(f"\n# ==== {launch.name}: {launch.world_size} ranks, at most {launch.timeout_s:.0f} s", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = _run_launch(launch, Path(folder))
+            for name in launch.sections:
+                written = Path(folder, f"{name}.json")
+                if written.exists():
+                    document = json.loads(written.read_text())
+                    Path(results, file_name(name, document)).write_text(written.read_text())
+                    documents.append(document)
+        print(f"# {launch.name}: {outcome} after {time.monotonic() - start:.0f} s", flush=True)
+    return documents
+
+
+def file_name(section: str, document: dict) -> str:
+    """Such as rs_rmsnorm_h100_8_ranks.json: the section, the device by its shortest name, the ranks."""
+    gpu = re.search(r"[A-Z]+\d+\w*", document["machine"]["gpu"] or "")
+    device = gpu.group().lower() if gpu else document["machine"]["device"]
+    return f"{section}_{device}_{document['options']['world_size']}_ranks.json"
+
+
+def _run_launch(launch: Launch, folder: Path) -> str:
+    """How it ended, in a word or two. The sections leave their files in `folder`."""
+    sections = {name: replace(options, json=str(folder / f"{name}.json")) for name, options in launch.sections.items()}
+    job = folder / "launch.pickle"
+    job.write_bytes(pickle.dumps(replace(launch, sections=sections)))
+    process = subprocess.Popen([sys.executable, "-m", "bench.suite", str(job)], start_new_session=True)
+    try:
+        code = process.wait(launch.timeout_s)
+    except subprocess.TimeoutExpired:
+        return "timed out"
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # its ranks too
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return "done" if code == 0 else f"failed (exit code {code})"
+
+
+def _run_sections(launch: Launch) -> None:
+    """On every rank. What fails is the same on all ranks, but for faults: those end the launch."""
+    # Says where a rank hangs, shortly before the launch is ended.
+    faulthandler.dump_traceback_later(max(1.0, launch.timeout_s - 10), exit=True)
+    code = 0
+    for index, (name, options) in enumerate(launch.sections.items()):
+        try:
+            run_rank(options, header=index == 0)
+        except SystemExit as ended:
+            code = ended.code
+            if code == FAULT:
+                break
+        except RuntimeError as error:
+            code = 1
+            if dist.get_rank() == 0:
+                print(f"# {name} broke off: {error}", flush=True)
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+    faulthandler.cancel_dump_traceback_later()
+    if code:
+        sys.exit(code)
+
+
+def main(job: str) -> None:
+    launch = pickle.loads(Path(job).read_bytes())
+    try:
+        tp_fused.launch.launch(_run_sections, launch.world_size, launch)
+    except torch.multiprocessing.ProcessExitedException as ended:
+        sys.exit(ended.exit_code if ended.exit_code > 0 else 1)
+
+
+if __name__ == "__main__":
+    # By its own name: what is pickled belongs to bench.suite, not to __main__.
+    from bench.suite import main
+
+    main(sys.argv[1])

@@ -1,0 +1,136 @@
+"""The benchmark's CUDA programs without a card: on one rank, with stand-ins for what torch has on CUDA only."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
+
+pytest.importorskip("typer", reason="the bench extra is not installed")
+
+import bench.timing
+import tp_fused
+from bench import cases, projections
+from bench.context import Context
+from bench.options import Options
+from bench.transports import OverSymmMem, PeerCopies
+
+
+@pytest.fixture
+def context():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    context = Context(Options(ops=("chain",), world_size=1, tokens=(6,), hidden=512, latent=96, kv_lora=32, rope=32))
+    yield context
+    context.close()
+    dist.destroy_process_group()
+
+
+class Symm:
+    """torch.ops.symm_mem for one rank: what its ops ask of their arguments, and sums of one."""
+
+    def reduce_scatter_out(self, input, group_name, split_last_dim, output):
+        assert input.dim() == output.dim() == 1 and not split_last_dim and group_name
+        return output.copy_(input)
+
+    def two_shot_all_reduce_(self, input, reduce_op, group_name):
+        assert reduce_op == "sum" and group_name
+        return input
+
+    def one_shot_all_reduce(self, input, reduce_op, group_name):
+        return self.two_shot_all_reduce_(input, reduce_op, group_name).clone()
+
+
+def test_torch_symm_mem_computes_the_sum_of_the_case(context, monkeypatch):
+    monkeypatch.setattr(torch.ops, "symm_mem", Symm())
+    case = cases.RsRmsnorm(context, 6)
+    program = case.baseline("symm")
+    assert case.resembles(program.call(), program.expected())
+    assert torch.equal(program.call()[0], case.expected_sum(None))
+
+
+@pytest.mark.parametrize("name", ["twoshot", "oneshot"])
+@pytest.mark.parametrize("kind", [cases.RsRmsnormAg, projections.Chain])
+def test_all_reduce_of_torch_symm_mem_finds_a_fresh_input_every_time(context, monkeypatch, kind, name):
+    monkeypatch.setattr(torch.ops, "symm_mem", Symm())
+    case = kind(context, 6)
+    program = case.baseline(name)
+    for _ in range(2):
+        program.prepare()
+        assert case.resembles(program.call(), case.fused())
+
+
+def test_symm_is_left_out_where_the_ranks_do_not_divide_the_tokens(context, monkeypatch):
+    case = cases.RsRmsnorm(context, 6)
+    monkeypatch.setattr(context, "world_size", 4)
+    assert case.baseline("symm") is None
+
+
+def test_two_shot_leaves_the_input_of_the_case_alone(context):
+    input = torch.ones(6, 512, dtype=torch.bfloat16)
+    OverSymmMem(context, 6, input).scratch.zero_()
+    assert input.eq(1).all()
+
+
+class Peers:
+    """A rendezvous of ranks whose memory lies in this process."""
+
+    def __init__(self, memories):
+        self.memories = memories
+
+    def get_buffer(self, rank, shape, dtype):
+        assert self.memories[rank].shape == shape and self.memories[rank].dtype == dtype
+        return self.memories[rank]
+
+
+def test_copies_bring_every_peers_rows_and_take_turns(context, monkeypatch):
+    """Three ranks with 7 tokens, all but rank 0 filled by hand."""
+    monkeypatch.setattr(context, "world_size", 3)
+    monkeypatch.setattr(context, "barrier", lambda: None)
+    memories = []
+
+    def empty(*shape, dtype, device):
+        memories.extend(torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(3))
+        return memories[0]
+
+    monkeypatch.setattr(symm_mem, "empty", empty)
+    monkeypatch.setattr(symm_mem, "rendezvous", lambda memory, name: Peers(memories))
+    via = PeerCopies(context, 7, 5)
+    for turn in itertools.islice(itertools.cycle((0, 1)), 3):
+        rows = torch.randn(7, 5).to(torch.bfloat16)
+        via.next_rows().copy_(rows[tp_fused.row_slice(7, 0, 3)])
+        for peer in (1, 2):
+            own = tp_fused.row_slice(7, peer, 3)
+            memories[peer].fill_(float("nan"))[turn, : own.stop - own.start] = rows[own]
+        assert torch.equal(via.all_gather(), rows)
+
+
+def test_copies_resemble_the_fused_op(context, monkeypatch):
+    monkeypatch.setattr(context, "barrier", lambda: None)
+    monkeypatch.setattr(symm_mem, "empty", lambda *shape, **options: torch.empty(*shape, **options))
+    monkeypatch.setattr(symm_mem, "rendezvous", lambda memory, name: Peers([memory]))
+    case = projections.QkvAProjAg(context, 6)
+    assert case.resembles(case.baseline("copies").call(), case.fused())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 6])
+def test_scaled_mm_gets_what_cublas_asks_for(context, monkeypatch, num_tokens):
+    """A multiple of 4 rows with column-major scales, a scale of the weight for each of its blocks."""
+
+    def scaled_mm(rows, weight, scale_a, scale_b, out_dtype):
+        (height, depth), width = rows.shape, weight.shape[1]
+        assert height % 4 == 0 and weight.t().is_contiguous()
+        assert scale_a.shape == (height, depth // 128) and scale_a.stride() == (1, height)
+        assert scale_b.shape == (depth // 128, -(-width // 128)) and scale_b.t().is_contiguous()
+        right = tp_fused.reference.project_fp8(rows, scale_a, weight.t(), scale_b.t())
+        return right.to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    case = projections.QkvAProjAgFp8(context, num_tokens)
+    assert case.resembles(case.baseline("scaled_mm").call(), case.fused())
+    assert case.resembles((case.scaled_mm()(),), (case.project_exactly(),))
+
+
+def test_host_time_is_that_of_a_call(context):
+    program = cases.RsRmsnorm(context, 6).programs()["fused"]
+    assert 0 < bench.timing.host_time(context, program, calls=20) < 1
