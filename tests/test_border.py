@@ -129,7 +129,7 @@ BAD_CALLS = {
         r"scale must be torch.float32, got torch.bfloat16",
     ),
     "scales of neither layout": (
-        *("qkv_a_proj_ag_fp8", {"scale": lambda tensor: torch.ones(4, 4)[::2, ::2]}, ValueError),
+        *("qkv_a_proj_ag_fp8", {"scale": lambda tensor: torch.ones(4, 4, device=tensor.device)[::2, ::2]}, ValueError),
         r"scale has strides \(8, 2\): it must be row-major or column-major",
     ),
     "weight scales of other blocks": (
@@ -157,7 +157,7 @@ BAD_CALLS = {
 
 def bad_call(backend: str, device: str, name: str):
     """Runs on a rank: rank 1 alone makes the bad call, then both the right one."""
-    op, changes, *_ = BAD_CALLS[name]
+    op, changes, *_ = (BAD_CALLS | BAD_CALLS_ON_CUDA)[name]
     rank, world_size = dist.get_rank(), dist.get_world_size()
     call = Call(op, 4, hidden_size=256, residual="full", device=device)
     error = None
@@ -176,6 +176,33 @@ def test_bad_call(pool, backend, device, name, world_size):
     """The peer never notices: the right call after it is its first."""
     *_, kind, message = BAD_CALLS[name]
     error = pool.run(bad_call, backend, device, name)[1]
+    with pytest.raises(kind, match=message):
+        raise error if error is not None else AssertionError("no error was raised")
+
+
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, one element away from a multiple of 16 bytes."""
+    memory = tensor.new_zeros(tensor.numel() + 1)
+    return memory[1:].view(tensor.shape).copy_(tensor)
+
+
+# In the form of BAD_CALLS.
+ADDRESS = r"must begin at a multiple of 16 bytes, got one at address 0x[0-9a-f]+4$"
+BAD_CALLS_ON_CUDA = {
+    "odd width": ("reduce_scatter_rows", {"input": ones(4, 252)}, ValueError, r"must be a multiple of 8, got 252"),
+    "input between vectors": ("rs_rmsnorm", {"input": shifted}, ValueError, rf"input {ADDRESS}"),
+    "residual between vectors": ("rs_rmsnorm_fp8", {"residual": shifted}, ValueError, rf"residual {ADDRESS}"),
+    "weight between vectors": ("rs_rmsnorm_ag", {"weight": shifted}, ValueError, rf"weight {ADDRESS}"),
+    "group size": ("rs_rmsnorm_fp8", {"group_size": 32}, ValueError, r"group_size must be 64 or 128, got 32"),
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", BAD_CALLS_ON_CUDA)
+@pytest.mark.parametrize("world_size", [2])
+def test_bad_call_on_cuda(pool, device, name, world_size):
+    *_, kind, message = BAD_CALLS_ON_CUDA[name]
+    error = pool.run(bad_call, device, device, name)[1]
     with pytest.raises(kind, match=message):
         raise error if error is not None else AssertionError("no error was raised")
 

@@ -40,13 +40,17 @@ def eps(value: float) -> None:
         raise ValueError(f"eps must be positive, got {value}")
 
 
-def kernel_shape(workspace, tensor: torch.Tensor) -> None:
+def kernel_vectors(workspace, hidden_size: int, **tensors: torch.Tensor | None) -> None:
     """What the CUDA kernels want beyond that: 16-byte vectors."""
-    if workspace.backend == "cuda" and (tensor.shape[1] % 8 or tensor.data_ptr() % 16):
-        raise ValueError(
-            f"on cuda, hidden_size must be a multiple of 8 (got {tensor.shape[1]}) and rows must begin at a multiple "
-            f"of 16 bytes (got address {tensor.data_ptr():#x})"
-        )
+    if workspace.backend != "cuda":
+        return
+    if hidden_size % 8:
+        raise ValueError(f"on cuda, hidden_size must be a multiple of 8, got {hidden_size}")
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.data_ptr() % 16:
+            raise ValueError(
+                f"on cuda, {name} must begin at a multiple of 16 bytes, got one at address {tensor.data_ptr():#x}"
+            )
 
 
 def capacity(workspace, num_tokens: int, columns: int, dtype: torch.dtype, columns_name: str = "hidden_size") -> None:
@@ -100,11 +104,12 @@ def reduction(workspace, input: torch.Tensor, residual, weight=None, epsilon: fl
     rows("input", input)
     capacity(workspace, input.shape[0], input.shape[1], input.dtype)
     workspace.require_kernel_width(input.shape[1])
-    kernel_shape(workspace, input)
     if weight is not None:
         like("weight", weight, (input.shape[1],), input.dtype, input.device)
         eps(epsilon)
-    return residual_rows(workspace, residual, input)
+    residual = residual_rows(workspace, residual, input)
+    kernel_vectors(workspace, input.shape[1], input=input, residual=residual, weight=weight)
+    return residual
 
 
 def projection(workspace, input, weight, num_tokens: int, input_dtypes=FLOATS, output_dtype=None) -> None:
