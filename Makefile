@@ -13,7 +13,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 # The build calls cmake and ninja by name.
 $(VENV)/built: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test bench gpu-build gpu-test gpu-bench build format lint clean
+.PHONY: demo test bench gpu-build gpu-test gpu-bench gpu-multi build format lint clean
 
 demo: build
 	$(BIN)/python examples/deepseek_v3_prefill.py $(ARGS)
@@ -33,6 +33,10 @@ gpu-test: gpu-build
 
 gpu-bench: gpu-build
 	tools/with_mps.sh $(PYTHON) -m bench goals $(ARGS)
+
+# On a machine with two GPUs or more, a rank on each.
+gpu-multi: gpu-build
+	$(PYTHON) -m bench multi $(ARGS)
 
 build: $(VENV)/built
 

@@ -17,7 +17,7 @@ import typer
 import tp_fused.launch
 from tp_fused.native import _C
 
-from . import goals
+from . import goals, multi
 from . import options as run_options
 from .baselines import BASELINES
 from .run import CASES, run_rank
@@ -178,7 +178,14 @@ def run_goals(
     if _choose_device(Device.auto) != "cuda":
         raise typer.BadParameter("torch sees no card")
     names = run_options.names(launches, tuple(launch.name for launch in goals.LAUNCHES), "--launches")
-    goals.check("goals", goals.GOALS, [launch for launch in goals.LAUNCHES if launch.name in names])
+    goals.check([launch for launch in goals.LAUNCHES if launch.name in names])
+
+
+@app.command("multi", help=_paragraphs(multi.__doc__))
+def run_multi() -> None:
+    if torch.cuda.device_count() < 2:
+        raise typer.BadParameter(f"torch sees {torch.cuda.device_count()} cards; two are the least")
+    multi.check(torch.cuda.device_count())
 
 
 for _op, _case in CASES.items():

@@ -25,7 +25,7 @@ def _times(*names: str) -> Callable[[dict], float]:
     return lambda row: _fastest(row, ("fused",)) / _fastest(row, names)
 
 
-def _speedup(*names: str) -> Callable[[dict], float]:
+def speedup(*names: str) -> Callable[[dict], float]:
     return lambda row: _fastest(row, names) / _fastest(row, ("fused",))
 
 
@@ -69,14 +69,14 @@ GOALS = [
     at_least(0.78, "in place, of the copy bandwidth", 8, "rs_rmsnorm", 1024, _share("fused")),
     at_least(0.88, "staged, its own bytes, of the copy bandwidth", 8, "rs_rmsnorm", 16384, _share("staged")),
     at_most(1.7, "time, in bare barriers", 8, "rs_rmsnorm", 64, _times("barrier")),
-    at_least(1.15, "speedup over reduce_scatter_rows + add-norm", 8, "rs_rmsnorm", 16384, _speedup("own")),
-    at_least(1.1, "speedup over reduce_scatter_rows + add-norm", 8, "rs_rmsnorm", 512, _speedup("own")),
-    at_least(1.25, "speedup over reduce_scatter_rows + add-norm", 8, "rs_rmsnorm", 64, _speedup("own")),
+    at_least(1.15, "speedup over reduce_scatter_rows + add-norm", 8, "rs_rmsnorm", 16384, speedup("own")),
+    at_least(1.1, "speedup over reduce_scatter_rows + add-norm", 8, "rs_rmsnorm", 512, speedup("own")),
+    at_least(1.25, "speedup over reduce_scatter_rows + add-norm", 8, "rs_rmsnorm", 64, speedup("own")),
     at_most(15.0, "us of an eager call on the CPU", 8, "rs_rmsnorm", 64, lambda row: row["host_us"]),
     at_most(1.03, "time, in that of the bf16 form", 8, "rs_rmsnorm_fp8", 16384, _times("rs_rmsnorm")),
-    at_least(1.0, "speedup over symm_mem.reduce_scatter_out alone", 4, "rs_rmsnorm", 16384, _speedup("symm")),
-    at_least(1.9, "speedup over two_shot_all_reduce_ + add-norm", 4, "rs_rmsnorm_ag", 16384, _speedup("twoshot")),
-    at_least(1.3, "speedup over two_shot_all_reduce_ + add-norm", 4, "rs_rmsnorm_ag", 512, _speedup("twoshot")),
+    at_least(1.0, "speedup over symm_mem.reduce_scatter_out alone", 4, "rs_rmsnorm", 16384, speedup("symm")),
+    at_least(1.9, "speedup over two_shot_all_reduce_ + add-norm", 4, "rs_rmsnorm_ag", 16384, speedup("twoshot")),
+    at_least(1.3, "speedup over two_shot_all_reduce_ + add-norm", 4, "rs_rmsnorm_ag", 512, speedup("twoshot")),
     at_most(0.76, "time, in that of cuBLAS + all-gather", 8, "qkv_a_proj_ag", 16384, _times("own", "copies")),
     at_most(1.22, "time, in that of cuBLAS alone", 8, "qkv_a_proj_ag", 16384, _times("gemm")),
     at_most(0.82, "time, in that of cuBLAS + all-gather", 8, "qkv_a_proj_ag", 4096, _times("own", "copies")),
@@ -85,16 +85,16 @@ GOALS = [
     at_most(0.75, "time, in that of _scaled_mm + all-gather", 8, "qkv_a_proj_ag_fp8", 16384, _times("scaled_mm")),
     at_most(0.85, "time, in that of qkv_a_proj_ag + norms + split", 8, "qkv_a_proj_ag_norm", 16384, _times("ag+norm")),
     at_most(0.20, "time, in that of what engines do", 8, "chain", 16384, _times(*ENGINES)),
-    at_least(0.70, "speed, of cuBLAS's", 1, "qkv_a_proj_ag", 512, _speedup("gemm")),
-    *(at_least(0.85, "speed, of cuBLAS's", 1, "qkv_a_proj_ag", rows, _speedup("gemm")) for rows in (2048, 4096, 16384)),
+    at_least(0.70, "speed, of cuBLAS's", 1, "qkv_a_proj_ag", 512, speedup("gemm")),
+    *(at_least(0.85, "speed, of cuBLAS's", 1, "qkv_a_proj_ag", rows, speedup("gemm")) for rows in (2048, 4096, 16384)),
     *(
-        at_least(1.0, "speed, of _scaled_mm's", 1, "qkv_a_proj_ag_fp8", rows, _speedup("gemm"))
+        at_least(1.0, "speed, of _scaled_mm's", 1, "qkv_a_proj_ag_fp8", rows, speedup("gemm"))
         for rows in (512, 2048, 4096, 16384)
     ),
 ]
 
 
-def _section(world_size: int, op: str, *tokens: int, **options) -> Options:
+def section(world_size: int, op: str, *tokens: int, **options) -> Options:
     defaults = {"device": "cuda", "compile": True, "budget_s": 0.5, "warmup": 2, "zero_copy": True}
     return Options(ops=(op,), world_size=world_size, tokens=tokens, **{**defaults, **options})
 
@@ -104,34 +104,34 @@ LAUNCHES = [
         "eight",
         130,
         {
-            "rs_rmsnorm": _section(
+            "rs_rmsnorm": section(
                 8,
                 "rs_rmsnorm",
                 *(64, 512, 1024, 16384),
                 variants=("staged", "ctas8"),
                 baselines=("own", "barrier"),
             ),
-            "rs_rmsnorm_fp8": _section(8, "rs_rmsnorm_fp8", 16384, baselines=("rs_rmsnorm",)),
-            "qkv_a_proj_ag": _section(8, "qkv_a_proj_ag", 64, 512, 4096, 16384, baselines=("own", "copies", "gemm")),
-            "qkv_a_proj_ag_norm": _section(8, "qkv_a_proj_ag_norm", 16384, baselines=("ag+norm",)),
-            "chain": _section(8, "chain", 16384, baselines=ENGINES),
-            "qkv_a_proj_ag_fp8": _section(8, "qkv_a_proj_ag_fp8", 16384, baselines=("scaled_mm", "gemm")),
+            "rs_rmsnorm_fp8": section(8, "rs_rmsnorm_fp8", 16384, baselines=("rs_rmsnorm",)),
+            "qkv_a_proj_ag": section(8, "qkv_a_proj_ag", 64, 512, 4096, 16384, baselines=("own", "copies", "gemm")),
+            "qkv_a_proj_ag_norm": section(8, "qkv_a_proj_ag_norm", 16384, baselines=("ag+norm",)),
+            "chain": section(8, "chain", 16384, baselines=ENGINES),
+            "qkv_a_proj_ag_fp8": section(8, "qkv_a_proj_ag_fp8", 16384, baselines=("scaled_mm", "gemm")),
         },
     ),
     Launch(
         "four",
         60,
         {
-            "rs_rmsnorm": _section(4, "rs_rmsnorm", 16384, baselines=("symm",)),
-            "rs_rmsnorm_ag": _section(4, "rs_rmsnorm_ag", 512, 16384, baselines=("twoshot",)),
+            "rs_rmsnorm": section(4, "rs_rmsnorm", 16384, baselines=("symm",)),
+            "rs_rmsnorm_ag": section(4, "rs_rmsnorm_ag", 512, 16384, baselines=("twoshot",)),
         },
     ),
     Launch(
         "one",
         50,
         {
-            "qkv_a_proj_ag": _section(1, "qkv_a_proj_ag", 512, 2048, 4096, 16384, baselines=("gemm",)),
-            "qkv_a_proj_ag_fp8": _section(1, "qkv_a_proj_ag_fp8", 512, 2048, 4096, 16384, baselines=("gemm",)),
+            "qkv_a_proj_ag": section(1, "qkv_a_proj_ag", 512, 2048, 4096, 16384, baselines=("gemm",)),
+            "qkv_a_proj_ag_fp8": section(1, "qkv_a_proj_ag_fp8", 512, 2048, 4096, 16384, baselines=("gemm",)),
         },
     ),
 ]
@@ -154,11 +154,15 @@ def table(goals: list[Goal], documents: list[dict]) -> list[dict]:
     return rows
 
 
-def check(suite: str, goals: list[Goal], launches: list[Launch], results: Path = RESULTS) -> None:
+def write(name: str, documents: list[dict], results: Path, **summary) -> None:
+    """What was made of the results, kept beside them under the same machine."""
+    if documents:
+        largest = max(documents, key=lambda document: document["options"]["world_size"])
+        kept = {key: largest[key] for key in ("format", "date", "machine")} | summary
+        Path(results, file_name(name, largest)).write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def check(launches: list[Launch], results: Path = RESULTS) -> None:
     """Runs the launches, prints the goals, and keeps them beside the results."""
     documents = run(launches, results)
-    rows = table(goals, documents)
-    if documents:
-        newest = max(documents, key=lambda document: document["options"]["world_size"])
-        summary = {key: newest[key] for key in ("format", "date", "machine")} | {"goals": rows}
-        Path(results, file_name(suite, newest)).write_text(json.dumps(summary, indent=1) + "\n")
+    write("goals", documents, results, goals=table(GOALS, documents))

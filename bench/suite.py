@@ -27,6 +27,8 @@ import tp_fused.launch
 from .options import Options
 from .run import FAULT, run_rank
 
+# NVLink multicast is another machine feature than the one measured here, and not every host has it in order.
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -73,7 +75,8 @@ def _run_launch(launch: Launch, folder: Path) -> str:
     sections = {name: replace(options, json=str(folder / f"{name}.json")) for name, options in launch.sections.items()}
     job = folder / "launch.pickle"
     job.write_bytes(pickle.dumps(replace(launch, sections=sections)))
-    process = subprocess.Popen([sys.executable, "-m", "bench.suite", str(job)], start_new_session=True)
+    command = [sys.executable, "-m", "bench.suite", str(job)]
+    process = subprocess.Popen(command, env={**os.environ, **NO_MULTICAST}, start_new_session=True)
     try:
         code = process.wait(launch.timeout_s)
     except subprocess.TimeoutExpired:

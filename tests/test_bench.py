@@ -17,7 +17,7 @@ pytest.importorskip("rich", reason="the bench extra is not installed")
 from typer.testing import CliRunner
 
 import tp_fused
-from bench import goals, run, suite
+from bench import goals, multi, run, suite
 from bench import options as run_options
 from bench.__main__ import ALL_OPS, app
 from bench.baselines import BASELINES
@@ -284,14 +284,20 @@ def test_a_file_is_named_after_section_device_and_ranks():
     assert suite.file_name("chain", document) == "chain_h100_8_ranks.json"
 
 
-@pytest.mark.parametrize("goal", goals.GOALS, ids=lambda goal: f"{goal.op}-{goal.tokens}-{goal.what}")
-def test_every_goal_is_measured_by_one_section(goal):
+LAUNCHES = {"one card": (goals.GOALS, goals.LAUNCHES), "eight cards": (multi.goals(8), multi.launches(8))}
+PLANNED = [(goal, launches) for chosen, launches in LAUNCHES.values() for goal in chosen]
+
+
+@pytest.mark.parametrize(("goal", "launches"), PLANNED, ids=lambda value: getattr(value, "what", ""))
+def test_every_goal_is_measured_by_one_section(goal, launches):
     """Of the programs that the section times, with times that tell them apart."""
     asked = [
         options
-        for launch in goals.LAUNCHES
+        for launch in launches
         for options in launch.sections.values()
-        if (launch.world_size, options.ops, goal.tokens in options.tokens) == (goal.world_size, (goal.op,), True)
+        if (launch.world_size, options.ops) == (goal.world_size, (goal.op,))
+        and goal.tokens in options.tokens
+        and options.baselines
     ]
     assert len(asked) == 1
     assert set(asked[0].baselines) <= set(run.CASES[goal.op].baselines)
@@ -311,6 +317,25 @@ def test_goals_are_compared_with_what_was_measured(capsys):
     found = {row["tokens"]: (row["value"], row["met"]) for row in goals.table(chosen, [document])}
     assert found[512] == found[16384] == (pytest.approx(10 / 11), False)
     assert found[4096] == (None, None) and "not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cards", [2, 3, 4, 8])
+def test_multi_gives_every_rank_a_card_and_ends_in_time(cards):
+    planned = multi.launches(cards)
+    assert max(launch.world_size for launch in planned) <= cards
+    assert sum(launch.timeout_s for launch in planned) < 8 * 60
+    names = [name for launch in planned for name in launch.sections]
+    assert {"rs_rmsnorm", "rs_rmsnorm_ag", "qkv_a_proj_ag", "chain", "rs_rmsnorm_blocks", "beside_gemm"} <= set(names)
+
+
+def test_the_fewest_blocks_near_the_best_time(tmp_path):
+    times = {2: 30.0, 4: 20.0, 8: 10.2, 16: 10.0, 24: 9.95, 32: 11.0, 48: 12.0, 64: 12.5}
+    programs = {f"ctas{count}": {"median_us": time} for count, time in times.items()}
+    rows = [
+        {"op": "swept", "tokens": 64, "programs": {**programs, "fused": {"median_us": 12.0}}},
+        {"op": "unswept", "tokens": 64, "programs": {"fused": {"median_us": 1.0}}},
+    ]
+    assert multi.blocks_needed([{"results": rows}]) == [{"op": "swept", "tokens": 64, "best_us": 9.95, "blocks": 8}]
 
 
 # ---- arithmetic ----

@@ -1,0 +1,90 @@
+"""One rank a card: `python -m bench multi`, which `make gpu-multi` calls on a machine with two or more.
+
+For 8, 4 and 2 ranks as far as there are cards: the ops beside NCCL and torch's symmetric memory, inputs read in place
+and staged; for the most ranks also how many blocks an op needs, and what it takes from a matrix product beside it.
+"""
+
+from pathlib import Path
+
+from .goals import ENGINES, Goal, at_least, section, speedup, table, write
+from .suite import RESULTS, Launch, run
+
+TOKENS = (1, 8, 64, 128, 512, 1024, 4096, 8192, 16384)
+CTAS = (2, 4, 8, 16, 24, 32, 48, 64)
+NEAR = 1.03  # of the best time: near enough to leave the rest of the card to others
+
+
+def launches(cards: int) -> list[Launch]:
+    sizes = [world_size for world_size in (8, 4, 2) if world_size <= cards]
+    return [*(_ops(world_size) for world_size in sizes), *(_blocks(sizes[0]), _beside(sizes[0]))]
+
+
+def _ops(world_size: int) -> Launch:
+    def timed(op: str, *baselines: str, variants: tuple[str, ...] = ()):
+        return section(world_size, op, *TOKENS, baselines=baselines, variants=variants, budget_s=0.3)
+
+    sections = {
+        "rs_rmsnorm": timed("rs_rmsnorm", "dist", "own", "symm", "barrier", variants=("staged",)),
+        "rs_rmsnorm_ag": timed("rs_rmsnorm_ag", "dist", "allreduce", "twoshot", "oneshot", variants=("staged",)),
+        "qkv_a_proj_ag": timed("qkv_a_proj_ag", "dist", "own", "copies", "gemm"),
+        "chain": timed("chain", *ENGINES, variants=("staged",)),
+    }
+    return Launch(f"ops-{world_size}", 150 if world_size == 8 else 90, sections)
+
+
+def _blocks(world_size: int) -> Launch:
+    def swept(op: str):
+        variants = tuple(f"ctas{count}" for count in CTAS)
+        return section(world_size, op, 64, 1024, 16384, baselines=(), variants=variants, budget_s=0.3)
+
+    ops = ("rs_rmsnorm", "rs_rmsnorm_ag", "all_gather_rows", "qkv_a_proj_ag")
+    return Launch("blocks", 90, {f"{op}_blocks": swept(op) for op in ops})
+
+
+def _beside(world_size: int) -> Launch:
+    bounds = ("ctas4", "ctas8", "ctas16", "ctas32")
+    options = section(world_size, "beside_gemm", 4096, 16384, baselines=("alone", "gemm"), variants=bounds)
+    return Launch("beside", 50, {"beside_gemm": options})
+
+
+def goals(world_size: int) -> list[Goal]:
+    small, large = [tokens for tokens in TOKENS if tokens <= 512], [tokens for tokens in TOKENS if tokens >= 8192]
+    nccl, engines = speedup("dist"), speedup(*ENGINES)
+    return [
+        *(at_least(1.8, "speedup over NCCL + add-norm", world_size, "rs_rmsnorm", tokens, nccl) for tokens in small),
+        *(
+            at_least(1.0, "speedup over NCCL + add-norm", world_size, "rs_rmsnorm", tokens, nccl)
+            for tokens in TOKENS
+            if tokens not in (*small, *large)
+        ),
+        *(at_least(1.05, "speedup over NCCL + add-norm", world_size, "rs_rmsnorm", tokens, nccl) for tokens in large),
+        at_least(1.5, "speedup over cuBLAS + NCCL", world_size, "qkv_a_proj_ag", 16384, nccl),
+        *(
+            at_least(2.3 if tokens == 16384 else 1.0, "speedup over engines", world_size, "chain", tokens, engines)
+            for tokens in TOKENS
+        ),
+    ]
+
+
+def blocks_needed(documents: list[dict]) -> list[dict]:
+    """For every op and size that was swept, the fewest blocks that are near the best time."""
+    needed = []
+    for row in (row for document in documents for row in document["results"]):
+        times = {count: row["programs"].get(f"ctas{count}", {}).get("median_us") for count in CTAS}
+        if None in times.values():
+            continue
+        best = min(*times.values(), row["programs"]["fused"]["median_us"])
+        fewest = next((count for count in CTAS if times[count] <= NEAR * best), None)
+        needed.append({"op": row["op"], "tokens": row["tokens"], "best_us": best, "blocks": fewest})
+    return needed
+
+
+def check(cards: int, results: Path = RESULTS) -> None:
+    planned = launches(cards)
+    documents = run(planned, results)
+    rows = table(goals(planned[0].world_size), documents)
+    needed = blocks_needed(documents)
+    print(f"\n# blocks a card within {100 * NEAR - 100:.0f} % of the best, of {', '.join(map(str, CTAS))} and no bound")
+    for row in needed:
+        print(f"  {row['op']:<20} {row['tokens']:>6}  {row['best_us']:>9.1f} us  {row['blocks'] or 'more':>5}")
+    write("multi", documents, results, goals=rows, blocks=needed)
