@@ -1,4 +1,6 @@
-"""Fixtures. `--device cuda` runs the tests that take `device` on GPU tensors; the default is cpu."""
+"""Fixtures. `--device cuda` runs the tests that take `device`, on GPU tensors, and no others; the default is cpu."""
+
+import inspect
 
 import pytest
 import ranks
@@ -10,6 +12,18 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "packaging: builds a wheel of the project")
+    config.addinivalue_line("markers", "cuda: has no meaning on the CPU")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "cpu":
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs --device cuda"))
+        return
+    other = [item for item in items if "device" not in inspect.signature(item.function).parameters]
+    config.hook.pytest_deselected(items=other)
+    items[:] = [item for item in items if item not in other]
 
 
 def pytest_generate_tests(metafunc):
