@@ -55,10 +55,12 @@ class Pool:
     def __init__(self, world_size: int, device: str = "cpu"):
         self.world_size, self.device = world_size, device
         self._folder = tempfile.TemporaryDirectory(prefix="tp_fused-ranks-")
+        # Served by this process, which no test kills. Over files an exchange would take milliseconds.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._connections, self.processes = [], []
         for rank in range(world_size):
             connection, theirs = _context.Pipe()
-            arguments = (rank, world_size, device, self._folder.name, theirs)
+            arguments = (rank, world_size, device, self._folder.name, self._store.port, theirs)
             process = _context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -135,7 +137,7 @@ class Pool:
             if process.is_alive():
                 process.kill()
             process.join()
-        self._connections, self.processes = [], []
+        self._connections, self.processes, self._store = [], [], None
         self._folder.cleanup()
 
     def __enter__(self):
@@ -150,25 +152,26 @@ def _stacks_path(folder: str, rank: int) -> str:
 
 
 def _pack(value) -> bytes:
-    """Bytes of any picklable value, tensors of every dtype included."""
+    """Bytes of any picklable value, tensors of every dtype included; they arrive on the CPU."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def _unpack(data: bytes):
-    return torch.load(io.BytesIO(data), weights_only=False)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
 
 
-def _serve(rank: int, world_size: int, device: str, folder: str, connection) -> None:
+def _serve(rank: int, world_size: int, device: str, folder: str, port: int, connection) -> None:
     with open(_stacks_path(folder, rank), "w") as stacks:
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, file=stacks)
         torch.set_num_threads(1)
         if device == "cuda":
             torch.cuda.set_device(rank % torch.cuda.device_count())
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # products have the same bits at every run
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialised memory
-        store = dist.FileStore(os.path.join(folder, "store"), world_size)
+        store = dist.TCPStore("127.0.0.1", port)
         timeout = datetime.timedelta(seconds=30)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
         while True:
@@ -205,6 +208,19 @@ def workspace(backend: str | None = None, device: str = "cpu", **arguments):
     defaults = {"max_num_tokens": 64, "hidden_size": 256, "dtype": torch.float32, "timeout_s": 20.0}
     with tp_fused.init(device=device, **{**defaults, **arguments}) as made:
         yield made
+
+
+def settled(made, function, *arguments):
+    """What the call returns, once that is certain; raises what it ran into.
+
+    On CUDA an op returns before its peers have come: where they do not come it leaves NaN, and `check` of the
+    workspace `made`, or the next call, raises.
+    """
+    result = function(*arguments)
+    if made.device_type == "cuda":
+        torch.cuda.synchronize()
+        made.check()
+    return result
 
 
 def outcome(function, *arguments, **keywords):

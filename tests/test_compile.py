@@ -86,7 +86,7 @@ def compile_layer(backend: str, device: str, compiler: str, token_counts: list[i
     torch._dynamo.reset()
     torch._inductor.config.compile_threads = 1
     counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
-    with workspace(backend, device, **SIZES):
+    with workspace(backend, device, timeout_s=100.0, **SIZES):  # ranks compile at their own speed
         compiled = torch.compile(layer, fullgraph=True, backend=counter)
         for num_tokens in token_counts:
             inputs = layer_inputs(num_tokens, device)
