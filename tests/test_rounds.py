@@ -124,3 +124,38 @@ def test_runs_repeat(pool, backend, device, op, world_size):
     first, second = (pool.run(some_rows, backend, device, op, torch.float32, 65, 65) for _ in range(2))
     for (_, a), (_, b) in zip(first, second, strict=True):
         same_bits(a, b)
+
+
+def memory_in_use(device: str) -> tuple[int, ...]:
+    """Bytes of this process, and on cuda those that torch holds there, used and reserved."""
+    with open("/proc/self/statm") as file:
+        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if device == "cpu":
+        return (resident,)
+    torch.cuda.synchronize()
+    return resident, torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+def grow(device: str) -> tuple[int, ...]:
+    """Runs on a rank: what 10,000 calls add to the memory in use."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with workspace(device, device, **SIZES):
+        calls = [Call(op, 33, device=device) for op in OPS]
+        arguments = [call.arguments(rank, world_size) for call in calls]
+
+        def run(rounds: int) -> tuple[int, ...]:
+            for _ in range(rounds):
+                for call, given in zip(calls, arguments, strict=True):
+                    call.run(rank, world_size, given)
+            return memory_in_use(device)
+
+        before = run(100)
+        after = run(10_000 // len(OPS))
+    return tuple(b - a for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_memory_does_not_grow(pool, device, world_size):
+    for resident, *on_the_card in pool.run(grow, device):
+        assert resident < 2 << 20  # two hundred bytes a call
+        assert not any(on_the_card)
