@@ -16,7 +16,7 @@ $(VENV)/built: export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: demo test bench gpu-build gpu-test gpu-bench gpu-multi build format lint clean
 
 demo: build
-	$(BIN)/python examples/deepseek_v3_prefill.py $(ARGS)
+	tools/with_mps.sh $(BIN)/python examples/deepseek_v3_prefill.py $(ARGS)
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)

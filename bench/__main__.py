@@ -71,7 +71,7 @@ _timing = functools.partial(typer.Option, rich_help_panel="Timing")
 def run_op(
     context: typer.Context,
     world_size: Annotated[int | None, _general(min=1, help="Ranks", show_default="torchrun's, else 2")] = None,
-    device: Annotated[Device, _general(help="auto: cuda where torch sees a card")] = Device.auto,
+    device: Annotated[Device, _general(help="auto: cuda where there is a card and a build for it")] = Device.auto,
     backend: Annotated[Backend | None, _general(help="Asks for one", show_default="what fits the machine")] = None,
     zero_copy: Annotated[bool, _general("--zero-copy", help="Inputs in symmetric memory, read in place")] = False,
     max_ctas: Annotated[int | None, _general(min=1, help="Bound of every CUDA grid")] = None,
@@ -134,9 +134,10 @@ ALL_OPS = tuple(op for op, case in CASES.items() if not case.cuda_only)
 
 
 def _choose_device(device: Device) -> str:
-    if device == Device.cuda and not torch.cuda.is_available():
-        raise run_options.OptionError("--device", "cuda was asked for, but torch sees no card")
-    return "cuda" if device != Device.cpu and torch.cuda.is_available() else "cpu"
+    try:
+        return tp_fused.launch.choose_device(device.value)
+    except ValueError as error:
+        raise run_options.OptionError("--device", str(error)) from None
 
 
 def launch(options: run_options.Options, torchrun_ranks: int | None) -> None:
@@ -175,8 +176,8 @@ def plot(
 def run_goals(
     launches: Annotated[str, typer.Option(help="Only these, of eight, four and one")] = "eight,four,one",
 ) -> None:
-    if _choose_device(Device.auto) != "cuda":
-        raise typer.BadParameter("torch sees no card")
+    if tp_fused.launch.choose_device() != "cuda":
+        raise typer.BadParameter("there is no card, or no build for it")
     names = run_options.names(launches, tuple(launch.name for launch in goals.LAUNCHES), "--launches")
     goals.check([launch for launch in goals.LAUNCHES if launch.name in names])
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import tp_fused
 from tp_fused import partition
+from tp_fused.launch import take_device
 from tp_fused.native import _C
 
 from .options import ctas_of
@@ -21,11 +22,6 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 
 # Renamed in torch 2.13, where the old name warns.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-@functools.cache
-def _nccl_group() -> dist.ProcessGroup:
-    return dist.new_group(backend="nccl")
 
 
 class Context:
@@ -40,8 +36,10 @@ class Context:
         self.options = options
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.dtype = TORCH_DTYPES[options.dtype]
-        self.group, self.has_collectives, self.ranks_per_card = dist.group.WORLD, True, 0
-        self.device = self._device()
+        self.place_of_rank = take_device(options.device)
+        self.device, self.group = self.place_of_rank.device, self.place_of_rank.group
+        self.ranks_per_card = self.place_of_rank.ranks_per_card
+        self.has_collectives = self.ranks_per_card < 2
         if options.backend is not None:
             os.environ["TP_FUSED_BACKEND"] = options.backend
         if options.compile:
@@ -66,20 +64,6 @@ class Context:
             device=self.device.type,
         )
         self._symmetric = {}
-
-    def _device(self) -> torch.device:
-        if self.options.device != "cuda":
-            return torch.device("cpu")
-        cards = torch.cuda.device_count()
-        local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
-        self.ranks_per_card = -(-int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)) // cards)
-        device = torch.device("cuda", local_rank % cards)
-        torch.cuda.set_device(device)
-        if self.ranks_per_card > 1:
-            self.has_collectives = False
-        else:
-            self.group = _nccl_group()
-        return device
 
     def close(self) -> None:
         self.host_barrier()

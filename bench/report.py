@@ -110,6 +110,7 @@ class Report:
 
     def __init__(self, options, context, copy_bytes_per_s: float, link_bytes_per_s: float | None):
         self.options = options
+        self._sharing = context.place_of_rank.sentence()
         self._cuda, self._linked = context.device.type == "cuda", link_bytes_per_s is not None
         self.document = {
             "format": FORMAT,
@@ -145,11 +146,8 @@ class Report:
         shape = f"hidden {options.hidden}, latent {options.latent}, {options.dtype}"
         print(f"# tp_fused {machine['tp_fused']}, {options.world_size} ranks, {shape}")
         print(f"# machine: {device}; torch {machine['torch']}; commit {machine['commit'] or 'unknown'}")
-        if machine["ranks_per_gpu"] > 1:
-            print(
-                f"# {machine['ranks_per_gpu']} ranks share a card: without MPS they take turns and times mean nothing;"
-            )
-            print("# NCCL wants a card a rank, so the programs over torch.distributed are left out")
+        if self._sharing:
+            print(f"# {self._sharing}; NCCL wants a card a rank: no programs over torch.distributed")
         print(f"# memory: {machine['copy_gb_s']:.2f} GB/s read and written by large copies")
         if self._linked:
             print(f"# link: {machine['link_gb_s']:.2f} GB/s by copies out of another card's memory, all cards at once")

@@ -74,7 +74,7 @@ def _run_launch(launch: Launch, folder: Path) -> str:
     """How it ended, in a word or two. The sections leave their files in `folder`."""
     sections = {name: replace(options, json=str(folder / f"{name}.json")) for name, options in launch.sections.items()}
     job = folder / "launch.pickle"
-    job.write_bytes(pickle.dumps(replace(launch, sections=sections)))
+    job.write_bytes(pickle.dumps((replace(launch, sections=sections), time.monotonic() + launch.timeout_s)))
     command = [sys.executable, "-m", "bench.suite", str(job)]
     process = subprocess.Popen(command, env={**os.environ, **NO_MULTICAST}, start_new_session=True)
     try:
@@ -88,10 +88,10 @@ def _run_launch(launch: Launch, folder: Path) -> str:
     return "done" if code == 0 else f"failed (exit code {code})"
 
 
-def _run_sections(launch: Launch) -> None:
+def _run_sections(launch: Launch, deadline: float) -> None:
     """On every rank. What fails is the same on all ranks, but for faults: those end the launch."""
     # Says where a rank hangs, shortly before the launch is ended.
-    faulthandler.dump_traceback_later(max(1.0, launch.timeout_s - 10), exit=True)
+    faulthandler.dump_traceback_later(max(1.0, deadline - 10 - time.monotonic()), exit=True)
     code = 0
     for index, (name, options) in enumerate(launch.sections.items()):
         try:
@@ -113,9 +113,9 @@ def _run_sections(launch: Launch) -> None:
 
 
 def main(job: str) -> None:
-    launch = pickle.loads(Path(job).read_bytes())
+    launch, deadline = pickle.loads(Path(job).read_bytes())
     try:
-        tp_fused.launch.launch(_run_sections, launch.world_size, launch)
+        tp_fused.launch.launch(_run_sections, launch.world_size, launch, deadline)
     except torch.multiprocessing.ProcessExitedException as ended:
         sys.exit(ended.exit_code if ended.exit_code > 0 else 1)
 

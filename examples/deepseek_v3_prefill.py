@@ -3,6 +3,9 @@
     python examples/deepseek_v3_prefill.py                        4 ranks, started here
     torchrun --nproc-per-node 2 examples/deepseek_v3_prefill.py   torchrun's ranks
 
+On GPUs where there are any (`--device`). Where they are fewer than ranks, ranks share them: torch.distributed is then
+gloo's, through the host, and without MPS (`tools/with_mps.sh`) the timings mean nothing.
+
 The model is a DeepseekV3ForCausalLM of transformers with random weights, tensor-parallel; the prompt is a text's bytes.
 The ways share the sharded weights and run in turn, so that what else the machine does hits all of them. Exits with 1
 when the logits of any way, on any rank, are not the unsharded model's.
@@ -27,7 +30,7 @@ from tqdm import tqdm
 
 import tp_fused
 from tp_fused.integrations.transformers import parallelize
-from tp_fused.launch import launch
+from tp_fused.launch import choose_device, launch, take_device
 
 TODAY = "all_reduce"
 WAYS = {
@@ -149,12 +152,15 @@ def judge(found: dict[str, list[dict]], num_tokens: int, largest_logit: float, d
 def run(args: argparse.Namespace) -> None:
     """What every rank does."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    place, dtype = take_device(args.device), getattr(torch, args.dtype)
+    device = place.device
     transformers.logging.set_verbosity_error()
     ids, taken = read_prompt(args.text_file, args.num_tokens)
     ids = ids.to(device)
     say = print if rank == 0 else lambda *_: None
     say(f"DeepSeek-V3 prefill: {args.preset}, {args.num_tokens} tokens ({taken}), {args.dtype}, {world_size} ranks")
+    if place.sentence():
+        say(place.sentence())
     steps = 2 + len(WAYS) * (1 + args.repeats)
     with torch.inference_mode(), tqdm(total=steps, disable=None if rank == 0 else True, leave=False) as bar:
 
@@ -167,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
         step("unsharded model")
         expected = unsharded_logits(model, ids)
         step("sharding")
-        tp = parallelize(model, max_num_tokens=args.num_tokens)
+        tp = parallelize(model, place.group, max_num_tokens=args.num_tokens)
         found, runs = {}, {way: [] for way in WAYS}
         for way in WAYS:  # also the warm-up
             tp.way = way
@@ -184,7 +190,7 @@ def run(args: argparse.Namespace) -> None:
     times = summarize(runs)
     wrong = judge(found, args.num_tokens, expected.abs().max().item(), dtype)
     if rank == 0:
-        backend = get_backend(device)
+        backend = get_backend(tp)
         print_times(times, args, backend)
         print_check(found, wrong, expected)
         if args.json:
@@ -195,21 +201,21 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-def get_backend(device: torch.device) -> str:
-    workspace = tp_fused.workspace.get_workspace(dist.group.WORLD.group_name, device)
-    return f"{workspace.backend} ({workspace.reason})"
+def get_backend(tp) -> str:
+    workspace = tp_fused.workspace.get_workspace(tp.group.group_name, tp.device)
+    return f"{workspace.backend} ({workspace.reason}); torch.distributed: {dist.get_backend(tp.group)}"
 
 
 def unsharded_logits(model, ids: torch.Tensor) -> torch.Tensor:
     """All logits [num_tokens, vocab_size] of the whole model, computed by rank 0 with every core."""
-    logits = torch.empty(ids.shape[1], model.config.vocab_size, dtype=model.dtype, device=ids.device)
+    logits = torch.empty(ids.shape[1], model.config.vocab_size, dtype=model.dtype)
     if dist.get_rank() == 0:
         threads = torch.get_num_threads()
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         logits.copy_(model(ids, use_cache=False).logits[0])
         torch.set_num_threads(threads)
     dist.broadcast(logits, src=0)
-    return logits
+    return logits.to(ids.device)
 
 
 def print_times(times: dict, args: argparse.Namespace, backend: str) -> None:
@@ -249,6 +255,7 @@ def as_json(args, backend: str, times: dict, found: dict, wrong: list[str]) -> d
         "machine": {
             "cpu": platform.processor() or platform.machine(),
             "cores": len(os.sched_getaffinity(0)),
+            "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "tp_fused": tp_fused.__version__,
@@ -284,7 +291,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--num-tokens", type=int, default=1024, help="cut or repeat the text to this length (1024)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds (7)")
-    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs if any")
     parser.add_argument("--json", type=Path, help="write the results there too")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (0)")
     args = parser.parse_args(argv)
@@ -298,7 +305,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         parser.error(f"--text-file {args.text_file} is missing or empty")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json: there is no folder {args.json.parent}")
-    args.device = "cpu" if args.device == "auto" else args.device
+    try:
+        args.device = choose_device(args.device)
+    except ValueError as error:
+        parser.error(f"--device: {error}")
     return args
 
 

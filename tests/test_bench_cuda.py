@@ -15,6 +15,7 @@ from bench import cases, projections
 from bench.context import Context
 from bench.options import Options
 from bench.transports import OverSymmMem, PeerCopies
+from tp_fused import launch
 
 
 @pytest.fixture
@@ -134,3 +135,46 @@ def test_scaled_mm_gets_what_cublas_asks_for(context, monkeypatch, num_tokens):
 def test_host_time_is_that_of_a_call(context):
     program = cases.RsRmsnorm(context, 6).programs()["fused"]
     assert 0 < bench.timing.host_time(context, program, calls=20) < 1
+
+
+@pytest.mark.parametrize(
+    ("cards", "rank", "world_size", "card", "ranks_per_card"),
+    [(8, 5, 8, 5, 1), (1, 5, 8, 0, 8), (2, 3, 4, 1, 2), (4, 2, 3, 2, 1), (3, 7, 8, 1, 3)],
+)
+def test_ranks_share_cards_where_there_are_fewer(monkeypatch, cards, rank, world_size, card, ranks_per_card):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
+    monkeypatch.setattr(launch, "_nccl_group", lambda: "nccl")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    place = launch.take_device("cuda")
+    assert (place.device, place.ranks_per_card) == (torch.device("cuda", card), ranks_per_card)
+    assert (place.group == "nccl") == (ranks_per_card == 1) == (place.sentence() is None)
+    if ranks_per_card > 1:
+        assert place.sentence() == f"{ranks_per_card} ranks share a card, without MPS: right results, no valid timings"
+
+
+@pytest.mark.parametrize(
+    ("asked", "available", "compiled", "chosen"),
+    [
+        ("auto", True, True, "cuda"),
+        ("auto", True, False, "cpu"),
+        ("auto", False, True, "cpu"),
+        ("cpu", True, True, "cpu"),
+        ("cuda", True, False, "cuda"),
+    ],
+)
+def test_the_card_is_chosen_where_it_can_be_used(monkeypatch, asked, available, compiled, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(launch._C, "cuda_compiled", lambda: compiled)
+    assert launch.choose_device(asked) == chosen
+
+
+def test_a_card_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no card"):
+        launch.choose_device("cuda")

@@ -1,13 +1,20 @@
-"""Runs a function on several ranks: under torchrun in this process, otherwise in processes started for it."""
+"""Runs a function on several ranks: under torchrun in this process, otherwise in processes started for it.
+
+And says where each of them computes: `choose_device`, before they start, and `take_device`, in each.
+"""
 
 import datetime
 import faulthandler
+import functools
 import os
 import tempfile
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+
+from .native import _C
 
 
 def launch(main, world_size: int, *args, timeout_s: float = 600.0) -> None:
@@ -36,3 +43,51 @@ def _run_rank(rank: int, world_size: int, init_method: str, timeout_s: float, ma
         main(*args)
     finally:
         dist.destroy_process_group()
+
+
+def choose_device(asked: str = "auto") -> str:
+    """cpu or cuda; "auto" is cuda where there is a card and this build has kernels for it.
+
+    Raises ValueError where cuda is asked for and there is none.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ValueError("cuda was asked for, but torch sees no card")
+    if asked != "auto":
+        return asked
+    return "cuda" if torch.cuda.is_available() and _C.cuda_compiled() else "cpu"
+
+
+@dataclass
+class Place:
+    """Where a rank computes, and over which group its tensors travel.
+
+    ranks_per_card: 0 on the CPU. With more than one, `group` is gloo's, since NCCL wants a card a rank.
+    """
+
+    device: torch.device
+    group: dist.ProcessGroup
+    ranks_per_card: int
+
+    def sentence(self) -> str | None:
+        """What a reader of its timings has to know: ranks that share a card, if they do."""
+        if self.ranks_per_card < 2:
+            return None
+        mps = "under MPS" if "CUDA_MPS_PIPE_DIRECTORY" in os.environ else "without MPS: right results, no valid timings"
+        return f"{self.ranks_per_card} ranks share a {torch.cuda.get_device_name(self.device)}, {mps}"
+
+
+def take_device(kind: str) -> Place:
+    """On every rank of the default group, gloo's: this rank's card, shared where there are fewer cards than ranks."""
+    if kind == "cpu":
+        return Place(torch.device("cpu"), dist.group.WORLD, 0)
+    cards = torch.cuda.device_count()
+    local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+    ranks_per_card = -(-int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())) // cards)
+    device = torch.device("cuda", local_rank % cards)
+    torch.cuda.set_device(device)
+    return Place(device, dist.group.WORLD if ranks_per_card > 1 else _nccl_group(), ranks_per_card)
+
+
+@functools.cache
+def _nccl_group() -> dist.ProcessGroup:
+    return dist.new_group(backend="nccl")
