@@ -151,18 +151,6 @@ def test_more_ranks_than_a_segment_has_room_for():
             assert backend == "reference"
 
 
-def eight_ranks() -> None:
-    """Runs on a rank."""
-    with workspace("cpu"):
-        call = Call("rs_rmsnorm_ag", 20)
-        call.check(call.run(dist.get_rank(), 8), dist.get_rank(), 8)
-
-
-def test_as_many_ranks_as_a_segment_has_room_for():
-    with Pool(8) as pool:
-        pool.run(eight_ranks)
-
-
 # ---- shared memory ----
 
 

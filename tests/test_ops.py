@@ -33,7 +33,7 @@ def check_calls(backend: str, device: str, calls: list[Call]) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 def test_op(pool, backend, device, op, dtype, world_size):
     residuals = [None, "full", "slice"]
     calls = [
