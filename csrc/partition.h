@@ -14,9 +14,21 @@ struct Rows {
   int64_t start, count;
 };
 
+// The rule after its division, which on a GPU costs more than a row.
+struct Partition {
+  TPF_HD Rows rows(int rank) const { return {rank * per + (rank < rem ? rank : rem), per + (rank < rem)}; }
+  TPF_HD int64_t largest() const { return per + (rem > 0); }  // rows of the rank that owns most
+
+  int64_t per;
+  int32_t rem;
+};
+
+TPF_HD inline Partition partition_of(int64_t num_tokens, int world_size) {
+  return {num_tokens / world_size, static_cast<int32_t>(num_tokens % world_size)};
+}
+
 TPF_HD inline Rows rows_of(int64_t num_tokens, int rank, int world_size) {
-  const int64_t per = num_tokens / world_size, rem = num_tokens % world_size;
-  return {rank * per + (rank < rem ? rank : rem), per + (rank < rem)};
+  return partition_of(num_tokens, world_size).rows(rank);
 }
 
 }  // namespace tpf

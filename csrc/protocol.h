@@ -68,6 +68,7 @@ struct Control {
   uint32_t closed;
   uint32_t reserved;
   tpf_call announced[2];  // what the owner calls in round e, at e & 1
+  uint32_t claims[2];     // CUDA: rows that blocks have taken one by one in call c, at c & 1
   tpf_fault fault;
   Progress progress[TPF_MAX_CTAS];  // only its owner touches it
 };

@@ -19,6 +19,7 @@ struct GatherArgs {
   tpf_call call;
   uint32_t contract;
   int64_t row_bytes;
+  Partition partition;
 };
 
 // Copies `bytes` with all threads of the block, 16 bytes at a time where both ends allow it.
@@ -43,7 +44,7 @@ __device__ void copy_piece(char* to, const char* from, int64_t bytes) {
 __global__ void __launch_bounds__(kThreads, 1) all_gather_rows_kernel(const __grid_constant__ GatherArgs args) {
   const tpf_team& team = args.team;
   const BlockRound round = begin_op(team, args.call, args.contract, 1);
-  const auto rows = [&](int rank) { return rows_of(args.call.num_tokens, rank, team.world_size); };
+  const auto rows = [&](int rank) { return args.partition.rows(rank); };
   const auto for_pieces = [&](int rank, auto&& copy) {
     const int64_t bytes = rows(rank).count * args.row_bytes;
     for (int64_t at = blockIdx.x * kPieceBytes; at < bytes; at += gridDim.x * kPieceBytes) {
@@ -90,7 +91,8 @@ tpf_status tpf_all_gather_rows_cuda(void* output, const void* input, const tpf_t
   args.call = gather_call(dtype, num_tokens, hidden_size);
   args.contract = contract_of(args.call);
   args.row_bytes = hidden_size * bytes_of(dtype);
-  const int64_t largest = rows_of(num_tokens, 0, team->world_size).count * args.row_bytes;
+  args.partition = partition_of(num_tokens, team->world_size);
+  const int64_t largest = args.partition.largest() * args.row_bytes;
   const Blocks blocks = share_out((largest + kPieceBytes - 1) / kPieceBytes, team->max_ctas);
-  return launch_kernel(all_gather_rows_kernel, args, device, blocks.grid, kThreads, 0, stream);
+  return launch_kernel(all_gather_rows_kernel, args, device, {blocks.grid, kThreads}, stream);
 }

@@ -31,5 +31,5 @@ tpf_status tpf_barrier_cuda(const tpf_team* team, tpf_stream stream) {
   args.call.op = TPF_BARRIER;
   args.call.source = -1;
   args.contract = contract_of(args.call);
-  return launch_kernel(barrier_kernel, args, device, 1, 32, 0, stream);
+  return launch_kernel(barrier_kernel, args, device, {1, 32}, stream);
 }

@@ -12,7 +12,14 @@ constexpr int64_t kStaticSharedBytes = 2048;  // what the kernels declare beside
 
 struct Device {
   int64_t shared_bytes;  // one block's, at most
-  bool has_bulk_copies;
+  bool is_sm90;          // or newer: bulk copies, clusters, programmatic dependent launch
+};
+
+struct Grid {
+  int blocks, threads;
+  size_t shared_bytes = 0;
+  int cluster = 1;     // blocks of a cluster
+  bool early = false;  // may come while the kernel before it still runs: it says wait_for_last_kernel
 };
 
 // Remembers the error for tpf_cuda_error_string.
@@ -26,25 +33,40 @@ struct Blocks {
   int rows;  // of one block, at most
 };
 
+inline int most_blocks(int max_ctas) { return std::min(max_ctas > 0 ? max_ctas : TPF_MAX_CTAS, TPF_MAX_CTAS); }
+
 // At most `max_ctas` blocks, and no more than it takes for none of them to have more rows than another but one.
 inline Blocks share_out(int64_t rows, int max_ctas) {
-  const int64_t most = std::min<int64_t>(max_ctas > 0 ? max_ctas : TPF_MAX_CTAS, TPF_MAX_CTAS);
+  const int64_t most = most_blocks(max_ctas);
   const int64_t each = (rows + most - 1) / most;
   return {static_cast<int>(each > 0 ? (rows + each - 1) / each : 1), static_cast<int>(each)};
 }
 
 template <typename Args>
-tpf_status launch_kernel(void (*kernel)(Args), const Args& args, const Device& device, int grid, int threads,
-                         size_t shared_bytes, tpf_stream stream) {
-  if (shared_bytes > 48 * 1024) {
+tpf_status launch_kernel(void (*kernel)(Args), const Args& args, const Device& device, const Grid& grid,
+                         tpf_stream stream) {
+  if (grid.shared_bytes > 48 * 1024) {
     // Once a kernel and process would do; asking each time costs less than a lock.
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(device.shared_bytes - kStaticSharedBytes));
     if (error != cudaSuccess) return cuda_failed(error);
   }
-  void* pointers[] = {const_cast<Args*>(&args)};
-  return cuda_failed(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid), dim3(threads), pointers,
-                                      shared_bytes, static_cast<cudaStream_t>(stream)));
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (grid.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+  }
+  if (grid.early && device.is_sm90) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  return cuda_failed(cudaLaunchKernelEx(&config, kernel, args));
 }
 
 }  // namespace tpf

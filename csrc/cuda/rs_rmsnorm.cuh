@@ -5,8 +5,10 @@
 // those that block b of the peer adds up. Rows go in chunks; chunk c is published at step c, and may be added up while
 // chunk c + 1 is being staged. A staged row is written straight into the slot of the rank that wants it.
 //
-// With the copy engine (kBulk, sm_90 and newer) one warp stages, one warp fetches rows into a ring of shared-memory
-// buffers, and the others add them up from there. Without, every thread loads and stores 16 bytes at a time.
+// Three bodies. kOneRow: at most one row a block; every thread holds its vector of all rows that come and go, and from
+// sm_90 on a cluster of blocks may share the row. kBulk, with the copy engine of sm_90 and newer: one warp stages, one
+// warp fetches rows into a ring of shared-memory buffers, and the others add them up from there. kDirect, everywhere
+// else: every thread loads and stores 16 bytes at a time.
 #pragma once
 #include <cfloat>
 
@@ -17,15 +19,15 @@
 namespace tpf {
 
 enum class Ending { kSum, kNorm, kFp8, kGather };
+enum class Body { kOneRow, kDirect, kBulk };
 
 constexpr int kMaxChunks = 7;  // steps 0..6 staging, 7..13 gathering, 15 closing
 constexpr int kGatherStep = kMaxChunks;
 constexpr int kHelperThreads = 64;  // the staging and the fetching warp
 constexpr int kMaxStages = 32;
-constexpr int kGroups = 2;              // groups of adding warps, with the copy engine
 constexpr int kMaxAddingThreads = 448;  // with the helpers 16 warps: 128 registers each
-constexpr int kFewThreads = 256;        // for wide rows without the copy engine: 255 registers each
-constexpr int kMaxWarps = kMaxAddingThreads / 32;
+constexpr int kMaxParts = 8;            // the largest portable cluster
+constexpr int kMaxPartials = 128;       // warps' shares of a row: its vectors, 32 at a time
 
 struct ReduceArgs {
   void* output;        // kNorm, kFp8 with TPF_KEEP_OUTPUT: [rows, hidden]; kGather: [num_tokens, hidden]
@@ -41,32 +43,25 @@ struct ReduceArgs {
   uint32_t contract;
   float eps;
   int64_t scale_row_stride, scale_group_stride;
-  int64_t largest_share;  // rows of the rank that owns most
-  int32_t chunk_rows;     // rows of one chunk, for one block
+  Partition partition;
+  int32_t chunk_rows;  // rows of one chunk, for one block
   int32_t num_chunks;
   int32_t stages;  // kBulk: row buffers of the ring
+  int32_t parts;   // kOneRow: blocks of a cluster that share a row
 };
-
-__device__ inline void fill_shares(Rows* shares, const ReduceArgs& args) {
-  if (threadIdx.x < args.team.world_size) {
-    shares[threadIdx.x] = rows_of(args.call.num_tokens, threadIdx.x, args.team.world_size);
-  }
-}
 
 // What the threads of a block derive from the arguments once.
 template <typename T>
 struct View {
-  // `shares` is shared memory, filled by fill_shares: a division a row and peer would cost more than the row.
-  __device__ View(const ReduceArgs& args, const BlockRound& round, const Rows* shares)
+  __device__ explicit View(const ReduceArgs& args, uint32_t epoch = 0)
       : args(args),
-        shares(shares),
         rank(args.team.rank),
         world_size(args.team.world_size),
         hidden(args.call.hidden_size),
-        own(shares[args.team.rank]),
+        own(args.partition.rows(args.team.rank)),
         complete((args.call.variant & TPF_COMPLETE) != 0),
         zero_copy(args.call.source >= 0),
-        epoch(round.epoch) {}
+        epoch(epoch) {}
 
   // Row `row` of this rank's share, as `source` contributes it.
   __device__ const T* source_row(int source, int64_t row) const {
@@ -80,47 +75,94 @@ struct View {
   // Where `source` stages row `row` of `peer`'s share.
   __device__ T* staged_row(int peer, int source, int64_t row) const {
     return reinterpret_cast<T*>(slot(args.team.region[peer], epoch, args.team.slot_bytes)) +
-           (source * args.largest_share + row) * hidden;
+           (source * args.partition.largest() + row) * hidden;
   }
   // Where `source` lays its normalised row `row` open: in its own slot of the next round.
   __device__ T* gathered_row(int source, int64_t row) const {
     return reinterpret_cast<T*>(slot(args.team.region[source], epoch + 1, args.team.slot_bytes)) + row * hidden;
   }
-  __device__ Rows rows(int peer) const { return shares[peer]; }
+  __device__ Rows rows(int peer) const { return args.partition.rows(peer); }
   __device__ int64_t row_of(int step) const { return int64_t{step} * gridDim.x + blockIdx.x; }
   __device__ bool staged() const { return !zero_copy && !complete && world_size > 1; }
   __device__ bool has_residual() const { return (args.call.variant & TPF_RESIDUAL) != 0; }
   __device__ int num_sources() const { return complete ? 1 : world_size; }
 
   const ReduceArgs& args;
-  const Rows* const shares;
-  const int rank, world_size;
-  const int64_t hidden;
+  const int rank, world_size, hidden;
   const Rows own;
   const bool complete, zero_copy;
   const uint32_t epoch;
 };
 
-// The threads that add up a row together: the whole block, or all but the helping warps.
+// The threads that add up a row together: the whole block, or all but the helping warps. Thread t holds vectors
+// first + t, first + t + threads, ... of the row.
 struct Group {
   __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+  __device__ int vector(int v) const { return first + v * threads + thread; }
 
   int threads;
   int thread;      // this one's place in the group
-  float* partial;  // shared memory: 2 x kMaxWarps
+  float* partial;  // shared memory: 2 x kMaxPartials
+  int first = 0;   // of the row's vectors: not 0 where blocks share the row
+  int parts = 1;   // how many blocks do
 };
 
-// The sum over the group. `parity` alternates from row to row between two buffers, so one barrier a row is enough.
-__device__ inline float group_sum(float value, const Group& group, int parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// Writes to where `to` lies in block `part` of the cluster.
+__device__ inline void cluster_store(float* to, int part, float value) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(to)), "r"(part));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+// All threads of all blocks of the cluster; what they wrote to shared memory before is seen after.
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+#else  // no clusters: a row is not shared
+__device__ inline void cluster_store(float*, int, float) {}
+__device__ inline void cluster_sync() {}
+#endif
+
+__device__ inline float warp_sum(float value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  float* partial = group.partial + parity * kMaxWarps;
-  if (group.thread % 32 == 0) partial[group.thread / 32] = value;
-  group.sync();
-  float sum = 0;
+  return value;
+}
+
+// The sum over the group, added up in an order that depends on the columns alone: 32 vectors at a time, then these. So
+// a row has the same bits whatever body and however many threads work on it. `parity` alternates from row to row
+// between two buffers, so one barrier a row is enough.
+template <int kVecs>
+__device__ inline float group_sum(const float (&values)[kVecs], const Group& group, int parity) {
+  float* partial = group.partial + parity * kMaxPartials;
+  const int lane = group.thread % 32, count = group.parts * kVecs * group.threads / 32;
 #pragma unroll
-  for (int warp = 0; warp < kMaxWarps; ++warp) sum += warp * 32 < group.threads ? partial[warp] : 0.0f;
+  for (int v = 0; v < kVecs; ++v) {
+    const float sum = warp_sum(values[v]);
+    float* to = &partial[group.vector(v) / 32];
+    if (group.parts > 1) {
+      if (lane < group.parts) cluster_store(to, lane, sum);
+    } else if (lane == 0) {
+      *to = sum;
+    }
+  }
+  if (group.parts > 1) {
+    cluster_sync();
+  } else {
+    group.sync();
+  }
+  float sum = 0;
+  for (int at = 0; at < count; at += 32) sum += warp_sum(at + lane < count ? partial[at + lane] : 0.0f);
   return sum;
+}
+
+template <typename T>
+__device__ inline void add_vector(float (&sums)[kLanes<T>], uint4 raw) {
+  float values[kLanes<T>];
+  unpack(values, raw, T{});
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) sums[i] += values[i];
 }
 
 // The norm's weight: in registers, where threads hold few vectors of a row; otherwise read again for every row.
@@ -131,7 +173,7 @@ struct RowWeight {
   __device__ void init(const View<T>& view, const Group& group) {
     if constexpr (kKept) {
 #pragma unroll
-      for (int v = 0; v < kVecs; ++v) kept[v] = read(view, (v * group.threads + group.thread) * kLanes<T>);
+      for (int v = 0; v < kVecs; ++v) kept[v] = read(view, group.vector(v) * kLanes<T>);
     }
   }
   __device__ uint4 at(int v, const View<T>& view, int column) const {
@@ -156,15 +198,15 @@ __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums
                                   const RowWeight<T, kVecs>& weight, const Group& group, int parity) {
   const ReduceArgs& args = view.args;
   T* stored = static_cast<T*>(args.residual_out) + row * view.hidden;
-  float squares = 0;
+  float squares[kVecs] = {};
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
-    const int column = (v * group.threads + group.thread) * kLanes<T>;
+    const int column = group.vector(v) * kLanes<T>;
     const uint4 rounded = pack(sums[v], T{});
     if (column < view.hidden) store16(stored + column, rounded);
     unpack(sums[v], rounded, T{});
 #pragma unroll
-    for (int i = 0; i < kLanes<T>; ++i) squares = fmaf(sums[v][i], sums[v][i], squares);
+    for (int i = 0; i < kLanes<T>; ++i) squares[v] = fmaf(sums[v][i], sums[v][i], squares[v]);
   }
   if constexpr (kEnding == Ending::kSum) return;
 
@@ -172,7 +214,7 @@ __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums
   const float rstd = __frsqrt_rn(mean + args.eps);
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
-    const int column = (v * group.threads + group.thread) * kLanes<T>;
+    const int column = group.vector(v) * kLanes<T>;
     float scaled[kLanes<T>];
     unpack(scaled, weight.at(v, view, column), T{});
 #pragma unroll
@@ -210,34 +252,60 @@ __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums
   }
 }
 
-// A block that saw a fault leaves no number that could be taken for a result. 0xff bytes are NaN in every dtype.
+// Whether blocks take their rows one by one, since some SMs come to their data faster than others. What peers stage or
+// gather by chunks is every grid-th row.
+template <Ending kEnding, typename T>
+__device__ inline bool claims_rows(const View<T>& view) {
+  return kEnding != Ending::kGather && !view.staged();
+}
+
+// The next row nobody has taken yet, after the first ones, of which each block has one.
+__device__ inline int64_t claim_row(const tpf_team& team, const BlockRound& round) {
+  return int64_t{gridDim.x} + atomicAdd(&control(team.region[team.rank])->claims[round.call_number & 1], 1u);
+}
+
+// Vectors [first, last) of row `row` of the outputs. 0xff bytes are NaN in every dtype.
 template <typename T, Ending kEnding>
-__device__ inline void poison_rows(const View<T>& view) {
+__device__ inline void poison_row(const View<T>& view, int64_t row, int first, int last) {
   const ReduceArgs& args = view.args;
   const uint4 nan = {~0u, ~0u, ~0u, ~0u};
-  const auto fill = [&](void* row, int64_t bytes) {
-    for (int64_t at = threadIdx.x * 16; at < bytes; at += blockDim.x * 16) store16(static_cast<char*>(row) + at, nan);
-  };
-  const int64_t row_bytes = view.hidden * sizeof(T);
-  for (int64_t row = blockIdx.x; row < view.own.count; row += gridDim.x) {
-    fill(static_cast<char*>(args.residual_out) + row * row_bytes, row_bytes);
-    if constexpr (kEnding == Ending::kNorm || kEnding == Ending::kFp8) {
+  for (int vector = first + threadIdx.x; vector < last; vector += blockDim.x) {
+    const int column = vector * kLanes<T>;
+    const int64_t at = row * view.hidden + column;
+    if (row < view.own.count) {
+      store16(static_cast<T*>(args.residual_out) + at, nan);
       if (kEnding == Ending::kNorm || (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
-        fill(static_cast<char*>(args.output) + row * row_bytes, row_bytes);
+        store16(static_cast<T*>(args.output) + at, nan);
+      }
+      if constexpr (kEnding == Ending::kFp8) {
+        for (int i = 0; i < kLanes<T>; ++i) args.q[at + i] = 0xff;
+        args.scale[row * args.scale_row_stride + column / args.call.group_size * args.scale_group_stride] =
+            __uint_as_float(~0u);
       }
     }
-    if constexpr (kEnding == Ending::kFp8) {
-      for (int64_t at = threadIdx.x; at < view.hidden; at += blockDim.x) args.q[row * view.hidden + at] = 0xff;
-      const int64_t groups = (view.hidden + args.call.group_size - 1) / args.call.group_size;
-      for (int64_t group = threadIdx.x; group < groups; group += blockDim.x) {
-        args.scale[row * args.scale_row_stride + group * args.scale_group_stride] = __uint_as_float(~0u);
-      }
-    }
+    if constexpr (kEnding == Ending::kGather) store16(static_cast<T*>(args.output) + at, nan);
   }
-  if constexpr (kEnding == Ending::kGather) {
-    for (int64_t row = blockIdx.x; row < args.call.num_tokens; row += gridDim.x) {
-      fill(static_cast<char*>(args.output) + row * row_bytes, row_bytes);
-    }
+}
+
+// A block that saw a fault leaves no number that could be taken for a result: poison_rows, after its rows were added
+// up; poison_claimed_rows, instead of adding up the rows that it takes. (A wait that fails after that does so long
+// after the other blocks have written the rows that they took last.)
+template <typename T, Ending kEnding>
+__device__ inline void poison_rows(const View<T>& view) {
+  const int64_t rows = kEnding == Ending::kGather ? view.args.call.num_tokens : view.own.count;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    poison_row<T, kEnding>(view, row, 0, view.hidden / kLanes<T>);
+  }
+}
+
+template <typename T, Ending kEnding>
+__device__ inline void poison_claimed_rows(const View<T>& view, const BlockRound& round) {
+  __shared__ int64_t claimed;
+  for (int64_t row = blockIdx.x; row < view.own.count; row = claimed) {
+    poison_row<T, kEnding>(view, row, 0, view.hidden / kLanes<T>);
+    __syncthreads();
+    if (threadIdx.x == 0) claimed = claim_row(view.args.team, round);
+    __syncthreads();
   }
 }
 

@@ -22,13 +22,6 @@ inline ReduceArgs reduce_args(tpf_op op, void* residual_out, const void* input, 
 
 template <Ending kEnding>
 struct ReduceLauncher {
-  template <typename T, int kVecs, bool kBulk>
-  static tpf_status launch(const ReduceArgs& args, const Device& device, int grid, int threads, tpf_stream stream) {
-    const size_t shared_bytes = kBulk ? (copier_rows(args) + args.stages) * row_bytes(args) : 0;
-    return launch_kernel(rs_rmsnorm_kernel<T, kVecs, kEnding, kBulk>, args, device, grid,
-                         threads + (kBulk ? kHelperThreads : 0), shared_bytes, stream);
-  }
-
   static int64_t row_bytes(const ReduceArgs& args) {
     return args.call.hidden_size * bytes_of(static_cast<tpf_dtype>(args.call.dtype));
   }
@@ -37,50 +30,65 @@ struct ReduceLauncher {
     return kEnding == Ending::kGather || (args.call.source < 0 && args.team.world_size > 1) ? kCopierStages : 0;
   }
 
-  // Threads that hold `vecs` vectors of a row each; 0 where that is more than `most`.
-  static int adding_threads(const ReduceArgs& args, int vecs, int most) {
-    const int64_t threads = (row_bytes(args) / 16 + vecs * 32 - 1) / (vecs * 32) * 32;
-    return threads <= most ? static_cast<int>(threads) : 0;
+  // Launches a body, unless it takes more threads than it may have for each to hold kVecs vectors of a row.
+  template <typename T, int kVecs, Body kBody>
+  static tpf_status launch(const ReduceArgs& args, const Device& device, int blocks, tpf_stream stream) {
+    constexpr bool kBulk = kBody == Body::kBulk;
+    const int threads = (warps(args) + kVecs * args.parts - 1) / (kVecs * args.parts) * 32;
+    if (threads > kMaxThreads<T, kBody>) return TPF_UNSUPPORTED;
+    Grid grid = {blocks * args.parts, threads + (kBulk ? kHelperThreads : 0)};
+    grid.shared_bytes = kBulk ? (copier_rows(args) + args.stages) * row_bytes(args) : 0;
+    grid.cluster = args.parts;
+    grid.early = kBody == Body::kOneRow;
+    return launch_kernel(rs_rmsnorm_kernel<T, kVecs, kEnding, kBody>, args, device, grid, stream);
   }
+
+  // Warps that hold one vector of a row a thread.
+  static int warps(const ReduceArgs& args) { return static_cast<int>((row_bytes(args) / 16 + 31) / 32); }
 
   // With the copy engine, where the ring holds every source's version of at least one row: fetch_rows relies on it.
   template <typename T>
   static tpf_status choose_bulk(ReduceArgs& args, const Device& device, int grid, tpf_stream stream) {
-    if (!device.has_bulk_copies || args.chunk_rows < 2) return TPF_UNSUPPORTED;
+    if (!device.is_sm90 || args.chunk_rows < 2) return TPF_UNSUPPORTED;
     const int64_t rows = (device.shared_bytes - kStaticSharedBytes) / row_bytes(args) - copier_rows(args);
     args.stages = static_cast<int>(std::min<int64_t>(kMaxStages, rows));
     if (args.stages <= args.team.world_size) return TPF_UNSUPPORTED;
-    if (const int threads = adding_threads(args, 2, kMaxAddingThreads)) {
-      return launch<T, 2, true>(args, device, grid, threads, stream);
+    const tpf_status status = launch<T, 2, Body::kBulk>(args, device, grid, stream);
+    return status == TPF_UNSUPPORTED ? launch<T, 3, Body::kBulk>(args, device, grid, stream) : status;
+  }
+
+  // One row a block, or a row for the blocks of a cluster: as many as there may be, down to four warps each. What a row
+  // waits for most is its way through one SM.
+  template <typename T>
+  static tpf_status choose_one_row(ReduceArgs args, const Device& device, int blocks, tpf_stream stream) {
+    while (device.is_sm90 && args.parts < kMaxParts && 2 * args.parts * blocks <= most_blocks(args.team.max_ctas) &&
+           warps(args) >= 8 * args.parts) {
+      args.parts *= 2;
     }
-    if (const int threads = adding_threads(args, 3, kMaxAddingThreads)) {
-      return launch<T, 3, true>(args, device, grid, threads, stream);
-    }
-    return TPF_UNSUPPORTED;
+    return launch<T, 1, Body::kOneRow>(args, device, blocks, stream);
   }
 
   template <typename T>
   static tpf_status choose_body(ReduceArgs& args, const Device& device, int grid, tpf_stream stream) {
-    const tpf_status status = choose_bulk<T>(args, device, grid, stream);
-    if (status != TPF_UNSUPPORTED) return status;
-    if (const int threads = adding_threads(args, 2, kMaxAddingThreads)) {
-      return launch<T, 2, false>(args, device, grid, threads, stream);
-    }
+    tpf_status status = args.chunk_rows <= 1 ? choose_one_row<T>(args, device, grid, stream)
+                                             : choose_bulk<T>(args, device, grid, stream);
+    if (status == TPF_UNSUPPORTED) status = launch<T, 4, Body::kDirect>(args, device, grid, stream);
     constexpr int kMany = sizeof(T) == 4 ? 16 : 8;
-    static_assert(kFewThreads * kMany * kLanes<T> >= TPF_MAX_HIDDEN_SIZE);
-    return launch<T, kMany, false>(args, device, grid, adding_threads(args, kMany, kFewThreads), stream);
+    static_assert(kMaxThreads<T, Body::kDirect> * kMany * kLanes<T> >= TPF_MAX_HIDDEN_SIZE);
+    return status == TPF_UNSUPPORTED ? launch<T, kMany, Body::kDirect>(args, device, grid, stream) : status;
   }
 
   static tpf_status run(ReduceArgs& args, tpf_stream stream) {
     Device device;
     if (const tpf_status status = use_device(&device, args.team.device); status != TPF_OK) return status;
     // The grid depends on the call and on what the workspace was made with: the same on all ranks.
-    args.largest_share = rows_of(args.call.num_tokens, 0, args.team.world_size).count;
-    const Blocks blocks = share_out(args.largest_share, args.team.max_ctas);
+    args.partition = partition_of(args.call.num_tokens, args.team.world_size);
+    const Blocks blocks = share_out(args.partition.largest(), args.team.max_ctas);
     // One row a block: to stage it costs less than the second synchronisation of an input that is read in place.
     if (blocks.rows <= 1) args.call.source = -1;
     args.contract = contract_of(args.call);
     args.chunk_rows = std::max((blocks.rows + kMaxChunks - 1) / kMaxChunks, std::min(blocks.rows, 2));
+    args.parts = 1;
     args.num_chunks = std::max(1, (blocks.rows + args.chunk_rows - 1) / std::max(1, args.chunk_rows));
     switch (args.call.dtype) {
       case TPF_BF16:

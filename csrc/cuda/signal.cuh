@@ -13,6 +13,20 @@ __device__ inline uint64_t now_ns() {
   return now;
 }
 
+// Programmatic dependent launch, from sm_90 on: a kernel may be brought to its SMs while the one before it on the
+// stream still runs. It then waits here for what that one has done, before it reads anything.
+__device__ inline void wait_for_last_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void let_next_kernel_in() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // What a block knows of the call it is in. All threads hold the same.
 struct BlockRound {
   uint32_t epoch;
@@ -51,7 +65,10 @@ __device__ inline BlockRound begin_op(const tpf_team& team, const tpf_call& call
   const Progress now = own->progress[blockIdx.x];
   const bool refused = own->faulted != 0;
   // Every block announces the same; the barrier below orders it before any thread's signal.
-  if (threadIdx.x == 0) own->announced[(now.epoch + 1) & 1] = call;
+  if (threadIdx.x == 0) {
+    own->announced[(now.epoch + 1) & 1] = call;
+    own->claims[now.calls & 1] = 0;  // the next call's
+  }
   __syncthreads();  // all threads have read the entry that one of them is about to write
   for (int block = blockIdx.x + threadIdx.x * gridDim.x; block < TPF_MAX_CTAS; block += blockDim.x * gridDim.x) {
     own->progress[block] = {now.epoch + rounds, 0, now.calls + 1};

@@ -1,0 +1,212 @@
+// rs_rmsnorm_kernel with the copy engine: it moves the rows, and threads add them up in shared memory.
+#pragma once
+#include "rs_rmsnorm.cuh"
+
+namespace tpf {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+struct BulkShared {
+  alignas(8) uint64_t full[kMaxStages];
+  alignas(8) uint64_t empty[kMaxStages];
+  alignas(8) uint64_t copied[kCopierStages];
+  int64_t row[kMaxStages];  // the row that begins in this buffer; -1 after the last
+};
+
+// The staging warp: lays this rank's rows open to the peers, chunk by chunk; in rs_rmsnorm_ag it then collects theirs.
+template <typename T, Ending kEnding>
+__device__ inline bool move_rows(const View<T>& view, const BlockRound& round, BulkShared& shared, char* buffers) {
+  const ReduceArgs& args = view.args;
+  const int lane = threadIdx.x % 32;
+  const uint32_t row_bytes = static_cast<uint32_t>(view.hidden * sizeof(T));
+  BulkCopier copier(buffers, shared.copied, row_bytes);
+  bool arrived = true;
+  // from_to(peer, row, rows of the peer) for all peers' rows of a chunk
+  const auto for_chunk = [&](int chunk, auto&& copy_row) {
+    for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
+      const int64_t row = view.row_of(step);
+      if (row >= args.partition.largest()) break;
+      for (int offset = 1; offset < view.world_size; ++offset) {
+        const int peer = (view.rank + offset) % view.world_size;
+        const Rows rows = view.rows(peer);
+        if (row < rows.count) copy_row(peer, row, rows);
+      }
+    }
+  };
+  const int staged_chunks = view.staged() ? args.num_chunks : 1;
+  for (int chunk = 0; chunk < staged_chunks; ++chunk) {
+    if (lane == 0 && view.staged()) {
+      for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
+        copier.copy(reinterpret_cast<char*>(view.staged_row(peer, view.rank, row)),
+                    reinterpret_cast<const char*>(static_cast<const T*>(args.input) + (rows.start + row) * view.hidden),
+                    row_bytes);
+      });
+      copier.flush();
+      fence_async_global();
+    }
+    __syncwarp();
+    publish_to_peers(view, round, chunk, lane);
+  }
+  if constexpr (kEnding == Ending::kGather) {
+    const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
+    for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
+      arrived &= wait_for_peers(view, next, kGatherStep + chunk, lane);
+      __syncwarp();
+      if (lane == 0) {
+        fence_async_global();
+        for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
+          copier.copy(reinterpret_cast<char*>(static_cast<T*>(args.output) + (rows.start + row) * view.hidden),
+                      reinterpret_cast<const char*>(view.gathered_row(peer, row)), row_bytes);
+        });
+      }
+      __syncwarp();
+    }
+    if (lane == 0) copier.flush();
+  }
+  return arrived;
+}
+
+// A position in the ring, and how often the ring has been gone round before it.
+struct RingPosition {
+  __device__ void advance(int items, int stages) {
+    for (stage += items; stage >= stages; stage -= stages) ++round;
+  }
+  int stage = 0;
+  uint32_t round = 0;
+};
+
+// The fetching warp: brings every source's version of this block's rows into the ring. Each lane fetches one source's,
+// the lane after them the residual's.
+template <typename T, Ending kEnding>
+__device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, BulkShared& shared, char* ring) {
+  const ReduceArgs& args = view.args;
+  const int lane = threadIdx.x % 32;
+  const uint32_t row_bytes = static_cast<uint32_t>(view.hidden * sizeof(T));
+  const int sources = view.num_sources(), items = sources + view.has_residual();
+  const int source = view.complete ? view.rank : lane;
+  const T* const from = lane < sources ? view.source_row(source, 0) : static_cast<const T*>(args.residual);
+  RingPosition at;
+  at.advance(lane, args.stages);
+  const auto wait_until_empty = [&] {
+    if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
+  };
+  bool arrived = wait_for_peers(view, round, 0, lane);
+  const bool claims = claims_rows<kEnding>(view);
+  int64_t row = claims && !__all_sync(0xffffffffu, arrived) ? view.own.count : blockIdx.x;
+  for (int step = 0; row < view.own.count; ++step) {
+    if (step % args.chunk_rows == 0) {
+      if (view.staged() && step > 0) arrived &= wait_for_peers(view, round, step / args.chunk_rows, lane);
+      __syncwarp();
+      fence_async_global();
+    }
+    if (lane < items) {
+      wait_until_empty();
+      if (lane == 0) shared.row[at.stage] = row;
+      barrier_expect(&shared.full[at.stage], row_bytes);
+      bulk_load(ring + at.stage * int64_t{row_bytes}, from + row * view.hidden, row_bytes, &shared.full[at.stage]);
+      at.advance(items, args.stages);
+    }
+    if (claims) {
+      if (lane == 0) row = claim_row(args.team, round);
+      row = __shfl_sync(0xffffffffu, row, 0);
+    } else {
+      row = view.row_of(step + 1);
+    }
+  }
+  // Chunks of which no row is this rank's are waited for all the same: what they say may be a fault.
+  for (int chunk = 1; view.staged() && chunk < args.num_chunks; ++chunk) {
+    arrived &= wait_for_peers(view, round, chunk, lane);
+  }
+  if (lane == 0) {
+    wait_until_empty();
+    shared.row[at.stage] = -1;
+    barrier_arrive(&shared.full[at.stage]);
+  }
+  return arrived;
+}
+
+// The adding warps. The next source's vectors are on their way from shared memory while one source's are added.
+template <typename T, int kVecs, Ending kEnding>
+__device__ inline void add_rows(const View<T>& view, const BlockRound& round, BulkShared& shared, const char* ring,
+                                const Group& group) {
+  const ReduceArgs& args = view.args;
+  const int row_bytes = static_cast<int>(view.hidden * sizeof(T));
+  const int items = view.num_sources() + view.has_residual();
+  RowWeight<T, kVecs> weight;
+  if constexpr (kEnding != Ending::kSum) weight.init(view, group);
+  RingPosition at;
+  // Takes the next row buffer out of the ring and into registers.
+  const auto take = [&](uint4(&raw)[kVecs]) {
+    barrier_wait(&shared.full[at.stage], at.round & 1);
+    const char* from = ring + at.stage * row_bytes;
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) {
+      const int byte = group.vector(v) * 16;
+      raw[v] = byte < row_bytes ? *reinterpret_cast<const uint4*>(from + byte) : uint4{};
+    }
+    __syncwarp();
+    if (group.thread % 32 == 0) barrier_arrive(&shared.empty[at.stage]);
+    at.advance(1, args.stages);
+  };
+  int chunk = 0;
+  const auto lay_open = [&] {
+    group.sync();
+    const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
+    publish_to_peers(view, next, kGatherStep + chunk++, threadIdx.x);
+  };
+#pragma unroll 1
+  for (int step = 0;; ++step) {
+    if (kEnding == Ending::kGather && step == (chunk + 1) * args.chunk_rows) lay_open();
+    barrier_wait(&shared.full[at.stage], at.round & 1);
+    const int64_t row = shared.row[at.stage];
+    if (row < 0) break;
+    float sums[kVecs][kLanes<T>];
+    uint4 raw[2][kVecs];
+    take(raw[0]);
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) unpack(sums[v], raw[0][v], T{});
+    if (items > 1) take(raw[0]);
+#pragma unroll 1
+    for (int item = 1; item < items; item += 2) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (item + half >= items) break;
+        if (item + half + 1 < items) take(raw[1 - half]);
+#pragma unroll
+        for (int v = 0; v < kVecs; ++v) add_vector<T>(sums[v], raw[half][v]);
+      }
+    }
+    finish_row<T, kVecs, kEnding>(view, row, sums, weight, group, step % 2);
+  }
+  while (kEnding == Ending::kGather && chunk < args.num_chunks) lay_open();
+}
+
+template <typename T, int kVecs, Ending kEnding>
+__device__ inline bool reduce_in_bulk(const View<T>& view, const BlockRound& round, float* partial) {
+  extern __shared__ __align__(128) char dynamic[];
+  __shared__ BulkShared shared;
+  const int adding_threads = blockDim.x - kHelperThreads;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < view.args.stages; ++stage) {
+      barrier_init(&shared.full[stage], 1);
+      barrier_init(&shared.empty[stage], adding_threads / 32);
+    }
+    for (int stage = 0; stage < kCopierStages; ++stage) barrier_init(&shared.copied[stage], 1);
+    fence_async_shared();
+  }
+  __syncthreads();
+  const int64_t row_bytes = view.hidden * sizeof(T);
+  char* ring = dynamic + (kEnding == Ending::kGather || view.staged() ? kCopierStages * row_bytes : 0);
+  if (threadIdx.x < adding_threads) {
+    const Group group = {adding_threads, static_cast<int>(threadIdx.x), partial};
+    add_rows<T, kVecs, kEnding>(view, round, shared, ring, group);
+    return true;
+  }
+  const bool moves = threadIdx.x < adding_threads + 32;
+  return moves ? move_rows<T, kEnding>(view, round, shared, dynamic)
+               : fetch_rows<T, kEnding>(view, round, shared, ring);
+}
+
+#endif
+
+}  // namespace tpf

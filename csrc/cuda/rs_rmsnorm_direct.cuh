@@ -1,0 +1,108 @@
+// rs_rmsnorm_kernel without the copy engine: every thread copies and adds by itself.
+#pragma once
+#include "rs_rmsnorm.cuh"
+
+namespace tpf {
+
+template <typename T, int kVecs, Ending kEnding>
+__device__ inline bool reduce_directly(const View<T>& view, const BlockRound& round, float* partial) {
+  const ReduceArgs& args = view.args;
+  const Group group = {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partial};
+  const auto column_of = [&](int v) { return group.vector(v) * kLanes<T>; };
+  // For every peer that has row `row`: to(peer) <- from(peer). Four loads are on their way before the first store.
+  const auto copy_rows = [&](int64_t row, auto&& to, auto&& from) {
+#pragma unroll 1
+    for (int v = 0; v < kVecs; ++v) {
+      if (column_of(v) >= view.hidden) break;
+#pragma unroll 1
+      for (int first = 0; first < TPF_MAX_RANKS; first += 4) {
+        uint4 raw[4];
+        const auto goes_to = [&](int peer) {
+          return peer < view.world_size && peer != view.rank && row < view.rows(peer).count;
+        };
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (goes_to(first + i)) raw[i] = load16(from(first + i) + column_of(v));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (goes_to(first + i)) store16(to(first + i) + column_of(v), raw[i]);
+        }
+      }
+    }
+  };
+  const auto stage_chunk = [&](int chunk) {
+#pragma unroll 1
+    for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
+      const int64_t row = view.row_of(step);
+      copy_rows(
+          row, [&](int peer) { return view.staged_row(peer, view.rank, row); },
+          [&](int peer) { return static_cast<const T*>(args.input) + (view.rows(peer).start + row) * view.hidden; });
+    }
+    __syncthreads();
+    publish_to_peers(view, round, chunk, threadIdx.x);
+  };
+
+  bool arrived = true;
+  if (view.staged()) {
+    stage_chunk(0);
+  } else {
+    publish_to_peers(view, round, 0, threadIdx.x);
+  }
+  RowWeight<T, kVecs> weight;
+  if constexpr (kEnding != Ending::kSum) weight.init(view, group);
+  const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
+#pragma unroll 1
+  for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
+    if (view.staged() && chunk + 1 < args.num_chunks) stage_chunk(chunk + 1);
+    if (view.staged() || chunk == 0) {
+      arrived &= wait_for_peers(view, round, chunk, threadIdx.x);
+      __syncthreads();
+    }
+#pragma unroll 1
+    for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
+      const int64_t row = view.row_of(step);
+      if (row >= view.own.count) break;
+      float sums[kVecs][kLanes<T>];
+#pragma unroll
+      for (int v = 0; v < kVecs; ++v) {
+        uint4 raw[TPF_MAX_RANKS + 1] = {};
+        if (column_of(v) < view.hidden) {
+#pragma unroll
+          for (int source = 0; source < TPF_MAX_RANKS; ++source) {
+            if (source < view.num_sources()) raw[source] = load16(view.source_row(source, row) + column_of(v));
+          }
+          if (view.has_residual()) {
+            raw[TPF_MAX_RANKS] = load16(static_cast<const T*>(args.residual) + row * view.hidden + column_of(v));
+          }
+        }
+        unpack(sums[v], raw[0], T{});
+#pragma unroll
+        for (int source = 1; source < TPF_MAX_RANKS; ++source) {
+          if (source < view.num_sources()) add_vector<T>(sums[v], raw[source]);
+        }
+        if (view.has_residual()) add_vector<T>(sums[v], raw[TPF_MAX_RANKS]);
+      }
+      finish_row<T, kVecs, kEnding>(view, row, sums, weight, group, step % 2);
+    }
+    if constexpr (kEnding == Ending::kGather) {
+      __syncthreads();
+      publish_to_peers(view, next, kGatherStep + chunk, threadIdx.x);
+    }
+  }
+#pragma unroll 1
+  for (int chunk = 0; kEnding == Ending::kGather && chunk < args.num_chunks; ++chunk) {
+    arrived &= wait_for_peers(view, next, kGatherStep + chunk, threadIdx.x);
+    __syncthreads();
+#pragma unroll 1
+    for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
+      const int64_t row = view.row_of(step);
+      copy_rows(
+          row, [&](int peer) { return static_cast<T*>(args.output) + (view.rows(peer).start + row) * view.hidden; },
+          [&](int peer) { return view.gathered_row(peer, row); });
+    }
+  }
+  return arrived;
+}
+
+}  // namespace tpf
