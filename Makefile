@@ -13,7 +13,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 # The build calls cmake and ninja by name.
 $(VENV)/built: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test bench gpu-build gpu-test gpu-bench gpu-multi build format lint clean
+.PHONY: demo test bench gpu-build gpu-test gpu-sanitize gpu-bench gpu-multi build format lint clean
 
 demo: build
 	tools/with_mps.sh $(BIN)/python examples/deepseek_v3_prefill.py $(ARGS)
@@ -30,6 +30,9 @@ gpu-build:
 
 gpu-test: gpu-build
 	tools/with_mps.sh $(PYTHON) -m pytest --device cuda $(ARGS)
+
+gpu-sanitize: gpu-build
+	$(PYTHON) tools/sanitize.py
 
 gpu-bench: gpu-build
 	tools/with_mps.sh $(PYTHON) -m bench goals $(ARGS)
