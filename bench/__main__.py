@@ -17,10 +17,11 @@ import typer
 import tp_fused.launch
 from tp_fused.native import _C
 
-from . import goals, multi
+from . import goals, multi, tables
 from . import options as run_options
 from .baselines import BASELINES
 from .run import CASES, run_rank
+from .suite import RESULTS
 
 HELP = """Times tp_fused's ops, each beside other programs of the same effect, interleaved in one run: over
 torch.distributed ("dist"), over tp_fused's own transport ("own"), and others that the table explains.
@@ -172,21 +173,32 @@ def plot(
     typer.echo(f"wrote {output}")
 
 
+@app.command("tables", help=_paragraphs(tables.__doc__))
+def fill_tables(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)] = Path("docs/performance.md"),
+) -> None:
+    file.write_text(tables.fill(file.read_text()))
+
+
+_Results = Annotated[Path, typer.Option(exists=True, file_okay=False, help="Where the files go")]
+
+
 @app.command("goals", help=_paragraphs(goals.__doc__))
 def run_goals(
     launches: Annotated[str, typer.Option(help="Only these, of eight, four and one")] = "eight,four,one",
+    results: _Results = RESULTS,
 ) -> None:
     if tp_fused.launch.choose_device() != "cuda":
         raise typer.BadParameter("there is no card, or no build for it")
     names = run_options.names(launches, tuple(launch.name for launch in goals.LAUNCHES), "--launches")
-    goals.check([launch for launch in goals.LAUNCHES if launch.name in names])
+    goals.check([launch for launch in goals.LAUNCHES if launch.name in names], results)
 
 
 @app.command("multi", help=_paragraphs(multi.__doc__))
-def run_multi() -> None:
+def run_multi(results: _Results = RESULTS) -> None:
     if torch.cuda.device_count() < 2:
         raise typer.BadParameter(f"torch sees {torch.cuda.device_count()} cards; two are the least")
-    multi.check(torch.cuda.device_count())
+    multi.check(torch.cuda.device_count(), results)
 
 
 for _op, _case in CASES.items():

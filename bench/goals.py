@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .options import Options
-from .suite import RESULTS, Launch, file_name, run
+from .suite import Launch, file_name, run
 
 ENGINES = ("dist", "twoshot", "oneshot", "own")  # of the chain: what engines do, with the fastest parts that there are
 
@@ -162,7 +162,7 @@ def write(name: str, documents: list[dict], results: Path, **summary) -> None:
         Path(results, file_name(name, largest)).write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def check(launches: list[Launch], results: Path = RESULTS) -> None:
+def check(launches: list[Launch], results: Path) -> None:
     """Runs the launches, prints the goals, and keeps them beside the results."""
     documents = run(launches, results)
     write("goals", documents, results, goals=table(GOALS, documents))

@@ -7,7 +7,7 @@ and staged; for the most ranks also how many blocks an op needs, and what it tak
 from pathlib import Path
 
 from .goals import ENGINES, Goal, at_least, section, speedup, table, write
-from .suite import RESULTS, Launch, run
+from .suite import Launch, run
 
 TOKENS = (1, 8, 64, 128, 512, 1024, 4096, 8192, 16384)
 CTAS = (2, 4, 8, 16, 24, 32, 48, 64)
@@ -79,7 +79,7 @@ def blocks_needed(documents: list[dict]) -> list[dict]:
     return needed
 
 
-def check(cards: int, results: Path = RESULTS) -> None:
+def check(cards: int, results: Path) -> None:
     planned = launches(cards)
     documents = run(planned, results)
     rows = table(goals(planned[0].world_size), documents)

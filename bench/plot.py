@@ -57,7 +57,7 @@ def draw(paths: list[Path], output: Path) -> None:
 
 def _curves(time_axes, bandwidth_axes, run: dict, rows: list[dict], prefix: str, color: str | None) -> None:
     copy = run["machine"]["copy_gb_s"]
-    names = list(dict.fromkeys(name for row in rows for name in row["programs"]))
+    names = list(dict.fromkeys(name for row in rows for name in row["programs"] if name != "barrier"))
     for name in names:
         having = [row for row in rows if name in row["programs"]]
         tokens = [row["tokens"] for row in having]

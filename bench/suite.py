@@ -45,7 +45,7 @@ class Launch:
         return next(iter(self.sections.values())).world_size
 
 
-def run(launches: list[Launch], results: Path = RESULTS) -> list[dict]:
+def run(launches: list[Launch], results: Path) -> list[dict]:
     """What the launches leave: the document of every section that has measured something, also kept in `results`."""
     documents = []
     for launch in launches:
@@ -64,9 +64,10 @@ def run(launches: list[Launch], results: Path = RESULTS) -> list[dict]:
 
 
 def file_name(section: str, document: dict) -> str:
-    """Such as rs_rmsnorm_h100_8_ranks.json: the section, the device by its shortest name, the ranks."""
-    gpu = re.search(r"[A-Z]+\d+\w*", document["machine"]["gpu"] or "")
-    device = gpu.group().lower() if gpu else document["machine"]["device"]
+    """Such as rs_rmsnorm_1xh100_8_ranks.json: the section, the devices by their shortest name, the ranks."""
+    machine = document["machine"]
+    gpu = re.search(r"[A-Z]+\d+\w*", machine["gpu"] or "")
+    device = f"{machine['gpus']}x{gpu.group().lower()}" if gpu else machine["device"]
     return f"{section}_{device}_{document['options']['world_size']}_ranks.json"
 
 

@@ -1,0 +1,128 @@
+"""Many sections in one command, the goals that they are held against, and the tables made of what they leave."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("typer", reason="the bench extra is not installed")
+pytest.importorskip("rich", reason="the bench extra is not installed")
+
+from bench import goals, multi, run, suite, tables
+from bench.options import Options
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def section(op: str, **options) -> Options:
+    sizes = {"hidden": 64, "latent": 96, "kv_lora": 32, "rope": 32, "iters": 2, "warmup": 1, "tokens": (5,)}
+    return Options(ops=(op,), world_size=2, **{**sizes, **options})
+
+
+def test_a_launch_goes_on_after_a_failure_and_is_ended_when_it_hangs(tmp_path, capfd):
+    sections = {
+        "huge": section("rs_rmsnorm", tokens=(10**9,)),
+        "small": section("rs_rmsnorm", baselines=("own",)),
+        "endless": section("rs_rmsnorm", iters=10**9),
+    }
+    (document,) = suite.run([suite.Launch("two", 40, sections)], tmp_path)
+    assert document["results"][0]["wrong"] == 0
+    assert json.loads((tmp_path / "small_cpu_2_ranks.json").read_text()) == document
+    captured = capfd.readouterr()
+    assert "# two: failed" in captured.out
+    assert "/dev/shm" in captured.err and "in measure" in captured.err  # why it failed, and where the ranks hung
+
+
+def test_a_file_is_named_after_section_device_and_ranks():
+    machine = {"gpu": "NVIDIA H100 80GB HBM3", "gpus": 1, "device": "cuda"}
+    document = {"machine": machine, "options": {"world_size": 8}}
+    assert suite.file_name("chain", document) == "chain_1xh100_8_ranks.json"
+
+
+LAUNCHES = {"one card": (goals.GOALS, goals.LAUNCHES), "eight cards": (multi.goals(8), multi.launches(8))}
+PLANNED = [(goal, launches) for chosen, launches in LAUNCHES.values() for goal in chosen]
+
+
+@pytest.mark.parametrize(("goal", "launches"), PLANNED, ids=lambda value: getattr(value, "what", ""))
+def test_every_goal_is_measured_by_one_section(goal, launches):
+    """Of the programs that the section times, with times that tell them apart."""
+    asked = [
+        options
+        for launch in launches
+        for options in launch.sections.values()
+        if (launch.world_size, options.ops) == (goal.world_size, (goal.op,))
+        and goal.tokens in options.tokens
+        and options.baselines
+    ]
+    assert len(asked) == 1
+    assert set(asked[0].baselines) <= set(run.CASES[goal.op].baselines)
+    names = ("fused", *asked[0].variants, *asked[0].baselines)
+    programs = {name: {"median_us": 10.0 + i, "copy_share": 0.5 + i} for i, name in enumerate(names)}
+    row = {"op": goal.op, "tokens": goal.tokens, "host_us": 9.0, "programs": programs}
+    assert goal.measured([{"options": {"world_size": goal.world_size}, "results": [row]}]) > 0
+
+
+def test_goals_are_compared_with_what_was_measured(capsys):
+    programs = {"fused": {"median_us": 10.0}, "own": {"median_us": 12.0}, "copies": {"median_us": 11.0}}
+    document = {
+        "options": {"world_size": 8},
+        "results": [{"op": "qkv_a_proj_ag", "tokens": tokens, "programs": programs} for tokens in (512, 16384)],
+    }
+    chosen = [goal for goal in goals.GOALS if goal.op == "qkv_a_proj_ag" and "all-gather" in goal.what]
+    found = {row["tokens"]: (row["value"], row["met"]) for row in goals.table(chosen, [document])}
+    assert found[512] == found[16384] == (pytest.approx(10 / 11), False)
+    assert found[4096] == (None, None) and "not measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cards", [2, 3, 4, 8])
+def test_multi_gives_every_rank_a_card_and_ends_in_time(cards):
+    planned = multi.launches(cards)
+    assert max(launch.world_size for launch in planned) <= cards
+    assert sum(launch.timeout_s for launch in planned) < 8 * 60
+    names = [name for launch in planned for name in launch.sections]
+    assert {"rs_rmsnorm", "rs_rmsnorm_ag", "qkv_a_proj_ag", "chain", "rs_rmsnorm_blocks", "beside_gemm"} <= set(names)
+
+
+def test_the_fewest_blocks_near_the_best_time(tmp_path):
+    times = {2: 30.0, 4: 20.0, 8: 10.2, 16: 10.0, 24: 9.95, 32: 11.0, 48: 12.0, 64: 12.5}
+    programs = {f"ctas{count}": {"median_us": time} for count, time in times.items()}
+    rows = [
+        {"op": "swept", "tokens": 64, "programs": {**programs, "fused": {"median_us": 12.0}}},
+        {"op": "unswept", "tokens": 64, "programs": {"fused": {"median_us": 1.0}}},
+    ]
+    assert multi.blocks_needed([{"results": rows}]) == [{"op": "swept", "tokens": 64, "best_us": 9.95, "blocks": 8}]
+
+
+# ---- tables of the documentation ----
+
+
+def test_the_documentation_shows_the_results_as_they_are():
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert "| tokens |" in text and tables.fill(text) == text, "python -m bench tables"
+
+
+def test_tables_name_what_was_measured(tmp_path):
+    text = "a\n<!-- results: x.json -->\nold\n<!-- end -->\nb\n"
+    assert tables.fill(text, tmp_path) == text.replace("old", "Not measured yet.")
+    machine = {"gpu": "H100", "gpus": 1, "torch": "2.11", "commit": "0123456789abcdef", "copy_gb_s": 3000.4}
+    programs = {
+        "fused": {"median_us": 10.04, "copy_share": 0.951},
+        "ctas8": {"median_us": 12.0, "copy_share": 0.9},
+        "own": {"median_us": 20.0},
+    }
+    row = {
+        "op": "rs_rmsnorm",
+        "tokens": 64,
+        "programs": programs,
+        "speedup": {"ctas8": 1.2, "own": 2.0},
+        "host_us": 9.0,
+    }
+    options = {"world_size": 8, "hidden": 7168, "dtype": "bf16", "zero_copy": True}
+    (tmp_path / "x.json").write_text(json.dumps({"machine": machine, "options": options, "results": [row]}))
+    filled = tables.fill(text, tmp_path)
+    assert (
+        "1 x H100; torch 2.11; commit 0123456789ab; copies 3000 GB/s; 8 ranks" in filled and "inputs in place" in filled
+    )
+    assert "| tokens | rs_rmsnorm | of copies | on the CPU | ctas8 | own |" in filled
+    assert "| 64 | 10.0 | 0.95 | 9.0 | 12.0 (1.20 x, 0.90 of copies) | 20.0 (2.00 x) |" in filled
+    assert tables.fill(filled, tmp_path) == filled
