@@ -180,7 +180,9 @@ def fill_tables(
     file.write_text(tables.fill(file.read_text()))
 
 
-_Results = Annotated[Path, typer.Option(exists=True, file_okay=False, help="Where the files go")]
+_Results = Annotated[
+    Path, typer.Option(exists=True, file_okay=False, show_default="bench/results", help="Where the files go")
+]
 
 
 @app.command("goals", help=_paragraphs(goals.__doc__))

@@ -186,7 +186,9 @@ def link_bandwidth(context) -> float | None:
     rows = 2**28 // (context.options.hidden * context.dtype.itemsize)
     memory = PeerCopies(context, rows * context.world_size, context.options.hidden)
     source = memory.buffers[(context.rank + 1) % context.world_size][0]
-    seconds = _copy_seconds(torch.empty_like(source), source)
+    target = torch.empty_like(source)
+    context.host_barrier()
+    seconds = _copy_seconds(target, source)
     return source.nbytes / context.host_reduce([seconds])[0].item()
 
 
