@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -15,8 +16,9 @@ import pytest
 from tp_fused.native import _C
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
-ENDINGS = {"0": "kSum", "1": "kNorm", "2": "kFp8", "3": "kGather"}
-DTYPES = {"__nv_bfloat16", "__half", "float"}
+DTYPES = ("__nv_bfloat16", "__half", "float")
+ENDINGS = (0, 1, 2, 3)  # tpf::Ending
+ONE_ROW, DIRECT, BULK = 0, 1, 2  # tpf::Body
 
 
 @dataclasses.dataclass
@@ -71,7 +73,7 @@ def read_cubin(cubin: Path) -> dict[str, Kernel]:
 
 
 def demangle(names: list[str]) -> list[str]:
-    """`rs_rmsnorm_kernel<float, 2, (tpf::Ending)1, true>` of each mangled name."""
+    """`rs_rmsnorm_kernel<float, 2, (tpf::Ending)1, (tpf::Body)2>` of each mangled name."""
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     short = {line: re.search(r"\w+_kernel(<.*>)?(?=\()", line) for line in plain.splitlines()}
     return [match[0] if match else line for line, match in short.items()]
@@ -106,12 +108,12 @@ def kernels(library, architecture) -> dict[str, Kernel]:
     return library[architecture]
 
 
-def reductions(kernels: dict[str, Kernel], bulk: bool) -> dict[str, Kernel]:
-    """rs_rmsnorm_kernel<dtype, vectors, ending, kBulk> in all dtypes and endings, with or without the copy engine."""
-    name_of = re.compile(rf"rs_rmsnorm_kernel<(\w+), \d+, \(tpf::Ending\)(\d), {str(bulk).lower()}>")
-    found = {name: name_of.fullmatch(name) for name in kernels if name_of.fullmatch(name)}
-    forms = {(match[1], ENDINGS[match[2]]) for match in found.values()}
-    assert forms == {(dtype, ending) for dtype in DTYPES for ending in ENDINGS.values()}
+def reductions(kernels: dict[str, Kernel], *bodies: int) -> dict[str, Kernel]:
+    """rs_rmsnorm_kernel<dtype, vectors, ending, body> of these bodies; none of them is missing."""
+    name_of = re.compile(r"rs_rmsnorm_kernel<(\w+), \d+, \(tpf::Ending\)(\d), \(tpf::Body\)(\d)>")
+    forms = {name: (match[1], int(match[2]), int(match[3])) for name in kernels if (match := name_of.fullmatch(name))}
+    found = {name: form for name, form in forms.items() if form[2] in bodies}
+    assert set(found.values()) == set(itertools.product(DTYPES, ENDINGS, bodies))
     return {name: kernels[name] for name in found}
 
 
@@ -133,7 +135,10 @@ def test_rows_travel_in_vectors_of_16_bytes(kernels):
     """Threads that copy rows load and store 16 bytes at a time, past the read-only cache: peers write what is read."""
     narrow = {
         name: dict(kernel.opcodes)
-        for name, kernel in {**reductions(kernels, bulk=False), "": kernels["all_gather_rows_kernel"]}.items()
+        for name, kernel in {
+            **reductions(kernels, ONE_ROW, DIRECT),
+            "all_gather_rows_kernel": kernels["all_gather_rows_kernel"],
+        }.items()
         if not kernel.count(r"LDG\.E(?!.*CONSTANT).*\.128") or not kernel.count(r"STG\.E.*\.128")
     }
     assert not narrow
@@ -144,7 +149,7 @@ def test_rows_travel_in_bulk_copies(kernels):
     """With the copy engine rows come and go in bulk; only what is computed is stored by the threads, as vectors."""
     threads_copy = {
         name: dict(kernel.opcodes)
-        for name, kernel in reductions(kernels, bulk=True).items()
+        for name, kernel in reductions(kernels, BULK).items()
         if not kernel.count(r"UBLKCP\.S\.G")
         or not kernel.count(r"UBLKCP\.G\.S")
         or not kernel.count(r"STG\.E.*\.128")

@@ -24,12 +24,13 @@ MAX_CTAS = 2
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LIMIT_S = 240
 
-# (num_tokens, hidden_size, dtype), which choose the body of rs_rmsnorm_kernel and its width: one row a block is added
-# up by threads that load for themselves; several are brought by the copy engine, unless they are too wide for it.
+# (num_tokens, hidden_size, dtype), which choose the body of rs_rmsnorm_kernel and its width.
 FORMS = [
-    *((3, 256, dtype) for dtype in (BF16, FP16, FP32)),
-    *((29, 256, dtype) for dtype in (BF16, FP16, FP32)),
+    *((3, 256, dtype) for dtype in (BF16, FP16, FP32)),  # a row a block
+    (2, 2048, BF16),  # a row for a cluster of blocks
+    *((29, 256, dtype) for dtype in (BF16, FP16, FP32)),  # rows that the copy engine brings, in chunks
     (9, 8192, BF16),
+    (3, 8192, BF16),  # rows too wide for these bodies
     (9, 16384, BF16),
 ]
 FP8_OPTIONS = {"keep_output": True, "scale_layout": "column"}
