@@ -266,10 +266,10 @@ __device__ inline int64_t claim_row(const tpf_team& team, const BlockRound& roun
 
 // Vectors [first, last) of row `row` of the outputs. 0xff bytes are NaN in every dtype.
 template <typename T, Ending kEnding>
-__device__ inline void poison_row(const View<T>& view, int64_t row, int first, int last) {
+__device__ inline void poison_row(const View<T>& view, int64_t row, int first, int last, int thread, int threads) {
   const ReduceArgs& args = view.args;
   const uint4 nan = {~0u, ~0u, ~0u, ~0u};
-  for (int vector = first + threadIdx.x; vector < last; vector += blockDim.x) {
+  for (int vector = first + thread; vector < last; vector += threads) {
     const int column = vector * kLanes<T>;
     const int64_t at = row * view.hidden + column;
     if (row < view.own.count) {
@@ -287,25 +287,13 @@ __device__ inline void poison_row(const View<T>& view, int64_t row, int first, i
   }
 }
 
-// A block that saw a fault leaves no number that could be taken for a result: poison_rows, after its rows were added
-// up; poison_claimed_rows, instead of adding up the rows that it takes. (A wait that fails after that does so long
-// after the other blocks have written the rows that they took last.)
+// A block that saw a fault leaves no number that could be taken for a result. Where rows are claimed, another block may
+// have taken one of these: it saw no fault, or poisons it itself; and it is long done when a closing wait fails.
 template <typename T, Ending kEnding>
 __device__ inline void poison_rows(const View<T>& view) {
   const int64_t rows = kEnding == Ending::kGather ? view.args.call.num_tokens : view.own.count;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    poison_row<T, kEnding>(view, row, 0, view.hidden / kLanes<T>);
-  }
-}
-
-template <typename T, Ending kEnding>
-__device__ inline void poison_claimed_rows(const View<T>& view, const BlockRound& round) {
-  __shared__ int64_t claimed;
-  for (int64_t row = blockIdx.x; row < view.own.count; row = claimed) {
-    poison_row<T, kEnding>(view, row, 0, view.hidden / kLanes<T>);
-    __syncthreads();
-    if (threadIdx.x == 0) claimed = claim_row(view.args.team, round);
-    __syncthreads();
+    poison_row<T, kEnding>(view, row, 0, view.hidden / kLanes<T>, threadIdx.x, blockDim.x);
   }
 }
 

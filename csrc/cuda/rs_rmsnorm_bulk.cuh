@@ -11,6 +11,16 @@ struct BulkShared {
   alignas(8) uint64_t empty[kMaxStages];
   alignas(8) uint64_t copied[kCopierStages];
   int64_t row[kMaxStages];  // the row that begins in this buffer; -1 after the last
+
+  // By one thread; a barrier of the block follows.
+  __device__ void init(int stages) {
+    for (int stage = 0; stage < stages; ++stage) {
+      barrier_init(&full[stage], 1);
+      barrier_init(&empty[stage], (blockDim.x - kHelperThreads) / 32);
+    }
+    for (int stage = 0; stage < kCopierStages; ++stage) barrier_init(&copied[stage], 1);
+    fence_async_shared();
+  }
 };
 
 // The staging warp: lays this rank's rows open to the peers, chunk by chunk; in rs_rmsnorm_ag it then collects theirs.
@@ -90,27 +100,36 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
   const auto wait_until_empty = [&] {
     if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
   };
+  RingPosition last;
+  const auto fetch = [&](int64_t row) {
+    wait_until_empty();
+    if (lane == 0) shared.row[at.stage] = row;
+    barrier_expect(&shared.full[at.stage], row_bytes);
+    bulk_load(ring + at.stage * int64_t{row_bytes}, from + row * view.hidden, row_bytes, &shared.full[at.stage]);
+    last = at;
+    at.advance(items, args.stages);
+  };
+  int64_t row = blockIdx.x;
+  // What is this rank's own need not wait for a peer.
+  const bool begun = lane < items && (source == view.rank || lane == sources) && row < view.own.count;
+  if (begun) fetch(row);
   bool arrived = wait_for_peers(view, round, 0, lane);
-  const bool claims = claims_rows<kEnding>(view);
-  int64_t row = claims && !__all_sync(0xffffffffu, arrived) ? view.own.count : blockIdx.x;
+  const bool opened = __all_sync(0xffffffffu, arrived), claims = claims_rows<kEnding>(view);
   for (int step = 0; row < view.own.count; ++step) {
     if (step % args.chunk_rows == 0) {
       if (view.staged() && step > 0) arrived &= wait_for_peers(view, round, step / args.chunk_rows, lane);
       __syncwarp();
       fence_async_global();
     }
-    if (lane < items) {
-      wait_until_empty();
-      if (lane == 0) shared.row[at.stage] = row;
-      barrier_expect(&shared.full[at.stage], row_bytes);
-      bulk_load(ring + at.stage * int64_t{row_bytes}, from + row * view.hidden, row_bytes, &shared.full[at.stage]);
-      at.advance(items, args.stages);
-    }
-    if (claims) {
-      if (lane == 0) row = claim_row(args.team, round);
-      row = __shfl_sync(0xffffffffu, row, 0);
-    } else {
-      row = view.row_of(step + 1);
+    if (lane < items && !(step == 0 && begun)) fetch(row);
+    const auto claim = [&] {
+      int64_t next = lane == 0 ? claim_row(args.team, round) : 0;
+      return __shfl_sync(0xffffffffu, next, 0);
+    };
+    row = claims ? claim() : view.row_of(step + 1);
+    // After a fault nobody else writes the rows that are claimed here.
+    for (; claims && !opened && row < view.own.count; row = claim()) {
+      poison_row<T, kEnding>(view, row, 0, view.hidden / kLanes<T>, lane, 32);
     }
   }
   // Chunks of which no row is this rank's are waited for all the same: what they say may be a fault.
@@ -121,6 +140,14 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
     wait_until_empty();
     shared.row[at.stage] = -1;
     barrier_arrive(&shared.full[at.stage]);
+  }
+  // Peers have their inputs back once the last row buffer has been emptied, while the last row is still being finished.
+  // In rs_rmsnorm_ag the gathering says so already.
+  if (view.zero_copy && kEnding != Ending::kGather && opened) {
+    if (lane == items - 1 && blockIdx.x < view.own.count) barrier_wait(&shared.empty[last.stage], last.round & 1);
+    __syncwarp();
+    publish_to_peers(view, round, kClosingStep, lane);
+    arrived &= wait_for_peers(view, round, kClosingStep, lane);
   }
   return arrived;
 }
@@ -182,19 +209,10 @@ __device__ inline void add_rows(const View<T>& view, const BlockRound& round, Bu
 }
 
 template <typename T, int kVecs, Ending kEnding>
-__device__ inline bool reduce_in_bulk(const View<T>& view, const BlockRound& round, float* partial) {
+__device__ inline bool reduce_in_bulk(const View<T>& view, const BlockRound& round, BulkShared& shared,
+                                      float* partial) {
   extern __shared__ __align__(128) char dynamic[];
-  __shared__ BulkShared shared;
   const int adding_threads = blockDim.x - kHelperThreads;
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < view.args.stages; ++stage) {
-      barrier_init(&shared.full[stage], 1);
-      barrier_init(&shared.empty[stage], adding_threads / 32);
-    }
-    for (int stage = 0; stage < kCopierStages; ++stage) barrier_init(&shared.copied[stage], 1);
-    fence_async_shared();
-  }
-  __syncthreads();
   const int64_t row_bytes = view.hidden * sizeof(T);
   char* ring = dynamic + (kEnding == Ending::kGather || view.staged() ? kCopierStages * row_bytes : 0);
   if (threadIdx.x < adding_threads) {

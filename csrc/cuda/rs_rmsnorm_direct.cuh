@@ -102,6 +102,13 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
           [&](int peer) { return view.gathered_row(peer, row); });
     }
   }
+  arrived = __syncthreads_and(arrived);
+  // The input is the caller's again when this kernel ends: all peers must have read it. In rs_rmsnorm_ag the gathering
+  // says so already.
+  if (view.zero_copy && kEnding != Ending::kGather && arrived) {
+    publish_to_peers(view, round, kClosingStep, threadIdx.x);
+    arrived = __syncthreads_and(wait_for_peers(view, round, kClosingStep, threadIdx.x));
+  }
   return arrived;
 }
 

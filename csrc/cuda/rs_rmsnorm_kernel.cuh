@@ -30,32 +30,21 @@ __global__ void __launch_bounds__(kMaxThreads<T, kBody> + (kBody == Body::kBulk 
     const int last = min(first + static_cast<int>(blockDim.x), early.hidden / kLanes<T>);
     const int64_t rows = kEnding == Ending::kGather ? args.call.num_tokens : early.own.count;
     for (int64_t row = one.row; row < rows; row += gridDim.x / args.parts) {
-      poison_row<T, kEnding>(early, row, first, last);
+      poison_row<T, kEnding>(early, row, first, last, threadIdx.x, blockDim.x);
     }
-  } else {
+  } else if constexpr (kBody == Body::kDirect) {
     const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
     const View<T> view(args, round.epoch);
-    bool arrived = !round.refused;
-    if (arrived) {
-      if constexpr (kBody == Body::kDirect) {
-        arrived = reduce_directly<T, kVecs, kEnding>(view, round, partial);
-      } else {
+    if (round.refused || !reduce_directly<T, kVecs, kEnding>(view, round, partial)) poison_rows<T, kEnding>(view);
+  } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-        arrived = reduce_in_bulk<T, kVecs, kEnding>(view, round, partial);
+    __shared__ BulkShared shared;
+    if (threadIdx.x == 0) shared.init(args.stages);
+    const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
+    const View<T> view(args, round.epoch);
+    const bool arrived = !round.refused && reduce_in_bulk<T, kVecs, kEnding>(view, round, shared, partial);
+    if (!__syncthreads_and(arrived)) poison_rows<T, kEnding>(view);
 #endif
-      }
-      arrived = __syncthreads_and(arrived);
-      // The input is the caller's again when this kernel ends: all peers must have read it. In rs_rmsnorm_ag the
-      // gathering says so already.
-      if (arrived && view.zero_copy && kEnding != Ending::kGather) {
-        publish_to_peers(view, round, kClosingStep, threadIdx.x);
-        arrived = __syncthreads_and(wait_for_peers(view, round, kClosingStep, threadIdx.x));
-      } else if (!arrived && kBody == Body::kBulk && claims_rows<kEnding>(view)) {
-        poison_claimed_rows<T, kEnding>(view, round);
-        return;
-      }
-    }
-    if (!arrived) poison_rows<T, kEnding>(view);
   }
 }
 

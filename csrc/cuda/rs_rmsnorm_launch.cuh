@@ -20,6 +20,8 @@ inline ReduceArgs reduce_args(tpf_op op, void* residual_out, const void* input, 
   return args;
 }
 
+constexpr int kPartsToStage = 4;
+
 template <Ending kEnding>
 struct ReduceLauncher {
   static int64_t row_bytes(const ReduceArgs& args) {
@@ -57,22 +59,24 @@ struct ReduceLauncher {
     return status == TPF_UNSUPPORTED ? launch<T, 3, Body::kBulk>(args, device, grid, stream) : status;
   }
 
-  // One row a block, or a row for the blocks of a cluster: as many as there may be, down to four warps each. What a row
-  // waits for most is its way through one SM.
-  template <typename T>
-  static tpf_status choose_one_row(ReduceArgs args, const Device& device, int blocks, tpf_stream stream) {
-    while (device.is_sm90 && args.parts < kMaxParts && 2 * args.parts * blocks <= most_blocks(args.team.max_ctas) &&
-           warps(args) >= 8 * args.parts) {
-      args.parts *= 2;
+  // Blocks of a cluster that share a row: as many as there may be, down to four warps each. What a small call waits for
+  // most is the way of its rows through the SMs.
+  static int row_parts(const ReduceArgs& args, const Device& device, int rows) {
+    int parts = 1;
+    while (device.is_sm90 && parts < kMaxParts && 2 * parts * rows <= most_blocks(args.team.max_ctas) &&
+           warps(args) >= 8 * parts) {
+      parts *= 2;
     }
-    return launch<T, 1, Body::kOneRow>(args, device, blocks, stream);
+    return parts;
   }
 
   template <typename T>
   static tpf_status choose_body(ReduceArgs& args, const Device& device, int grid, tpf_stream stream) {
-    tpf_status status = args.chunk_rows <= 1 ? choose_one_row<T>(args, device, grid, stream)
+    tpf_status status = args.chunk_rows <= 1 ? launch<T, 1, Body::kOneRow>(args, device, grid, stream)
                                              : choose_bulk<T>(args, device, grid, stream);
-    if (status == TPF_UNSUPPORTED) status = launch<T, 4, Body::kDirect>(args, device, grid, stream);
+    if (status != TPF_UNSUPPORTED) return status;
+    args.parts = 1;
+    status = launch<T, 4, Body::kDirect>(args, device, grid, stream);
     constexpr int kMany = sizeof(T) == 4 ? 16 : 8;
     static_assert(kMaxThreads<T, Body::kDirect> * kMany * kLanes<T> >= TPF_MAX_HIDDEN_SIZE);
     return status == TPF_UNSUPPORTED ? launch<T, kMany, Body::kDirect>(args, device, grid, stream) : status;
@@ -84,11 +88,14 @@ struct ReduceLauncher {
     // The grid depends on the call and on what the workspace was made with: the same on all ranks.
     args.partition = partition_of(args.call.num_tokens, args.team.world_size);
     const Blocks blocks = share_out(args.partition.largest(), args.team.max_ctas);
-    // One row a block: to stage it costs less than the second synchronisation of an input that is read in place.
-    if (blocks.rows <= 1) args.call.source = -1;
-    args.contract = contract_of(args.call);
     args.chunk_rows = std::max((blocks.rows + kMaxChunks - 1) / kMaxChunks, std::min(blocks.rows, 2));
     args.parts = 1;
+    if (blocks.rows <= 1) {
+      args.parts = row_parts(args, device, blocks.grid);
+      // A small piece of a row: to stage it costs less than the second synchronisation of an input read in place.
+      if (args.parts >= kPartsToStage) args.call.source = -1;
+    }
+    args.contract = contract_of(args.call);
     args.num_chunks = std::max(1, (blocks.rows + args.chunk_rows - 1) / std::max(1, args.chunk_rows));
     switch (args.call.dtype) {
       case TPF_BF16:

@@ -52,12 +52,13 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
   // without being in anybody's way.
   let_next_kernel_in();
   // A block that saw a fault goes on too: its cluster waits for it.
+  const bool closes = view.zero_copy && kEnding != Ending::kGather && !round.refused;
   if (one.row < view.own.count) {
     uint4 raw[TPF_MAX_RANKS];
 #pragma unroll
     for (int source = 0; source < TPF_MAX_RANKS; ++source) {
-      const bool staged = source < view.num_sources() && source != view.rank && !view.complete && one.inside;
-      raw[source] = staged ? load16(view.staged_row(view.rank, source, one.row) + one.column) : one.own;
+      const bool from_peer = source < view.num_sources() && source != view.rank && !view.complete && one.inside;
+      raw[source] = from_peer ? load16(view.source_row(source, one.row) + one.column) : one.own;
     }
     float sums[1][kLanes<T>];
     unpack(sums[0], raw[0], T{});
@@ -66,7 +67,14 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
       if (source < view.num_sources()) add_vector<T>(sums[0], raw[source]);
     }
     if (view.has_residual()) add_vector<T>(sums[0], one.residual);
+    if (closes) {
+      // The peers have their inputs back while this row is still being finished.
+      __syncthreads();
+      publish_to_peers(view, round, kClosingStep, threadIdx.x);
+    }
     finish_row<T, 1, kEnding>(view, one.row, sums, weight, group, 0);
+  } else if (closes) {
+    publish_to_peers(view, round, kClosingStep, threadIdx.x);
   }
   if constexpr (kEnding == Ending::kGather) {
     __syncthreads();
@@ -92,6 +100,7 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
       }
     }
   }
+  if (closes && arrived) arrived = wait_for_peers(view, round, kClosingStep, threadIdx.x);
   return arrived;
 }
 
