@@ -264,37 +264,48 @@ __device__ inline int64_t claim_row(const tpf_team& team, const BlockRound& roun
   return int64_t{gridDim.x} + atomicAdd(&control(team.region[team.rank])->claims[round.call_number & 1], 1u);
 }
 
-// Vectors [first, last) of row `row` of the outputs. 0xff bytes are NaN in every dtype.
+// Vectors [first, last) of what this rank's outputs have of row `row` of `owner`. 0xff bytes are NaN in every dtype.
 template <typename T, Ending kEnding>
-__device__ inline void poison_row(const View<T>& view, int64_t row, int first, int last, int thread, int threads) {
+__device__ inline void poison_row(const View<T>& view, int owner, int64_t row, int first, int last, int thread,
+                                  int threads) {
   const ReduceArgs& args = view.args;
   const uint4 nan = {~0u, ~0u, ~0u, ~0u};
   for (int vector = first + thread; vector < last; vector += threads) {
     const int column = vector * kLanes<T>;
     const int64_t at = row * view.hidden + column;
-    if (row < view.own.count) {
-      store16(static_cast<T*>(args.residual_out) + at, nan);
-      if (kEnding == Ending::kNorm || (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
-        store16(static_cast<T*>(args.output) + at, nan);
-      }
-      if constexpr (kEnding == Ending::kFp8) {
-        for (int i = 0; i < kLanes<T>; ++i) args.q[at + i] = 0xff;
-        args.scale[row * args.scale_row_stride + column / args.call.group_size * args.scale_group_stride] =
-            __uint_as_float(~0u);
-      }
+    if constexpr (kEnding == Ending::kGather) {
+      store16(static_cast<T*>(args.output) + view.rows(owner).start * view.hidden + at, nan);
     }
-    if constexpr (kEnding == Ending::kGather) store16(static_cast<T*>(args.output) + at, nan);
+    if (owner != view.rank) continue;
+    store16(static_cast<T*>(args.residual_out) + at, nan);
+    if (kEnding == Ending::kNorm || (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
+      store16(static_cast<T*>(args.output) + at, nan);
+    }
+    if constexpr (kEnding == Ending::kFp8) {
+      for (int i = 0; i < kLanes<T>; ++i) args.q[at + i] = 0xff;
+      args.scale[row * args.scale_row_stride + column / args.call.group_size * args.scale_group_stride] =
+          __uint_as_float(~0u);
+    }
   }
 }
 
-// A block that saw a fault leaves no number that could be taken for a result. Where rows are claimed, another block may
-// have taken one of these: it saw no fault, or poisons it itself; and it is long done when a closing wait fails.
+// A block that saw a fault leaves no number that could be taken for a result: rows b, b + blocks, ... of every rank
+// whose rows it brings, and of these the vectors that it brings. Where rows are claimed, another block may have taken
+// one of these: it saw no fault, or poisons it itself; and it is long done when a closing wait fails.
+template <typename T, Ending kEnding>
+__device__ inline void poison_rows(const View<T>& view, int b, int blocks, int first, int last) {
+  __syncthreads();  // what other threads write of these rows is written
+  for (int owner = 0; owner < view.world_size; ++owner) {
+    if (kEnding != Ending::kGather && owner != view.rank) continue;
+    for (int64_t row = b; row < view.rows(owner).count; row += blocks) {
+      poison_row<T, kEnding>(view, owner, row, first, last, threadIdx.x, blockDim.x);
+    }
+  }
+}
+
 template <typename T, Ending kEnding>
 __device__ inline void poison_rows(const View<T>& view) {
-  const int64_t rows = kEnding == Ending::kGather ? view.args.call.num_tokens : view.own.count;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    poison_row<T, kEnding>(view, row, 0, view.hidden / kLanes<T>, threadIdx.x, blockDim.x);
-  }
+  poison_rows<T, kEnding>(view, blockIdx.x, gridDim.x, 0, view.hidden / kLanes<T>);
 }
 
 // Lanes 0..world_size-1 of a warp (or threads of a block) each speak to one peer.

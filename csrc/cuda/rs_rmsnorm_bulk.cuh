@@ -11,6 +11,7 @@ struct BulkShared {
   alignas(8) uint64_t empty[kMaxStages];
   alignas(8) uint64_t copied[kCopierStages];
   int64_t row[kMaxStages];  // the row that begins in this buffer; -1 after the last
+  volatile int gave_up;     // rows that did not arrive are not passed on
 
   // By one thread; a barrier of the block follows.
   __device__ void init(int stages) {
@@ -19,6 +20,7 @@ struct BulkShared {
       barrier_init(&empty[stage], (blockDim.x - kHelperThreads) / 32);
     }
     for (int stage = 0; stage < kCopierStages; ++stage) barrier_init(&copied[stage], 1);
+    gave_up = 0;
     fence_async_shared();
   }
 };
@@ -115,9 +117,11 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
   if (begun) fetch(row);
   bool arrived = wait_for_peers(view, round, 0, lane);
   const bool opened = __all_sync(0xffffffffu, arrived), claims = claims_rows<kEnding>(view);
+  if (!opened) shared.gave_up = 1;
   for (int step = 0; row < view.own.count; ++step) {
     if (step % args.chunk_rows == 0) {
       if (view.staged() && step > 0) arrived &= wait_for_peers(view, round, step / args.chunk_rows, lane);
+      if (!arrived) shared.gave_up = 1;
       __syncwarp();
       fence_async_global();
     }
@@ -129,7 +133,7 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
     row = claims ? claim() : view.row_of(step + 1);
     // After a fault nobody else writes the rows that are claimed here.
     for (; claims && !opened && row < view.own.count; row = claim()) {
-      poison_row<T, kEnding>(view, row, 0, view.hidden / kLanes<T>, lane, 32);
+      poison_row<T, kEnding>(view, view.rank, row, 0, view.hidden / kLanes<T>, lane, 32);
     }
   }
   // Chunks of which no row is this rank's are waited for all the same: what they say may be a fault.
@@ -179,7 +183,8 @@ __device__ inline void add_rows(const View<T>& view, const BlockRound& round, Bu
   const auto lay_open = [&] {
     group.sync();
     const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
-    publish_to_peers(view, next, kGatherStep + chunk++, threadIdx.x);
+    if (!shared.gave_up) publish_to_peers(view, next, kGatherStep + chunk, threadIdx.x);
+    ++chunk;
   };
 #pragma unroll 1
   for (int step = 0;; ++step) {

@@ -56,8 +56,7 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
   for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
     if (view.staged() && chunk + 1 < args.num_chunks) stage_chunk(chunk + 1);
     if (view.staged() || chunk == 0) {
-      arrived &= wait_for_peers(view, round, chunk, threadIdx.x);
-      __syncthreads();
+      arrived = __syncthreads_and(arrived && wait_for_peers(view, round, chunk, threadIdx.x));
     }
 #pragma unroll 1
     for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
@@ -87,13 +86,12 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
     }
     if constexpr (kEnding == Ending::kGather) {
       __syncthreads();
-      publish_to_peers(view, next, kGatherStep + chunk, threadIdx.x);
+      if (arrived) publish_to_peers(view, next, kGatherStep + chunk, threadIdx.x);
     }
   }
 #pragma unroll 1
   for (int chunk = 0; kEnding == Ending::kGather && chunk < args.num_chunks; ++chunk) {
-    arrived &= wait_for_peers(view, next, kGatherStep + chunk, threadIdx.x);
-    __syncthreads();
+    arrived = __syncthreads_and(arrived && wait_for_peers(view, next, kGatherStep + chunk, threadIdx.x));
 #pragma unroll 1
     for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
       const int64_t row = view.row_of(step);
@@ -102,10 +100,10 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
           [&](int peer) { return view.gathered_row(peer, row); });
     }
   }
-  arrived = __syncthreads_and(arrived);
   // The input is the caller's again when this kernel ends: all peers must have read it. In rs_rmsnorm_ag the gathering
   // says so already.
   if (view.zero_copy && kEnding != Ending::kGather && arrived) {
+    __syncthreads();
     publish_to_peers(view, round, kClosingStep, threadIdx.x);
     arrived = __syncthreads_and(wait_for_peers(view, round, kClosingStep, threadIdx.x));
   }

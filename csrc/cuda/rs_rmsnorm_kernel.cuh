@@ -7,15 +7,21 @@
 namespace tpf {
 
 // The most threads of a body, helpers not counted: as many as leave each the registers that it needs.
-template <typename T, Body kBody>
-constexpr int kMaxThreads = kBody == Body::kBulk     ? kMaxAddingThreads
-                            : kBody == Body::kDirect ? 256
-                            : sizeof(T) == 2         ? 896
-                                                     : 768;
+__host__ __device__ constexpr int most_threads(Body body, int element_bytes, bool is_sm90) {
+  if (body == Body::kBulk) return kMaxAddingThreads;
+  if (body == Body::kDirect) return 256;
+  return !is_sm90 ? 640 : element_bytes == 2 ? 896 : 768;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kIsSm90 = false;
+#else
+constexpr bool kIsSm90 = true;
+#endif
 
 template <typename T, int kVecs, Ending kEnding, Body kBody>
-__global__ void __launch_bounds__(kMaxThreads<T, kBody> + (kBody == Body::kBulk ? kHelperThreads : 0), 1)
-    rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
+__global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kIsSm90) + (kBody == Body::kBulk ? kHelperThreads : 0),
+                                  1) rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
   constexpr int kRounds = kEnding == Ending::kGather ? 2 : 1;
   __shared__ float partial[2 * kMaxPartials];
   if constexpr (kBody == Body::kOneRow) {
@@ -28,10 +34,7 @@ __global__ void __launch_bounds__(kMaxThreads<T, kBody> + (kBody == Body::kBulk 
     const bool arrived = reduce_one_row<T, kEnding>(View<T>(args, round.epoch), round, one, group);
     if (__syncthreads_and(arrived)) return;
     const int last = min(first + static_cast<int>(blockDim.x), early.hidden / kLanes<T>);
-    const int64_t rows = kEnding == Ending::kGather ? args.call.num_tokens : early.own.count;
-    for (int64_t row = one.row; row < rows; row += gridDim.x / args.parts) {
-      poison_row<T, kEnding>(early, row, first, last, threadIdx.x, blockDim.x);
-    }
+    poison_rows<T, kEnding>(early, one.row, gridDim.x / args.parts, first, last);
   } else if constexpr (kBody == Body::kDirect) {
     const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
     const View<T> view(args, round.epoch);

@@ -37,7 +37,7 @@ struct ReduceLauncher {
   static tpf_status launch(const ReduceArgs& args, const Device& device, int blocks, tpf_stream stream) {
     constexpr bool kBulk = kBody == Body::kBulk;
     const int threads = (warps(args) + kVecs * args.parts - 1) / (kVecs * args.parts) * 32;
-    if (threads > kMaxThreads<T, kBody>) return TPF_UNSUPPORTED;
+    if (threads > most_threads(kBody, sizeof(T), device.is_sm90)) return TPF_UNSUPPORTED;
     Grid grid = {blocks * args.parts, threads + (kBulk ? kHelperThreads : 0)};
     grid.shared_bytes = kBulk ? (copier_rows(args) + args.stages) * row_bytes(args) : 0;
     grid.cluster = args.parts;
@@ -78,7 +78,7 @@ struct ReduceLauncher {
     args.parts = 1;
     status = launch<T, 4, Body::kDirect>(args, device, grid, stream);
     constexpr int kMany = sizeof(T) == 4 ? 16 : 8;
-    static_assert(kMaxThreads<T, Body::kDirect> * kMany * kLanes<T> >= TPF_MAX_HIDDEN_SIZE);
+    static_assert(most_threads(Body::kDirect, sizeof(T), false) * kMany * kLanes<T> >= TPF_MAX_HIDDEN_SIZE);
     return status == TPF_UNSUPPORTED ? launch<T, kMany, Body::kDirect>(args, device, grid, stream) : status;
   }
 

@@ -46,8 +46,7 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
   if (!round.refused) publish_to_peers(view, round, 0, threadIdx.x);
   RowWeight<T, 1> weight;
   if constexpr (kEnding != Ending::kSum) weight.init(view, group);
-  bool arrived = !round.refused && wait_for_peers(view, round, 0, threadIdx.x);
-  __syncthreads();
+  bool arrived = __syncthreads_and(!round.refused && wait_for_peers(view, round, 0, threadIdx.x));
   // Blocks b of all ranks are on their SMs. Once all blocks of this grid say so, the next kernel may take what is free
   // without being in anybody's way.
   let_next_kernel_in();
@@ -60,6 +59,7 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
       const bool from_peer = source < view.num_sources() && source != view.rank && !view.complete && one.inside;
       raw[source] = from_peer ? load16(view.source_row(source, one.row) + one.column) : one.own;
     }
+    if (!arrived) raw[0] = {~0u, ~0u, ~0u, ~0u};  // no mean for the blocks that share the row, either
     float sums[1][kLanes<T>];
     unpack(sums[0], raw[0], T{});
 #pragma unroll

@@ -63,13 +63,15 @@ __device__ inline void report(const tpf_team& team, const tpf_call& call, const 
 __device__ inline BlockRound begin_op(const tpf_team& team, const tpf_call& call, uint32_t contract, int rounds) {
   Control* own = control(team.region[team.rank]);
   const Progress now = own->progress[blockIdx.x];
-  const bool refused = own->faulted != 0;
+  const bool faulted = own->faulted != 0;
   // Every block announces the same; the barrier below orders it before any thread's signal.
   if (threadIdx.x == 0) {
-    own->announced[(now.epoch + 1) & 1] = call;
-    own->claims[now.calls & 1] = 0;  // the next call's
+    if (!faulted) own->announced[(now.epoch + 1) & 1] = call;  // what a refused call is, no peer wants to know
+    own->claims[now.calls & 1] = 0;                            // the next call's
   }
-  __syncthreads();  // all threads have read the entry that one of them is about to write
+  // All threads have read the entry that one of them is about to write; and they agree, should a fault come up
+  // meanwhile.
+  const bool refused = __syncthreads_or(faulted);
   for (int block = blockIdx.x + threadIdx.x * gridDim.x; block < TPF_MAX_CTAS; block += blockDim.x * gridDim.x) {
     own->progress[block] = {now.epoch + rounds, 0, now.calls + 1};
   }
@@ -90,6 +92,11 @@ __device__ inline bool wait_step(const tpf_team& team, const tpf_call& call, con
   const tpf_status status = wait_for(word, round.epoch, round.contract, &seen, [&] {
     if (++looks % 1024 != 0) return TPF_OK;
     if (verdict != TPF_OK) return verdict;  // a peer that is gone may have published just before: one more look
+    // One deadline a call: where another wait has failed, its record stands.
+    if (shared_ref<uint32_t>(control(team.region[team.rank])->faulted).load(order::memory_order_relaxed) != 0) {
+      verdict = TPF_PEER_FAULTED;
+      return TPF_OK;
+    }
     const uint64_t now = now_ns();
     if (start == 0) start = now;
     Control* other = control(team.region[peer]);
