@@ -26,6 +26,8 @@ def cuda_arguments() -> list[str]:
         arguments.append(f"-DCMAKE_CUDA_COMPILER={home}/bin/nvcc")
     if architectures := os.environ.get("TP_FUSED_CUDA_ARCHITECTURES"):
         arguments.append(f"-DTPF_CUDA_ARCHITECTURES={architectures}")
+    else:  # CMakeLists.txt has the default, but a kept build folder remembers what was asked for last
+        arguments.append("-UTPF_CUDA_ARCHITECTURES")
     return arguments
 
 

@@ -1,6 +1,7 @@
 """`pip install .`: what is in the wheel, and that building it asks neither for torch nor for nvcc."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,21 @@ def test_the_wheel_works(installed):
         [sys.executable, "-c", script], cwd=installed, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == f"{installed}/tp_fused/__init__.py (3, 3)\n", done.stderr
+
+
+def test_a_kept_build_folder_forgets_the_architectures_asked_for_last(checkout, installed):
+    (cache,) = checkout.glob("build/temp.*/CMakeCache.txt")
+    seen = [architectures_in(cache)]
+    for environment in ({"TP_FUSED_CUDA_ARCHITECTURES": "90a-real"}, {}):
+        done = build_wheel(checkout, **environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        seen.append(architectures_in(cache))
+    default, asked, after = seen
+    assert asked == "90a-real" and after == default != asked
+
+
+def architectures_in(cache: Path) -> str:
+    return re.search(r"^TPF_CUDA_ARCHITECTURES:STRING=(.*)$", cache.read_text(), re.MULTILINE)[1]
 
 
 @pytest.mark.parametrize(
