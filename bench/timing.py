@@ -56,7 +56,7 @@ class HostClock:
     def begin(self) -> None:
         pass
 
-    def load(self, program: Program) -> Program:
+    def load(self, program: Program, context) -> Program:
         return program
 
     def sample(self, program: Program, meet) -> tuple[float, object]:
@@ -74,8 +74,22 @@ class HostClock:
 @dataclass
 class _Graph:
     graph: torch.cuda.CUDAGraph
+    calls: int
     result: object
     prepare: Callable[[], None] | None
+
+
+FEWEST_CALLS, MOST_CALLS, GRAPH_S = 8, 32, 3e-3
+
+
+def calls_per_graph(seconds: float) -> int:
+    """For calls of so many seconds: some 3 ms of them, within bounds.
+
+    The launch of a graph takes 25 to 30 us: 1 % of that, or less than 1 us a call.
+    """
+    if seconds * MOST_CALLS <= GRAPH_S:
+        return MOST_CALLS
+    return max(FEWEST_CALLS, int(GRAPH_S / seconds))
 
 
 class CudaClock:
@@ -85,13 +99,13 @@ class CudaClock:
     """
 
     rounds_in_flight = 20
-    calls_per_graph = 8
 
     def begin(self) -> None:
         """Keeps the card busy (for some 100 us) while the first rounds are queued."""
         torch.cuda._sleep(200_000)
 
-    def load(self, program: Program) -> _Graph:
+    def load(self, program: Program, context) -> _Graph:
+        """Captures the fewest calls, and once more where they turn out to be short. Collective."""
         if program.prepare is not None:
             program.prepare()
         stream = torch.cuda.Stream()
@@ -99,14 +113,24 @@ class CudaClock:
         with torch.cuda.stream(stream):  # lazy set-up of libraries is not for a capture
             program.call()
         torch.cuda.synchronize()
+        loaded = self._capture(program, stream, FEWEST_CALLS)
+        samples = [self.sample(loaded, context.meet)[0] for _ in range(2)]  # the first replay has more to set up
+        context.settle()
+        slowest = context.host_reduce(self.seconds(samples[1:]))[0].item()  # so that the ranks agree
+        if calls_per_graph(slowest) > FEWEST_CALLS:
+            loaded = None  # its memory is for the next
+            loaded = self._capture(program, stream, calls_per_graph(slowest))
+        return loaded
+
+    def _capture(self, program: Program, stream: torch.cuda.Stream, calls: int) -> _Graph:
         graph = torch.cuda.CUDAGraph()
         # thread_local: NCCL's watchdog thread asks after events meanwhile, which a global capture would forbid.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            for _ in range(self.calls_per_graph):
-                result = program.call()
-        return _Graph(graph, result, program.prepare)
+            for _ in range(calls):
+                result = program.call()  # what the call before the last returned makes room
+        return _Graph(graph, calls, result, program.prepare)
 
-    def sample(self, program: _Graph, meet) -> tuple[tuple[torch.cuda.Event, torch.cuda.Event], object]:
+    def sample(self, program: _Graph, meet) -> tuple[tuple[torch.cuda.Event, torch.cuda.Event, int], object]:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if program.prepare is not None:
             program.prepare()
@@ -114,10 +138,10 @@ class CudaClock:
         start.record()
         program.graph.replay()
         stop.record()
-        return (start, stop), program.result
+        return (start, stop, program.calls), program.result
 
     def seconds(self, samples) -> list[float]:
-        return [start.elapsed_time(stop) * 1e-3 / self.calls_per_graph for start, stop in samples]
+        return [start.elapsed_time(stop) * 1e-3 / calls for start, stop, calls in samples]
 
 
 def measure(context, programs: dict[str, Program], tick=lambda done, total: None) -> dict[str, Samples]:
@@ -129,7 +153,7 @@ def measure(context, programs: dict[str, Program], tick=lambda done, total: None
     options = context.options
     clock = CudaClock() if context.device.type == "cuda" else HostClock()
     context.host_barrier()
-    loaded = {name: clock.load(program) for name, program in programs.items()}
+    loaded = {name: clock.load(program, context) for name, program in programs.items()}
 
     def run(iterations: int) -> tuple[dict[str, list[float]], dict[str, object]]:
         seconds, last = {name: [] for name in loaded}, {}

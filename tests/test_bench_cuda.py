@@ -1,6 +1,8 @@
 """The benchmark's CUDA programs without a card: on one rank, with stand-ins for what torch has on CUDA only."""
 
+import contextlib
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +137,81 @@ def test_scaled_mm_gets_what_cublas_asks_for(context, monkeypatch, num_tokens):
 def test_host_time_is_that_of_a_call(context):
     program = cases.RsRmsnorm(context, 6).programs()["fused"]
     assert 0 < bench.timing.host_time(context, program, calls=20) < 1
+
+
+class Graphs:
+    """CUDA graphs without a card: what is captured is called, and a replay takes as long as it would there."""
+
+    def __init__(self, monkeypatch, seconds: float):
+        """seconds: of a call."""
+        self.captured, self.seconds = [], seconds
+        nothing = contextlib.nullcontext
+        stand_ins = {"CUDAGraph": nothing, "Event": self.event, "Stream": self.stream, "stream": nothing}
+        stand_ins |= {"current_stream": nothing, "synchronize": lambda: None, "graph": self.capture}
+        for name, stand_in in stand_ins.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def stream(self):
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def event(self, enable_timing):
+        elapsed_ms = self.captured[-1].calls * self.seconds * 1e3
+        return SimpleNamespace(record=lambda: None, elapsed_time=lambda stop: elapsed_ms)
+
+    @contextlib.contextmanager
+    def capture(self, graph, stream, capture_error_mode):
+        self.captured.append(SimpleNamespace(calls=0))
+        graph.replay = lambda: None
+        yield
+
+    def call(self):
+        if self.captured:
+            self.captured[-1].calls += 1
+        return torch.empty(1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "slowest", "calls"),
+    [
+        (0.0, 0.0, [8, 32]),
+        (10e-6, 20e-6, [8, 32]),
+        (93e-6, 93e-6, [8, 32]),
+        (200e-6, 201e-6, [8, 14]),
+        (700e-6, 700e-6, [8]),
+        (10e-6, 17e-3, [8]),
+    ],
+)
+def test_short_calls_share_a_graph_with_more_on_all_ranks_alike(context, monkeypatch, seconds, slowest, calls):
+    graphs = Graphs(monkeypatch, seconds)
+    monkeypatch.setattr(context, "meet", lambda: None)
+    monkeypatch.setattr(context, "host_reduce", lambda mine: torch.tensor([*mine, slowest]).amax(0, keepdim=True))
+    clock = bench.timing.CudaClock()
+    loaded = clock.load(bench.timing.Program(graphs.call), context)
+    assert [graph.calls for graph in graphs.captured] == calls and loaded.calls == calls[-1]
+    sample, result = clock.sample(loaded, context.meet)
+    assert clock.seconds([sample]) == pytest.approx([seconds]) and result is loaded.result
+
+
+def load_a_graph(kib: int, device: str) -> tuple[int, int]:
+    """Runs on a rank, alone on a card: the calls in a graph of calls that fill so much, and the bytes that it keeps."""
+    context = SimpleNamespace(meet=lambda: None, settle=torch.cuda.synchronize, host_reduce=torch.tensor)
+
+    def call():
+        return torch.empty(kib, 2**10, dtype=torch.uint8, device=device).zero_()
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    loaded = bench.timing.CudaClock().load(bench.timing.Program(call), context)
+    torch.cuda.empty_cache()
+    return loaded.calls, torch.cuda.memory_reserved() - before
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("kib", "short"), [(64, True), (2**20, False)])
+def test_a_graph_keeps_the_memory_of_two_calls(pools, device, kib, short):
+    [(calls, reserved)] = pools(1).run(load_a_graph, kib, device)
+    assert (calls == 32) == short
+    assert reserved <= 2 * max(kib * 2**10, 2**21)  # torch takes no less than 2 MiB from the card
 
 
 @pytest.mark.parametrize(
