@@ -18,10 +18,12 @@ LABELS = {
 STYLES = {"fused": "o-", "dist": "s--", "own": "^--", "allreduce": "v--"}
 
 
-def load(path: Path) -> dict:
-    """A run's JSON file; ValueError where it is none."""
+def load(path: Path) -> dict | None:
+    """A run's JSON file; None for what `goals` or `multi` has made of several, ValueError where it is neither."""
     try:
         document = json.loads(path.read_text())
+        if "goals" in document:
+            return None
         if document["machine"]["copy_gb_s"] <= 0 or not {"results", "options"} <= document.keys():
             raise KeyError("results, options or machine")
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -31,7 +33,7 @@ def load(path: Path) -> dict:
 
 def draw(paths: list[Path], output: Path) -> None:
     """One row of axes an op: time on the left, memory bandwidth on the right, a colour for every run."""
-    runs = [load(path) for path in paths]
+    runs = [run for run in map(load, paths) if run is not None]
     ops = list(dict.fromkeys(row["op"] for run in runs for row in run["results"]))
     if not ops:
         raise ValueError("no results in these files")
