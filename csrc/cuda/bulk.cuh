@@ -55,10 +55,12 @@ __device__ inline void bulk_store(void* global, const void* shared, uint32_t byt
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared_address(shared)),
                "r"(bytes)
                : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Until at most kPending of this thread's stores still read shared memory.
+// Ends a group of this thread's stores, which bulk_wait_read counts.
+__device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until at most kPending groups of this thread's stores still read shared memory.
 template <int kPending>
 __device__ inline void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
@@ -67,54 +69,67 @@ __device__ inline void bulk_wait_read() {
 // Until all of this thread's stores are in global memory.
 __device__ inline void bulk_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// Copies rows through shared memory with the copy engine alone: kCopierStages row buffers, loads two items ahead of the
-// stores. One thread drives it.
-class BulkCopier {
+// Moves items through shared memory with the copy engine alone: kCopierStages buffers, loads two items ahead of the
+// stores. One thread drives it. `put(item, buffer)` stores an item with bulk_store.
+template <typename Item, typename Put>
+class BulkMover {
  public:
-  __device__ BulkCopier(char* buffers, uint64_t* barriers, uint32_t item_bytes)
-      : buffers_(buffers), barriers_(barriers), item_bytes_(item_bytes) {}
+  __device__ BulkMover(char* buffers, uint64_t* barriers, uint32_t buffer_bytes, Put put)
+      : buffers_(buffers), barriers_(barriers), buffer_bytes_(buffer_bytes), put_(put) {}
 
-  __device__ void copy(char* to, const char* from, uint32_t bytes) {
+  __device__ void move(const Item& item, const char* from, uint32_t bytes) {
     bulk_wait_read<kCopierStages - kAhead - 1>();
     const int stage = loaded_ % kCopierStages;
     barrier_expect(&barriers_[stage], bytes);
-    bulk_load(buffers_ + stage * item_bytes_, from, bytes, &barriers_[stage]);
+    bulk_load(buffers_ + stage * buffer_bytes_, from, bytes, &barriers_[stage]);
     // The two items in flight are remembered in registers, newest first.
-    if (loaded_ - stored_ == kAhead) store_oldest();
-    to_[1] = to_[0], bytes_[1] = bytes_[0];
-    to_[0] = to, bytes_[0] = bytes;
+    if (loaded_ - stored_ == kAhead) store(items_[1]);
+    items_[1] = items_[0];
+    items_[0] = item;
     ++loaded_;
   }
 
-  // All copied rows are in global memory when this returns.
+  // All items are in global memory when this returns.
   __device__ void flush() {
-    drain();
+    if (loaded_ - stored_ == 2) store(items_[1]);
+    if (loaded_ - stored_ == 1) store(items_[0]);
     bulk_wait_all();
   }
 
  private:
   static constexpr int kAhead = 2;
 
-  __device__ void store_oldest() { store(to_[1], bytes_[1]); }
-
-  __device__ void drain() {
-    if (loaded_ - stored_ == 2) store(to_[1], bytes_[1]);
-    if (loaded_ - stored_ == 1) store(to_[0], bytes_[0]);
-  }
-
-  __device__ void store(char* to, uint32_t bytes) {
+  __device__ void store(const Item& item) {
     const int stage = stored_ % kCopierStages;
     barrier_wait(&barriers_[stage], stored_ / kCopierStages & 1);
-    bulk_store(to, buffers_ + stage * item_bytes_, bytes);
+    put_(item, buffers_ + stage * buffer_bytes_);
+    bulk_commit();
     ++stored_;
   }
 
   char* const buffers_;
   uint64_t* const barriers_;
-  const uint32_t item_bytes_;
+  const uint32_t buffer_bytes_;
+  Put put_;
   uint32_t loaded_ = 0, stored_ = 0;
-  char* to_[2] = {};
-  uint32_t bytes_[2] = {};
+  Item items_[2] = {};
+};
+
+struct Run {
+  char* to;
+  uint32_t bytes;
+};
+
+struct PutRun {
+  __device__ void operator()(const Run& run, const char* buffer) const { bulk_store(run.to, buffer, run.bytes); }
+};
+
+// Copies runs of bytes.
+class BulkCopier : public BulkMover<Run, PutRun> {
+ public:
+  __device__ BulkCopier(char* buffers, uint64_t* barriers, uint32_t buffer_bytes)
+      : BulkMover(buffers, barriers, buffer_bytes, PutRun{}) {}
+  __device__ void copy(char* to, const char* from, uint32_t bytes) { move({to, bytes}, from, bytes); }
 };
 
 #endif

@@ -20,10 +20,11 @@ tpf_status use_device(Device* device, int ordinal) {
   }
   Device& entry = known[ordinal % 64];
   if (entry.shared_bytes == 0) {
-    int shared = 0, major = 0;
+    int shared = 0, major = 0, processors = 0;
     cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
-    entry = {shared, major >= 9};
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ordinal);
+    entry = {shared, major >= 9, major == 9, processors};
   }
   *device = entry;
   return TPF_OK;

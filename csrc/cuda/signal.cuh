@@ -78,14 +78,18 @@ __device__ inline BlockRound begin_op(const tpf_team& team, const tpf_call& call
   return {now.epoch + 1, contract, now.calls + 1, refused};
 }
 
-__device__ inline void publish_step(const tpf_team& team, const BlockRound& round, int step, int peer) {
-  publish(signal(team.region[peer], step, blockIdx.x, team.rank), round.epoch, round.contract);
+__device__ inline void publish_step(const tpf_team& team, const BlockRound& round, int step, int cta, int peer) {
+  publish(signal(team.region[peer], step, cta, team.rank), round.epoch, round.contract);
 }
 
-// Waits for one peer; false, with the fault on record, where that fails.
-__device__ inline bool wait_step(const tpf_team& team, const tpf_call& call, const BlockRound& round, int step,
+__device__ inline void publish_step(const tpf_team& team, const BlockRound& round, int step, int peer) {
+  publish_step(team, round, step, blockIdx.x, peer);
+}
+
+// Waits for one peer's word; false, with the fault on record, where that fails.
+__device__ inline bool wait_step(const tpf_team& team, const tpf_call& call, const BlockRound& round, int step, int cta,
                                  int peer) {
-  uint64_t* word = signal(team.region[team.rank], step, blockIdx.x, peer);
+  uint64_t* word = signal(team.region[team.rank], step, cta, peer);
   uint64_t seen, start = 0;
   uint32_t looks = 0;
   tpf_status verdict = TPF_OK;
@@ -112,6 +116,11 @@ __device__ inline bool wait_step(const tpf_team& team, const tpf_call& call, con
   if (status == TPF_OK) return true;
   report(team, call, round, status, peer, step, seen, start == 0 ? 0 : now_ns() - start);
   return false;
+}
+
+__device__ inline bool wait_step(const tpf_team& team, const tpf_call& call, const BlockRound& round, int step,
+                                 int peer) {
+  return wait_step(team, call, round, step, blockIdx.x, peer);
 }
 
 }  // namespace tpf

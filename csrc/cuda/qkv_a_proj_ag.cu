@@ -1,0 +1,124 @@
+#include <cudaTypedefs.h>
+
+#include "launch.cuh"
+#include "qkv_a_proj_ag.cuh"
+
+namespace tpf {
+namespace {
+
+// libcuda is not linked to: torch, or whoever calls, has loaded it.
+PFN_cuTensorMapEncodeTiled_v12000 encoder() {
+  static const PFN_cuTensorMapEncodeTiled_v12000 found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    return result == cudaDriverEntryPointSuccess ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function)
+                                                 : nullptr;
+  }();
+  return found;
+}
+
+// Boxes of `box_rows` rows by 128 bytes of a row-major [rows, hidden_size]; what lies outside reads as 0.
+bool encode(CUtensorMap* map, const tpf_call& call, const void* base, int64_t rows, uint32_t box_rows) {
+  const CUtensorMapDataType type = call.dtype == TPF_BF16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                   : call.dtype == TPF_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                           : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  const cuuint64_t element_bytes = bytes_of(static_cast<tpf_dtype>(call.dtype));
+  const cuuint64_t sizes[2] = {call.hidden_size, static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {call.hidden_size * element_bytes};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(kSwizzleBytes / element_bytes), box_rows};
+  const cuuint32_t steps[2] = {1, 1};
+  return encoder()(map, type, 2, const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+int tiles(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); }
+
+bool begins_at_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+template <typename In, typename Out, int kHalves>
+tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const tpf_projection& projection,
+                  tpf_stream stream) {
+  using Shape = Shape<kHalves>;
+  const int64_t rows = args.partition.rows(args.team.rank).count, most = args.partition.largest();
+  const int64_t row_blocks = (most + Shape::kTileRows - 1) / Shape::kTileRows;
+  if (row_blocks > TPF_MAX_ROW_BLOCKS || args.call.columns * sizeof(Out) > Shape::kCopierBytes) return TPF_UNSUPPORTED;
+  args.row_blocks = static_cast<int32_t>(std::max<int64_t>(1, row_blocks));
+  args.column_tiles = tiles(args.call.columns, Shape::kTileColumns);
+  if (!encode(&args.weight_map, args.call, projection.weight, args.call.columns, Shape::kTileColumns) ||
+      (rows > 0 && !encode(&args.input_map, args.call, projection.input, rows, Shape::kTileRows))) {
+    return TPF_UNSUPPORTED;
+  }
+  const Grid grid = {blocks, kProjectionThreads, Shape::kSharedBytes};
+  return args.call.op == TPF_QKV_A_PROJ_AG_NORM
+             ? launch_kernel(qkv_a_proj_ag_kernel<In, Out, true, kHalves>, args, device, grid, stream)
+             : launch_kernel(qkv_a_proj_ag_kernel<In, Out, false, kHalves>, args, device, grid, stream);
+}
+
+// Whether high tiles take less time: a turn of theirs costs about 1.6 of the others'.
+bool wants_high_tiles(const ProjectionArgs& args, int blocks) {
+  const auto turns = [&](int rows, int columns) {
+    const int64_t all = int64_t{tiles(args.partition.largest(), rows)} * tiles(args.call.columns, columns);
+    return (all + blocks - 1) / blocks;
+  };
+  return 16 * turns(Shape<2>::kTileRows, Shape<2>::kTileColumns) <=
+         10 * turns(Shape<1>::kTileRows, Shape<1>::kTileColumns);
+}
+
+template <typename T>
+tpf_status launch_16_bit(ProjectionArgs& args, const Device& device, int blocks, const tpf_projection& projection,
+                         tpf_stream stream) {
+  return wants_high_tiles(args, blocks) ? launch<T, T, 2>(args, device, blocks, projection, stream)
+                                        : launch<T, T, 1>(args, device, blocks, projection, stream);
+}
+
+}  // namespace
+}  // namespace tpf
+
+tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* projection, const tpf_team* team,
+                                  const tpf_call* call, tpf_stream stream) {
+  using namespace tpf;
+  Device device;
+  if (const tpf_status status = use_device(&device, team->device); status != TPF_OK) return status;
+  const tpf_dtype dtype = static_cast<tpf_dtype>(call->dtype);
+  const int64_t element_bytes = bytes_of(dtype), hidden = call->hidden_size, columns = call->columns;
+  ProjectionArgs args = {};
+  args.partition = partition_of(call->num_tokens, team->world_size);
+  if (!device.is_hopper || dtype == TPF_F32 || hidden * element_bytes % 16 != 0 || columns % 8 != 0 ||
+      encoder() == nullptr || !begins_at_16_bytes(projection->input) || !begins_at_16_bytes(projection->weight)) {
+    return TPF_UNSUPPORTED;
+  }
+  const bool norm = call->op == TPF_QKV_A_PROJ_AG_NORM;
+  if (norm && std::max(projection->q_columns, projection->kv_columns) > kNormColumns) return TPF_UNSUPPORTED;
+  const uint32_t rest = call->columns - (norm ? projection->q_columns + projection->kv_columns : 0);
+  const uint32_t pieces[3] = {norm ? static_cast<uint32_t>(projection->q_columns) : rest,
+                              norm ? static_cast<uint32_t>(projection->kv_columns) : 0, norm ? rest : 0};
+  for (int i = 0; i < 3; ++i) {
+    if (pieces[i] % 8 != 0 || !begins_at_16_bytes(outputs[i])) return TPF_UNSUPPORTED;
+    args.outputs[i] = static_cast<char*>(outputs[i]);
+    args.columns[i] = pieces[i];
+  }
+  args.scale = projection->scale;
+  args.scale_row_stride = projection->scale_row_stride;
+  args.scale_group_stride = projection->scale_group_stride;
+  args.weight_scale = projection->weight_scale;
+  args.bias = projection->bias;
+  args.norm_weights[0] = projection->q_a_weight;
+  args.norm_weights[1] = projection->kv_a_weight;
+  args.eps = projection->eps;
+  args.team = *team;
+  args.call = *call;
+  args.contract = contract_of(*call);
+  args.k_blocks = static_cast<int32_t>((hidden * element_bytes + kSwizzleBytes - 1) / kSwizzleBytes);
+  // As many blocks as there may be, even where they have no tile: they copy.
+  const int blocks = most_blocks(team->max_ctas > 0 ? team->max_ctas : device.processors);
+  switch (dtype) {
+    case TPF_BF16:
+      return launch_16_bit<__nv_bfloat16>(args, device, blocks, *projection, stream);
+    case TPF_F16:
+      return launch_16_bit<__half>(args, device, blocks, *projection, stream);
+    default:
+      return launch<__nv_fp8_e4m3, __nv_bfloat16, 1>(args, device, blocks, *projection, stream);
+  }
+}
