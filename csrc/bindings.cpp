@@ -164,6 +164,12 @@ int run(const Team& team, Cuda&& cuda, Cpu&& cpu) {
   return cpu();
 }
 
+int gather_latent(Address latent, Address rows, const Team& team, const tpf_call& call, Address stream) {
+  return run(
+      team, [&] { return tpf_gather_latent_cuda(at(latent), at(rows), team.get(), &call, at(stream)); },
+      [&] { return tpf_qkv_a_proj_ag_cpu(at(latent), team.get(), &call); });
+}
+
 // Where an op's input lies in symmetric memory; null where it does not.
 struct Input {
   Input(const Team& team, Address input) : symm_(), found_(team.find(input, &symm_)) {}
@@ -296,26 +302,34 @@ PYBIND11_MODULE(_C, m) {
     return checked(tpf_barrier_cuda(team.get(), at(stream)));
   });
 
-  m.def("qkv_a_proj_ag",
-        [](Address latent, const Team& team, int64_t num_tokens, int hidden_size, int columns, int dtype, bool bias) {
-          const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG, num_tokens, hidden_size, columns, dtype, bias);
-          py::gil_scoped_release release;
-          return static_cast<int>(tpf_qkv_a_proj_ag_cpu(at(latent), team.get(), &call));
-        });
-
-  m.def("qkv_a_proj_ag_fp8", [](Address latent, const Team& team, int64_t num_tokens, int hidden_size, int columns) {
-    const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_FP8, num_tokens, hidden_size, columns, TPF_E4M3, false);
-    py::gil_scoped_release release;
-    return static_cast<int>(tpf_qkv_a_proj_ag_cpu(at(latent), team.get(), &call));
+  // The gathering halves of the projections, after the product. On the CPU that has been written into the next slot,
+  // and `rows` is not looked at.
+  m.def("qkv_a_proj_ag", [](Address latent, Address rows, const Team& team, int64_t num_tokens, int hidden_size,
+                            int columns, int dtype, bool bias, Address stream) {
+    const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG, num_tokens, hidden_size, columns, dtype, bias);
+    return gather_latent(latent, rows, team, call, stream);
   });
 
-  m.def("qkv_a_proj_ag_norm", [](Address q_a, Address kv_a, Address k_pe, Address q_a_weight, Address kv_a_weight,
-                                 const Team& team, int64_t num_tokens, int hidden_size, int columns, int dtype,
-                                 int q_columns, int kv_columns, float eps) {
+  m.def("qkv_a_proj_ag_fp8", [](Address latent, Address rows, const Team& team, int64_t num_tokens, int hidden_size,
+                                int columns, Address stream) {
+    const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_FP8, num_tokens, hidden_size, columns, TPF_E4M3, false);
+    return gather_latent(latent, rows, team, call, stream);
+  });
+
+  m.def("qkv_a_proj_ag_norm", [](Address q_a, Address kv_a, Address k_pe, Address rows, Address q_a_weight,
+                                 Address kv_a_weight, const Team& team, int64_t num_tokens, int hidden_size,
+                                 int columns, int dtype, int q_columns, int kv_columns, float eps, Address stream) {
     tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_NORM, num_tokens, hidden_size, columns, dtype, false);
     call.group_size = static_cast<uint32_t>(q_columns);
-    py::gil_scoped_release release;
-    return static_cast<int>(tpf_qkv_a_proj_ag_norm_cpu(at(q_a), at(kv_a), at(k_pe), at(q_a_weight), at(kv_a_weight),
-                                                       team.get(), &call, q_columns, kv_columns, eps));
+    return run(
+        team,
+        [&] {
+          return tpf_gather_latent_norm_cuda(at(q_a), at(kv_a), at(k_pe), at(rows), at(q_a_weight), at(kv_a_weight),
+                                             team.get(), &call, q_columns, kv_columns, eps, at(stream));
+        },
+        [&] {
+          return tpf_qkv_a_proj_ag_norm_cpu(at(q_a), at(kv_a), at(k_pe), at(q_a_weight), at(kv_a_weight), team.get(),
+                                            &call, q_columns, kv_columns, eps);
+        });
   });
 }

@@ -119,6 +119,11 @@ inline int64_t bytes_of(tpf_dtype dtype) {
   return dtype == TPF_F32 ? 4 : dtype == TPF_BF16 || dtype == TPF_F16 ? 2 : 1;
 }
 
+// Of what a projection makes: the call announces the dtype of what goes in.
+inline tpf_dtype latent_dtype(const tpf_call& call) {
+  return call.dtype == TPF_E4M3 ? TPF_BF16 : static_cast<tpf_dtype>(call.dtype);
+}
+
 TPF_HD inline uint32_t mix(uint32_t hash, uint32_t value) {
   hash ^= value;  // the finaliser of MurmurHash3: every bit of the value reaches every bit of the hash
   hash = (hash ^ (hash >> 16)) * 0x85ebca6bu;

@@ -190,6 +190,14 @@ tpf_status tpf_reduce_scatter_rows_cuda(void* output, const void* input, const t
 tpf_status tpf_all_gather_rows_cuda(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
                                     int32_t hidden_size, tpf_dtype dtype, tpf_stream stream);
 
+/* The gathering halves of the projections. rows: this rank's projected rows, [rows, columns]; in
+ * tpf_gather_latent_norm_cuda their owner normalises them on the way. The rest as in tpf_qkv_a_proj_ag_cpu. */
+tpf_status tpf_gather_latent_cuda(void* latent, const void* rows, const tpf_team* team, const tpf_call* call,
+                                  tpf_stream stream);
+tpf_status tpf_gather_latent_norm_cuda(void* q_a, void* kv_a, void* k_pe, const void* rows, const void* q_a_weight,
+                                       const void* kv_a_weight, const tpf_team* team, const tpf_call* call,
+                                       int32_t q_columns, int32_t kv_columns, float eps, tpf_stream stream);
+
 /* All ranks' kernels meet once, in one block: what every op pays at least. */
 tpf_status tpf_barrier_cuda(const tpf_team* team, tpf_stream stream);
 

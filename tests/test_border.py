@@ -9,7 +9,7 @@ from ranks import outcome, workspace
 import tp_fused
 from tp_fused import checks
 
-BF16 = torch.bfloat16
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 COLUMNS = sum(LATENT)
 
 
@@ -193,6 +193,16 @@ BAD_CALLS_ON_CUDA = {
     "input between vectors": ("rs_rmsnorm", {"input": shifted}, ValueError, rf"input {ADDRESS}"),
     "residual between vectors": ("rs_rmsnorm_fp8", {"residual": shifted}, ValueError, rf"residual {ADDRESS}"),
     "weight between vectors": ("rs_rmsnorm_ag", {"weight": shifted}, ValueError, rf"weight {ADDRESS}"),
+    "projection input between vectors": ("qkv_a_proj_ag", {"input": shifted}, ValueError, rf"input {ADDRESS}"),
+    "projection weight between vectors": ("qkv_a_proj_ag", {"weight": shifted}, ValueError, rf"weight {ADDRESS}"),
+    "latent norm between vectors": (
+        *("qkv_a_proj_ag_norm", {"kv_a_weight": shifted}, ValueError),
+        rf"kv_a_weight {ADDRESS}",
+    ),
+    "fp8 columns between vectors": (
+        *("qkv_a_proj_ag_fp8", {"q": ones(2, 264, dtype=E4M3), "weight": ones(COLUMNS, 264, dtype=E4M3)}, ValueError),
+        r"an fp8 weight must have a multiple of 8 rows and of 16 columns, got \(144, 264\)",
+    ),
     "group size": ("rs_rmsnorm_fp8", {"group_size": 32}, ValueError, r"group_size must be 64 or 128, got 32"),
 }
 

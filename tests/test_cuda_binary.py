@@ -117,6 +117,13 @@ def reductions(kernels: dict[str, Kernel], *bodies: int) -> dict[str, Kernel]:
     return {name: kernels[name] for name in found}
 
 
+def gathers(kernels: dict[str, Kernel], bulk: bool) -> dict[str, Kernel]:
+    """all_gather_rows_kernel<dtype of the norms or void, bulk>."""
+    return {
+        name: kernels[name] for name in (f"all_gather_rows_kernel<{t}, {str(bulk).lower()}>" for t in ("void", *DTYPES))
+    }
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_has_local_memory(kernels):
     """Whatever of a row is not in registers or shared memory travels to the caches and back."""
@@ -137,7 +144,7 @@ def test_rows_travel_in_vectors_of_16_bytes(kernels):
         name: dict(kernel.opcodes)
         for name, kernel in {
             **reductions(kernels, ONE_ROW, DIRECT),
-            "all_gather_rows_kernel": kernels["all_gather_rows_kernel"],
+            **gathers(kernels, bulk=False),
         }.items()
         if not kernel.count(r"LDG\.E(?!.*CONSTANT).*\.128") or not kernel.count(r"STG\.E.*\.128")
     }
@@ -146,8 +153,14 @@ def test_rows_travel_in_vectors_of_16_bytes(kernels):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
 def test_rows_travel_in_bulk_copies(kernels):
-    """With the copy engine rows come and go in bulk; only what is computed is stored by the threads, as vectors."""
+    """With the copy engine rows come and go in bulk; only what is computed is stored by the threads, as vectors. Peers
+    copy gathered rows in bulk; their owners lay them open."""
     threads_copy = {
+        name: dict(kernel.opcodes)
+        for name, kernel in gathers(kernels, bulk=True).items()
+        if not kernel.count(r"UBLKCP\.S\.G") or not kernel.count(r"UBLKCP\.G\.S")
+    }
+    threads_copy |= {
         name: dict(kernel.opcodes)
         for name, kernel in reductions(kernels, BULK).items()
         if not kernel.count(r"UBLKCP\.S\.G")

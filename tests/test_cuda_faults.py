@@ -22,6 +22,9 @@ SIZES = {"max_num_tokens": 300, "hidden_size": 2048, "latent_size": sum(LATENT),
 # shares it. Many: each block has several chunks of them, which the copy engine moves where there is one.
 FORMS = {"few rows": (3, 256), "a row": (1, 2048), "many rows": (37, 256), "many rows in place": (37, 256)}
 FORMS_OF_OPS = [(op, form) for op in OPS for form in FORMS if op in REDUCTIONS or form in ("few rows", "many rows")]
+# What is gathered goes in chunks of at least 16 KB.
+FORMS["many wide rows"] = (37, 2048)
+FORMS_OF_OPS.append(("all_gather_rows", "many wide rows"))
 
 
 def call_of(op: str, device: str, form: str, world_size: int) -> Call:
@@ -163,9 +166,7 @@ def hear_from_other_blocks(device: str, op: str, form: str) -> None:
         dist.barrier()
 
 
-@pytest.mark.parametrize(
-    ("op", "form"), [(op, form) for op, form in FORMS_OF_OPS if op in (*REDUCTIONS, "all_gather_rows")]
-)
+@pytest.mark.parametrize(("op", "form"), FORMS_OF_OPS)
 @pytest.mark.parametrize("world_size", [3])
 def test_a_block_that_waits_in_vain_has_nan(pool, device, op, form, world_size):
     pool.run(hear_from_other_blocks, device, op, form)

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from programs import LATENT, OPS, PROJECTIONS, Call
+from programs import LATENT, OPS, Call
 from ranks import RankDied, outcome, settled, workspace
 
 import tp_fused
@@ -63,11 +63,6 @@ DISAGREEMENTS = {
 }
 
 
-def launched(op: str, device: str) -> str:
-    """The op that a fault names: on cuda a projection is cuBLAS, then all_gather_rows."""
-    return "all_gather_rows" if device == "cuda" and op in PROJECTIONS else op
-
-
 def disagree(backend: str, device: str, name: str) -> tuple:
     """Runs on a rank: a good call, one that the odd rank sees differently, every op, and a new workspace."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -87,11 +82,9 @@ def disagree(backend: str, device: str, name: str) -> tuple:
 @pytest.mark.parametrize("name", DISAGREEMENTS)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_that_disagree(pool, device, name, world_size):
-    if device == "cuda" and name in ("bias", "norms of a projection"):
-        pytest.skip("on cuda a projection is cuBLAS, then all_gather_rows, which does not know what it gathers")
     op, changes, theirs, mine = DISAGREEMENTS[name]
-    others = rf"{launched(op, device)} #2: rank {ODD} called with {theirs}, rank \d with {mine}"
-    odd = rf"{launched(changes.get('op', op), device)} #2: rank \d called with {mine}, rank {ODD} with {theirs}"
+    others = rf"{op} #2: rank {ODD} called with {theirs}, rank \d with {mine}"
+    odd = rf"{changes.get('op', op)} #2: rank \d called with {mine}, rank {ODD} with {theirs}"
     for rank, (error, seconds, later, reported) in enumerate(pool.run(disagree, device, device, name)):
         assert isinstance(error, CollectiveFault), repr(error)
         assert seconds < 10

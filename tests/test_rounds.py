@@ -12,7 +12,7 @@ import torch.distributed as dist
 from programs import LATENT, OPS, REDUCTIONS, Call, same_bits
 from ranks import workspace
 
-SIZES = {"max_num_tokens": 300, "hidden_size": 200, "latent_size": sum(LATENT)}
+SIZES = {"max_num_tokens": 300, "hidden_size": 208, "latent_size": sum(LATENT)}
 
 
 def rounds(backend: str, device: str, calls: list[Call], late: int, seconds: float) -> None:

@@ -1,6 +1,6 @@
 """What tools/sanitize.py watches: two ranks, small calls of every kernel of libtp_fused in every form, faults too.
 
-The projections are not among them: what they launch is cuBLAS, then all_gather_rows.
+Of the projections there is the one whose gather normalises.
 """
 
 import dataclasses
@@ -43,9 +43,14 @@ def calls(device: str) -> list[Call]:
         for form in FORMS
     ]
     complete = [Call(op, 29, 256, BF16, device=device, options={"complete": True}) for op in REDUCTIONS[:2]]
-    # Rows of whole 16 bytes, and others.
-    gathers = [Call("all_gather_rows", 29, columns, torch.uint8, device=device) for columns in (4096, 1001)]
-    return [*reductions, *complete, *gathers]
+    # Rows of whole 16 bytes, few and more than a few for the copy engine, and others.
+    gathers = [Call("all_gather_rows", 29, columns, torch.uint8, device=device) for columns in (4096, 16384, 1001)]
+    norms = [
+        Call("qkv_a_proj_ag_norm", count, 256, dtype, device=device)
+        for count in (29, 300)
+        for dtype in (BF16, FP16, FP32)
+    ]
+    return [*reductions, *complete, *gathers, *norms]
 
 
 def run(call: Call, memory: torch.Tensor | None) -> None:
@@ -64,7 +69,7 @@ def run_all(device: str) -> None:
     rank, number = dist.get_rank(), 0
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    sizes = {"max_num_tokens": 29, "hidden_size": 16384, "max_ctas": MAX_CTAS, "timeout_s": 60.0}
+    sizes = {"max_num_tokens": 300, "hidden_size": 16384, "max_ctas": MAX_CTAS, "timeout_s": 60.0}
     with workspace(device, device, **sizes) as made:
         memories = {dtype: tp_fused.symm_empty((9 * 16384,), dtype, device=device) for dtype in (BF16, FP16, FP32)}
         for call in calls(device):

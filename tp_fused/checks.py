@@ -46,6 +46,13 @@ def kernel_vectors(workspace, hidden_size: int, **tensors: torch.Tensor | None) 
         return
     if hidden_size % 8:
         raise ValueError(f"on cuda, hidden_size must be a multiple of 8, got {hidden_size}")
+    kernel_starts(workspace, **tensors)
+
+
+def kernel_starts(workspace, **tensors: torch.Tensor | None) -> None:
+    """What is read 16 bytes at a time begins at a multiple of 16 bytes."""
+    if workspace.backend != "cuda":
+        return
     for name, tensor in tensors.items():
         if tensor is not None and tensor.data_ptr() % 16:
             raise ValueError(
@@ -120,6 +127,11 @@ def projection(workspace, input, weight, num_tokens: int, input_dtypes=FLOATS, o
         raise ValueError(f"weight is {tuple(weight.shape)}, but the input has {input.shape[1]} columns")
     capacity(workspace, num_tokens, weight.shape[0], output_dtype or input.dtype, "weight.shape[0]")
     local_rows(workspace, "input", input, num_tokens)
+    kernel_starts(workspace, input=input, weight=weight)
+    if workspace.backend == "cuda" and input.dtype == E4M3 and (weight.shape[0] % 8 or weight.shape[1] % 16):
+        raise ValueError(
+            f"on cuda, an fp8 weight must have a multiple of 8 rows and of 16 columns, got {tuple(weight.shape)}"
+        )
 
 
 def fp8_scales(scale: torch.Tensor, q: torch.Tensor, group_size: int = 128) -> None:

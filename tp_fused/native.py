@@ -1,8 +1,10 @@
 """Tensors to pointers to `_C`: one function an op, under the op's own name.
 
-The arguments have been checked (checks.py) and `residual` is this rank's rows. Outputs are allocated here; no other
-memory is.
+The arguments have been checked (checks.py) and `residual` is this rank's rows. Outputs are allocated here, and on CUDA
+this rank's rows of a projection before they are gathered; no other memory is.
 """
+
+import functools
 
 import torch
 
@@ -16,7 +18,7 @@ except ImportError as error:
         f"checkout ({error})"
     ) from error
 
-_DTYPE_CODES = {
+DTYPE_CODES = {
     torch.bfloat16: 0,
     torch.float16: 1,
     torch.float32: 2,
@@ -61,7 +63,7 @@ def rs_rmsnorm(workspace, input, residual, weight, eps, complete):
         workspace.team,
         num_tokens,
         hidden_size,
-        _DTYPE_CODES[input.dtype],
+        DTYPE_CODES[input.dtype],
         eps,
         _variant(residual, complete),
         _stream(workspace),
@@ -90,7 +92,7 @@ def rs_rmsnorm_fp8(workspace, input, residual, weight, eps, group_size, scale_la
         workspace.team,
         num_tokens,
         hidden_size,
-        _DTYPE_CODES[input.dtype],
+        DTYPE_CODES[input.dtype],
         eps,
         group_size,
         1 if column else scale.shape[1],
@@ -115,7 +117,7 @@ def rs_rmsnorm_ag(workspace, input, residual, weight, eps):
         workspace.team,
         num_tokens,
         hidden_size,
-        _DTYPE_CODES[input.dtype],
+        DTYPE_CODES[input.dtype],
         eps,
         _variant(residual),
         _stream(workspace),
@@ -133,7 +135,7 @@ def reduce_scatter_rows(workspace, input):
         workspace.team,
         num_tokens,
         hidden_size,
-        _DTYPE_CODES[input.dtype],
+        DTYPE_CODES[input.dtype],
         _stream(workspace),
     )
     _done(workspace, status)
@@ -149,7 +151,7 @@ def all_gather_rows(workspace, input, num_tokens):
         workspace.team,
         num_tokens,
         columns,
-        _DTYPE_CODES[input.dtype],
+        DTYPE_CODES[input.dtype],
         _stream(workspace),
     )
     _done(workspace, status)
@@ -165,29 +167,51 @@ def _next_slot(workspace, num_rows: int, columns: int, dtype: torch.dtype) -> to
     return torch.frombuffer(memory, dtype=dtype).view(num_rows, columns)
 
 
-def _project(workspace, input, weight, bias=None) -> None:
-    rows = _next_slot(workspace, input.shape[0], weight.shape[0], input.dtype)
+@functools.cache
+def triton_projection():
+    """(tp_fused.triton.qkv_a_proj_ag, None), or (None, what keeps it from being there)."""
+    try:
+        from .triton import qkv_a_proj_ag as module
+    except ImportError as error:
+        return None, str(error)
+    return module, None
+
+
+def _project(workspace, input, weight, bias=None) -> torch.Tensor:
+    """This rank's rows of the product; on the CPU they lie in its slot of the next round."""
     with torch.no_grad():  # a product with out= refuses inputs that ask for gradients; the ops have none
+        if workspace.backend == "cuda":
+            return torch.nn.functional.linear(input, weight, bias)
+        rows = _next_slot(workspace, input.shape[0], weight.shape[0], input.dtype)
         if bias is None:
-            torch.mm(input, weight.t(), out=rows)
-        else:
-            torch.addmm(bias, input, weight.t(), out=rows)
+            return torch.mm(input, weight.t(), out=rows)
+        return torch.addmm(bias, input, weight.t(), out=rows)
+
+
+def _project_fp8(workspace, q, scale, weight, weight_scale) -> torch.Tensor:
+    """The same of fp8 rows. A Triton kernel is compiled at its first call: not while a graph is being captured."""
+    shape = q.shape[0], weight.shape[0]
+    if workspace.backend == "cuda" and (module := triton_projection()[0]):
+        rows = q.new_empty(shape, dtype=torch.bfloat16)
+        return module.project_fp8(q, scale, weight, weight_scale, out=rows, max_ctas=workspace.max_ctas)
+    product = reference.project_fp8(q, scale, weight, weight_scale)
+    return product if workspace.backend == "cuda" else _next_slot(workspace, *shape, torch.bfloat16).copy_(product)
 
 
 def qkv_a_proj_ag(workspace, input, weight, num_tokens, bias):
     columns, hidden_size = weight.shape
-    if workspace.backend == "cuda":
-        return all_gather_rows(workspace, torch.nn.functional.linear(input, weight, bias), num_tokens)
-    _project(workspace, input, weight, bias)
     latent = input.new_empty(num_tokens, columns)
+    rows = _project(workspace, input, weight, bias)
     status = _C.qkv_a_proj_ag(
         _address(latent),
+        _address(rows),
         workspace.team,
         num_tokens,
         hidden_size,
         columns,
-        _DTYPE_CODES[input.dtype],
+        DTYPE_CODES[input.dtype],
         bias is not None,
+        _stream(workspace),
     )
     _done(workspace, status)
     return latent
@@ -195,12 +219,17 @@ def qkv_a_proj_ag(workspace, input, weight, num_tokens, bias):
 
 def qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens):
     columns, hidden_size = weight.shape
-    if workspace.backend == "cuda":
-        return all_gather_rows(workspace, reference.project_fp8(q, scale, weight, weight_scale), num_tokens)
-    rows = _next_slot(workspace, q.shape[0], columns, torch.bfloat16)
-    rows.copy_(reference.project_fp8(q, scale, weight, weight_scale))
     latent = q.new_empty(num_tokens, columns, dtype=torch.bfloat16)
-    status = _C.qkv_a_proj_ag_fp8(_address(latent), workspace.team, num_tokens, hidden_size, columns)
+    rows = _project_fp8(workspace, q, scale, weight, weight_scale)
+    status = _C.qkv_a_proj_ag_fp8(
+        _address(latent),
+        _address(rows),
+        workspace.team,
+        num_tokens,
+        hidden_size,
+        columns,
+        _stream(workspace),
+    )
     _done(workspace, status)
     return latent
 
@@ -208,27 +237,26 @@ def qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens):
 def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, num_tokens):
     columns, hidden_size = weight.shape
     q_columns, kv_columns = q_a_weight.numel(), kv_a_weight.numel()
-    if workspace.backend == "cuda":
-        latent = all_gather_rows(workspace, torch.nn.functional.linear(input, weight), num_tokens)
-        return reference.split_and_norm(latent, q_a_weight, kv_a_weight, eps)
-    _project(workspace, input, weight)
     q_a = input.new_empty(num_tokens, q_columns)
     kv_a = input.new_empty(num_tokens, kv_columns)
     k_pe = input.new_empty(num_tokens, columns - q_columns - kv_columns)
+    rows = _project(workspace, input, weight)
     status = _C.qkv_a_proj_ag_norm(
         _address(q_a),
         _address(kv_a),
         _address(k_pe),
+        _address(rows),
         _address(q_a_weight),
         _address(kv_a_weight),
         workspace.team,
         num_tokens,
         hidden_size,
         columns,
-        _DTYPE_CODES[input.dtype],
+        DTYPE_CODES[input.dtype],
         q_columns,
         kv_columns,
         eps,
+        _stream(workspace),
     )
     _done(workspace, status)
     return q_a, kv_a, k_pe

@@ -242,6 +242,7 @@ def _qkv_a_proj_ag(input, weight, num_tokens, group_name, *, bias=None):
     checks.projection(workspace, input, weight, num_tokens)
     if bias is not None:
         checks.like("bias", bias, (weight.shape[0],), input.dtype, input.device)
+        checks.kernel_starts(workspace, bias=bias)
     return _BACKENDS[workspace.backend].qkv_a_proj_ag(workspace, input, weight, num_tokens, bias)
 
 
@@ -308,6 +309,7 @@ def _qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, eps, num_tokens,
     workspace = get_workspace(group_name, input.device)
     checks.projection(workspace, input, weight, num_tokens)
     checks.latent_norms(q_a_weight, kv_a_weight, weight)
+    checks.kernel_starts(workspace, q_a_weight=q_a_weight, kv_a_weight=kv_a_weight)
     checks.eps(eps)
     return _BACKENDS[workspace.backend].qkv_a_proj_ag_norm(
         workspace, input, weight, q_a_weight, kv_a_weight, eps, num_tokens

@@ -7,8 +7,8 @@ tpf_status tpf_qkv_a_proj_ag_cpu(void* latent, const tpf_team* team, const tpf_c
   Round round(*team, *call);
   if (const tpf_status status = round.begin(); status != TPF_OK) return status;
   if (const tpf_status status = round.meet(0); status != TPF_OK) return status;
-  const tpf_dtype dtype = call->op == TPF_QKV_A_PROJ_AG_FP8 ? TPF_BF16 : static_cast<tpf_dtype>(call->dtype);
-  gather_rows(round, static_cast<char*>(latent), round.slot(round.rank()), call->columns * bytes_of(dtype));
+  gather_rows(round, static_cast<char*>(latent), round.slot(round.rank()),
+              call->columns * bytes_of(latent_dtype(*call)));
   return round.end(false);
 }
 

@@ -32,4 +32,13 @@ tpf_status tpf_all_gather_rows_cuda(void*, const void*, const tpf_team*, int64_t
   return TPF_UNSUPPORTED;
 }
 
+tpf_status tpf_gather_latent_cuda(void*, const void*, const tpf_team*, const tpf_call*, tpf_stream) {
+  return TPF_UNSUPPORTED;
+}
+
+tpf_status tpf_gather_latent_norm_cuda(void*, void*, void*, const void*, const void*, const void*, const tpf_team*,
+                                       const tpf_call*, int32_t, int32_t, float, tpf_stream) {
+  return TPF_UNSUPPORTED;
+}
+
 tpf_status tpf_barrier_cuda(const tpf_team*, tpf_stream) { return TPF_UNSUPPORTED; }

@@ -1,79 +1,50 @@
-// all_gather_rows_kernel: every rank lays its rows open in its own slot, then copies the others'. The rows of a rank
-// are one run of bytes; block b of every rank handles pieces b, b + grid, ... of it, so block b needs to hear from the
-// peers' blocks b alone.
+#include "all_gather_rows.cuh"
 #include "launch.cuh"
-#include "signal.cuh"
-#include "vec.cuh"
 
 namespace tpf {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kDepth = 4;  // vectors of a thread that are on their way at once
-constexpr int64_t kPieceBytes = int64_t{kThreads} * kDepth * 16;
-
-struct GatherArgs {
-  char* output;
-  const char* input;
-  tpf_team team;
-  tpf_call call;
-  uint32_t contract;
-  int64_t row_bytes;
-  Partition partition;
-};
-
-// Copies `bytes` with all threads of the block, 16 bytes at a time where both ends allow it.
-__device__ void copy_piece(char* to, const char* from, int64_t bytes) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16 != 0) {
-    for (int64_t at = threadIdx.x; at < bytes; at += kThreads) to[at] = *(volatile const char*)(from + at);
-    return;
-  }
-  uint4 raw[kDepth];
-#pragma unroll
-  for (int i = 0; i < kDepth; ++i) {
-    const int64_t at = (int64_t{i} * kThreads + threadIdx.x) * 16;
-    raw[i] = at < bytes ? load16(from + at) : uint4{};
-  }
-#pragma unroll
-  for (int i = 0; i < kDepth; ++i) {
-    const int64_t at = (int64_t{i} * kThreads + threadIdx.x) * 16;
-    if (at < bytes) store16(to + at, raw[i]);
-  }
+GatherArgs gather_args(const void* input, const tpf_team* team, const tpf_call& call) {
+  GatherArgs args = {};
+  args.input = static_cast<const char*>(input);
+  args.team = *team;
+  args.call = call;
+  args.contract = contract_of(call);
+  args.partition = partition_of(call.num_tokens, team->world_size);
+  return args;
 }
 
-__global__ void __launch_bounds__(kThreads, 1) all_gather_rows_kernel(const __grid_constant__ GatherArgs args) {
-  const tpf_team& team = args.team;
-  const BlockRound round = begin_op(team, args.call, args.contract, 1);
-  const auto rows = [&](int rank) { return args.partition.rows(rank); };
-  const auto for_pieces = [&](int rank, auto&& copy) {
-    const int64_t bytes = rows(rank).count * args.row_bytes;
-    for (int64_t at = blockIdx.x * kPieceBytes; at < bytes; at += gridDim.x * kPieceBytes) {
-      copy(at, min(kPieceBytes, bytes - at));
-    }
-  };
-  bool arrived = !round.refused;
-  if (arrived) {
-    char* own = slot(team.region[team.rank], round.epoch, team.slot_bytes);
-    char* own_output = args.output + rows(team.rank).start * args.row_bytes;
-    for_pieces(team.rank, [&](int64_t at, int64_t bytes) { copy_piece(own + at, args.input + at, bytes); });
-    __syncthreads();
-    const int peer = threadIdx.x;
-    const bool has_peer = peer < team.world_size && peer != team.rank;
-    if (has_peer) publish_step(team, round, 0, peer);
-    for_pieces(team.rank, [&](int64_t at, int64_t bytes) { copy_piece(own_output + at, args.input + at, bytes); });
-    if (has_peer) arrived = wait_step(team, args.call, round, 0, peer);
-    arrived = __syncthreads_and(arrived);
-    // Each rank begins with the next one, so that they do not all read from the same.
-    for (int offset = 1; offset < team.world_size; ++offset) {
-      const int source = (team.rank + offset) % team.world_size;
-      const char* from = slot(team.region[source], round.epoch, team.slot_bytes);
-      char* to = args.output + rows(source).start * args.row_bytes;
-      for_pieces(source, [&](int64_t at, int64_t bytes) { copy_piece(to + at, from + at, bytes); });
-    }
+void add_part(GatherArgs& args, void* output, const void* weight, int64_t row_bytes) {
+  GatherPart& part = args.parts[args.num_parts++];
+  part = {static_cast<char*>(output), weight, row_bytes, args.row_bytes, 0};
+  for (int p = 0; p + 1 < args.num_parts; ++p) {
+    part.slot_offset += (args.partition.largest() * args.parts[p].row_bytes + 15) / 16 * 16;
   }
-  if (arrived) return;
-  const int64_t bytes = args.call.num_tokens * args.row_bytes;  // NaN in every dtype that has one
-  for (int64_t at = blockIdx.x * kThreads + threadIdx.x; at < bytes; at += gridDim.x * kThreads) args.output[at] = ~0;
+  args.row_bytes += row_bytes;
+}
+
+template <typename T>
+tpf_status launch_gather(GatherArgs& args, tpf_stream stream) {
+  Device device;
+  if (const tpf_status status = use_device(&device, args.team.device); status != TPF_OK) return status;
+  // Who copies what and when depends on the call and on what the workspace was made with: the same on all ranks. The
+  // body may differ, since addresses do.
+  const Blocks blocks = share_out(args.partition.largest(), args.team.max_ctas);
+  const int64_t row_bytes = std::max<int64_t>(args.row_bytes, 1);
+  const int64_t rows_of_chunk =
+      std::max<int64_t>((blocks.rows + kGatherChunks - 1) / kGatherChunks, (kItemBytes + row_bytes - 1) / row_bytes);
+  args.block_rows = blocks.rows;
+  args.chunk_rows = static_cast<int32_t>(std::min<int64_t>(blocks.rows, rows_of_chunk));
+  args.num_chunks = std::max(1, (blocks.rows + args.chunk_rows - 1) / std::max(1, args.chunk_rows));
+  uintptr_t places = reinterpret_cast<uintptr_t>(args.input);
+  for (const GatherPart& part : args.parts) places |= reinterpret_cast<uintptr_t>(part.output) | part.row_bytes;
+  args.vectors = places % 16 == 0;
+  // A few items are sooner there with all threads of the block than one after the other.
+  if (device.is_sm90 && args.vectors && blocks.rows * row_bytes > 2 * kItemBytes) {
+    const Grid grid = {blocks.grid, kGatherThreads, size_t{kCopierStages} * kItemBytes};
+    return launch_kernel(all_gather_rows_kernel<T, true>, args, device, grid, stream);
+  }
+  return launch_kernel(all_gather_rows_kernel<T, false>, args, device, {blocks.grid, kGatherThreads}, stream);
 }
 
 }  // namespace
@@ -81,18 +52,35 @@ __global__ void __launch_bounds__(kThreads, 1) all_gather_rows_kernel(const __gr
 
 tpf_status tpf_all_gather_rows_cuda(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
                                     int32_t hidden_size, tpf_dtype dtype, tpf_stream stream) {
-  using namespace tpf;
-  Device device;
-  if (const tpf_status status = use_device(&device, team->device); status != TPF_OK) return status;
-  GatherArgs args = {};
-  args.output = static_cast<char*>(output);
-  args.input = static_cast<const char*>(input);
-  args.team = *team;
-  args.call = gather_call(dtype, num_tokens, hidden_size);
-  args.contract = contract_of(args.call);
-  args.row_bytes = hidden_size * bytes_of(dtype);
-  args.partition = partition_of(num_tokens, team->world_size);
-  const int64_t largest = args.partition.largest() * args.row_bytes;
-  const Blocks blocks = share_out((largest + kPieceBytes - 1) / kPieceBytes, team->max_ctas);
-  return launch_kernel(all_gather_rows_kernel, args, device, {blocks.grid, kThreads}, stream);
+  tpf::GatherArgs args = tpf::gather_args(input, team, tpf::gather_call(dtype, num_tokens, hidden_size));
+  tpf::add_part(args, output, nullptr, hidden_size * tpf::bytes_of(dtype));
+  return tpf::launch_gather<void>(args, stream);
+}
+
+tpf_status tpf_gather_latent_cuda(void* latent, const void* rows, const tpf_team* team, const tpf_call* call,
+                                  tpf_stream stream) {
+  tpf::GatherArgs args = tpf::gather_args(rows, team, *call);
+  tpf::add_part(args, latent, nullptr, call->columns * tpf::bytes_of(tpf::latent_dtype(*call)));
+  return tpf::launch_gather<void>(args, stream);
+}
+
+tpf_status tpf_gather_latent_norm_cuda(void* q_a, void* kv_a, void* k_pe, const void* rows, const void* q_a_weight,
+                                       const void* kv_a_weight, const tpf_team* team, const tpf_call* call,
+                                       int32_t q_columns, int32_t kv_columns, float eps, tpf_stream stream) {
+  const int64_t bytes = tpf::bytes_of(tpf::latent_dtype(*call));
+  tpf::GatherArgs args = tpf::gather_args(rows, team, *call);
+  args.eps = eps;
+  tpf::add_part(args, q_a, q_a_weight, q_columns * bytes);
+  tpf::add_part(args, kv_a, kv_a_weight, kv_columns * bytes);
+  tpf::add_part(args, k_pe, nullptr, (int64_t{call->columns} - q_columns - kv_columns) * bytes);
+  switch (call->dtype) {
+    case TPF_BF16:
+      return tpf::launch_gather<__nv_bfloat16>(args, stream);
+    case TPF_F16:
+      return tpf::launch_gather<__half>(args, stream);
+    case TPF_F32:
+      return tpf::launch_gather<float>(args, stream);
+    default:
+      return TPF_UNSUPPORTED;
+  }
 }

@@ -13,6 +13,8 @@ constexpr int64_t kStaticSharedBytes = 2048;  // what the kernels declare beside
 struct Device {
   int64_t shared_bytes;  // one block's, at most
   bool is_sm90;          // or newer: bulk copies, clusters, programmatic dependent launch
+  bool is_hopper;        // sm_90 itself: its matrix instructions are not in later ones
+  int processors;        // multiprocessors
 };
 
 struct Grid {

@@ -124,12 +124,6 @@ __device__ inline void cluster_store(float*, int, float) {}
 __device__ inline void cluster_sync() {}
 #endif
 
-__device__ inline float warp_sum(float value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
-}
-
 // The sum over the group, added up in an order that depends on the columns alone: 32 vectors at a time, then these. So
 // a row has the same bits whatever body and however many threads work on it. `parity` alternates from row to row
 // between two buffers, so one barrier a row is enough.

@@ -1,4 +1,4 @@
-// 16-byte vectors of rows, to and from fp32.
+// 16-byte vectors of rows, to and from fp32; the sum over a warp.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -68,6 +68,12 @@ __device__ inline uint4 pack(const float (&values)[8], T type) {
 __device__ inline uint4 pack(const float (&values)[4], float) {
   return {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
           __float_as_uint(values[3])};
+}
+
+__device__ inline float warp_sum(float value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
 }
 
 // e4m3, saturating, rounded to nearest even; the low 32 bits hold the first four.

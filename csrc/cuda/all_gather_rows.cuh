@@ -1,0 +1,295 @@
+// all_gather_rows_kernel: every rank lays its rows open in its own slot, then copies the others'. all_gather_rows and
+// the gathering half of the projections are this kernel.
+//
+// Rows come in one part, or in three that all ranks want as tensors of their own; in a slot, too, the rows of a part
+// lie one after the other. In qkv_a_proj_ag_norm the owner of a row normalises its parts on their way into the slot:
+// once, where all ranks would do it after the gather.
+//
+// Block b handles rows b * block_rows and following of every rank's share, in chunks; chunk c is published at step c,
+// and may be copied while chunk c + 1 is being laid open. So block b hears from the peers' blocks b alone.
+//
+// Two bodies. Direct: all threads lay a chunk open, then copy the peers', some warps for each peer. Bulk, with the copy
+// engine of sm_90 and newer: the last warp copies while the others lay open.
+#pragma once
+#include <type_traits>
+
+#include "bulk.cuh"
+#include "signal.cuh"
+#include "vec.cuh"
+
+namespace tpf {
+
+constexpr int kGatherThreads = 512;
+constexpr int kGatherChunks = 8;
+constexpr int kGatherParts = 3;
+constexpr int kItemBytes = 16 * 1024;  // of one bulk copy, at most
+
+struct GatherPart {
+  char* output;        // [num_tokens, columns]
+  const void* weight;  // of the norm; null where there is none
+  int64_t row_bytes;
+  int64_t row_offset;   // where the part begins in a row of the input
+  int64_t slot_offset;  // where its rows begin in a slot
+};
+
+struct GatherArgs {
+  GatherPart parts[kGatherParts];
+  int32_t num_parts;
+  float eps;
+  const char* input;  // this rank's rows, all parts
+  int64_t row_bytes;
+  tpf_team team;
+  tpf_call call;
+  uint32_t contract;
+  Partition partition;
+  int32_t block_rows;  // of a share, for one block, at most
+  int32_t chunk_rows;
+  int32_t num_chunks;
+  bool vectors;  // everything begins at a multiple of 16 bytes
+};
+
+// The rows of this block's chunk `chunk` in a share of `count` rows.
+__device__ inline Rows chunk_of(const GatherArgs& args, int64_t count, int chunk) {
+  const int64_t first = int64_t{blockIdx.x} * args.block_rows, start = first + int64_t{chunk} * args.chunk_rows;
+  const int64_t end = min(min(start + args.chunk_rows, first + args.block_rows), count);
+  return {start, max(end - start, int64_t{0})};
+}
+
+// One part of them: where its owner lays it open, where it goes, and how long it is.
+struct Piece {
+  __device__ Piece(const GatherArgs& args, uint32_t epoch, int owner, int chunk, const GatherPart& part) {
+    const Rows share = args.partition.rows(owner), rows = chunk_of(args, share.count, chunk);
+    open = slot(args.team.region[owner], epoch, args.team.slot_bytes) + part.slot_offset + rows.start * part.row_bytes;
+    output = part.output + (share.start + rows.start) * part.row_bytes;
+    bytes = rows.count * part.row_bytes;
+  }
+  char* open;
+  char* output;
+  int64_t bytes;
+};
+
+// Copies to one place, or two, with `threads` threads. A warp has kDepth x 512 bytes at a time, and all its loads are
+// on their way before the first store.
+template <int kDepth = 8>
+__device__ inline void copy_piece(char* to, char* also, const char* from, int64_t bytes, int thread, int threads,
+                                  bool vectors) {
+  if (!vectors) {
+    for (int64_t at = thread; at < bytes; at += threads) {
+      const char byte = *reinterpret_cast<const volatile char*>(from + at);
+      to[at] = byte;
+      if (also != nullptr) also[at] = byte;
+    }
+    return;
+  }
+  const int first = (thread / 32 * 32 * kDepth + thread % 32) * 16;
+  for (int64_t at = first; at < bytes; at += threads * kDepth * 16) {
+    const int64_t left = bytes - at;
+    uint4 raw[kDepth];
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      if (i * 512 < left) raw[i] = load16(from + at + i * 512);
+    }
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      if (i * 512 < left) store16(to + at + i * 512, raw[i]);
+      if (i * 512 < left && also != nullptr) store16(also + at + i * 512, raw[i]);
+    }
+  }
+}
+
+// kWidth columns: a vector of 16 bytes, or one. Through the read-only path: of what no peer writes.
+template <typename T, int kWidth>
+__device__ inline void load_columns(float (&values)[kWidth], const T* from) {
+  if constexpr (kWidth == kLanes<T>) {
+    unpack(values, __ldg(reinterpret_cast<const uint4*>(from)), T{});
+  } else {
+    values[0] = static_cast<float>(__ldg(from));
+  }
+}
+
+template <typename T, int kWidth>
+__device__ inline void store_columns(T* to, const float (&values)[kWidth]) {
+  if constexpr (kWidth == kLanes<T>) {
+    store16(to, pack(values, T{}));
+  } else {
+    *to = static_cast<T>(values[0]);
+  }
+}
+
+// RMSNorm of one part of a row, by one warp: of the row as stored, in fp32, rounded once. Squares are added up in an
+// order that depends on the number of columns alone. At the second look the row is in the L1 cache.
+template <typename T, int kWidth>
+__device__ inline void norm_part(char* to, char* also, const char* from, const GatherPart& part, float eps, int lane) {
+  const int columns = static_cast<int>(part.row_bytes / sizeof(T));
+  const T* const row = reinterpret_cast<const T*>(from);
+  float squares = 0;
+#pragma unroll 2
+  for (int column = lane * kWidth; column < columns; column += 32 * kWidth) {
+    float values[kWidth];
+    load_columns<T>(values, row + column);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) squares = fmaf(values[i], values[i], squares);
+  }
+  const float rstd = __frsqrt_rn(warp_sum(squares) / static_cast<float>(columns) + eps);
+#pragma unroll 2
+  for (int column = lane * kWidth; column < columns; column += 32 * kWidth) {
+    float values[kWidth], scaled[kWidth];
+    load_columns<T>(values, row + column);
+    load_columns<T>(scaled, static_cast<const T*>(part.weight) + column);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) scaled[i] *= values[i] * rstd;
+    store_columns<T>(reinterpret_cast<T*>(to) + column, scaled);
+    if (also != nullptr) store_columns<T>(reinterpret_cast<T*>(also) + column, scaled);
+  }
+}
+
+// Writes this rank's rows of a chunk to its slot, if there are peers, and to its own outputs. T: of the norms' weights;
+// void where nothing is normalised.
+template <typename T>
+__device__ inline void lay_open(const GatherArgs& args, uint32_t epoch, int chunk, int threads) {
+  const int rank = args.team.rank, thread = threadIdx.x;
+  const bool has_peers = args.team.world_size > 1;
+  const Rows rows = chunk_of(args, args.partition.rows(rank).count, chunk);
+  const char* input = args.input + rows.start * args.row_bytes;
+  if constexpr (std::is_void_v<T>) {
+    const Piece piece(args, epoch, rank, chunk, args.parts[0]);
+    copy_piece(piece.output, has_peers ? piece.open : nullptr, input, piece.bytes, thread, threads, args.vectors);
+  } else {
+    // A warp takes one part of one row: the first parts of all rows, then the second, ...
+    const int count = static_cast<int>(rows.count), lane = thread % 32;
+    for (int task = thread / 32; task < args.num_parts * count; task += threads / 32) {
+      const GatherPart& part = args.parts[task / count];
+      const int row = task % count;
+      const Piece piece(args, epoch, rank, chunk, part);
+      char* to = piece.output + row * part.row_bytes;
+      char* also = has_peers ? piece.open + row * part.row_bytes : nullptr;
+      const char* from = input + row * args.row_bytes + part.row_offset;
+      if (part.weight == nullptr) {
+        copy_piece<1>(to, also, from, part.row_bytes, lane, 32, args.vectors);
+      } else if (args.vectors) {
+        norm_part<T, kLanes<T>>(to, also, from, part, args.eps, lane);
+      } else {
+        norm_part<T, 1>(to, also, from, part, args.eps, lane);
+      }
+    }
+  }
+}
+
+// Lays a chunk open and says so. By the first `threads` threads of the block.
+template <typename T>
+__device__ inline void publish_chunk(const GatherArgs& args, const BlockRound& round, int chunk, int threads) {
+  lay_open<T>(args, round.epoch, chunk, threads);
+  asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+  const int peer = threadIdx.x;
+  if (peer < args.team.world_size && peer != args.team.rank) publish_step(args.team, round, chunk, peer);
+}
+
+// Lanes 0..world_size-1 of a warp, or threads of a block, each wait for one peer.
+__device__ inline bool wait_for_chunk(const GatherArgs& args, const BlockRound& round, int chunk, int peer) {
+  if (peer >= args.team.world_size || peer == args.team.rank) return true;
+  return wait_step(args.team, args.call, round, chunk, peer);
+}
+
+// Copies a chunk of all peers' rows: the warps of the block are dealt out to the peers.
+__device__ inline void copy_chunk(const GatherArgs& args, uint32_t epoch, int chunk) {
+  const int peers = args.team.world_size - 1;
+  if (peers == 0) return;
+  const int threads = kGatherThreads / 32 / peers * 32, offset = 1 + threadIdx.x / threads;
+  if (offset > peers) return;
+  const int owner = (args.team.rank + offset) % args.team.world_size;
+  for (int p = 0; p < args.num_parts; ++p) {
+    const Piece piece(args, epoch, owner, chunk, args.parts[p]);
+    copy_piece(piece.output, nullptr, piece.open, piece.bytes, threadIdx.x % threads, threads, args.vectors);
+  }
+}
+
+// A chunk is copied when the next one has been laid open.
+template <typename T>
+__device__ inline bool gather_directly(const GatherArgs& args, const BlockRound& round) {
+#pragma unroll 1
+  for (int next = 0; next <= args.num_chunks; ++next) {
+    if (next < args.num_chunks) publish_chunk<T>(args, round, next, kGatherThreads);
+    if (next == 0) continue;
+    if (!__syncthreads_and(wait_for_chunk(args, round, next - 1, threadIdx.x))) return false;
+    copy_chunk(args, round.epoch, next - 1);
+  }
+  return true;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+// The last warp. Peers take turns item by item: all ranks are then at about the same rows, and where ranks share a
+// card, its L2 cache answers most of them.
+__device__ inline bool copy_in_bulk(const GatherArgs& args, const BlockRound& round, uint64_t* barriers, char* items) {
+  const int lane = threadIdx.x % 32, world_size = args.team.world_size;
+  BulkCopier copier(items, barriers, kItemBytes);
+  bool arrived = true;
+  for (int chunk = 0; chunk < args.num_chunks && arrived; ++chunk) {
+    arrived = wait_for_chunk(args, round, chunk, lane);
+    __syncwarp();
+    arrived = __all_sync(0xffffffffu, arrived);
+    if (lane != 0 || !arrived) continue;
+    fence_async_global();
+#pragma unroll 1
+    for (int p = 0; p < args.num_parts; ++p) {
+      const int64_t longest = args.chunk_rows * args.parts[p].row_bytes;
+#pragma unroll 1
+      for (int64_t at = 0; at < longest; at += kItemBytes) {
+#pragma unroll 1
+        for (int offset = 1; offset < world_size; ++offset) {
+          const Piece piece(args, round.epoch, (args.team.rank + offset) % world_size, chunk, args.parts[p]);
+          const uint32_t bytes = static_cast<uint32_t>(min(piece.bytes - at, int64_t{kItemBytes}));
+          if (at < piece.bytes) copier.copy(piece.output + at, piece.open + at, bytes);
+        }
+      }
+    }
+  }
+  if (lane == 0) {
+    copier.flush();
+    fence_async_global();  // what was copied may be overwritten with NaN
+  }
+  return arrived;
+}
+
+#endif
+
+// A block that saw a fault leaves no number that could be taken for a result, in any rank's rows. 0xff bytes are NaN in
+// every dtype that has one.
+__device__ inline void poison_chunks(const GatherArgs& args, uint32_t epoch) {
+  for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
+    for (int owner = 0; owner < args.team.world_size; ++owner) {
+      for (int p = 0; p < args.num_parts; ++p) {
+        const Piece piece(args, epoch, owner, chunk, args.parts[p]);
+        for (int64_t at = threadIdx.x; at < piece.bytes; at += kGatherThreads) piece.output[at] = ~0;
+      }
+    }
+  }
+}
+
+template <typename T, bool kBulk>
+__global__ void __launch_bounds__(kGatherThreads, 1) all_gather_rows_kernel(const __grid_constant__ GatherArgs args) {
+  if constexpr (kBulk) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    extern __shared__ __align__(128) char items[];
+    __shared__ uint64_t barriers[kCopierStages];
+    if (threadIdx.x == 0) {
+      for (uint64_t& barrier : barriers) barrier_init(&barrier, 1);
+      fence_async_shared();
+    }
+    const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
+    constexpr int kOpening = kGatherThreads - 32;
+    bool arrived = !round.refused;
+    if (arrived && threadIdx.x >= kOpening) {
+      arrived = copy_in_bulk(args, round, barriers, items);
+    } else if (arrived) {
+      for (int chunk = 0; chunk < args.num_chunks; ++chunk) publish_chunk<T>(args, round, chunk, kOpening);
+    }
+    if (!__syncthreads_and(arrived)) poison_chunks(args, round.epoch);
+#endif
+  } else {
+    const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
+    if (round.refused || !gather_directly<T>(args, round)) poison_chunks(args, round.epoch);
+  }
+}
+
+}  // namespace tpf
