@@ -136,6 +136,16 @@ py::dict to_dict(const tpf_fault& fault) {
   return out;
 }
 
+py::dict to_dict(const tpf_plan& plan) {
+  py::dict out;
+  out["blocks"] = plan.blocks;
+  out["threads"] = plan.threads;
+  out["cluster"] = plan.cluster;
+  out["shared_bytes"] = plan.shared_bytes;
+  out["source"] = plan.source;
+  return out;
+}
+
 tpf_call projection_call(tpf_op op, int64_t num_tokens, int hidden_size, int columns, int dtype, bool bias) {
   tpf_call call = {};
   call.op = op;
@@ -226,6 +236,13 @@ PYBIND11_MODULE(_C, m) {
            [](const Team& team, int rank) {
              return to_dict(team.on_cuda() ? tpf_team_fault_cuda(team.get(), rank)
                                            : tpf_team_fault_cpu(team.get(), rank));
+           })
+      .def("plan",
+           [](const Team& team, int op, Address input, int64_t num_tokens, int hidden_size, int columns, int dtype) {
+             tpf_plan plan = {};
+             checked(tpf_plan_cuda(&plan, static_cast<tpf_op>(op), Input(team, input).get(), team.get(), num_tokens,
+                                   hidden_size, columns, static_cast<tpf_dtype>(dtype)));
+             return to_dict(plan);
            })
       .def("next_slot",
            [](const Team& team, py::ssize_t bytes) {

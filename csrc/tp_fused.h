@@ -198,6 +198,18 @@ tpf_status tpf_gather_latent_norm_cuda(void* q_a, void* kv_a, void* k_pe, const 
                                        const void* kv_a_weight, const tpf_team* team, const tpf_call* call,
                                        int32_t q_columns, int32_t kv_columns, float eps, tpf_stream stream);
 
+/* What a call would launch, which depends on the call, the workspace and the card. */
+typedef struct tpf_plan {
+  int32_t blocks, threads;
+  int32_t cluster;      /* blocks that share a row */
+  int64_t shared_bytes; /* that the copy engine moves rows through; 0: threads move them */
+  int64_t source;       /* as in tpf_call */
+} tpf_plan;
+
+/* For an op on a hidden_size wide input; columns: of a projection. */
+tpf_status tpf_plan_cuda(tpf_plan* plan, tpf_op op, const tpf_symm* input_symm, const tpf_team* team,
+                         int64_t num_tokens, int32_t hidden_size, int32_t columns, tpf_dtype dtype);
+
 /* All ranks' kernels meet once, in one block: what every op pays at least. */
 tpf_status tpf_barrier_cuda(const tpf_team* team, tpf_stream stream);
 

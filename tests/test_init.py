@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import resource
 
 import pytest
@@ -283,6 +284,7 @@ def explained(backend: str, device: str) -> dict[str, str]:
             "staged": tp_fused.explain("rs_rmsnorm", 8, input=torch.zeros(8, 256, device=device)),
             "in place": tp_fused.explain("rs_rmsnorm", 8, input=symmetric),
             "projection": tp_fused.explain("qkv_a_proj_ag", 9, device=device),
+            "fp8": tp_fused.explain("qkv_a_proj_ag_fp8", 9, device=device),
             "too many": tp_fused.explain("rs_rmsnorm_ag", 65, device=device),
             "unknown": str(outcome(tp_fused.explain, "rs_layernorm", 1, device=device)[0]),
         }
@@ -302,3 +304,7 @@ def test_explain(pool, backend, device, world_size):
             assert "the input is staged" in told["staged"]
             assert "the peers read the input in place" in told["in place"]
             assert "torch multiplies" in told["projection"]
+        if backend == "cuda":
+            assert re.search(r"4 blocks \(max_ctas=\d+\) of \d+ threads; each has 1 row at most", told["staged"])
+            assert "5 blocks" in told["projection"]
+            assert "a Triton kernel multiplies" in told["fp8"]

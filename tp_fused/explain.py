@@ -2,14 +2,15 @@
 
 import torch
 
-from . import partition
-from .workspace import get_workspace, resolve_group_name
+from . import faults, native, partition
+from .workspace import Workspace, get_workspace, resolve_group_name
 
 
 def explain(op: str, num_tokens: int, group=None, *, device=None, input: torch.Tensor | None = None) -> str:
     """What a call of `op` with `num_tokens` tokens would run on this rank, and why, in words.
 
-    input: the tensor that would be passed; with it, the answer says whether the peers read it in place.
+    input: the tensor that would be passed; with it, the answer says whether the peers read it in place. Without it, a
+    tensor of the workspace's hidden_size and dtype is assumed. A projection is taken to make latent_size columns.
     Raises ValueError where the call itself would: no workspace, an unknown op.
     """
     if not hasattr(torch.ops.tp_fused, op):
@@ -27,11 +28,53 @@ def explain(op: str, num_tokens: int, group=None, *, device=None, input: torch.T
         lines.append(f"it would raise: the workspace was made for {workspace.max_num_tokens} tokens")
     if workspace.backend == "reference":
         lines.append("rows travel by torch.distributed's all-to-all and all-gather; nothing is fused")
+    elif workspace.backend == "cuda":
+        lines += _on_cuda(workspace, op, num_tokens, input)
     elif op.startswith(("rs_", "reduce_")) and input is not None:
         in_place = workspace.team.is_symmetric(input.data_ptr())
         lines.append("the peers read the input in place" if in_place else "the input is staged by the same kernel")
-    elif op.startswith("qkv_") and workspace.backend == "cuda":
-        lines.append("torch multiplies, then all_gather_rows; not fused yet on this backend")
     elif op.startswith("qkv_"):
         lines.append("torch multiplies into shared memory; the gather copies from there")
     return "\n".join(lines)
+
+
+def _on_cuda(workspace: Workspace, op: str, num_tokens: int, input: torch.Tensor | None) -> list[str]:
+    """What libtp_fused would launch, as it says itself, and what multiplies before that."""
+    dtype, hidden_size = (workspace.dtype, workspace.hidden_size) if input is None else (input.dtype, input.shape[1])
+    if op == "qkv_a_proj_ag_fp8":
+        dtype = torch.float8_e4m3fn
+    code = next(code for code, name in faults.OPS.items() if name == op)
+    address = 0 if input is None else input.data_ptr()
+    sizes = num_tokens, hidden_size, workspace.latent_size
+    plan = workspace.team.plan(code, address, *sizes, native.DTYPE_CODES[dtype])
+
+    lines = []
+    if op == "qkv_a_proj_ag_fp8":
+        triton, missing = native.triton_projection()
+        product = "a Triton kernel" if triton else f"dequantising and torch, since Triton is missing ({missing}),"
+        lines.append(f"{product} multiplies this rank's rows; then one kernel gathers them")
+    elif op.startswith("qkv_"):
+        lines.append("torch multiplies this rank's rows (cuBLAS); then one kernel gathers them")
+    elif op != "all_gather_rows" and input is not None:
+        if plan["source"] >= 0:
+            lines.append("the peers read the input in place")
+        elif workspace.team.is_symmetric(address):
+            lines.append(
+                "the input is staged by the same kernel, although the peers could read it in place: with so few rows, "
+                "that costs less than the second synchronisation of an input that is read in place"
+            )
+        else:
+            lines.append("the input is staged by the same kernel")
+
+    shared_by, groups = plan["cluster"], plan["blocks"] // plan["cluster"]
+    most = -(-partition.row_count(num_tokens, 0, workspace.world_size) // groups)
+    who = f"each {shared_by} of them share" if shared_by > 1 else "each has"
+    lines.append(
+        f"{plan['blocks']} blocks (max_ctas={workspace.max_ctas}) of {plan['threads']} threads; {who} {most} "
+        f"row{'s' if most != 1 else ''} at most"
+    )
+    if plan["shared_bytes"]:
+        lines.append(f"the copy engine moves rows, through {plan['shared_bytes'] // 1024} KiB of shared memory a block")
+    else:
+        lines.append("threads move rows")
+    return lines

@@ -41,4 +41,8 @@ tpf_status tpf_gather_latent_norm_cuda(void*, void*, void*, const void*, const v
   return TPF_UNSUPPORTED;
 }
 
+tpf_status tpf_plan_cuda(tpf_plan*, tpf_op, const tpf_symm*, const tpf_team*, int64_t, int32_t, int32_t, tpf_dtype) {
+  return TPF_UNSUPPORTED;
+}
+
 tpf_status tpf_barrier_cuda(const tpf_team*, tpf_stream) { return TPF_UNSUPPORTED; }

@@ -44,9 +44,16 @@ inline Blocks share_out(int64_t rows, int max_ctas) {
   return {static_cast<int>(each > 0 ? (rows + each - 1) / each : 1), static_cast<int>(each)};
 }
 
+// Where this thread's launches are to be written down instead of made: while tpf_plan_cuda asks an op. Null elsewhere.
+tpf_plan*& plan_instead();
+
 template <typename Args>
 tpf_status launch_kernel(void (*kernel)(Args), const Args& args, const Device& device, const Grid& grid,
                          tpf_stream stream) {
+  if (tpf_plan* plan = plan_instead()) {
+    *plan = {grid.blocks, grid.threads, grid.cluster, static_cast<int64_t>(grid.shared_bytes), args.call.source};
+    return TPF_OK;
+  }
   if (grid.shared_bytes > 48 * 1024) {
     // Once a kernel and process would do; asking each time costs less than a lock.
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
