@@ -2,9 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -116,6 +118,7 @@ py::dict to_dict(const tpf_call& call) {
   out["dtype"] = call.dtype;
   out["columns"] = call.columns;
   out["group_size"] = call.group_size;
+  out["kv_columns"] = call.kv_columns;
   out["variant"] = call.variant;
   out["source"] = call.source;
   return out;
@@ -143,6 +146,7 @@ py::dict to_dict(const tpf_plan& plan) {
   out["cluster"] = plan.cluster;
   out["shared_bytes"] = plan.shared_bytes;
   out["source"] = plan.source;
+  out["tile_rows"] = plan.tile_rows;
   return out;
 }
 
@@ -209,6 +213,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("RESIDUAL") = TPF_RESIDUAL;
   m.attr("COLUMN_SCALES") = TPF_COLUMN_SCALES;
   m.attr("KEEP_OUTPUT") = TPF_KEEP_OUTPUT;
+  m.attr("QKV_A_PROJ_AG") = static_cast<int>(TPF_QKV_A_PROJ_AG);
+  m.attr("QKV_A_PROJ_AG_FP8") = static_cast<int>(TPF_QKV_A_PROJ_AG_FP8);
+  m.attr("QKV_A_PROJ_AG_NORM") = static_cast<int>(TPF_QKV_A_PROJ_AG_NORM);
   m.attr("MAX_RANKS") = TPF_MAX_RANKS;
   m.attr("MAX_CTAS") = TPF_MAX_CTAS;
   m.attr("MAX_HIDDEN_SIZE") = TPF_MAX_HIDDEN_SIZE;
@@ -319,6 +326,28 @@ PYBIND11_MODULE(_C, m) {
     return checked(tpf_barrier_cuda(team.get(), at(stream)));
   });
 
+  // The projections in one kernel; None, and nothing launched, where that does not serve: then project and gather.
+  m.def("project_and_gather",
+        [](int op, const std::array<Address, 3>& outputs, Address input, Address scale, int64_t scale_row_stride,
+           int64_t scale_group_stride, Address weight, Address weight_scale, Address bias, Address q_a_weight,
+           Address kv_a_weight, const Team& team, int64_t num_tokens, int hidden_size, int columns, int dtype,
+           int q_columns, int kv_columns, float eps, Address stream) -> std::optional<int> {
+          tpf_call call = projection_call(static_cast<tpf_op>(op), num_tokens, hidden_size, columns, dtype, bias != 0);
+          call.group_size = static_cast<uint32_t>(q_columns);
+          call.kv_columns = static_cast<uint32_t>(kv_columns);
+          const tpf_projection projection = {at(input),        static_cast<const float*>(at(scale)),
+                                             scale_row_stride, scale_group_stride,
+                                             at(weight),       static_cast<const float*>(at(weight_scale)),
+                                             at(bias),         at(q_a_weight),
+                                             at(kv_a_weight),  q_columns,
+                                             kv_columns,       eps};
+          void* const pointers[3] = {at(outputs[0]), at(outputs[1]), at(outputs[2])};
+          if (const int status = team.fault_status()) return status;
+          const tpf_status status = tpf_qkv_a_proj_ag_cuda(pointers, &projection, team.get(), &call, at(stream));
+          if (status == TPF_UNSUPPORTED) return std::nullopt;
+          return checked(status);
+        });
+
   // The gathering halves of the projections, after the product. On the CPU that has been written into the next slot,
   // and `rows` is not looked at.
   m.def("qkv_a_proj_ag", [](Address latent, Address rows, const Team& team, int64_t num_tokens, int hidden_size,
@@ -338,6 +367,7 @@ PYBIND11_MODULE(_C, m) {
                                  int columns, int dtype, int q_columns, int kv_columns, float eps, Address stream) {
     tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_NORM, num_tokens, hidden_size, columns, dtype, false);
     call.group_size = static_cast<uint32_t>(q_columns);
+    call.kv_columns = static_cast<uint32_t>(kv_columns);
     return run(
         team,
         [&] {

@@ -69,6 +69,8 @@ struct Control {
   uint32_t reserved;
   tpf_call announced[2];  // what the owner calls in round e, at e & 1
   uint32_t claims[2];     // CUDA: rows that blocks have taken one by one in call c, at c & 1
+  // CUDA: column tiles of a row block that a projection has finished. Whoever finishes the last one sets it back to 0.
+  uint32_t finished[TPF_MAX_ROW_BLOCKS];
   tpf_fault fault;
   Progress progress[TPF_MAX_CTAS];  // only its owner touches it
 };
@@ -140,6 +142,7 @@ TPF_HD inline uint32_t contract_of(const tpf_call& call) {
   hash = mix(hash, call.columns);
   hash = mix(hash, call.group_size);
   hash = mix(hash, call.variant);
+  hash = mix(hash, call.kv_columns);
   hash = mix(hash, static_cast<uint32_t>(call.source));
   return mix(hash, static_cast<uint32_t>(call.source >> 32));
 }

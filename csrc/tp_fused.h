@@ -16,6 +16,7 @@ extern "C" {
 
 #define TPF_MAX_RANKS 8           /* ranks of one workspace: the GPUs of one node */
 #define TPF_MAX_CTAS 256          /* blocks of one grid that synchronise with their peers */
+#define TPF_MAX_ROW_BLOCKS 512    /* of 128 rows, that a rank has in a fused projection */
 #define TPF_MAX_STEPS 16          /* synchronisations of one round: staging chunks, closing */
 #define TPF_MAX_HIDDEN_SIZE 16384 /* widest row the reduce kernels take */
 
@@ -54,6 +55,7 @@ typedef enum tpf_op {
 #define TPF_COLUMN_SCALES 4u /* fp8 scales are column-major */
 #define TPF_KEEP_OUTPUT 8u   /* the fp8 form also writes the normalised rows */
 #define TPF_BIAS 16u
+#define TPF_FUSED 32u /* a projection's product and gather are one kernel */
 
 /* What a rank says it is calling. All ranks must say the same; a 32-bit hash of it travels with every signal. */
 typedef struct tpf_call {
@@ -64,6 +66,8 @@ typedef struct tpf_call {
   uint32_t columns;     /* columns of a projection, 0 elsewhere */
   uint32_t group_size;  /* columns that share an fp8 scale; columns of q_a in qkv_a_proj_ag_norm; 0 elsewhere */
   uint32_t variant;
+  uint32_t kv_columns; /* of kv_a in qkv_a_proj_ag_norm; 0 elsewhere */
+  uint32_t reserved;
   int64_t source; /* -1: input staged; else its offset in symmetric memory, read there in place */
 } tpf_call;
 
@@ -190,6 +194,27 @@ tpf_status tpf_reduce_scatter_rows_cuda(void* output, const void* input, const t
 tpf_status tpf_all_gather_rows_cuda(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
                                     int32_t hidden_size, tpf_dtype dtype, tpf_stream stream);
 
+/* What a projection multiplies with. input: [rows, hidden_size]; weight: [columns, hidden_size]; bias: [columns] or
+ * NULL. e4m3: scale, group g of row i at i*scale_row_stride + g*scale_group_stride; weight_scale: [columns/128,
+ * hidden/128], both rounded up. qkv_a_proj_ag_norm: the weights of the two norms and their columns. */
+typedef struct tpf_projection {
+  const void* input;
+  const float* scale;
+  int64_t scale_row_stride, scale_group_stride;
+  const void* weight;
+  const float* weight_scale;
+  const void* bias;
+  const void* q_a_weight;
+  const void* kv_a_weight;
+  int32_t q_columns, kv_columns;
+  float eps;
+} tpf_projection;
+
+/* qkv_a_proj_ag and its two other forms in one kernel: call->op says which. outputs: latent, or q_a, kv_a and k_pe.
+ * TPF_UNSUPPORTED, before anything is launched, where that kernel does not serve: then project and gather. */
+tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* projection, const tpf_team* team,
+                                  const tpf_call* call, tpf_stream stream);
+
 /* The gathering halves of the projections. rows: this rank's projected rows, [rows, columns]; in
  * tpf_gather_latent_norm_cuda their owner normalises them on the way. The rest as in tpf_qkv_a_proj_ag_cpu. */
 tpf_status tpf_gather_latent_cuda(void* latent, const void* rows, const tpf_team* team, const tpf_call* call,
@@ -204,6 +229,7 @@ typedef struct tpf_plan {
   int32_t cluster;      /* blocks that share a row */
   int64_t shared_bytes; /* that the copy engine moves rows through; 0: threads move them */
   int64_t source;       /* as in tpf_call */
+  int32_t tile_rows;    /* of a projection that multiplies by itself; 0: a product is made first */
 } tpf_plan;
 
 /* For an op on a hidden_size wide input; columns: of a projection. */

@@ -48,6 +48,11 @@ def _on_cuda(workspace: Workspace, op: str, num_tokens: int, input: torch.Tensor
     sizes = num_tokens, hidden_size, workspace.latent_size
     plan = workspace.team.plan(code, address, *sizes, native.DTYPE_CODES[dtype])
 
+    if plan["tile_rows"]:
+        return [
+            f"one kernel multiplies, in tiles of {plan['tile_rows']} rows, and gathers finished rows meanwhile",
+            f"{plan['blocks']} blocks (max_ctas={workspace.max_ctas}) of {plan['threads']} threads",
+        ]
     lines = []
     if op == "qkv_a_proj_ag_fp8":
         triton, missing = native.triton_projection()

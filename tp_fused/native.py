@@ -198,9 +198,53 @@ def _project_fp8(workspace, q, scale, weight, weight_scale) -> torch.Tensor:
     return product if workspace.backend == "cuda" else _next_slot(workspace, *shape, torch.bfloat16).copy_(product)
 
 
+def _project_and_gather(
+    workspace,
+    op,
+    outputs,
+    input,
+    weight,
+    num_tokens,
+    scale=None,
+    weight_scale=None,
+    bias=None,
+    norms=(None, None),
+    eps=0.0,
+) -> bool:
+    """Product and gather in one kernel. False, and nothing launched, where that does not serve: csrc/cuda knows."""
+    if workspace.backend != "cuda":
+        return False
+    columns, hidden_size = weight.shape
+    status = _C.project_and_gather(
+        op,
+        [_address(output) for output in (*outputs, None, None)[:3]],
+        _address(input),
+        _address(scale),
+        *((0, 0) if scale is None else scale.stride()),
+        _address(weight),
+        _address(weight_scale),
+        _address(bias),
+        *map(_address, norms),
+        workspace.team,
+        num_tokens,
+        hidden_size,
+        columns,
+        DTYPE_CODES[input.dtype],
+        *(0 if norm is None else norm.numel() for norm in norms),
+        eps,
+        _stream(workspace),
+    )
+    if status is None:
+        return False
+    _done(workspace, status)
+    return True
+
+
 def qkv_a_proj_ag(workspace, input, weight, num_tokens, bias):
     columns, hidden_size = weight.shape
     latent = input.new_empty(num_tokens, columns)
+    if _project_and_gather(workspace, _C.QKV_A_PROJ_AG, [latent], input, weight, num_tokens, bias=bias):
+        return latent
     rows = _project(workspace, input, weight, bias)
     status = _C.qkv_a_proj_ag(
         _address(latent),
@@ -220,6 +264,8 @@ def qkv_a_proj_ag(workspace, input, weight, num_tokens, bias):
 def qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens):
     columns, hidden_size = weight.shape
     latent = q.new_empty(num_tokens, columns, dtype=torch.bfloat16)
+    if _project_and_gather(workspace, _C.QKV_A_PROJ_AG_FP8, [latent], q, weight, num_tokens, scale, weight_scale):
+        return latent
     rows = _project_fp8(workspace, q, scale, weight, weight_scale)
     status = _C.qkv_a_proj_ag_fp8(
         _address(latent),
@@ -240,6 +286,9 @@ def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, n
     q_a = input.new_empty(num_tokens, q_columns)
     kv_a = input.new_empty(num_tokens, kv_columns)
     k_pe = input.new_empty(num_tokens, columns - q_columns - kv_columns)
+    outputs, norms = (q_a, kv_a, k_pe), (q_a_weight, kv_a_weight)
+    if _project_and_gather(workspace, _C.QKV_A_PROJ_AG_NORM, outputs, input, weight, num_tokens, norms=norms, eps=eps):
+        return outputs
     rows = _project(workspace, input, weight)
     status = _C.qkv_a_proj_ag_norm(
         _address(q_a),
@@ -259,4 +308,4 @@ def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, n
         _stream(workspace),
     )
     _done(workspace, status)
-    return q_a, kv_a, k_pe
+    return outputs

@@ -46,3 +46,7 @@ tpf_status tpf_plan_cuda(tpf_plan*, tpf_op, const tpf_symm*, const tpf_team*, in
 }
 
 tpf_status tpf_barrier_cuda(const tpf_team*, tpf_stream) { return TPF_UNSUPPORTED; }
+
+tpf_status tpf_qkv_a_proj_ag_cuda(void* const[3], const tpf_projection*, const tpf_team*, const tpf_call*, tpf_stream) {
+  return TPF_UNSUPPORTED;
+}

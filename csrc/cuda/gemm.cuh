@@ -11,10 +11,6 @@ namespace tpf {
 
 constexpr int kSwizzleBytes = 128;  // of K, in a row of an operand
 
-// What a thread holds of a 64 x kColumns tile.
-template <int kColumns>
-constexpr int kSumsOf = kColumns / 2;
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // A box of the tensor, `x` along its rows (elements), `y` down, into shared memory.
@@ -54,23 +50,10 @@ __device__ inline void hold(float (&sums)[kSums]) {
 #define TPF_SUMS_8(i)                                                                                          \
   "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
       "+f"(sums[i + 6]), "+f"(sums[i + 7])
-#define TPF_SUMS_88                                                                                             \
+#define TPF_SUMS_96                                                                                             \
   TPF_SUMS_8(0), TPF_SUMS_8(8), TPF_SUMS_8(16), TPF_SUMS_8(24), TPF_SUMS_8(32), TPF_SUMS_8(40), TPF_SUMS_8(48), \
-      TPF_SUMS_8(56), TPF_SUMS_8(64), TPF_SUMS_8(72), TPF_SUMS_8(80)
-#define TPF_WGMMA_176(types, trailer)                                                            \
-  asm volatile(                                                                                  \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %90, 0;\n"                                               \
-      "wgmma.mma_async.sync.aligned.m64n176" types " {"                                          \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                  \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "        \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "        \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "        \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "        \
-      "%80, %81, %82, %83, %84, %85, %86, %87}, "                                               \
-      "%88, %89, p, " trailer ";\n}\n"                                                           \
-      : TPF_SUMS_88                                                                              \
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
-#define TPF_WGMMA_192(types, trailer)                                                            \
+      TPF_SUMS_8(56), TPF_SUMS_8(64), TPF_SUMS_8(72), TPF_SUMS_8(80), TPF_SUMS_8(88)
+#define TPF_WGMMA(types, trailer)                                                            \
   asm volatile(                                                                                  \
       "{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"                                               \
       "wgmma.mma_async.sync.aligned.m64n192" types " {"                                          \
@@ -81,31 +64,24 @@ __device__ inline void hold(float (&sums)[kSums]) {
       "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "        \
       "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "       \
       "%96, %97, p, " trailer ";\n}\n"                                                           \
-      : TPF_SUMS_88, TPF_SUMS_8(88)                                                              \
+      : TPF_SUMS_96                                                                              \
       : "l"(a), "l"(b), "r"(static_cast<int>(add)))
 // clang-format on
 
 // sums (+)= a b^T over 32 bytes of K: `add` false begins anew. Thread t of the warp group holds rows t/32*16 + t%32/4
 // and 8 below: sums[4*j], [4*j+1] at columns 8*j + t%4*2 and next, sums[4*j+2], [4*j+3] likewise of the lower row.
-__device__ inline void multiply(float (&sums)[88], uint64_t a, uint64_t b, bool add, __nv_bfloat16) {
-  TPF_WGMMA_176("k16.f32.bf16.bf16", "1, 1, 0, 0");
-}
-__device__ inline void multiply(float (&sums)[88], uint64_t a, uint64_t b, bool add, __half) {
-  TPF_WGMMA_176("k16.f32.f16.f16", "1, 1, 0, 0");
-}
 __device__ inline void multiply(float (&sums)[96], uint64_t a, uint64_t b, bool add, __nv_bfloat16) {
-  TPF_WGMMA_192("k16.f32.bf16.bf16", "1, 1, 0, 0");
+  TPF_WGMMA("k16.f32.bf16.bf16", "1, 1, 0, 0");
 }
 __device__ inline void multiply(float (&sums)[96], uint64_t a, uint64_t b, bool add, __half) {
-  TPF_WGMMA_192("k16.f32.f16.f16", "1, 1, 0, 0");
+  TPF_WGMMA("k16.f32.f16.f16", "1, 1, 0, 0");
 }
 __device__ inline void multiply(float (&sums)[96], uint64_t a, uint64_t b, bool add, __nv_fp8_e4m3) {
-  TPF_WGMMA_192("k32.f32.e4m3.e4m3", "1, 1");
+  TPF_WGMMA("k32.f32.e4m3.e4m3", "1, 1");
 }
 
-#undef TPF_WGMMA_192
-#undef TPF_WGMMA_176
-#undef TPF_SUMS_88
+#undef TPF_WGMMA
+#undef TPF_SUMS_96
 #undef TPF_SUMS_8
 
 template <int kRegisters>

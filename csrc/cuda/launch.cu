@@ -1,9 +1,22 @@
+#include <mutex>
+
 #include "launch.cuh"
 
 namespace tpf {
 namespace {
 thread_local cudaError_t last_error = cudaSuccess;
+
+// What the card can do, and this build has code for: what was compiled for an older card may run on a newer one, but
+// without what only that one has.
+void ask(Device* device, int ordinal) {
+  int shared = 0, major = 0, processors = 0;
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ordinal);
+  const bool is_sm90 = major == 9 ? TPF_CODE_FOR_90 != 0 : major > 9 && TPF_CODE_FOR_100;
+  *device = {shared, is_sm90, major == 9 && TPF_CODE_FOR_90A, processors};
 }
+}  // namespace
 
 tpf_status cuda_failed(cudaError_t error) {
   if (error == cudaSuccess) return TPF_OK;
@@ -12,21 +25,16 @@ tpf_status cuda_failed(cudaError_t error) {
 }
 
 tpf_status use_device(Device* device, int ordinal) {
-  static Device known[64] = {};  // written alike by every thread that comes first
   int current = -1;
   if (const cudaError_t error = cudaGetDevice(&current); error != cudaSuccess) return cuda_failed(error);
   if (current != ordinal) {
     if (const cudaError_t error = cudaSetDevice(ordinal); error != cudaSuccess) return cuda_failed(error);
   }
-  Device& entry = known[ordinal % 64];
-  if (entry.shared_bytes == 0) {
-    int shared = 0, major = 0, processors = 0;
-    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ordinal);
-    entry = {shared, major >= 9, major == 9, processors};
-  }
-  *device = entry;
+  static Device known[64];
+  static std::once_flag asked[64];
+  const int entry = ordinal % 64;
+  std::call_once(asked[entry], [&] { ask(&known[entry], ordinal); });
+  *device = known[entry];
   return TPF_OK;
 }
 

@@ -10,7 +10,7 @@ namespace {
 PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   static const PFN_cuTensorMapEncodeTiled_v12000 found = [] {
     void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
     cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
     return result == cudaDriverEntryPointSuccess ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function)
                                                  : nullptr;
@@ -23,6 +23,7 @@ bool encode(CUtensorMap* map, const tpf_call& call, const void* base, int64_t ro
   const CUtensorMapDataType type = call.dtype == TPF_BF16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                    : call.dtype == TPF_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                            : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  if (plan_instead()) return true;  // there is no tensor then
   const cuuint64_t element_bytes = bytes_of(static_cast<tpf_dtype>(call.dtype));
   const cuuint64_t sizes[2] = {call.hidden_size, static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {call.hidden_size * element_bytes};
@@ -37,41 +38,32 @@ int tiles(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / 
 
 bool begins_at_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <typename In, typename Out, int kHalves>
+template <typename In, typename Out>
 tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const tpf_projection& projection,
                   tpf_stream stream) {
-  using Shape = Shape<kHalves>;
   const int64_t rows = args.partition.rows(args.team.rank).count, most = args.partition.largest();
-  const int64_t row_blocks = (most + Shape::kTileRows - 1) / Shape::kTileRows;
-  if (row_blocks > TPF_MAX_ROW_BLOCKS || args.call.columns * sizeof(Out) > Shape::kCopierBytes) return TPF_UNSUPPORTED;
+  const int64_t row_blocks = (most + kTileRows - 1) / kTileRows;
+  if (row_blocks > TPF_MAX_ROW_BLOCKS || args.call.columns * sizeof(Out) > kCopierBytes) return TPF_UNSUPPORTED;
   args.row_blocks = static_cast<int32_t>(std::max<int64_t>(1, row_blocks));
-  args.column_tiles = tiles(args.call.columns, Shape::kTileColumns);
-  if (!encode(&args.weight_map, args.call, projection.weight, args.call.columns, Shape::kTileColumns) ||
-      (rows > 0 && !encode(&args.input_map, args.call, projection.input, rows, Shape::kTileRows))) {
+  args.column_tiles = tiles(args.call.columns, kTileColumns);
+  if (!encode(&args.weight_map, args.call, projection.weight, args.call.columns, kTileColumns) ||
+      (rows > 0 && !encode(&args.input_map, args.call, projection.input, rows, kTileRows))) {
     return TPF_UNSUPPORTED;
   }
-  const Grid grid = {blocks, kProjectionThreads, Shape::kSharedBytes};
-  return args.call.op == TPF_QKV_A_PROJ_AG_NORM
-             ? launch_kernel(qkv_a_proj_ag_kernel<In, Out, true, kHalves>, args, device, grid, stream)
-             : launch_kernel(qkv_a_proj_ag_kernel<In, Out, false, kHalves>, args, device, grid, stream);
+  const Grid grid = {blocks, kProjectionThreads, kProjectionShared};
+  tpf_status status = TPF_UNSUPPORTED;
+  if (args.call.op != TPF_QKV_A_PROJ_AG_NORM) {
+    status = launch_kernel(qkv_a_proj_ag_kernel<In, Out, false>, args, device, grid, stream);
+  } else if constexpr (sizeof(In) == 2) {
+    status = launch_kernel(qkv_a_proj_ag_kernel<In, Out, true>, args, device, grid, stream);
+  }
+  if (tpf_plan* plan = plan_instead()) plan->tile_rows = kTileRows;
+  return status;
 }
 
-// Whether high tiles take less time: a turn of theirs costs about 1.6 of the others'.
-bool wants_high_tiles(const ProjectionArgs& args, int blocks) {
-  const auto turns = [&](int rows, int columns) {
-    const int64_t all = int64_t{tiles(args.partition.largest(), rows)} * tiles(args.call.columns, columns);
-    return (all + blocks - 1) / blocks;
-  };
-  return 16 * turns(Shape<2>::kTileRows, Shape<2>::kTileColumns) <=
-         10 * turns(Shape<1>::kTileRows, Shape<1>::kTileColumns);
-}
-
-template <typename T>
-tpf_status launch_16_bit(ProjectionArgs& args, const Device& device, int blocks, const tpf_projection& projection,
-                         tpf_stream stream) {
-  return wants_high_tiles(args, blocks) ? launch<T, T, 2>(args, device, blocks, projection, stream)
-                                        : launch<T, T, 1>(args, device, blocks, projection, stream);
-}
+// Of the rank that owns most. With fewer, a tile's way through K (60 us for 7168) is longer than a product by cuBLAS,
+// which shares it out, and a gather after it.
+constexpr int64_t kFewestRows = 256;
 
 }  // namespace
 }  // namespace tpf
@@ -85,6 +77,7 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   const int64_t element_bytes = bytes_of(dtype), hidden = call->hidden_size, columns = call->columns;
   ProjectionArgs args = {};
   args.partition = partition_of(call->num_tokens, team->world_size);
+  if (args.partition.largest() < kFewestRows) return TPF_UNSUPPORTED;
   if (!device.is_hopper || dtype == TPF_F32 || hidden * element_bytes % 16 != 0 || columns % 8 != 0 ||
       encoder() == nullptr || !begins_at_16_bytes(projection->input) || !begins_at_16_bytes(projection->weight)) {
     return TPF_UNSUPPORTED;
@@ -109,16 +102,17 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   args.eps = projection->eps;
   args.team = *team;
   args.call = *call;
-  args.contract = contract_of(*call);
+  args.call.variant |= TPF_FUSED;
+  args.contract = contract_of(args.call);
   args.k_blocks = static_cast<int32_t>((hidden * element_bytes + kSwizzleBytes - 1) / kSwizzleBytes);
   // As many blocks as there may be, even where they have no tile: they copy.
   const int blocks = most_blocks(team->max_ctas > 0 ? team->max_ctas : device.processors);
   switch (dtype) {
     case TPF_BF16:
-      return launch_16_bit<__nv_bfloat16>(args, device, blocks, *projection, stream);
+      return launch<__nv_bfloat16, __nv_bfloat16>(args, device, blocks, *projection, stream);
     case TPF_F16:
-      return launch_16_bit<__half>(args, device, blocks, *projection, stream);
+      return launch<__half, __half>(args, device, blocks, *projection, stream);
     default:
-      return launch<__nv_fp8_e4m3, __nv_bfloat16, 1>(args, device, blocks, *projection, stream);
+      return launch<__nv_fp8_e4m3, __nv_bfloat16>(args, device, blocks, *projection, stream);
   }
 }

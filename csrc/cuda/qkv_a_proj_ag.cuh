@@ -15,21 +15,15 @@
 
 namespace tpf {
 
-// Tiles have 128 x 192 numbers, or 256 x 176 where there are many rows: operands then come out of the L2 less often.
-// All column counts in use are multiples of 64 and not of 128; 2112 is 11 x 192 and 12 x 176.
-template <int kHalves>
-struct Shape {
-  static constexpr int kTileRows = 128 * kHalves;
-  static constexpr int kTileColumns = kHalves == 1 ? 192 : 176;
-  static constexpr int kSums = kSumsOf<kTileColumns>;
-  static constexpr int kStages = kHalves == 1 ? 4 : 3;
-  static constexpr int kStageBytes = (kTileRows + kTileColumns) * kSwizzleBytes;
-  static constexpr int kCopierBytes = kHalves == 1 ? 8192 : 7936;  // of a buffer
-  static constexpr int kCopiers = 2;                               // warps of a block
-  // With room to begin at a multiple of 1024, as the swizzle's pattern wants it.
-  static constexpr int kSharedBytes = 1024 + kStages * kStageBytes + kCopiers * kCopierStages * kCopierBytes;
-};
-
+constexpr int kTileRows = 128;
+constexpr int kTileColumns = 192;        // column counts in use are multiples of 64 and not of 128; 2112 is 11 x 192
+constexpr int kSums = kTileColumns / 2;  // that a thread holds of 64 rows
+constexpr int kProductStages = 4;
+constexpr int kProductStageBytes = (kTileRows + kTileColumns) * kSwizzleBytes;
+constexpr int kCopiers = 2;         // warps of a block
+constexpr int kCopierBytes = 8192;  // of a buffer
+// With room to begin at a multiple of 1024, as the swizzle's pattern wants it.
+constexpr int kProjectionShared = 1024 + kProductStages * kProductStageBytes + kCopiers * kCopierStages * kCopierBytes;
 constexpr int kGroupedRowBlocks = 4;  // whose tiles are neighbours in the order: they share operands in the L2
 constexpr int kProjectionThreads = 384;
 constexpr int kNormVectors = 8;  // of a lane, in the longer of the two normed parts of a row
@@ -56,16 +50,15 @@ struct ProjectionArgs {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-template <typename Shape>
 struct ProjectionShared {
-  alignas(8) uint64_t full[Shape::kStages];
-  alignas(8) uint64_t empty[Shape::kStages];
-  alignas(8) uint64_t copied[Shape::kCopiers][kCopierStages];
+  alignas(8) uint64_t full[kProductStages];
+  alignas(8) uint64_t empty[kProductStages];
+  alignas(8) uint64_t copied[kCopiers][kCopierStages];
   int last;
 
   // By one thread; a barrier of the block follows.
   __device__ void init() {
-    for (int stage = 0; stage < Shape::kStages; ++stage) {
+    for (int stage = 0; stage < kProductStages; ++stage) {
       barrier_init(&full[stage], 1);
       barrier_init(&empty[stage], 8);  // warps that multiply
     }
@@ -88,40 +81,39 @@ __device__ inline Tile tile_of(int index, const ProjectionArgs& args) {
   return {group * kGroupedRowBlocks + at % row_blocks, at / row_blocks};
 }
 
-template <typename Shape>
 struct StagePosition {
   __device__ void advance() {
-    if (++stage == Shape::kStages) stage = 0, ++round;
+    if (++stage == kProductStages) stage = 0, ++round;
   }
   int stage = 0;
   uint32_t round = 0;
 };
 
 // run(tile) for every tile of this block that has rows.
-template <typename Shape, typename Run>
+template <typename Run>
 __device__ inline void for_tiles(const ProjectionArgs& args, Run&& run) {
   const int64_t rows = args.partition.rows(args.team.rank).count;
   for (int index = blockIdx.x; index < args.row_blocks * args.column_tiles; index += gridDim.x) {
     const Tile tile = tile_of(index, args);
-    if (int64_t{tile.row_block} * Shape::kTileRows < rows) run(tile);
+    if (int64_t{tile.row_block} * kTileRows < rows) run(tile);
   }
 }
 
-template <typename In, typename Shape>
-__device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShared<Shape>& shared, char* stages) {
+template <typename In>
+__device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShared& shared, char* stages) {
   constexpr int kElements = kSwizzleBytes / sizeof(In);
-  prefetch_map(&args.input_map);
+  if (args.partition.rows(args.team.rank).count > 0) prefetch_map(&args.input_map);
   prefetch_map(&args.weight_map);
-  StagePosition<Shape> at;
-  for_tiles<Shape>(args, [&](Tile tile) {
+  StagePosition at;
+  for_tiles(args, [&](Tile tile) {
     for (int k = 0; k < args.k_blocks; ++k) {
       if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
-      char* stage = stages + at.stage * Shape::kStageBytes;
+      char* stage = stages + at.stage * kProductStageBytes;
       uint64_t* full = &shared.full[at.stage];
-      barrier_expect(full, Shape::kStageBytes);
-      tensor_load(stage, &args.input_map, k * kElements, tile.row_block * Shape::kTileRows, full);
-      tensor_load(stage + Shape::kTileRows * kSwizzleBytes, &args.weight_map, k * kElements,
-                  tile.column_tile * Shape::kTileColumns, full);
+      barrier_expect(full, kProductStageBytes);
+      tensor_load(stage, &args.input_map, k * kElements, tile.row_block * kTileRows, full);
+      tensor_load(stage + kTileRows * kSwizzleBytes, &args.weight_map, k * kElements, tile.column_tile * kTileColumns,
+                  full);
       at.advance();
     }
   });
@@ -132,36 +124,27 @@ struct Operands {
   uint32_t a, b;
 };
 
-template <typename Shape>
 __device__ inline Operands operands_of(uint32_t stages, int stage, int group) {
-  const uint32_t at = stages + stage * Shape::kStageBytes;
-  return {at + group * Shape::kTileRows / 2 * kSwizzleBytes, at + Shape::kTileRows * kSwizzleBytes};
+  const uint32_t at = stages + stage * kProductStageBytes;
+  return {at + group * kTileRows / 2 * kSwizzleBytes, at + kTileRows * kSwizzleBytes};
 }
 
 // A warp group's half of a tile, products of 16-bit operands: one product stays in flight.
-template <typename In, int kHalves>
-__device__ inline void multiply_tile(const ProjectionArgs& args, ProjectionShared<Shape<kHalves>>& shared,
-                                     uint32_t stages, int group, StagePosition<Shape<kHalves>>& at,
-                                     float (&sums)[kHalves][Shape<kHalves>::kSums]) {
+template <typename In>
+__device__ inline void multiply_tile(const ProjectionArgs& args, ProjectionShared& shared, uint32_t stages, int group,
+                                     StagePosition& at, float (&sums)[kSums]) {
   const bool leads = threadIdx.x % 32 == 0;
   int last = 0;
 #pragma unroll
-  for (int half = 0; half < kHalves; ++half) {
-#pragma unroll
-    for (float& sum : sums[half]) sum = 0;
-    hold(sums[half]);
-  }
+  for (float& sum : sums) sum = 0;
+  hold(sums);
   for (int k = 0; k < args.k_blocks; ++k) {
     barrier_wait(&shared.full[at.stage], at.round & 1);
-    const Operands from = operands_of<Shape<kHalves>>(stages, at.stage, group);
+    const Operands from = operands_of(stages, at.stage, group);
     product_fence();
 #pragma unroll
     for (int byte = 0; byte < kSwizzleBytes; byte += 32) {
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        multiply(sums[half], operand(from.a + half * 64 * kSwizzleBytes, byte), operand(from.b, byte),
-                 k > 0 || byte > 0, In{});
-      }
+      multiply(sums, operand(from.a, byte), operand(from.b, byte), true, In{});
     }
     product_commit();
     product_wait<1>();
@@ -170,25 +153,21 @@ __device__ inline void multiply_tile(const ProjectionArgs& args, ProjectionShare
     at.advance();
   }
   product_wait<0>();
-#pragma unroll
-  for (int half = 0; half < kHalves; ++half) hold(sums[half]);
+  hold(sums);
   if (leads) barrier_arrive(&shared.empty[last]);
 }
 
-// The row of a tile that this thread's first sums of a half belong to; the others' lies 8 below.
-template <typename Shape>
-__device__ inline int64_t row_of(Tile tile, int group, int half) {
-  return int64_t{tile.row_block} * Shape::kTileRows + group * Shape::kTileRows / 2 + half * 64 +
-         threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+// The row that this thread's first sums belong to; the others' lies 8 below.
+__device__ inline int64_t row_of(Tile tile, int group) {
+  return int64_t{tile.row_block} * kTileRows + group * kTileRows / 2 + threadIdx.x % 128 / 32 * 16 +
+         threadIdx.x % 32 / 4;
 }
 
 // The same of e4m3 operands with their scales. The other warp group multiplies while this one promotes.
-__device__ inline void multiply_scaled_tile(const ProjectionArgs& args, ProjectionShared<Shape<1>>& shared,
-                                            uint32_t stages, int group, StagePosition<Shape<1>>& at, Tile tile,
-                                            float (&sums)[Shape<1>::kSums]) {
-  constexpr int kTileColumns = Shape<1>::kTileColumns;
+__device__ inline void multiply_scaled_tile(const ProjectionArgs& args, ProjectionShared& shared, uint32_t stages,
+                                            int group, StagePosition& at, Tile tile, float (&sums)[kSums]) {
   const bool leads = threadIdx.x % 32 == 0;
-  const int64_t rows = args.partition.rows(args.team.rank).count, row = row_of<Shape<1>>(tile, group, 0);
+  const int64_t rows = args.partition.rows(args.team.rank).count, row = row_of(tile, group);
   const float* upper = args.scale + min(row, rows - 1) * args.scale_row_stride;
   const float* lower = args.scale + min(row + 8, rows - 1) * args.scale_row_stride;
   // 192 columns lie in two blocks of 128: the first ends after 64 or 128 of them.
@@ -198,11 +177,11 @@ __device__ inline void multiply_scaled_tile(const ProjectionArgs& args, Projecti
   const bool early = tile.column_tile * kTileColumns % 128 != 0;
   float next[4] = {__ldg(upper), __ldg(lower), __ldg(left), __ldg(right)};
 #pragma unroll
-  for (int i = 0; i < Shape<1>::kSums; ++i) sums[i] = 0;
+  for (int i = 0; i < kSums; ++i) sums[i] = 0;
   for (int k = 0; k < args.k_blocks; ++k) {
-    float part[Shape<1>::kSums];
+    float part[kSums];
     barrier_wait(&shared.full[at.stage], at.round & 1);
-    const Operands from = operands_of<Shape<1>>(stages, at.stage, group);
+    const Operands from = operands_of(stages, at.stage, group);
     hold(part);
     product_fence();
 #pragma unroll
@@ -231,8 +210,8 @@ __device__ inline void multiply_scaled_tile(const ProjectionArgs& args, Projecti
   }
 }
 
-// Rounds 64 rows of a finished tile into this rank's slot.
-template <typename Out, int kSums>
+// Rounds a warp group's half of a finished tile into this rank's slot.
+template <typename Out>
 __device__ inline void store_sums(const ProjectionArgs& args, Out* slot_rows, int64_t row, Tile tile,
                                   const float (&sums)[kSums]) {
   const int columns = args.call.columns, lane = threadIdx.x % 32;
@@ -240,7 +219,7 @@ __device__ inline void store_sums(const ProjectionArgs& args, Out* slot_rows, in
   Out* to = slot_rows + row * columns;
 #pragma unroll
   for (int j = 0; j < kSums / 4; ++j) {
-    const int column = tile.column_tile * kSums * 2 + j * 8 + lane % 4 * 2;
+    const int column = tile.column_tile * kTileColumns + j * 8 + lane % 4 * 2;
     if (column >= columns) break;
     float bias[2] = {};
     if (args.bias != nullptr) {
@@ -256,11 +235,11 @@ __device__ inline void store_sums(const ProjectionArgs& args, Out* slot_rows, in
 
 // The two latent norms of a finished row block, in the slot; k_pe stays as it is. A warp takes a few rows at a time:
 // it waits for the L2 once for all of them.
-template <typename Out, typename Shape>
+template <typename Out>
 __device__ inline void norm_rows(const ProjectionArgs& args, Out* slot_rows, int row_block) {
   constexpr int kRows = 2, kWarps = 8;
-  const int64_t begin = int64_t{row_block} * Shape::kTileRows;
-  const int64_t end = min(begin + Shape::kTileRows, args.partition.rows(args.team.rank).count);
+  const int64_t begin = int64_t{row_block} * kTileRows;
+  const int64_t end = min(begin + kTileRows, args.partition.rows(args.team.rank).count);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4;
   for (int64_t first = begin + warp * kRows; first < end; first += kWarps * kRows) {
     Out* at = slot_rows + first * args.call.columns;
@@ -309,24 +288,21 @@ __device__ inline void publish_row_block(const ProjectionArgs& args, const Block
   publish_step(args.team, round, row_block / TPF_MAX_CTAS, row_block % TPF_MAX_CTAS, lane);
 }
 
-template <typename In, typename Out, bool kNorm, int kHalves>
-__device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRound& round,
-                                      ProjectionShared<Shape<kHalves>>& shared, char* stages) {
+template <typename In, typename Out, bool kNorm>
+__device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
+                                      char* stages) {
   const int group = threadIdx.x / 128 - 1;
   Out* slot_rows = reinterpret_cast<Out*>(slot(args.team.region[args.team.rank], round.epoch, args.team.slot_bytes));
   uint32_t* finished = control(args.team.region[args.team.rank])->finished;
-  StagePosition<Shape<kHalves>> at;
-  for_tiles<Shape<kHalves>>(args, [&](Tile tile) {
-    float sums[kHalves][Shape<kHalves>::kSums];
+  StagePosition at;
+  for_tiles(args, [&](Tile tile) {
+    float sums[kSums];
     if constexpr (sizeof(In) == 1) {
-      multiply_scaled_tile(args, shared, shared_address(stages), group, at, tile, sums[0]);
+      multiply_scaled_tile(args, shared, shared_address(stages), group, at, tile, sums);
     } else {
-      multiply_tile<In, kHalves>(args, shared, shared_address(stages), group, at, sums);
+      multiply_tile<In>(args, shared, shared_address(stages), group, at, sums);
     }
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      store_sums<Out>(args, slot_rows, row_of<Shape<kHalves>>(tile, group, half), tile, sums[half]);
-    }
+    store_sums<Out>(args, slot_rows, row_of(tile, group), tile, sums);
     products_sync();
     if (threadIdx.x == 128) {
       cuda::atomic_ref<uint32_t, cuda::thread_scope_device> count(finished[tile.row_block]);
@@ -336,7 +312,7 @@ __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRou
     products_sync();
     if (!shared.last) return;
     if constexpr (kNorm) {
-      norm_rows<Out, Shape<kHalves>>(args, slot_rows, tile.row_block);
+      norm_rows<Out>(args, slot_rows, tile.row_block);
       products_sync();
     }
     if (threadIdx.x < 160) publish_row_block(args, round, tile.row_block, threadIdx.x - 128);
@@ -345,20 +321,20 @@ __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRou
 
 // What a copying warp moves at once. Without norms a run of bytes of the latent, `at` its first; with norms some whole
 // rows, `at` the first of them.
-struct Piece {
+struct RowPiece {
   int64_t at;
   uint32_t bytes;
 };
 
 // Copies finished rows of all ranks to the outputs. Pieces of a row block go round the grid's copying warps.
-template <typename Out, bool kNorm, typename Shape>
+template <typename Out, bool kNorm>
 __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRound& round, int copier, char* buffers,
                                        uint64_t* barriers) {
-  const int lane = threadIdx.x % 32, world_size = args.team.world_size, copiers = gridDim.x * Shape::kCopiers;
+  const int lane = threadIdx.x % 32, world_size = args.team.world_size, copiers = gridDim.x * kCopiers;
   const int row_bytes = args.call.columns * sizeof(Out);
-  const int piece_bytes = kNorm ? Shape::kCopierBytes / row_bytes * row_bytes : Shape::kCopierBytes;
+  const int piece_bytes = kNorm ? kCopierBytes / row_bytes * row_bytes : kCopierBytes;
   // store(where a piece of an output lies, the same in the piece of rows, bytes) for all there are
-  const auto for_outputs = [&](const Piece& piece, auto&& store) {
+  const auto for_outputs = [&](const RowPiece& piece, auto&& store) {
     if constexpr (!kNorm) {
       store(args.outputs[0] + piece.at, 0, piece.bytes);
     } else {
@@ -372,11 +348,14 @@ __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRo
       }
     }
   };
-  const auto put = [&](const Piece& piece, const char* buffer) {
+  const auto put = [&](const RowPiece& piece, const char* buffer) {
     for_outputs(piece, [&](char* to, uint32_t from, uint32_t bytes) { bulk_store(to, buffer + from, bytes); });
   };
-  BulkMover<Piece, decltype(put)> mover(buffers, barriers, Shape::kCopierBytes, put);
-  bool arrived = !round.refused;
+  BulkMover<RowPiece, decltype(put)> mover(buffers, barriers, kCopierBytes, put);
+  // Every peer's first word before the first piece: a peer that calls something else may have put its rows where the
+  // others' latents are looked for.
+  bool arrived = !round.refused && (lane >= world_size || wait_step(args.team, args.call, round, 0, 0, lane));
+  arrived = __all_sync(0xffffffffu, arrived);
   int turn = copier;  // of this warp, in pieces from the row block's first
   for (int row_block = 0; row_block < args.row_blocks; ++row_block) {
     for (int offset = 1; offset <= world_size; ++offset) {
@@ -387,16 +366,15 @@ __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRo
       }
       arrived = __shfl_sync(0xffffffffu, arrived, 0);
       const Rows rows = args.partition.rows(source);
-      const int64_t first = int64_t{row_block} * Shape::kTileRows;
-      const int bytes =
-          static_cast<int>(max(int64_t{0}, min(int64_t{Shape::kTileRows}, rows.count - first))) * row_bytes;
+      const int64_t first = int64_t{row_block} * kTileRows;
+      const int bytes = static_cast<int>(max(int64_t{0}, min(int64_t{kTileRows}, rows.count - first))) * row_bytes;
       const char* from = slot(args.team.region[source], round.epoch, args.team.slot_bytes) + first * row_bytes;
       const int pieces = (bytes + piece_bytes - 1) / piece_bytes;
       for (; turn < pieces; turn += copiers) {
         const int at = turn * piece_bytes;
         const int64_t row = rows.start + first;
-        const Piece piece = {kNorm ? row + turn * (piece_bytes / row_bytes) : row * row_bytes + at,
-                             static_cast<uint32_t>(min(piece_bytes, bytes - at))};
+        const RowPiece piece = {kNorm ? row + turn * (piece_bytes / row_bytes) : row * row_bytes + at,
+                                static_cast<uint32_t>(min(piece_bytes, bytes - at))};
         if (arrived) {
           if (lane == 0) mover.move(piece, from + at, piece.bytes);
           continue;
@@ -414,34 +392,33 @@ __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRo
 
 #endif
 
-template <typename In, typename Out, bool kNorm, int kHalves>
+template <typename In, typename Out, bool kNorm>
 __global__ void __launch_bounds__(kProjectionThreads, 1)
     qkv_a_proj_ag_kernel(const __grid_constant__ ProjectionArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Shape = Shape<kHalves>;
   extern __shared__ char unaligned[];
-  __shared__ ProjectionShared<Shape> shared;
+  __shared__ ProjectionShared shared;
   char* stages = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
-  char* buffers = stages + Shape::kStages * Shape::kStageBytes;
+  char* buffers = stages + kProductStages * kProductStageBytes;
   if (threadIdx.x == 0) shared.init();
   const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
   if (threadIdx.x >= 128) {
     take_registers<216>();
-    if (!round.refused) multiply_tiles<In, Out, kNorm, kHalves>(args, round, shared, stages);
+    if (!round.refused) multiply_tiles<In, Out, kNorm>(args, round, shared, stages);
     return;
   }
   give_registers<72>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp < Shape::kCopiers) {
-    copy_row_blocks<Out, kNorm, Shape>(args, round, blockIdx.x * Shape::kCopiers + warp,
-                                       buffers + warp * kCopierStages * Shape::kCopierBytes, shared.copied[warp]);
-  } else if (warp == Shape::kCopiers && lane == 0 && !round.refused) {
+  if (warp < kCopiers) {
+    copy_row_blocks<Out, kNorm>(args, round, blockIdx.x * kCopiers + warp,
+                                buffers + warp * kCopierStages * kCopierBytes, shared.copied[warp]);
+  } else if (warp == kCopiers && lane == 0 && !round.refused) {
     fetch_operands<In>(args, shared, stages);
-  } else if (warp > Shape::kCopiers && !round.refused) {
+  } else if (warp > kCopiers && !round.refused) {
     // Row blocks that this rank has no rows for: the peers wait for as many from everyone.
     const int64_t rows = args.partition.rows(args.team.rank).count;
     for (int row_block = blockIdx.x; row_block < args.row_blocks; row_block += gridDim.x) {
-      if (int64_t{row_block} * Shape::kTileRows >= rows) publish_row_block(args, round, row_block, lane);
+      if (int64_t{row_block} * kTileRows >= rows) publish_row_block(args, round, row_block, lane);
     }
   }
 #endif

@@ -115,12 +115,18 @@ __device__ inline void cluster_store(float* to, int part, float value) {
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
+// All blocks of a cluster have begun, so that their shared memory can be written to, when cluster_begun returns.
+__device__ inline void cluster_begin() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ inline void cluster_begun() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
 // All threads of all blocks of the cluster; what they wrote to shared memory before is seen after.
 __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 #else  // no clusters: a row is not shared
 __device__ inline void cluster_store(float*, int, float) {}
+__device__ inline void cluster_begin() {}
+__device__ inline void cluster_begun() {}
 __device__ inline void cluster_sync() {}
 #endif
 
@@ -189,7 +195,7 @@ struct RowWeight {
 // What is done with a summed row: round, store, normalise, quantise. Threads hold kVecs vectors of it each.
 template <typename T, int kVecs, Ending kEnding>
 __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums)[kVecs][kLanes<T>],
-                                  const RowWeight<T, kVecs>& weight, const Group& group, int parity) {
+                                  const RowWeight<T, kVecs>& weight, const Group& group, int parity, bool arrived) {
   const ReduceArgs& args = view.args;
   T* stored = static_cast<T*>(args.residual_out) + row * view.hidden;
   float squares[kVecs] = {};
@@ -220,7 +226,8 @@ __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums
     } else if constexpr (kEnding == Ending::kGather) {
       if (inside) {
         store16(static_cast<T*>(args.output) + (view.own.start + row) * view.hidden + column, rounded);
-        store16(view.gathered_row(view.rank, row) + column, rounded);
+        // After a fault a peer may still read there what the call before laid open.
+        if (arrived) store16(view.gathered_row(view.rank, row) + column, rounded);
       }
     } else {
       if (inside && (args.call.variant & TPF_KEEP_OUTPUT) != 0) {

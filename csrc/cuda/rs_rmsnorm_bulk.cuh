@@ -208,7 +208,7 @@ __device__ inline void add_rows(const View<T>& view, const BlockRound& round, Bu
         for (int v = 0; v < kVecs; ++v) add_vector<T>(sums[v], raw[half][v]);
       }
     }
-    finish_row<T, kVecs, kEnding>(view, row, sums, weight, group, step % 2);
+    finish_row<T, kVecs, kEnding>(view, row, sums, weight, group, step % 2, !shared.gave_up);
   }
   while (kEnding == Ending::kGather && chunk < args.num_chunks) lay_open();
 }

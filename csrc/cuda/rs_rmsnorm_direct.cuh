@@ -82,7 +82,7 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
         }
         if (view.has_residual()) add_vector<T>(sums[v], raw[TPF_MAX_RANKS]);
       }
-      finish_row<T, kVecs, kEnding>(view, row, sums, weight, group, step % 2);
+      finish_row<T, kVecs, kEnding>(view, row, sums, weight, group, step % 2, arrived);
     }
     if constexpr (kEnding == Ending::kGather) {
       __syncthreads();

@@ -38,7 +38,7 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
                                       const Group& group) {
 #pragma unroll
   for (int peer = 0; peer < TPF_MAX_RANKS; ++peer) {
-    if (view.staged() && one.goes_to(view, peer)) {
+    if (!round.refused && view.staged() && one.goes_to(view, peer)) {
       store16(view.staged_row(peer, view.rank, one.row) + one.column, one.outgoing[peer]);
     }
   }
@@ -72,7 +72,7 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
       __syncthreads();
       publish_to_peers(view, round, kClosingStep, threadIdx.x);
     }
-    finish_row<T, 1, kEnding>(view, one.row, sums, weight, group, 0);
+    finish_row<T, 1, kEnding>(view, one.row, sums, weight, group, 0, arrived);
   } else if (closes) {
     publish_to_peers(view, round, kClosingStep, threadIdx.x);
   }
