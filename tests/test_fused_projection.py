@@ -1,0 +1,102 @@
+"""Projections of many rows, where Hopper multiplies and gathers in one kernel: against the fp32 product of the same
+inputs, with the error of torch's own product as the measure. The CPU runs the same program on few rows.
+"""
+
+import zlib
+
+import pytest
+import torch
+import torch.distributed as dist
+from programs import EPS, random, within_one_rounding
+from ranks import workspace
+from torch.nn.functional import linear
+
+import tp_fused
+from tp_fused import partition, reference
+
+FP8 = torch.float8_e4m3fn
+# q_a, kv_a and k_pe of DeepSeek-V3, GLM-5, GLM-4.7-Flash and DeepSeek-V2-Lite: all 64 mod 128.
+WIDTHS = [(1536, 512, 64), (2048, 512, 64), (768, 512, 64), (0, 512, 64)]
+
+
+def worst(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return (value.float() - exact).abs().max().item()
+
+
+def checksum(tensors) -> int:
+    return zlib.crc32(b"".join(tensor.cpu().view(torch.uint8).numpy().tobytes() for tensor in tensors))
+
+
+def project(device: str, dtype: torch.dtype, num_tokens: int, hidden_size: int, widths: tuple[int, int, int]) -> int:
+    """Runs on a rank: a checksum of all results."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own = partition.row_slice(num_tokens, rank, world_size)
+    columns = sum(widths)
+    rows = random(f"rows {num_tokens}", (num_tokens, hidden_size), torch.float32).to(device)
+    weight = random("weight", (columns, hidden_size), torch.float32, hidden_size**-0.5).to(device)
+    bias = random("bias", (columns,), torch.bfloat16).to(device)
+    norms = [(1 + random("norm", (width,), torch.float32) / 8).to(device, torch.bfloat16) for width in widths[:2]]
+    sizes = {"max_num_tokens": num_tokens, "hidden_size": hidden_size, "latent_size": columns}
+    with workspace(device, device, dtype=torch.bfloat16, **sizes):
+        if dtype == FP8:
+            q, scale = reference.quantize_e4m3(rows.bfloat16())
+            blocks = tuple(-(-size // 128) for size in weight.shape)
+            q_weight = (weight * hidden_size**0.5 * 16).to(FP8)
+            weight_scale = (1 + random("scale", blocks, torch.float32).abs()).to(device) / 16
+            exact = linear(
+                reference.dequantize(q, scale, (1, 128)), reference.dequantize(q_weight, weight_scale, (128, 128))
+            )
+            plain = reference.project_fp8(q, scale, q_weight, weight_scale)
+
+            def call():
+                given = q[own].contiguous(), scale[own].contiguous(), q_weight, weight_scale
+                return [tp_fused.qkv_a_proj_ag_fp8(*given, num_tokens)]
+        else:
+            input, kernel_weight = rows.to(dtype), weight.to(dtype)
+            exact = linear(input.float(), kernel_weight.float(), bias.float())
+            plain = linear(input, kernel_weight, bias.to(dtype))
+
+            def call():
+                given = input[own].contiguous(), kernel_weight
+                latent = tp_fused.qkv_a_proj_ag(*given, num_tokens, bias=bias.to(dtype))
+                weights = [norm.to(dtype) for norm in norms]
+                return [latent, *tp_fused.qkv_a_proj_ag_norm(*given, *weights, num_tokens, EPS)]
+
+        outputs = call()
+        # Two slots: the third call finds what the first has left.
+        for _ in range(3):
+            assert checksum(call()) == checksum(outputs)
+        assert worst(outputs[0], exact) <= 1.1 * worst(plain, exact)
+        if dtype != FP8:
+            latent = tp_fused.qkv_a_proj_ag(input[own].contiguous(), kernel_weight, num_tokens)
+            expected = reference.split_and_norm(latent, *(norm.to(dtype) for norm in norms), EPS)
+            within_one_rounding(outputs[1:], expected, dtype)
+        if device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+            op = "qkv_a_proj_ag_fp8" if dtype == FP8 else "qkv_a_proj_ag"
+            assert "one kernel multiplies" in tp_fused.explain(op, num_tokens)
+    return checksum(outputs)
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP8], ids=str)
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_many_rows(pool, device, dtype, widths, world_size):
+    # 33 blocks of 64 along K, the last of them a quarter.
+    num_tokens, hidden_size = (21, 144) if device == "cpu" else (256 * world_size + 77, 2064)
+    sums = pool.run(project, device, dtype, num_tokens, hidden_size, widths)
+    assert sums == [sums[0]] * world_size
+
+
+def rows_alone(device: str, dtype: torch.dtype) -> None:
+    """Runs on a rank: a row has the same bits among 600 and among 300."""
+    weight = random("weight", (2112, 1024), torch.float32, 1 / 32).to(device, dtype)
+    rows = random("rows", (600, 1024), torch.float32).to(device, dtype)
+    with workspace(device, device, max_num_tokens=600, hidden_size=1024, latent_size=2112, dtype=dtype):
+        many, few = (tp_fused.qkv_a_proj_ag(rows[:count], weight, count) for count in (600, 300))
+    assert (many[:300].view(torch.int16) == few.view(torch.int16)).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("world_size", [1])
+def test_a_row_does_not_depend_on_the_others(pool, device, world_size):
+    pool.run(rows_alone, device, torch.bfloat16)
