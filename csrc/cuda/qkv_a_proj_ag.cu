@@ -1,7 +1,7 @@
 #include <cudaTypedefs.h>
 
 #include "launch.cuh"
-#include "qkv_a_proj_ag.cuh"
+#include "qkv_a_proj_ag_kernel.cuh"
 
 namespace tpf {
 namespace {
