@@ -83,10 +83,7 @@ FEWEST_CALLS, MOST_CALLS, GRAPH_S = 8, 32, 3e-3
 
 
 def calls_per_graph(seconds: float) -> int:
-    """For calls of so many seconds: some 3 ms of them, within bounds.
-
-    The launch of a graph takes 25 to 30 us: 1 % of that, or less than 1 us a call.
-    """
+    """For calls of so many seconds: some 3 ms of them, within bounds. The launch of a graph weighs little then."""
     if seconds * MOST_CALLS <= GRAPH_S:
         return MOST_CALLS
     return max(FEWEST_CALLS, int(GRAPH_S / seconds))

@@ -56,6 +56,17 @@ def captured(call: Call, arguments: dict) -> tuple[torch.cuda.CUDAGraph, tuple]:
     return graph, outputs
 
 
+def called_and_captured(call: Call, form: str) -> tuple[dict, torch.cuda.CUDAGraph, tuple]:
+    """The call's arguments, a graph of it and that graph's outputs, after one good call by all ranks."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    arguments = arguments_of(call, form)
+    dist.barrier()
+    call.check(call.run(rank, world_size, arguments), rank, world_size)
+    graph, outputs = captured(call, arguments)
+    dist.barrier()
+    return arguments, graph, outputs
+
+
 def assert_poisoned(outputs) -> None:
     for index, output in enumerate(outputs):
         numbers = (~output.float().isnan()).sum().item()
@@ -102,11 +113,7 @@ def wait_in_vain(device: str, op: str, form: str) -> float | None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     call, seconds = call_of(op, device, form, world_size), None
     with workspace(device, device, timeout_s=TIMEOUT_S, **SIZES) as made:
-        arguments = arguments_of(call, form)
-        dist.barrier()
-        call.check(call.run(rank, world_size, arguments), rank, world_size)
-        graph, outputs = captured(call, arguments)
-        dist.barrier()
+        arguments, graph, outputs = called_and_captured(call, form)
         if rank != ODD:
             begin = time.monotonic()
             graph.replay()
@@ -145,11 +152,7 @@ def hear_from_other_blocks(device: str, op: str, form: str) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     call = call_of(op, device, form, world_size)
     with workspace(device, device, timeout_s=TIMEOUT_S, **SIZES) as made:
-        arguments = arguments_of(call, form)
-        dist.barrier()
-        call.check(call.run(rank, world_size, arguments), rank, world_size)
-        graph, outputs = captured(call, arguments)
-        dist.barrier()
+        arguments, graph, outputs = called_and_captured(call, form)
         if rank == 0:
             signals(made)[:, 1:, 1:] = 1000 << 32  # of a later round, whose contract is not compared
             graph.replay()

@@ -69,6 +69,15 @@ __device__ inline void bulk_wait_read() {
 // Until all of this thread's stores are in global memory.
 __device__ inline void bulk_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
+// A position in a ring of shared-memory stages, and how often the ring has been gone round before it.
+struct RingPosition {
+  __device__ void advance(int items, int stages) {
+    for (stage += items; stage >= stages; stage -= stages) ++round;
+  }
+  int stage = 0;
+  uint32_t round = 0;
+};
+
 // Moves items through shared memory with the copy engine alone: kCopierStages buffers, loads two items ahead of the
 // stores. One thread drives it. `put(item, buffer)` stores an item with bulk_store.
 template <typename Item, typename Put>

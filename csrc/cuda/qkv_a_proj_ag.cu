@@ -61,8 +61,8 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
   return status;
 }
 
-// Of the rank that owns most. With fewer, a tile's way through K (60 us for 7168) is longer than a product by cuBLAS,
-// which shares it out, and a gather after it.
+// Of the rank that owns most. With fewer, one tile's way through K is longer than a product by cuBLAS, which shares it
+// out, and a gather after it.
 constexpr int64_t kFewestRows = 256;
 
 }  // namespace
@@ -105,8 +105,9 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   args.call.variant |= TPF_FUSED;
   args.contract = contract_of(args.call);
   args.k_blocks = static_cast<int32_t>((hidden * element_bytes + kSwizzleBytes - 1) / kSwizzleBytes);
-  // As many blocks as there may be, even where they have no tile: they copy.
-  const int blocks = most_blocks(team->max_ctas > 0 ? team->max_ctas : device.processors);
+  // As many blocks as there may be, even where they have no tile: they copy. All must be on the card at once, since
+  // each waits for what the others multiply.
+  const int blocks = std::min(most_blocks(team->max_ctas), device.processors);
   switch (dtype) {
     case TPF_BF16:
       return launch<__nv_bfloat16, __nv_bfloat16>(args, device, blocks, *projection, stream);

@@ -81,14 +81,6 @@ __device__ inline Tile tile_of(int index, const ProjectionArgs& args) {
   return {group * kGroupedRowBlocks + at % row_blocks, at / row_blocks};
 }
 
-struct StagePosition {
-  __device__ void advance() {
-    if (++stage == kProductStages) stage = 0, ++round;
-  }
-  int stage = 0;
-  uint32_t round = 0;
-};
-
 // run(tile) for every tile of this block that has rows.
 template <typename Run>
 __device__ inline void for_tiles(const ProjectionArgs& args, Run&& run) {

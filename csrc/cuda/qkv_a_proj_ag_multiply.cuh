@@ -11,7 +11,7 @@ __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShar
   constexpr int kElements = kSwizzleBytes / sizeof(In);
   if (args.partition.rows(args.team.rank).count > 0) prefetch_map(&args.input_map);
   prefetch_map(&args.weight_map);
-  StagePosition at;
+  RingPosition at;
   for_tiles(args, [&](Tile tile) {
     for (int k = 0; k < args.k_blocks; ++k) {
       if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
@@ -21,7 +21,7 @@ __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShar
       tensor_load(stage, &args.input_map, k * kElements, tile.row_block * kTileRows, full);
       tensor_load(stage + kTileRows * kSwizzleBytes, &args.weight_map, k * kElements, tile.column_tile * kTileColumns,
                   full);
-      at.advance();
+      at.advance(1, kProductStages);
     }
   });
 }
@@ -39,7 +39,7 @@ __device__ inline Operands operands_of(uint32_t stages, int stage, int group) {
 // A warp group's half of a tile, products of 16-bit operands: one product stays in flight.
 template <typename In>
 __device__ inline void multiply_tile(const ProjectionArgs& args, ProjectionShared& shared, uint32_t stages, int group,
-                                     StagePosition& at, float (&sums)[kSums]) {
+                                     RingPosition& at, float (&sums)[kSums]) {
   const bool leads = threadIdx.x % 32 == 0;
   int last = 0;
 #pragma unroll
@@ -57,7 +57,7 @@ __device__ inline void multiply_tile(const ProjectionArgs& args, ProjectionShare
     product_wait<1>();
     if (k > 0 && leads) barrier_arrive(&shared.empty[last]);
     last = at.stage;
-    at.advance();
+    at.advance(1, kProductStages);
   }
   product_wait<0>();
   hold(sums);
@@ -72,7 +72,7 @@ __device__ inline int64_t row_of(Tile tile, int group) {
 
 // The same of e4m3 operands with their scales. The other warp group multiplies while this one promotes.
 __device__ inline void multiply_scaled_tile(const ProjectionArgs& args, ProjectionShared& shared, uint32_t stages,
-                                            int group, StagePosition& at, Tile tile, float (&sums)[kSums]) {
+                                            int group, RingPosition& at, Tile tile, float (&sums)[kSums]) {
   const bool leads = threadIdx.x % 32 == 0;
   const int64_t rows = args.partition.rows(args.team.rank).count, row = row_of(tile, group);
   const float* upper = args.scale + min(row, rows - 1) * args.scale_row_stride;
@@ -104,7 +104,7 @@ __device__ inline void multiply_scaled_tile(const ProjectionArgs& args, Projecti
     product_wait<0>();
     hold(part);
     if (leads) barrier_arrive(&shared.empty[at.stage]);
-    at.advance();
+    at.advance(1, kProductStages);
 #pragma unroll
     for (int j = 0; j < kTileColumns / 8; ++j) {
       const bool is_left = j < 8 || (j < 16 && !early);
@@ -195,7 +195,7 @@ __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRou
   const int group = threadIdx.x / 128 - 1;
   Out* slot_rows = reinterpret_cast<Out*>(slot(args.team.region[args.team.rank], round.epoch, args.team.slot_bytes));
   uint32_t* finished = control(args.team.region[args.team.rank])->finished;
-  StagePosition at;
+  RingPosition at;
   for_tiles(args, [&](Tile tile) {
     float sums[kSums];
     if constexpr (sizeof(In) == 1) {

@@ -10,8 +10,6 @@
 // warp fetches rows into a ring of shared-memory buffers, and the others add them up from there. kDirect, everywhere
 // else: every thread loads and stores 16 bytes at a time.
 #pragma once
-#include <cfloat>
-
 #include "bulk.cuh"
 #include "signal.cuh"
 #include "vec.cuh"

@@ -33,7 +33,7 @@ __device__ inline bool move_rows(const View<T>& view, const BlockRound& round, B
   const uint32_t row_bytes = static_cast<uint32_t>(view.hidden * sizeof(T));
   BulkCopier copier(buffers, shared.copied, row_bytes);
   bool arrived = true;
-  // from_to(peer, row, rows of the peer) for all peers' rows of a chunk
+  // copy_row(peer, row, rows of the peer) for all peers' rows of a chunk
   const auto for_chunk = [&](int chunk, auto&& copy_row) {
     for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
       const int64_t row = view.row_of(step);
@@ -77,15 +77,6 @@ __device__ inline bool move_rows(const View<T>& view, const BlockRound& round, B
   }
   return arrived;
 }
-
-// A position in the ring, and how often the ring has been gone round before it.
-struct RingPosition {
-  __device__ void advance(int items, int stages) {
-    for (stage += items; stage >= stages; stage -= stages) ++round;
-  }
-  int stage = 0;
-  uint32_t round = 0;
-};
 
 // The fetching warp: brings every source's version of this block's rows into the ring. Each lane fetches one source's,
 // the lane after them the residual's.
