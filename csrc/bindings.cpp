@@ -1,4 +1,4 @@
-// The only file that knows Python. Pointers arrive as integers (tp_fused/native.py takes them from tensors).
+// The library as tp_fused/native.py calls it: pointers arrive as integers, which it takes from tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,24 +6,22 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "protocol.h"
+#include "team.h"
+#include "torch_ops.h"
 #include "tp_fused.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using Address = uintptr_t;
-
-template <typename T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using tpf::Address, tpf::at, tpf::Input, tpf::Team;
 
 void check(tpf_status status, const std::string& what) {
   if (status == TPF_OK) return;
@@ -57,57 +55,6 @@ class Segment {
 
  private:
   tpf_segment segment_ = {nullptr, 0, -1};
-};
-
-class Team {
- public:
-  Team(int rank, const std::vector<Address>& regions, int64_t slot_bytes, int64_t timeout_ns, int max_ctas,
-       int liveness_fd, int device, Address mailbox) {
-    team_ = {};
-    team_.rank = rank;
-    team_.world_size = static_cast<int32_t>(regions.size());
-    for (size_t r = 0; r < regions.size(); ++r) team_.region[r] = at(regions[r]);
-    team_.slot_bytes = slot_bytes;
-    team_.timeout_ns = timeout_ns;
-    team_.max_ctas = max_ctas;
-    team_.liveness_fd = liveness_fd;
-    team_.device = device;
-    team_.mailbox = at<tpf_fault>(mailbox);
-  }
-
-  const tpf_team* get() const { return &team_; }
-  bool on_cuda() const { return team_.device >= 0; }
-  // What a kernel of an earlier call has run into; nothing is launched on a workspace that has faulted.
-  int fault_status() const {
-    return on_cuda() ? static_cast<const volatile tpf_fault*>(team_.mailbox)->status : TPF_OK;
-  }
-
-  // Makes known that [bases[r], bases[r] + bytes) are one symmetric buffer: inputs inside it are read in place.
-  void add_symmetric_buffer(const std::vector<Address>& bases, int64_t bytes) {
-    Buffer buffer = {{}, bytes};
-    for (size_t r = 0; r < bases.size(); ++r) buffer.symm.base[r] = at(bases[r]);
-    buffers_.push_back(buffer);
-  }
-
-  // Where `input` lies in symmetric memory; false where it does not.
-  bool find(Address input, tpf_symm* symm) const {
-    for (const Buffer& buffer : buffers_) {
-      const auto offset = static_cast<int64_t>(input - reinterpret_cast<Address>(buffer.symm.base[team_.rank]));
-      if (offset < 0 || offset >= buffer.bytes) continue;
-      *symm = buffer.symm;
-      symm->offset = offset;
-      return true;
-    }
-    return false;
-  }
-
- private:
-  struct Buffer {
-    tpf_symm symm;
-    int64_t bytes;
-  };
-  tpf_team team_;
-  std::vector<Buffer> buffers_;
 };
 
 py::dict to_dict(const tpf_call& call) {
@@ -184,16 +131,6 @@ int gather_latent(Address latent, Address rows, const Team& team, const tpf_call
       [&] { return tpf_qkv_a_proj_ag_cpu(at(latent), team.get(), &call); });
 }
 
-// Where an op's input lies in symmetric memory; null where it does not.
-struct Input {
-  Input(const Team& team, Address input) : symm_(), found_(team.find(input, &symm_)) {}
-  const tpf_symm* get() const { return found_ ? &symm_ : nullptr; }
-
- private:
-  tpf_symm symm_;
-  bool found_;
-};
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -229,7 +166,7 @@ PYBIND11_MODULE(_C, m) {
                   [](const std::string& name) { check(tpf_segment_unlink(name.c_str()), "cannot unlink " + name); })
       .def_buffer(&Segment::buffer);
 
-  py::class_<Team>(m, "Team")
+  py::class_<Team, std::shared_ptr<Team>>(m, "Team")
       .def(py::init<int, const std::vector<Address>&, int64_t, int64_t, int, int, int, Address>(), py::arg("rank"),
            py::arg("regions"), py::arg("slot_bytes"), py::arg("timeout_ns"), py::arg("max_ctas") = 0,
            py::arg("liveness_fd") = -1, py::arg("device") = -1, py::arg("mailbox") = 0)
@@ -237,7 +174,7 @@ PYBIND11_MODULE(_C, m) {
       .def("is_symmetric",
            [](const Team& team, Address input) {
              tpf_symm symm;
-             return team.find(input, &symm);
+             return team.find(at(input), &symm);
            })
       .def("fault",
            [](const Team& team, int rank) {
@@ -247,7 +184,7 @@ PYBIND11_MODULE(_C, m) {
       .def("plan",
            [](const Team& team, int op, Address input, int64_t num_tokens, int hidden_size, int columns, int dtype) {
              tpf_plan plan = {};
-             checked(tpf_plan_cuda(&plan, static_cast<tpf_op>(op), Input(team, input).get(), team.get(), num_tokens,
+             checked(tpf_plan_cuda(&plan, static_cast<tpf_op>(op), Input(team, at(input)).get(), team.get(), num_tokens,
                                    hidden_size, columns, static_cast<tpf_dtype>(dtype)));
              return to_dict(plan);
            })
@@ -255,13 +192,19 @@ PYBIND11_MODULE(_C, m) {
            [](const Team& team, py::ssize_t bytes) {
              return py::memoryview::from_memory(tpf_next_slot_cpu(team.get()), bytes);
            })
-      .def("close",
-           [](const Team& team) { team.on_cuda() ? tpf_team_close_cuda(team.get()) : tpf_team_close_cpu(team.get()); });
+      .def("serve", [](const std::shared_ptr<Team>& team, const std::string& group_name, int64_t max_num_tokens,
+                       int64_t row_bytes) { tpf::serve(group_name, {team, max_num_tokens, row_bytes}); })
+      .def("close", [](const Team& team) {
+        tpf::forget(team);
+        team.on_cuda() ? tpf_team_close_cuda(team.get()) : tpf_team_close_cpu(team.get());
+      });
+
+  m.def("register_kernel", &tpf::register_kernel);
 
   m.def("rs_rmsnorm", [](Address output, Address residual_out, Address input, Address residual, Address weight,
                          const Team& team, int64_t num_tokens, int hidden_size, int dtype, float eps, uint32_t variant,
                          Address stream) {
-    const Input symm(team, input);
+    const Input symm(team, at(input));
     const auto launch = [&](auto op, auto... last) {
       return op(at(output), at(residual_out), at(input), symm.get(), at(residual), at(weight), team.get(), num_tokens,
                 hidden_size, static_cast<tpf_dtype>(dtype), eps, variant, last...);
@@ -274,7 +217,7 @@ PYBIND11_MODULE(_C, m) {
         [](Address q, Address scale, Address residual_out, Address output, Address input, Address residual,
            Address weight, const Team& team, int64_t num_tokens, int hidden_size, int dtype, float eps, int group_size,
            int64_t scale_row_stride, int64_t scale_group_stride, uint32_t variant, Address stream) {
-          const Input symm(team, input);
+          const Input symm(team, at(input));
           const auto launch = [&](auto op, auto... last) {
             return op(at(q), at<float>(scale), at(residual_out), at(output), at(input), symm.get(), at(residual),
                       at(weight), team.get(), num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, group_size,
@@ -288,7 +231,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rs_rmsnorm_ag",
         [](Address output, Address residual_out, Address input, Address residual, Address weight, const Team& team,
            int64_t num_tokens, int hidden_size, int dtype, float eps, uint32_t variant, Address stream) {
-          const Input symm(team, input);
+          const Input symm(team, at(input));
           const auto launch = [&](auto op, auto... last) {
             return op(at(output), at(residual_out), at(input), symm.get(), at(residual), at(weight), team.get(),
                       num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, variant, last...);
@@ -300,7 +243,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("reduce_scatter_rows", [](Address output, Address input, const Team& team, int64_t num_tokens, int hidden_size,
                                   int dtype, Address stream) {
-    const Input symm(team, input);
+    const Input symm(team, at(input));
     const auto launch = [&](auto op, auto... last) {
       return op(at(output), at(input), symm.get(), team.get(), num_tokens, hidden_size, static_cast<tpf_dtype>(dtype),
                 last...);

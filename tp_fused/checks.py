@@ -25,14 +25,14 @@ def rows(name: str, tensor: torch.Tensor, dtypes=FLOATS, device: torch.device | 
 
 def like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """`tensor` is contiguous and has this shape, dtype and device."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype}, expected {dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
     if not tensor.is_contiguous():
-        raise ValueError(f"{name} of shape {shape} has strides {tensor.stride()}: it must be contiguous")
+        raise ValueError(f"{name} of shape {tuple(shape)} has strides {tensor.stride()}: it must be contiguous")
 
 
 def eps(value: float) -> None:
@@ -137,7 +137,7 @@ def projection(workspace, input, weight, num_tokens: int, input_dtypes=FLOATS, o
 def fp8_scales(scale: torch.Tensor, q: torch.Tensor, group_size: int = 128) -> None:
     """`scale` is fp32, one for each row and `group_size` columns of `q`, row-major or column-major."""
     expected = (q.shape[0], -(-q.shape[1] // group_size))
-    if tuple(scale.shape) != expected:
+    if scale.shape != expected:
         raise ValueError(f"scale must be {expected} for a {tuple(q.shape)} input, got {tuple(scale.shape)}")
     if scale.dtype != torch.float32:
         raise TypeError(f"scale must be torch.float32, got {scale.dtype}")
@@ -152,7 +152,7 @@ def latent_norms(q_a_weight: torch.Tensor, kv_a_weight: torch.Tensor, weight: to
     for name, norm in (("q_a_weight", q_a_weight), ("kv_a_weight", kv_a_weight)):
         if norm.dim() != 1:
             raise ValueError(f"{name} must be one-dimensional, got shape {tuple(norm.shape)}")
-        like(name, norm, tuple(norm.shape), weight.dtype, weight.device)
+        like(name, norm, norm.shape, weight.dtype, weight.device)
     if q_a_weight.shape[0] + kv_a_weight.shape[0] > weight.shape[0]:
         raise ValueError(
             f"q_a_weight ({q_a_weight.shape[0]}) and kv_a_weight ({kv_a_weight.shape[0]}) are longer than the "

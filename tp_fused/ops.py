@@ -2,7 +2,8 @@
 
 Each op is registered as `torch.ops.tp_fused.<name>` (what engines and compiled graphs call) and wrapped as
 `tp_fused.<name>` (what people call: a ProcessGroup instead of a name, defaults). `torch.library.Library` registers
-them: the `custom_op` decorator would cost several times more a call.
+them: the `custom_op` decorator would cost several times more a call. Ops that have a kernel in csrc/torch_ops.cpp are
+served there, and what is written here gets the calls that it does not take.
 
 In all of them rows are split as `torch.tensor_split` splits them; a rank may own none and still takes part. Inputs are
 never written. Ops that meet trouble between ranks raise `CollectiveFault`; on bad arguments they raise ValueError or
@@ -12,6 +13,7 @@ TypeError before anything is launched.
 import torch
 
 from . import checks, native, partition, reference
+from .native import _C
 from .workspace import get_workspace, resolve_group_name
 
 _library = torch.library.Library("tp_fused", "DEF")
@@ -26,7 +28,8 @@ def _define(schema: str, fake):
         name = schema[: schema.index("(")]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         for key in ("CPU", "CUDA"):
-            _library.impl(name, function, key)
+            if not _C.register_kernel(name, key, function):
+                _library.impl(name, function, key)
         torch.library.register_fake(f"tp_fused::{name}", fake, lib=_library)
         return function
 
@@ -51,7 +54,7 @@ def _rs_rmsnorm_fake(input, residual, weight, eps, group_name, *, complete=False
     " -> (Tensor output, Tensor residual_out)",
     _rs_rmsnorm_fake,
 )
-def _rs_rmsnorm(input, residual, weight, eps, group_name, *, complete=False):
+def _rs_rmsnorm(input, residual, weight, eps, group_name, complete=False):
     workspace = get_workspace(group_name, input.device)
     residual = checks.reduction(workspace, input, residual, weight, eps)
     return _BACKENDS[workspace.backend].rs_rmsnorm(workspace, input, residual, weight, eps, complete)
@@ -98,7 +101,7 @@ def _rs_rmsnorm_fp8_fake(
     _rs_rmsnorm_fp8_fake,
 )
 def _rs_rmsnorm_fp8(
-    input, residual, weight, eps, group_name, *, group_size=128, scale_layout="row", keep_output=False, complete=False
+    input, residual, weight, eps, group_name, group_size=128, scale_layout="row", keep_output=False, complete=False
 ):
     workspace = get_workspace(group_name, input.device)
     if scale_layout not in ("row", "column"):

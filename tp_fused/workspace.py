@@ -259,6 +259,8 @@ def init(
         _workspaces[key].close()
     workspace = Workspace(group, device_type, backend, reason, arguments)
     _workspaces[key] = workspace
+    if workspace.team is not None:
+        workspace.team.serve(workspace.group_name, workspace.max_num_tokens, workspace.row_bytes)
     return workspace
 
 

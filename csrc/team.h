@@ -1,0 +1,82 @@
+// One rank's team, with the symmetric buffers that its inputs may lie in.
+#pragma once
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "tp_fused.h"
+
+namespace tpf {
+
+using Address = uintptr_t;
+
+template <typename T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+class Team {
+ public:
+  Team(int rank, const std::vector<Address>& regions, int64_t slot_bytes, int64_t timeout_ns, int max_ctas,
+       int liveness_fd, int device, Address mailbox) {
+    team_ = {};
+    team_.rank = rank;
+    team_.world_size = static_cast<int32_t>(regions.size());
+    for (size_t r = 0; r < regions.size(); ++r) team_.region[r] = at(regions[r]);
+    team_.slot_bytes = slot_bytes;
+    team_.timeout_ns = timeout_ns;
+    team_.max_ctas = max_ctas;
+    team_.liveness_fd = liveness_fd;
+    team_.device = device;
+    team_.mailbox = at<tpf_fault>(mailbox);
+  }
+
+  const tpf_team* get() const { return &team_; }
+  bool on_cuda() const { return team_.device >= 0; }
+  // What a kernel of an earlier call has run into; nothing is launched on a workspace that has faulted.
+  int fault_status() const {
+    return on_cuda() ? static_cast<const volatile tpf_fault*>(team_.mailbox)->status : TPF_OK;
+  }
+
+  // Makes known that [bases[r], bases[r] + bytes) are one symmetric buffer: inputs inside it are read in place.
+  void add_symmetric_buffer(const std::vector<Address>& bases, int64_t bytes) {
+    Buffer buffer = {{}, bytes};
+    for (size_t r = 0; r < bases.size(); ++r) buffer.symm.base[r] = at(bases[r]);
+    const std::lock_guard lock(mutex_);
+    buffers_.push_back(buffer);
+  }
+
+  // Where `input` lies in symmetric memory; false where it does not.
+  bool find(const void* input, tpf_symm* symm) const {
+    const std::lock_guard lock(mutex_);
+    for (const Buffer& buffer : buffers_) {
+      const int64_t offset = static_cast<const char*>(input) - static_cast<const char*>(buffer.symm.base[team_.rank]);
+      if (offset < 0 || offset >= buffer.bytes) continue;
+      *symm = buffer.symm;
+      symm->offset = offset;
+      return true;
+    }
+    return false;
+  }
+
+ private:
+  struct Buffer {
+    tpf_symm symm;
+    int64_t bytes;
+  };
+  tpf_team team_;
+  std::vector<Buffer> buffers_;
+  mutable std::mutex mutex_;  // of buffers_: ops run without the interpreter's lock
+};
+
+// Where an op's input lies in symmetric memory; null where it does not.
+struct Input {
+  Input(const Team& team, const void* input) : symm_(), found_(team.find(input, &symm_)) {}
+  const tpf_symm* get() const { return found_ ? &symm_ : nullptr; }
+
+ private:
+  tpf_symm symm_;
+  bool found_;
+};
+
+}  // namespace tpf

@@ -1,0 +1,332 @@
+// A call from Python that is plainly in order is served here: arguments are looked at, outputs allocated and the op
+// launched without the interpreter, in a third of the time. Everything else (errors and their words, faults, the
+// reference backend) is said once, in Python, which gets the very same call.
+#include "torch_ops.h"
+
+#include <array>
+#include <bit>
+#include <mutex>
+#include <optional>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "partition.h"
+#include "torch_api.h"
+#include "torch_values.h"
+
+namespace py = pybind11;
+
+namespace tpf {
+namespace {
+
+// ---- workspaces by the name of their group ----
+
+std::mutex workspaces_mutex;
+std::vector<std::pair<std::string, Workspace>> workspaces;  // few
+
+std::optional<Workspace> find_workspace(std::string_view group_name, bool on_cuda) {
+  const std::lock_guard lock(workspaces_mutex);
+  for (const auto& [name, workspace] : workspaces) {
+    if (name == group_name && workspace.team->on_cuda() == on_cuda) return workspace;
+  }
+  return std::nullopt;
+}
+
+// ---- calls ----
+
+// What the ops share. `read` says whether all is in order: what checks.py asks, in other words.
+struct Call {
+  bool read(Value tensor, Value group_name, int largest_dtype) {
+    like = handle<AtenTensorOpaque>(tensor);
+    return input.read(like) && input.dim == 2 && input.dtype <= largest_dtype && find(string(group_name));
+  }
+  bool fits(int64_t num_tokens) const {
+    return num_tokens >= 0 && num_tokens <= workspace.max_num_tokens && input.row_bytes() <= workspace.row_bytes;
+  }
+  Rows own_rows(int64_t num_tokens) const { return rows_of(num_tokens, team()->rank, team()->world_size); }
+  const tpf_team* team() const { return workspace.team->get(); }
+  tpf_dtype dtype() const { return static_cast<tpf_dtype>(input.dtype); }
+  bool on_cuda() const { return workspace.team->on_cuda(); }
+
+  // launch(one of the two, what else it takes). False where nothing was launched or the call has faulted.
+  bool run(auto&& launch, auto* cuda, auto* cpu) const {
+    if (workspace.team->fault_status() != TPF_OK) return false;
+    if (on_cuda()) {
+      void* stream = nullptr;
+      return torch.aoti_torch_get_current_cuda_stream(team()->device, &stream) == 0 && launch(cuda, stream) == TPF_OK;
+    }
+    // Waits for peers, which may be threads of this process: torch has let go of the interpreter's lock.
+    return launch(cpu) == TPF_OK;
+  }
+
+  Tensor like = nullptr;  // the input
+  View input;
+  Workspace workspace;
+
+ private:
+  bool find(std::string_view group_name) {
+    auto found = find_workspace(group_name, input.device_type == torch.aoti_torch_device_type_cuda());
+    if (!found) return false;
+    workspace = std::move(*found);
+    return true;
+  }
+};
+
+struct Reduction : Call {
+  bool read(Value tensor, Value group_name) {
+    return Call::read(tensor, group_name, TPF_F32) && fits(input.rows) && input.columns <= TPF_MAX_HIDDEN_SIZE &&
+           (!on_cuda() || (input.columns % 8 == 0 && input.aligned()));
+  }
+  // With a norm, `residual` being a Tensor?.
+  bool read(Value tensor, Value residual, Value weight, Value eps, Value group_name) {
+    return read(tensor, group_name) && read_residual(optional_tensor(residual)) &&
+           read_weight(handle<AtenTensorOpaque>(weight)) && (this->eps = std::bit_cast<double>(eps)) > 0;
+  }
+  Rows own_rows() const { return Call::own_rows(input.rows); }
+
+  const void* residual = nullptr;
+  const void* weight = nullptr;
+  double eps = 0;
+  uint32_t variant = 0;
+
+ private:
+  bool read_residual(Tensor tensor) {
+    if (tensor == nullptr) return true;
+    View view;
+    const Rows own = own_rows();
+    if (!view.read(tensor) || view.dim != 2 || view.columns != input.columns || !view.like(input)) return false;
+    if (view.rows != input.rows && view.rows != own.count) return false;
+    if (on_cuda() && !view.aligned()) return false;
+    residual = static_cast<char*>(view.data) + (view.rows == input.rows ? own.start * input.row_bytes() : 0);
+    variant |= TPF_RESIDUAL;
+    return true;
+  }
+  bool read_weight(Tensor tensor) {
+    View view;
+    if (!view.read(tensor) || view.dim != 1 || view.columns != input.columns || !view.like(input)) return false;
+    weight = view.data;
+    return !on_cuda() || view.aligned();
+  }
+};
+
+// ---- the ops: arguments as in the schemas of tp_fused/ops.py; false where Python is to serve the call ----
+
+bool rs_rmsnorm(const Value* arguments, Results* results) {
+  Reduction in;
+  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4])) return false;
+  if (boolean(arguments[5])) in.variant |= TPF_COMPLETE;
+  void *output, *residual_out;
+  for (void** data : {&output, &residual_out}) {
+    if (!results->add(data, in.like, in.own_rows().count, in.input.columns, in.dtype())) return false;
+  }
+  const Input symm(*in.workspace.team, in.input.data);
+  const auto launch = [&](auto* op, auto... last) {
+    return op(output, residual_out, in.input.data, symm.get(), in.residual, in.weight, in.team(), in.input.rows,
+              in.input.columns, in.dtype(), in.eps, in.variant, last...);
+  };
+  return in.run(launch, tpf_rs_rmsnorm_cuda, tpf_rs_rmsnorm_cpu);
+}
+
+bool rs_rmsnorm_fp8(const Value* arguments, Results* results) {
+  Reduction in;
+  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4])) return false;
+  const auto group_size = static_cast<int64_t>(arguments[5]);
+  const std::string_view layout = string(arguments[6]);
+  const bool column = layout == "column", keep_output = boolean(arguments[7]);
+  if (!column && layout != "row") return false;
+  if (group_size < 1 || !std::in_range<int32_t>(group_size)) return false;
+  if (in.on_cuda() && group_size != 64 && group_size != 128) return false;
+  if (column) in.variant |= TPF_COLUMN_SCALES;
+  if (keep_output) in.variant |= TPF_KEEP_OUTPUT;
+  if (boolean(arguments[8])) in.variant |= TPF_COMPLETE;
+  const int64_t rows = in.own_rows().count, columns = in.input.columns;
+  const int64_t groups = (columns + group_size - 1) / group_size, pitch = (rows + 3) / 4 * 4;
+  void *q, *scale, *residual_out, *output;
+  if (!results->add(&q, in.like, rows, columns, TPF_E4M3)) return false;
+  if (column ? !results->add_column_major(&scale, in.like, rows, groups, pitch)
+             : !results->add(&scale, in.like, rows, groups, TPF_F32)) {
+    return false;
+  }
+  if (!results->add(&residual_out, in.like, rows, columns, in.dtype())) return false;
+  if (!results->add(&output, in.like, keep_output ? rows : 0, columns, in.dtype())) return false;
+  const Input symm(*in.workspace.team, in.input.data);
+  const auto launch = [&](auto* op, auto... last) {
+    return op(q, static_cast<float*>(scale), residual_out, output, in.input.data, symm.get(), in.residual, in.weight,
+              in.team(), in.input.rows, columns, in.dtype(), in.eps, static_cast<int32_t>(group_size),
+              column ? 1 : groups, column ? pitch : 1, in.variant, last...);
+  };
+  return in.run(launch, tpf_rs_rmsnorm_fp8_cuda, tpf_rs_rmsnorm_fp8_cpu);
+}
+
+bool rs_rmsnorm_ag(const Value* arguments, Results* results) {
+  Reduction in;
+  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4])) return false;
+  void *output, *residual_out;
+  if (!results->add(&output, in.like, in.input.rows, in.input.columns, in.dtype())) return false;
+  if (!results->add(&residual_out, in.like, in.own_rows().count, in.input.columns, in.dtype())) return false;
+  const Input symm(*in.workspace.team, in.input.data);
+  const auto launch = [&](auto* op, auto... last) {
+    return op(output, residual_out, in.input.data, symm.get(), in.residual, in.weight, in.team(), in.input.rows,
+              in.input.columns, in.dtype(), in.eps, in.variant, last...);
+  };
+  return in.run(launch, tpf_rs_rmsnorm_ag_cuda, tpf_rs_rmsnorm_ag_cpu);
+}
+
+bool reduce_scatter_rows(const Value* arguments, Results* results) {
+  Reduction in;
+  if (!in.read(arguments[0], arguments[1])) return false;
+  void* output;
+  if (!results->add(&output, in.like, in.own_rows().count, in.input.columns, in.dtype())) return false;
+  const Input symm(*in.workspace.team, in.input.data);
+  const auto launch = [&](auto* op, auto... last) {
+    return op(output, in.input.data, symm.get(), in.team(), in.input.rows, in.input.columns, in.dtype(), last...);
+  };
+  return in.run(launch, tpf_reduce_scatter_rows_cuda, tpf_reduce_scatter_rows_cpu);
+}
+
+bool all_gather_rows(const Value* arguments, Results* results) {
+  Call in;
+  const auto num_tokens = static_cast<int64_t>(arguments[1]);
+  if (!in.read(arguments[0], arguments[2], TPF_U8) || !in.fits(num_tokens)) return false;
+  if (in.input.rows != in.own_rows(num_tokens).count) return false;
+  void* output;
+  if (!results->add(&output, in.like, num_tokens, in.input.columns, in.dtype())) return false;
+  const auto launch = [&](auto* op, auto... last) {
+    return op(output, in.input.data, in.team(), num_tokens, in.input.columns, in.dtype(), last...);
+  };
+  return in.run(launch, tpf_all_gather_rows_cuda, tpf_all_gather_rows_cpu);
+}
+
+// ---- the dispatcher's side ----
+
+struct Op {
+  const char* name;
+  std::string_view arguments;  // each a (T)ensor, Tensor (?), (s)tring, (f)loat, (i)nt or (b)ool
+  bool (*serve)(const Value* arguments, Results* results);
+};
+
+constexpr Op kOps[] = {
+    {"rs_rmsnorm", "T?Tfsb", rs_rmsnorm},        {"rs_rmsnorm_fp8", "T?Tfsisbb", rs_rmsnorm_fp8},
+    {"rs_rmsnorm_ag", "T?Tfs", rs_rmsnorm_ag},   {"reduce_scatter_rows", "Ts", reduce_scatter_rows},
+    {"all_gather_rows", "Tis", all_gather_rows},
+};
+
+// Frees what is still on the stack, which owns it.
+void release(std::string_view kinds, const Value* arguments) {
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    if (kinds[i] == 'T' && arguments[i] != 0) {
+      torch.aoti_torch_delete_tensor_object(handle<AtenTensorOpaque>(arguments[i]));
+    }
+    if (kinds[i] == 's') torch.torch_delete_string(handle<StringOpaque>(arguments[i]));
+    if (kinds[i] == '?') {
+      if (Tensor tensor = optional_tensor(arguments[i])) torch.aoti_torch_delete_tensor_object(tensor);
+      delete handle<Value>(arguments[i]);
+    }
+  }
+}
+
+// The Python implementations, and the functions by which torch's own generated code takes tensors to Python and back.
+// Never destroyed: an interpreter that ends has no use for that.
+struct Python {
+  std::array<py::object, std::size(kOps)> functions;
+  py::object tensors_from_handles, handles_from_tensors;
+};
+Python* python = nullptr;
+
+// Takes the tensors off the stack.
+py::list take_tensors(std::string_view kinds, Value* stack) {
+  py::list handles;
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    Value* value = kinds[i] == 'T' ? &stack[i] : kinds[i] == '?' ? handle<Value>(stack[i]) : nullptr;
+    if (value != nullptr) handles.append(py::capsule(handle<void>(std::exchange(*value, 0))));
+  }
+  return python->tensors_from_handles(handles);
+}
+
+// Through Python itself, not the dispatcher: C functions would be in between, which no exception passes. What Python
+// raises leaves here as pybind11's error_already_set, and torch, which uses pybind11 as well, raises it to its caller.
+void hand_over(size_t index, Value* stack) {
+  const py::gil_scoped_acquire locked;
+  const std::string_view kinds = kOps[index].arguments;
+  const py::list tensors = take_tensors(kinds, stack);
+  py::list arguments;
+  size_t next = 0;
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    if (kinds[i] == 'T' || (kinds[i] == '?' && stack[i] != 0))
+      arguments.append(tensors[next++]);
+    else if (kinds[i] == '?')
+      arguments.append(py::none());
+    else if (kinds[i] == 's')
+      arguments.append(string(stack[i]));
+    else if (kinds[i] == 'f')
+      arguments.append(std::bit_cast<double>(stack[i]));
+    else if (kinds[i] == 'i')
+      arguments.append(static_cast<int64_t>(stack[i]));
+    else
+      arguments.append(boolean(stack[i]));
+  }
+  release(kinds, stack);
+  const py::object result = python->functions[index](*arguments);
+  const py::list results = py::isinstance<py::tuple>(result) ? py::list(result) : py::list(py::make_tuple(result));
+  const py::list handles = python->handles_from_tensors(results);
+  for (size_t i = 0; i < handles.size(); ++i) {
+    stack[i] = reinterpret_cast<Value>(py::capsule(handles[i]).get_pointer());
+  }
+}
+
+template <size_t kIndex>
+void kernel(Value* stack, uint64_t /* num_arguments */, uint64_t /* num_results */) {
+  {
+    Results results;
+    if (kOps[kIndex].serve(stack, &results)) {
+      release(kOps[kIndex].arguments, stack);
+      results.move_to(stack);
+      return;
+    }
+  }
+  hand_over(kIndex, stack);
+}
+
+template <size_t... kIndices>
+constexpr std::array<Kernel*, sizeof...(kIndices)> kernels(std::index_sequence<kIndices...>) {
+  return {kernel<kIndices>...};
+}
+constexpr auto kKernels = kernels(std::make_index_sequence<std::size(kOps)>());
+
+bool have_python() {
+  if (python != nullptr) return true;
+  const py::object aoti = py::getattr(py::module_::import("torch._C"), "_aoti", py::none());
+  // Their forms for a single tensor leak it.
+  const py::object tensors_from_handles = py::getattr(aoti, "alloc_tensors_by_stealing_from_void_ptrs", py::none());
+  const py::object handles_from_tensors = py::getattr(aoti, "unsafe_alloc_void_ptrs_from_tensors", py::none());
+  if (tensors_from_handles.is_none() || handles_from_tensors.is_none()) return false;
+  python = new Python{{}, tensors_from_handles, handles_from_tensors};
+  return true;
+}
+
+}  // namespace
+
+void serve(const std::string& group_name, const Workspace& workspace) {
+  const std::lock_guard lock(workspaces_mutex);
+  workspaces.emplace_back(group_name, workspace);
+}
+
+void forget(const Team& team) {
+  const std::lock_guard lock(workspaces_mutex);
+  std::erase_if(workspaces, [&](const auto& entry) { return entry.second.team.get() == &team; });
+}
+
+bool register_kernel(const std::string& name, const std::string& key, const py::function& function) {
+  if (!have_torch() || !have_python() || (key == "CUDA" && !have_torch_cuda())) return false;
+  for (size_t i = 0; i < std::size(kOps); ++i) {
+    if (name != kOps[i].name) continue;
+    python->functions[i] = function;
+    TorchLibraryOpaque* library = nullptr;  // stays, as the op does
+    return torch.aoti_torch_library_init_impl("tp_fused", key.c_str(), "csrc/torch_ops.cpp", __LINE__, &library) == 0 &&
+           torch.torch_library_impl(library, kOps[i].name, kKernels[i], kTorchVersion) == 0;
+  }
+  return false;
+}
+
+}  // namespace tpf

@@ -1,0 +1,28 @@
+// The reducing and gathering ops as kernels of torch's dispatcher.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "team.h"
+
+namespace tpf {
+
+// What the kernels know of a workspace (tp_fused/workspace.py).
+struct Workspace {
+  std::shared_ptr<const Team> team;
+  int64_t max_num_tokens, row_bytes;
+};
+
+// From here on the kernels serve calls on this group with tensors where the team is, until its team is forgotten.
+void serve(const std::string& group_name, const Workspace& workspace);
+void forget(const Team& team);
+
+// Registers the kernel of tp_fused::`name` for a dispatch key, "CPU" or "CUDA". Calls that are not plainly in order it
+// passes on to `function`, which takes the arguments in the order of the schema. False where there is no such kernel,
+// or this torch lacks what it needs.
+bool register_kernel(const std::string& name, const std::string& key, const pybind11::function& function);
+
+}  // namespace tpf

@@ -1,0 +1,113 @@
+// Arguments and results as the dispatcher has them on its stack. Only with torch at hand (torch_api.h: have_torch).
+#pragma once
+#include <array>
+#include <cstdint>
+#include <string_view>
+
+#include "team.h"
+#include "torch_api.h"
+
+namespace tpf {
+
+constexpr int64_t kItemBytes[5] = {2, 2, 4, 1, 1};  // by tpf_dtype
+
+template <typename Handle>
+Handle* handle(Value value) {
+  return reinterpret_cast<Handle*>(value);
+}
+
+// A `Tensor?`: its value lies on the heap.
+inline Tensor optional_tensor(Value value) {
+  const Value* inner = handle<Value>(value);
+  return inner == nullptr ? nullptr : handle<AtenTensorOpaque>(*inner);
+}
+
+inline std::string_view string(Value value) {
+  const char* characters = nullptr;
+  size_t length = 0;
+  torch.torch_string_c_str(handle<StringOpaque>(value), &characters);
+  torch.torch_string_length(handle<StringOpaque>(value), &length);
+  return {characters, length};
+}
+
+inline bool boolean(Value value) { return (value & 0xff) != 0; }
+
+// What a kernel asks of a tensor.
+struct View {
+  // False where torch cannot say.
+  bool read(Tensor tensor) {
+    int64_t* sizes = nullptr;
+    int32_t torch_dtype = -1;
+    bool contiguous = false;
+    if (torch.aoti_torch_get_dim(tensor, &dim) || torch.aoti_torch_get_sizes(tensor, &sizes) ||
+        torch.aoti_torch_get_dtype(tensor, &torch_dtype) || torch.aoti_torch_get_device_type(tensor, &device_type) ||
+        torch.aoti_torch_get_device_index(tensor, &device_index) ||
+        torch.aoti_torch_is_contiguous(tensor, &contiguous) || !contiguous ||
+        torch.aoti_torch_get_data_ptr(tensor, &data)) {
+      return false;
+    }
+    if (dim != 1 && dim != 2) return false;
+    rows = dim == 2 ? sizes[0] : 1;
+    columns = sizes[dim - 1];
+    for (dtype = 0; dtype < 5; ++dtype) {
+      if (torch_dtypes[dtype] == torch_dtype) return true;
+    }
+    return false;
+  }
+  bool like(const View& other) const {
+    return dtype == other.dtype && device_type == other.device_type && device_index == other.device_index;
+  }
+  bool aligned() const { return reinterpret_cast<Address>(data) % 16 == 0; }
+  int64_t row_bytes() const { return columns * kItemBytes[dtype]; }
+
+  void* data = nullptr;
+  int64_t dim = 0, rows = 0, columns = 0;
+  int dtype = 0;  // a tpf_dtype
+  int32_t device_type = 0, device_index = 0;
+};
+
+// The tensors that a kernel makes; freed where it gives up.
+class Results {
+ public:
+  Results() = default;
+  Results(const Results&) = delete;
+  Results& operator=(const Results&) = delete;
+  ~Results() {
+    for (int i = 0; i < count_; ++i) torch.aoti_torch_delete_tensor_object(tensors_[i]);
+  }
+
+  // One more, uninitialised, [rows, columns] of a dtype. Null where there is no memory.
+  bool add(void** data, Tensor like, int64_t rows, int64_t columns, int dtype) {
+    const int64_t sizes[2] = {rows, columns};
+    return make(&tensors_[count_], like, sizes, 2, dtype) && ++count_ && data_of(tensors_[count_ - 1], data);
+  }
+
+  // The same of fp32, column-major with columns `pitch` apart.
+  bool add_column_major(void** data, Tensor like, int64_t rows, int64_t columns, int64_t pitch) {
+    const int64_t numel = rows == 0 || columns == 0 ? 0 : (columns - 1) * pitch + rows;
+    const int64_t sizes[2] = {rows, columns}, strides[2] = {1, pitch};
+    Tensor memory = nullptr;
+    if (!make(&memory, like, &numel, 1, TPF_F32)) return false;
+    const int32_t error = torch.aoti_torch__reinterpret_tensor(memory, 2, sizes, strides, 0, &tensors_[count_]);
+    torch.aoti_torch_delete_tensor_object(memory);
+    return error == 0 && ++count_ && data_of(tensors_[count_ - 1], data);
+  }
+
+  // Onto the stack, which owns them from then on.
+  void move_to(Value* stack) {
+    for (int i = 0; i < count_; ++i) stack[i] = reinterpret_cast<Value>(tensors_[i]);
+    count_ = 0;
+  }
+
+ private:
+  static bool make(Tensor* tensor, Tensor like, const int64_t* sizes, int64_t dim, int dtype) {
+    return torch.aoti_torch_aten_new_empty(like, sizes, dim, &torch_dtypes[dtype], nullptr, nullptr, 0, nullptr,
+                                           tensor) == 0;
+  }
+  static bool data_of(Tensor tensor, void** data) { return torch.aoti_torch_get_data_ptr(tensor, data) == 0; }
+
+  std::array<Tensor, 4> tensors_ = {};
+  int count_ = 0;
+};
+
+}  // namespace tpf

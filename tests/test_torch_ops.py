@@ -1,0 +1,305 @@
+"""The kernels of csrc/torch_ops.cpp: they do what the Python implementations do, and hand over what is not in order.
+
+What the Python implementations do is in the other tests, which call the ops as everybody does: through these kernels.
+"""
+
+import functools
+import itertools
+import os
+import resource
+import subprocess
+import sys
+import threading
+import traceback
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from programs import REDUCTIONS, Call, same_bits
+from ranks import outcome, workspace
+from thread_ranks import ThreadRanks
+
+import tp_fused
+from tp_fused import ops
+from tp_fused.native import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = (*REDUCTIONS, "all_gather_rows")
+FP8_OPTIONS = [
+    {"group_size": size, "scale_layout": layout, "keep_output": keep}
+    for size, layout, keep in itertools.product((64, 128), ("row", "column"), (False, True))
+]
+
+
+def options_of(op: str) -> list[dict]:
+    complete = {"complete": True}
+    return {"rs_rmsnorm": [{}, complete], "rs_rmsnorm_fp8": [*FP8_OPTIONS, complete]}.get(op, [{}])
+
+
+def without_python():
+    """No Python implementation serves a call in this context."""
+    return mock.patch.dict(ops._BACKENDS, clear=True)
+
+
+def in_python(op: str, arguments: dict) -> tuple[torch.Tensor, ...]:
+    """The same call, served by the Python implementation."""
+    result = getattr(ops, f"_{op}")(**arguments, group_name=dist.group.WORLD.group_name)
+    return result if isinstance(result, tuple) else (result,)
+
+
+# ---- calls that are in order ----
+
+
+def both_ways(device: str, op: str) -> None:
+    """Runs on a rank."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    calls = [
+        Call(op, num_tokens, 256, dtype, residual, device=device, options=options)
+        for num_tokens, dtype, options in itertools.product((0, 1, 13), dtypes, options_of(op))
+        for residual in ((None, "full", "slice") if op.startswith("rs_rmsnorm") else (None,))
+    ]
+    with workspace(device, device):
+        for call in calls:
+            arguments = call.arguments(rank, world_size)
+            with without_python():
+                results = call.run(rank, world_size, arguments)
+            expected = in_python(op, arguments)
+            same_bits(results, expected)
+            assert [t.stride() for t in results] == [t.stride() for t in expected], call
+            assert [t.device for t in results] == [t.device for t in expected], call
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_kernel_does_what_the_python_implementation_does(pool, device, op):
+    pool.run(both_ways, device, op)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8], ids=str)
+@pytest.mark.parametrize("world_size", [2])
+def test_bytes_are_gathered(pool, device, dtype):
+    pool.run(gather_bytes, device, dtype)
+
+
+def gather_bytes(device: str, dtype: torch.dtype) -> None:
+    """Runs on a rank."""
+    with workspace(device, device), without_python():
+        rows = torch.full((2, 256), dist.get_rank() + 1, dtype=torch.uint8, device=device).view(dtype)
+        gathered = tp_fused.all_gather_rows(rows, 4).view(torch.uint8)
+    assert gathered[:, 0].tolist() == [1, 1, 2, 2]
+
+
+def symmetric_input(device: str) -> None:
+    """Runs on a rank: peers read the input where it lies."""
+    with workspace(device, device):
+        input = tp_fused.symm_empty((4, 256), torch.float32, device=device).fill_(dist.get_rank() + 1)
+        with without_python():
+            output = tp_fused.reduce_scatter_rows(input)
+        assert output.unique().tolist() == [3]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_symmetric_input(pool, device):
+    pool.run(symmetric_input, device)
+
+
+def replaced(device: str) -> list:
+    """Runs on a rank: a workspace, a larger one in its place, and none."""
+    rows = torch.ones(8, 256, device=device)
+    with workspace(device, device, max_num_tokens=4):
+        small = outcome(tp_fused.reduce_scatter_rows, rows)[0]
+        with workspace(device, device, max_num_tokens=8), without_python():
+            tp_fused.reduce_scatter_rows(rows)
+    return [small, outcome(tp_fused.reduce_scatter_rows, rows)[0]]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_the_workspace_is_the_one_that_the_group_has_now(pool, device):
+    for small, none in pool.run(replaced, device):
+        assert "num_tokens=8 is over the workspace's max_num_tokens=4" in str(small)
+        assert "has no workspace" in str(none)
+
+
+@pytest.mark.parametrize("way", ["call", "redispatch"])
+def test_a_wait_for_peers_lets_other_threads_run(way):
+    """Ranks may be threads of one process: torch must have let go of the interpreter's lock."""
+    op = torch.ops.tp_fused.reduce_scatter_rows.default
+    if way == "redispatch":
+        op = functools.partial(op.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))
+    ranks = ThreadRanks(2)
+
+    def reduce(workspace) -> torch.Tensor:
+        name = f"thread {workspace.rank}"
+        workspace.team.serve(name, 4, 64)
+        try:
+            return torch.cat([op(torch.full((4, 8), float(i)), name) for i in range(50)])
+        finally:
+            workspace.team.close()
+
+    for output in ranks.run(reduce):
+        assert torch.equal(output[::2, 0], torch.arange(50) * 2.0)
+
+
+# ---- calls that are handed over ----
+
+
+@pytest.fixture
+def alone(device, pools):
+    """run(function, *arguments) in a group of one rank."""
+    return lambda function, *arguments: pools(1).run(function, device, *arguments)[0]
+
+
+def raise_everything(device: str) -> None:
+    """Runs on a rank: an exception arrives as the object that it was, in any thread."""
+    errors = [KeyError("one"), KeyboardInterrupt(), tp_fused.CollectiveFault("five", "rs_rmsnorm", 5, 0, 1, "closed")]
+    rows, caught = torch.ones(4, 256, device=device), []
+
+    def call(error) -> None:
+        try:
+            tp_fused.reduce_scatter_rows(rows, "nobody")
+        except BaseException as raised:
+            caught.append(raised is error)
+            names = [frame.name for frame in traceback.extract_tb(raised.__traceback__)]
+            caught.append("_reduce_scatter_rows" in names)
+
+    for error in errors:
+        with mock.patch.object(ops, "get_workspace", side_effect=error):
+            call(error)
+            thread = threading.Thread(target=call, args=(error,))
+            thread.start()
+            thread.join()
+    assert caught == [True] * 4 * len(errors)
+
+
+def test_an_exception_arrives_as_it_was_raised(alone):
+    alone(raise_everything)
+
+
+def gradients(device: str) -> list:
+    """Runs on a rank."""
+    rows = torch.ones(4, 256, device=device, requires_grad=True)
+    seen = []
+    for backend in (device, "reference"):
+        with workspace(backend, device):
+            seen.append([t.requires_grad for t in tp_fused.rs_rmsnorm(rows, None, torch.ones(256, device=device))])
+            with torch.no_grad():
+                seen.append([t.requires_grad for t in tp_fused.rs_rmsnorm(rows, None, torch.ones_like(rows[0]))])
+    return seen
+
+
+def test_gradients_are_asked_for_alike(alone):
+    kernel, kernel_no_grad, handed_over, handed_over_no_grad = alone(gradients)
+    assert kernel == handed_over
+    assert kernel_no_grad == handed_over_no_grad == [False, False]
+
+
+# ---- memory ----
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def call_often(device: str) -> list[int]:
+    """Runs on a rank: by how much the process grows over calls served, handed over and refused."""
+    rows, weight = torch.ones(4, 256, device=device), torch.ones(256, device=device)
+
+    def served() -> None:
+        tp_fused.rs_rmsnorm(rows, rows, weight)
+        tp_fused.rs_rmsnorm_fp8(rows, None, weight, scale_layout="column", keep_output=True)
+        tp_fused.all_gather_rows(rows, 4)
+
+    def handed_over() -> None:
+        with mock.patch.dict(ops._BACKENDS, {"reference": SameRows}):
+            tp_fused.rs_rmsnorm(rows, rows, weight)
+
+    def refused() -> None:
+        assert isinstance(outcome(tp_fused.rs_rmsnorm, rows, rows, weight, -1.0)[0], ValueError)
+
+    grown = []
+    for backend, call in ((device, served), ("reference", handed_over), (device, refused)):
+        with workspace(backend, device):
+            for count in (2000, 60_000):
+                before = resident_bytes()
+                for _ in range(count):
+                    call()
+            grown.append(resident_bytes() - before)
+    return grown
+
+
+class SameRows:
+    """A backend that keeps no rows of its own, as torch.distributed does."""
+
+    @staticmethod
+    def rs_rmsnorm(workspace, input, residual, weight, eps, complete):
+        return torch.empty_like(input), torch.empty_like(input)
+
+
+@pytest.mark.parametrize("world_size", [1])
+def test_memory_does_not_grow(fresh_pool, device):
+    """Whatever is forgotten at each call, 32 bytes at least, would be 1.9 MB."""
+    (grown,) = fresh_pool.run(call_often, device)
+    assert max(grown) <= 2**20, grown
+
+
+# ---- the border to torch ----
+
+
+def test_declarations_are_those_of_torch(tmp_path):
+    """The C functions are looked up by name: nothing else would notice other parameters."""
+    source = tmp_path / "declarations.cpp"
+    source.write_text(
+        """
+        #define USE_CUDA
+        #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+        #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
+        #include <torch/csrc/stable/c/shim.h>
+        #include <type_traits>
+        #include "torch_api.h"
+        static_assert(std::is_same_v<tpf::Tensor, AtenTensorHandle> && std::is_same_v<tpf::Value, StableIValue>);
+        static_assert(tpf::kTorchVersion == TORCH_VERSION_2_10_0);
+        #define SAME(name, parameters) static_assert(std::is_same_v<decltype(&name), int32_t(*) parameters>, #name);
+        TPF_TORCH_FUNCTIONS(SAME)
+        TPF_TORCH_CUDA_FUNCTIONS(SAME)
+        """
+    )
+    include = Path(torch.__file__).parent / "include"
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += [f"-I{include}", f"-I{ROOT / 'csrc'}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torch_without_these_functions():
+    """Everything is served in Python then."""
+    script = f"""
+import importlib.util, sys, torch, torch.distributed as dist
+from unittest import mock
+spec = importlib.util.spec_from_file_location("tp_fused._C", {_C.__file__!r})
+sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[spec.name])
+sys.modules[spec.name].register_kernel = lambda name, key, function: False
+import tp_fused
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+with tp_fused.init(max_num_tokens=4, hidden_size=8, dtype=torch.float32, device="cpu"):
+    with mock.patch.object(tp_fused.ops, "get_workspace", wraps=tp_fused.ops.get_workspace) as asked:
+        print(tp_fused.reduce_scatter_rows(torch.ones(1, 8)).tolist(), asked.call_count)
+    try:
+        tp_fused.reduce_scatter_rows(torch.ones(5, 8))
+    except ValueError as error:
+        print(error)
+dist.destroy_process_group()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(f"{[[1.0] * 8]} 1\nnum_tokens=5 is over"), done.stdout + done.stderr
+
+
+def test_a_process_with_kernels_ends_quietly():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "import tp_fused"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
