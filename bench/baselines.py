@@ -53,7 +53,10 @@ BASELINES = {
     "rs_rmsnorm": Baseline("the fused op without the quantisation", empty=True),
     "copies": Baseline("the projection, a barrier, then copies out of every peer's memory", _on_cuda),
     "gemm": Baseline("this rank's matrix product alone, nothing travels"),
-    "scaled_mm": Baseline("torch._scaled_mm with block scales, then all_gather_rows", _block_scaled_mm),
+    "scaled_mm": Baseline(
+        "torch._scaled_mm with block scales, a bare barrier where ranks share a card, then all_gather_rows",
+        _block_scaled_mm,
+    ),
     "ag+norm": Baseline("qkv_a_proj_ag, then two RMSNorms and the split", empty=True),
     "alone": Baseline("the fused op with nothing beside it", empty=True),
     "barrier": Baseline("a bare barrier of the ranks, the least that any op costs", _on_cuda, empty=True),

@@ -64,14 +64,18 @@ class QkvAProjAg(Case):
         if name == "gemm":
             return self.gemm()
         if name == "copies":
-            via = PeerCopies(self.context, self.num_tokens, self.latent)
-
-            def call():
-                torch.mm(self.rows, self.weight.t(), out=via.next_rows())
-                return (via.all_gather(),)
-
-            return Program(call)
+            return self.copies(functools.partial(torch.mm, self.rows, self.weight.t()))
         return super().baseline(name)
+
+    def copies(self, multiply, dtype: torch.dtype | None = None) -> Program:
+        """`multiply(out=rows)`, and the rows fetched by the peers."""
+        via = PeerCopies(self.context, self.num_tokens, self.latent, dtype)
+
+        def call():
+            multiply(out=via.next_rows())
+            return (via.all_gather(),)
+
+        return Program(call)
 
     def gemm(self) -> Program:
         """The library's product of this rank's rows."""
@@ -108,12 +112,12 @@ class QkvAProjAg(Case):
 class QkvAProjAgFp8(QkvAProjAg):
     """qkv_a_proj_ag on fp8 rows and weight with block scales; the output is bf16.
 
-    The unfused program dequantises and multiplies in fp32; where torch has a product with block scales, "scaled_mm" and
-    "gemm" use it. bytes and right: as qkv_a_proj_ag.
+    The unfused program dequantises and multiplies in fp32; where torch has a product with block scales, "scaled_mm",
+    "copies" and "gemm" use it. bytes and right: as qkv_a_proj_ag.
     """
 
     op = "qkv_a_proj_ag_fp8"
-    baselines = ("dist", "own", "scaled_mm", "gemm")
+    baselines = ("dist", "own", "scaled_mm", "copies", "gemm", "barrier")
 
     def __init__(self, context, num_tokens: int):
         super().__init__(context, num_tokens)
@@ -135,9 +139,25 @@ class QkvAProjAgFp8(QkvAProjAg):
 
     def baseline(self, name):
         if name == "scaled_mm":
-            multiply, via = self.scaled_mm(), OverTpFused(self.context, self.num_tokens)
-            return Program(lambda: (via.all_gather(multiply()),))
+            return self.scaled_mm_gathered()
+        if name == "copies":
+            whole = self.num_tokens % (4 * self.context.world_size) == 0
+            possible = whole and BASELINES["scaled_mm"].available(self.context)
+            return self.copies(self.scaled_mm(), torch.bfloat16) if possible else None
         return super().baseline(name)
+
+    def scaled_mm_gathered(self) -> Program:
+        multiply, via = self.scaled_mm(), OverTpFused(self.context, self.num_tokens)
+
+        def call():
+            rows = multiply()
+            # A gather's blocks hold their multiprocessors until every rank has come. A product that has not begun may
+            # not fit on what they leave: gathers begin when all products are done.
+            if self.context.ranks_per_card > 1:
+                self.context.meet()
+            return (via.all_gather(rows),)
+
+        return Program(call)
 
     def gemm(self):
         if not BASELINES["scaled_mm"].available(self.context):
@@ -148,17 +168,17 @@ class QkvAProjAgFp8(QkvAProjAg):
     def scaled_mm(self):
         """torch's product of this rank's rows. cuBLAS wants a multiple of 4 of them, and their scales column-major.
 
-        An engine's quantisation writes them so: neither is charged.
+        An engine's quantisation writes them so: neither is charged. `out` is for such a multiple only.
         """
         padding = (0, 0, 0, -self.own_rows % 4)
         q, scale = (torch.nn.functional.pad(argument.float(), padding) for argument in self.arguments)
         q, scale = q.to(torch.float8_e4m3fn), scale.t().contiguous().t()
         scales = (scale, self.weight_scale.t())
 
-        def call():
+        def call(out=None):
             if self.own_rows == 0:
                 return q.new_empty(0, self.latent, dtype=torch.bfloat16)
-            return torch._scaled_mm(q, self.weight.t(), *scales, out_dtype=torch.bfloat16)[: self.own_rows]
+            return torch._scaled_mm(q, self.weight.t(), *scales, out_dtype=torch.bfloat16, out=out)[: self.own_rows]
 
         return call
 

@@ -1,7 +1,8 @@
 """Several runs in one command: launches of ranks one after the other, each with a time limit of its own.
 
-A launch is a process that starts the ranks and runs its sections, each a run as `python -m bench OP` makes them. One
-that hangs or breaks is ended, and the next begins.
+A launch is a process that starts the ranks and runs its sections, each a run as `python -m bench OP` makes them. Where
+one breaks, by a fault for instance, new ranks go on with the next section. A launch that takes too long is ended, and
+the next begins.
 """
 
 import contextlib
@@ -72,14 +73,31 @@ def file_name(section: str, document: dict) -> str:
 
 
 def _run_launch(launch: Launch, folder: Path) -> str:
-    """How it ended, in a word or two. The sections leave their files in `folder`."""
-    sections = {name: replace(options, json=str(folder / f"{name}.json")) for name, options in launch.sections.items()}
+    """How it ended, in a word or two for every start of its ranks. The sections leave their files in `folder`."""
+    deadline, endings = time.monotonic() + launch.timeout_s, []
+    left = {name: replace(options, json=str(folder / f"{name}.json")) for name, options in launch.sections.items()}
+    while left:
+        endings.append(_run_ranks(replace(launch, sections=left), folder, deadline))
+        begun = [name for name in left if _begun(left[name]).exists()]
+        if endings[-1] in ("done", "timed out") or not begun:
+            break
+        endings[-1] += f" in {begun[-1]}"
+        left = {name: options for name, options in left.items() if name not in begun}
+    return ", then ".join(endings)
+
+
+def _begun(options: Options) -> Path:
+    """What rank 0 leaves when it begins a section."""
+    return Path(options.json).with_suffix(".begun")
+
+
+def _run_ranks(launch: Launch, folder: Path, deadline: float) -> str:
     job = folder / "launch.pickle"
-    job.write_bytes(pickle.dumps((replace(launch, sections=sections), time.monotonic() + launch.timeout_s)))
+    job.write_bytes(pickle.dumps((launch, deadline)))
     command = [sys.executable, "-m", "bench.suite", str(job)]
     process = subprocess.Popen(command, env={**os.environ, **NO_MULTICAST}, start_new_session=True)
     try:
-        code = process.wait(launch.timeout_s)
+        code = process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         return "timed out"
     finally:
@@ -90,11 +108,13 @@ def _run_launch(launch: Launch, folder: Path) -> str:
 
 
 def _run_sections(launch: Launch, deadline: float) -> None:
-    """On every rank. What fails is the same on all ranks, but for faults: those end the launch."""
+    """On every rank. What fails is the same on all ranks, but for faults: those end the ranks."""
     # Says where a rank hangs, shortly before the launch is ended.
     faulthandler.dump_traceback_later(max(1.0, deadline - 10 - time.monotonic()), exit=True)
     code = 0
     for index, (name, options) in enumerate(launch.sections.items()):
+        if dist.get_rank() == 0:
+            _begun(options).touch()
         try:
             run_rank(options, header=index == 0)
         except SystemExit as ended:

@@ -112,13 +112,14 @@ class OverSymmMem:
 class PeerCopies:
     """An all-gather in which every rank copies the others' rows out of their memory, by the driver's own copies."""
 
-    def __init__(self, context, num_tokens: int, columns: int):
+    def __init__(self, context, num_tokens: int, columns: int, dtype: torch.dtype | None = None):
         self.context, self.num_tokens, self.columns = context, num_tokens, columns
+        dtype = dtype or context.dtype
         # Two buffers in turn: a rank that is a call ahead does not write what a slower one still copies.
         shape = (2, context.row_count(num_tokens, 0), columns)
-        self.memory = symm_mem.empty(*shape, dtype=context.dtype, device=context.device)
+        self.memory = symm_mem.empty(*shape, dtype=dtype, device=context.device)
         self.handle = symm_mem.rendezvous(self.memory, context.group.group_name)
-        self.buffers = [self.handle.get_buffer(rank, shape, context.dtype) for rank in range(context.world_size)]
+        self.buffers = [self.handle.get_buffer(rank, shape, dtype) for rank in range(context.world_size)]
         self.turns = itertools.cycle(range(2))
 
     def next_rows(self) -> torch.Tensor:

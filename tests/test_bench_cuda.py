@@ -1,6 +1,7 @@
 """The benchmark's CUDA programs without a card: on one rank, with stand-ins for what torch has on CUDA only."""
 
 import contextlib
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -116,22 +117,49 @@ def test_copies_resemble_the_fused_op(context, monkeypatch):
     assert case.resembles(case.baseline("copies").call(), case.fused())
 
 
+def scaled_mm(rows, weight, scale_a, scale_b, out_dtype, out=None):
+    """torch._scaled_mm with what cuBLAS asks for: a multiple of 4 rows, column-major scales, one for each block."""
+    (height, depth), width = rows.shape, weight.shape[1]
+    assert height % 4 == 0 and weight.t().is_contiguous()
+    assert scale_a.shape == (height, depth // 128) and scale_a.stride() == (1, height)
+    assert scale_b.shape == (depth // 128, -(-width // 128)) and scale_b.t().is_contiguous()
+    right = tp_fused.reference.project_fp8(rows, scale_a, weight.t(), scale_b.t()).to(out_dtype)
+    return right if out is None else out.copy_(right)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 4, 6])
 def test_scaled_mm_gets_what_cublas_asks_for(context, monkeypatch, num_tokens):
-    """A multiple of 4 rows with column-major scales, a scale of the weight for each of its blocks."""
-
-    def scaled_mm(rows, weight, scale_a, scale_b, out_dtype):
-        (height, depth), width = rows.shape, weight.shape[1]
-        assert height % 4 == 0 and weight.t().is_contiguous()
-        assert scale_a.shape == (height, depth // 128) and scale_a.stride() == (1, height)
-        assert scale_b.shape == (depth // 128, -(-width // 128)) and scale_b.t().is_contiguous()
-        right = tp_fused.reference.project_fp8(rows, scale_a, weight.t(), scale_b.t())
-        return right.to(out_dtype)
-
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     case = projections.QkvAProjAgFp8(context, num_tokens)
     assert case.resembles(case.baseline("scaled_mm").call(), case.fused())
     assert case.resembles((case.scaled_mm()(),), (case.project_exactly(),))
+
+
+@pytest.mark.parametrize(("ranks_per_card", "order"), [(1, "product gather"), (8, "product meet gather")])
+def test_gathers_wait_for_the_products_of_ranks_that_share_a_card(context, monkeypatch, ranks_per_card, order):
+    happened, gather = [], tp_fused.all_gather_rows
+    monkeypatch.setattr(
+        torch, "_scaled_mm", lambda *args, **kwargs: happened.append("product") or scaled_mm(*args, **kwargs)
+    )
+    monkeypatch.setattr(tp_fused, "all_gather_rows", lambda *args: happened.append("gather") or gather(*args))
+    monkeypatch.setattr(context, "meet", lambda: happened.append("meet"))
+    monkeypatch.setattr(context, "ranks_per_card", ranks_per_card)
+    projections.QkvAProjAgFp8(context, 4).baseline("scaled_mm").call()
+    assert happened == order.split()
+
+
+@pytest.mark.parametrize(("num_tokens", "cuda", "runs"), [(4, True, True), (6, True, False), (4, False, False)])
+def test_copies_of_fp8_products_where_torch_writes_them_in_place(context, monkeypatch, num_tokens, cuda, runs):
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(context, "barrier", lambda: None)
+    monkeypatch.setattr(symm_mem, "empty", lambda *shape, **options: torch.empty(*shape, **options))
+    monkeypatch.setattr(symm_mem, "rendezvous", lambda memory, name: Peers([memory]))
+    available = dataclasses.replace(projections.BASELINES["scaled_mm"], available=lambda context: cuda)
+    monkeypatch.setitem(projections.BASELINES, "scaled_mm", available)
+    case = projections.QkvAProjAgFp8(context, num_tokens)
+    program = case.baseline("copies")
+    assert (program is not None) == runs
+    assert not runs or case.resembles(program.call(), case.fused())
 
 
 def test_host_time_is_that_of_a_call(context):

@@ -19,18 +19,21 @@ def section(op: str, **options) -> Options:
     return Options(ops=(op,), world_size=2, **{**sizes, **options})
 
 
-def test_a_launch_goes_on_after_a_failure_and_is_ended_when_it_hangs(tmp_path, capfd):
+def test_a_launch_goes_on_after_failures_and_is_ended_when_it_hangs(tmp_path, capfd):
     sections = {
+        "hasty": section("rs_rmsnorm", timeout_s=1e-9, iters=10**6, baselines=("own",)),
         "huge": section("rs_rmsnorm", tokens=(10**9,)),
         "small": section("rs_rmsnorm", baselines=("own",)),
         "endless": section("rs_rmsnorm", iters=10**9),
     }
-    (document,) = suite.run([suite.Launch("two", 40, sections)], tmp_path)
+    (document,) = suite.run([suite.Launch("two", 45, sections)], tmp_path)
     assert document["results"][0]["wrong"] == 0
     assert json.loads((tmp_path / "small_cpu_2_ranks.json").read_text()) == document
     captured = capfd.readouterr()
-    assert "# two: failed" in captured.out
-    assert "/dev/shm" in captured.err and "in measure" in captured.err  # why it failed, and where the ranks hung
+    assert f"# two: failed (exit code {run.FAULT}) in hasty, then failed" in captured.out
+    assert (
+        "never arrived" in captured.err and "/dev/shm" in captured.err and "in measure" in captured.err
+    )  # why it failed, and where the ranks hung
 
 
 def test_a_file_is_named_after_section_device_and_ranks():
