@@ -136,7 +136,7 @@ int gather_latent(Address latent, Address rows, const Team& team, const tpf_call
 PYBIND11_MODULE(_C, m) {
   m.def("cuda_compiled", [] { return tpf_cuda_compiled() != 0; });
   m.def("cpu_supported", [] { return tpf_cpu_supported() != 0; });
-  m.def("region_bytes", &tpf_region_bytes);
+  m.def("region_bytes", &tpf_region_bytes, py::arg("slot_bytes"), py::arg("on_cuda") = false);
   m.def("rows_of", [](int64_t num_tokens, int rank, int world_size) {
     int64_t start, count;
     tpf_rows_of(&start, &count, num_tokens, rank, world_size);

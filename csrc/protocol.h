@@ -3,7 +3,7 @@
 //
 // Every rank owns one region of symmetric memory, laid out alike:
 //
-//     [ Control | signals: steps x ctas x ranks | staging slot 0 | staging slot 1 ]
+//     [ Control | signals: steps x ctas x ranks | staging slot 0 | staging slot 1 | CUDA: inbox 0 | inbox 1 ]
 //
 // A *round* is one exchange of data. Rounds are counted by an epoch that every rank keeps in its own Control; an op is
 // one round, or two (rs_rmsnorm_ag). In a round each rank
@@ -19,6 +19,12 @@
 // one synchronisation a round enough. An input that peers read in place (zero-copy) is the caller's memory and not a
 // slot; such a round has a closing step, published after the last read, and the op ends when all peers have
 // published it.
+//
+// What says itself that it has come. CUDA: rows of small calls are posted into the reader's inbox (epoch & 1). A word
+// of an inbox is 0 until it is written; what is written is the inverted word of the row, and never 0. So the reader
+// looks at the row itself, and neither waits for a fence. It sets back to 0 what it has read, in the same round; the
+// inbox is written again two rounds later, when its reader has published the round in between. The call is still
+// published and observed, before the rows count.
 //
 // What is agreed. The contract is a hash of the call. A word of my epoch with another contract is a disagreement; the
 // two announced calls then say in what. A word of a later epoch was written by a peer that has finished my round, and
@@ -66,7 +72,7 @@ struct Control {
   uint32_t faulted;  // set once `fault` is valid
   uint32_t claimed;  // CUDA: the first thread to meet a fault writes the record
   uint32_t closed;
-  uint32_t reserved;
+  uint32_t fetched;       // CUDA: tiles whose operands a projection has asked for. The last one sets it back to 0.
   tpf_call announced[2];  // what the owner calls in round e, at e & 1
   uint32_t claims[2];     // CUDA: rows that blocks have taken one by one in call c, at c & 1
   // CUDA: column tiles of a row block that a projection has finished. Whoever finishes the last one sets it back to 0.
@@ -79,7 +85,16 @@ constexpr int64_t kControlBytes = 8192;
 constexpr int64_t kSignalBytes = int64_t{TPF_MAX_STEPS} * TPF_MAX_CTAS * TPF_MAX_RANKS * sizeof(uint64_t);
 static_assert(sizeof(Control) <= kControlBytes);
 
-TPF_HD constexpr int64_t region_bytes(int64_t slot_bytes) { return kControlBytes + kSignalBytes + 2 * slot_bytes; }
+// An inbox takes what a slot does, as long as that is little: larger calls do not wait for fences most.
+constexpr int64_t kMaxInboxBytes = int64_t{16} << 20;
+
+TPF_HD constexpr int64_t inbox_bytes(int64_t slot_bytes) {
+  return slot_bytes < kMaxInboxBytes ? slot_bytes : kMaxInboxBytes;
+}
+
+TPF_HD constexpr int64_t region_bytes(int64_t slot_bytes, bool on_cuda) {
+  return kControlBytes + kSignalBytes + 2 * slot_bytes + (on_cuda ? 2 * inbox_bytes(slot_bytes) : 0);
+}
 
 TPF_HD inline Control* control(void* region) { return static_cast<Control*>(region); }
 
@@ -91,6 +106,11 @@ TPF_HD inline uint64_t* signal(void* region, int step, int cta, int from) {
 
 TPF_HD inline char* slot(void* region, uint32_t epoch, int64_t slot_bytes) {
   return static_cast<char*>(region) + kControlBytes + kSignalBytes + (epoch & 1) * slot_bytes;
+}
+
+TPF_HD inline char* inbox(void* region, uint32_t epoch, int64_t slot_bytes) {
+  return static_cast<char*>(region) + kControlBytes + kSignalBytes + 2 * slot_bytes +
+         (epoch & 1) * inbox_bytes(slot_bytes);
 }
 
 // What the ops that reduce announce.

@@ -105,7 +105,7 @@ typedef struct tpf_symm {
 
 /* ---- the row rule and the layout of a region ---- */
 void tpf_rows_of(int64_t* start, int64_t* count, int64_t num_tokens, int32_t rank, int32_t world_size);
-int64_t tpf_region_bytes(int64_t slot_bytes);
+int64_t tpf_region_bytes(int64_t slot_bytes, int32_t on_cuda);
 
 /* ---- shared-memory segments (CPU) ---- */
 typedef struct tpf_segment {

@@ -145,7 +145,7 @@ class Workspace:
 
     def _make_cuda_team(self) -> None:
         slot_bytes = self._slot_bytes()
-        memory, regions = self._symmetric_memory(_C.region_bytes(slot_bytes))
+        memory, regions = self._symmetric_memory(_C.region_bytes(slot_bytes, on_cuda=True))
         memory.zero_()
         torch.cuda.synchronize()
         _gather_objects(self.group, None)  # nobody signals into a region that is not zeroed yet

@@ -36,7 +36,7 @@ void tpf_rows_of(int64_t* start, int64_t* count, int64_t num_tokens, int32_t ran
   *count = rows.count;
 }
 
-int64_t tpf_region_bytes(int64_t slot_bytes) { return tpf::region_bytes(slot_bytes); }
+int64_t tpf_region_bytes(int64_t slot_bytes, int32_t on_cuda) { return tpf::region_bytes(slot_bytes, on_cuda != 0); }
 
 tpf_status tpf_segment_create(tpf_segment* segment, const char* name, int64_t bytes) {
   const int fd = shm_open(name, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);

@@ -99,40 +99,63 @@ struct Group {
   __device__ int vector(int v) const { return first + v * threads + thread; }
 
   int threads;
-  int thread;      // this one's place in the group
-  float* partial;  // shared memory: 2 x kMaxPartials
-  int first = 0;   // of the row's vectors: not 0 where blocks share the row
-  int parts = 1;   // how many blocks do
+  int thread;                 // this one's place in the group
+  float* partial;             // shared memory: 2 x kMaxPartials
+  int first = 0;              // of the row's vectors: not 0 where blocks share the row
+  int parts = 1;              // how many blocks do
+  uint64_t* heard = nullptr;  // and the mbarrier on which each hears the others' shares
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-// Writes to where `to` lies in block `part` of the cluster.
-__device__ inline void cluster_store(float* to, int part, float value) {
+__device__ inline uint32_t cluster_address(const void* shared, int part) {
   uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(to)), "r"(part));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(part));
+  return address;
 }
 
-// All blocks of a cluster have begun, so that their shared memory can be written to, when cluster_begun returns.
-__device__ inline void cluster_begin() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+// Writes to where `to` lies in block `part` of the cluster, and says so on its mbarrier. Unlike a barrier of the
+// cluster, which is a fence too, this does not wait for the rows that were stored before.
+__device__ inline void cluster_store(float* to, uint64_t* heard, int part, float value) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(cluster_address(to, part)),
+      "f"(value), "r"(cluster_address(heard, part))
+      : "memory");
+}
+
+// By all threads: all blocks of a cluster have begun, and can hear `bytes` once, when cluster_begun returns.
+__device__ inline void cluster_begin(uint64_t* heard, uint32_t bytes) {
+  if (threadIdx.x == 0) {
+    barrier_init(heard, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barrier_expect(heard, bytes);
+  }
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ inline void cluster_begun() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
-// All threads of all blocks of the cluster; what they wrote to shared memory before is seen after.
-__device__ inline void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+// Until all have been heard: blocks of a cluster run together, so this needs no deadline.
+__device__ inline void cluster_hear(uint64_t* heard) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(heard))
+      : "memory");
 }
 #else  // no clusters: a row is not shared
-__device__ inline void cluster_store(float*, int, float) {}
-__device__ inline void cluster_begin() {}
+__device__ inline void cluster_store(float*, uint64_t*, int, float) {}
+__device__ inline void cluster_begin(uint64_t*, uint32_t) {}
 __device__ inline void cluster_begun() {}
-__device__ inline void cluster_sync() {}
+__device__ inline void cluster_hear(uint64_t*) {}
 #endif
 
 // The sum over the group, added up in an order that depends on the columns alone: 32 vectors at a time, then these. So
 // a row has the same bits whatever body and however many threads work on it. `parity` alternates from row to row
-// between two buffers, so one barrier a row is enough.
-template <int kVecs>
-__device__ inline float group_sum(const float (&values)[kVecs], const Group& group, int parity) {
+// between two buffers, so one barrier a row is enough. `meanwhile()` is done before the others are waited for.
+template <int kVecs, typename Meanwhile>
+__device__ inline float group_sum(const float (&values)[kVecs], const Group& group, int parity, Meanwhile&& meanwhile) {
   float* partial = group.partial + parity * kMaxPartials;
   const int lane = group.thread % 32, count = group.parts * kVecs * group.threads / 32;
 #pragma unroll
@@ -140,13 +163,14 @@ __device__ inline float group_sum(const float (&values)[kVecs], const Group& gro
     const float sum = warp_sum(values[v]);
     float* to = &partial[group.vector(v) / 32];
     if (group.parts > 1) {
-      if (lane < group.parts) cluster_store(to, lane, sum);
+      if (lane < group.parts) cluster_store(to, group.heard, lane, sum);
     } else if (lane == 0) {
       *to = sum;
     }
   }
+  meanwhile();
   if (group.parts > 1) {
-    cluster_sync();
+    cluster_hear(group.heard);
   } else {
     group.sync();
   }
@@ -190,10 +214,15 @@ struct RowWeight {
   uint4 kept[kKept ? kVecs : 1];
 };
 
+struct Nothing {
+  __device__ void operator()() const {}
+};
+
 // What is done with a summed row: round, store, normalise, quantise. Threads hold kVecs vectors of it each.
-template <typename T, int kVecs, Ending kEnding>
+template <typename T, int kVecs, Ending kEnding, typename Meanwhile = Nothing>
 __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums)[kVecs][kLanes<T>],
-                                  const RowWeight<T, kVecs>& weight, const Group& group, int parity, bool arrived) {
+                                  const RowWeight<T, kVecs>& weight, const Group& group, int parity, bool arrived,
+                                  Meanwhile&& meanwhile = {}) {
   const ReduceArgs& args = view.args;
   T* stored = static_cast<T*>(args.residual_out) + row * view.hidden;
   float squares[kVecs] = {};
@@ -206,9 +235,9 @@ __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) squares[v] = fmaf(sums[v][i], sums[v][i], squares[v]);
   }
-  if constexpr (kEnding == Ending::kSum) return;
+  if constexpr (kEnding == Ending::kSum) return meanwhile();
 
-  const float mean = group_sum(squares, group, parity) / static_cast<float>(view.hidden);
+  const float mean = group_sum(squares, group, parity, meanwhile) / static_cast<float>(view.hidden);
   const float rstd = __frsqrt_rn(mean + args.eps);
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {

@@ -25,12 +25,14 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kIsSm90) + (kBo
   constexpr int kRounds = kEnding == Ending::kGather ? 2 : 1;
   __shared__ float partial[2 * kMaxPartials];
   if constexpr (kBody == Body::kOneRow) {
-    if (args.parts > 1) cluster_begin();
+    __shared__ uint64_t heard;
+    if (args.parts > 1) cluster_begin(&heard, args.parts * (blockDim.x / 32) * sizeof(float));
     wait_for_last_kernel();
     const View<T> early(args);
     const int part = blockIdx.x % args.parts, first = part * blockDim.x;
-    const Group group = {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partial, first, args.parts};
-    const OneRow<T> one(early, blockIdx.x / args.parts, group.vector(0) * kLanes<T>);
+    const Group group = {
+        static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partial, first, args.parts, &heard};
+    OneRow<T> one(early, blockIdx.x / args.parts, group.vector(0) * kLanes<T>);
     const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
     if (args.parts > 1) cluster_begun();
     const bool arrived = reduce_one_row<T, kEnding>(View<T>(args, round.epoch), round, one, group);

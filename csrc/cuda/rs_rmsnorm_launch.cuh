@@ -20,12 +20,19 @@ inline ReduceArgs reduce_args(tpf_op op, void* residual_out, const void* input, 
   return args;
 }
 
-constexpr int kPartsToStage = 4;
+constexpr int kPartsToPost = 4;
 
 template <Ending kEnding>
 struct ReduceLauncher {
   static int64_t row_bytes(const ReduceArgs& args) {
     return args.call.hidden_size * bytes_of(static_cast<tpf_dtype>(args.call.dtype));
+  }
+  static bool is_staged(const ReduceArgs& args) {
+    return args.call.source < 0 && args.team.world_size > 1 && (args.call.variant & TPF_COMPLETE) == 0;
+  }
+  // Whether all that a rank is sent fits its inbox.
+  static bool fits_inbox(const ReduceArgs& args) {
+    return args.team.world_size * args.partition.largest() * row_bytes(args) <= inbox_bytes(args.team.slot_bytes);
   }
   // Row buffers that the moving warp copies through.
   static int copier_rows(const ReduceArgs& args) {
@@ -88,12 +95,14 @@ struct ReduceLauncher {
     // The grid depends on the call and on what the workspace was made with: the same on all ranks.
     args.partition = partition_of(args.call.num_tokens, args.team.world_size);
     const Blocks blocks = share_out(args.partition.largest(), args.team.max_ctas);
-    args.chunk_rows = std::max((blocks.rows + kMaxChunks - 1) / kMaxChunks, std::min(blocks.rows, 2));
+    // Staged rows that fit no inbox are for the bodies that stage in slots, one row a block or not.
+    const int least = fits_inbox(args) || !is_staged(args) ? std::min(blocks.rows, 2) : 2;
+    args.chunk_rows = std::max((blocks.rows + kMaxChunks - 1) / kMaxChunks, least);
     args.parts = 1;
     if (blocks.rows <= 1) {
       args.parts = row_parts(args, device, blocks.grid);
-      // A small piece of a row: to stage it costs less than the second synchronisation of an input read in place.
-      if (args.parts >= kPartsToStage) args.call.source = -1;
+      // A small piece of a row: to post it costs less than the second synchronisation of an input read in place.
+      if (args.parts >= kPartsToPost && fits_inbox(args)) args.call.source = -1;
     }
     args.contract = contract_of(args.call);
     args.num_chunks = std::max(1, (blocks.rows + args.chunk_rows - 1) / std::max(1, args.chunk_rows));

@@ -4,46 +4,166 @@
 
 namespace tpf {
 
-// Everything that does not hang on a peer is on its way before the epoch is known.
+// A vector in an inbox (protocol.h): inverted, and no word of it 0. The one word that would be, two NaN of 16 bits or
+// one of 32, becomes its neighbour, which is NaN too. Words may come one by one.
+__device__ inline void post16(void* address, uint4 raw) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(max(~raw.x, 1u)),
+               "r"(max(~raw.y, 1u)), "r"(max(~raw.z, 1u)), "r"(max(~raw.w, 1u))
+               : "memory");
+}
+
+__device__ inline uint4 look16(const void* address) {
+  uint4 posted;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(posted.x), "=r"(posted.y), "=r"(posted.z), "=r"(posted.w)
+               : "l"(address)
+               : "memory");
+  return posted;
+}
+
+__device__ inline bool has_come(uint4 posted) { return min(min(posted.x, posted.y), min(posted.z, posted.w)) != 0; }
+
+__device__ inline uint4 posted_value(uint4 posted) { return {~posted.x, ~posted.y, ~posted.z, ~posted.w}; }
+
+// One thread's part: a vector of each row that goes and comes. What peers wait for is on its way before the epoch is
+// known; what only this rank adds up is loaded while it waits for them. A rank has at most TPF_MAX_CTAS rows, so 32
+// bits count all elements: what a warp spends on addresses is time.
 template <typename T>
 struct OneRow {
-  __device__ OneRow(const View<T>& view, int row, int column) : row(row), column(column), inside(column < view.hidden) {
-    const T* input = static_cast<const T*>(view.args.input) + column;
+  __device__ OneRow(const View<T>& view, int row, int column)
+      : row(row),
+        column(column),
+        owners(column >= view.hidden            ? 0
+               : row < view.args.partition.per  ? view.world_size
+               : row == view.args.partition.per ? view.args.partition.rem
+                                                : 0) {
+    const T* from = static_cast<const T*>(view.args.input) + at(view, 0);
 #pragma unroll
     for (int peer = 0; peer < TPF_MAX_RANKS; ++peer) {
-      if (view.staged() && goes_to(view, peer)) {
-        outgoing[peer] = load16(input + (view.rows(peer).start + row) * view.hidden);
-      }
+      if (view.staged() && goes_to(view, peer)) vectors[peer] = load16(from);
+      from += share(view, peer) * view.hidden;
     }
-    if (row >= view.own.count || !inside) return;
-    own = load16(input + (view.own.start + row) * view.hidden);
+  }
+  __device__ void load_own(const View<T>& view) {
+    if (view.rank >= owners) return;
+    own = load16(static_cast<const T*>(view.args.input) + at(view, view.rank));
     if (view.has_residual()) {
       residual = load16(static_cast<const T*>(view.args.residual) + row * view.hidden + column);
     }
   }
+  // Where this thread's vector of `owner`'s row is in an array of all tokens, in elements.
+  __device__ int at(const View<T>& view, int owner) const {
+    return (static_cast<int>(view.rows(owner).start) + row) * view.hidden + column;
+  }
+  __device__ static int share(const View<T>& view, int owner) { return static_cast<int>(view.rows(owner).count); }
   // Whether this thread has a vector of a row that `peer` owns.
-  __device__ bool goes_to(const View<T>& view, int peer) const {
-    return inside && peer < view.world_size && peer != view.rank && row < view.rows(peer).count;
+  __device__ bool goes_to(const View<T>& view, int peer) const { return peer < owners && peer != view.rank; }
+  // Whether this thread adds up a vector that `source` sends.
+  __device__ bool comes_from(const View<T>& view, int source) const {
+    return view.rank < owners && !view.complete && source < view.world_size && source != view.rank;
+  }
+  // Where it posts that.
+  __device__ char* posted(const View<T>& view, int peer, int source) const {
+    return inbox(view.args.team.region[peer], view.epoch, view.args.team.slot_bytes) + source * posted_bytes(view) +
+           (row * view.hidden + column) * int{sizeof(T)};
+  }
+  // Of one source's rows.
+  __device__ static int posted_bytes(const View<T>& view) { return share(view, 0) * view.hidden * int{sizeof(T)}; }
+
+  // To all peers: this block is in the round, and its rows.
+  __device__ void post(const View<T>& view, const BlockRound& round) const {
+    const tpf_team& team = view.args.team;
+    const int thread = threadIdx.x;
+    if (thread < view.world_size && thread != view.rank) publish_entry(team, round, 0, thread);
+#pragma unroll
+    for (int peer = 0; peer < TPF_MAX_RANKS; ++peer) {
+      if (goes_to(view, peer)) post16(posted(view, peer, view.rank), vectors[peer]);
+    }
   }
 
-  const int row;
-  const int column;
-  const bool inside;
-  uint4 outgoing[TPF_MAX_RANKS];
+  __device__ void begin_sum(const View<T>& view) {
+#pragma unroll
+    for (int source = 0; source < TPF_MAX_RANKS; ++source) vectors[source] = comes_from(view, source) ? uint4{} : own;
+  }
+
+  // Looks into the inbox until every source's vector has come; false, with the fault on record, where one does not.
+  __device__ bool take_posted(const View<T>& view, const BlockRound& round) {
+    const tpf_team& team = view.args.team;
+    const char* const first_row = posted(view, view.rank, 0);
+    const auto missing = [&] {
+      int first = 0;
+#pragma unroll
+      for (int source = TPF_MAX_RANKS - 1; source >= 0; --source) {
+        if (comes_from(view, source) && !has_come(vectors[source])) first = source;
+      }
+      return first;
+    };
+    Patience patience;
+    tpf_status status;
+    do {
+      // The sources' addresses are worked out anew at each look: there are not the registers to keep them.
+      int bytes = posted_bytes(view);
+      asm volatile("" : "+r"(bytes));
+#pragma unroll
+      for (int source = 0; source < TPF_MAX_RANKS; ++source) {
+        if (comes_from(view, source) && !has_come(vectors[source])) {
+          vectors[source] = look16(first_row + source * bytes);
+        }
+      }
+      bool all = true;
+#pragma unroll
+      for (int source = 0; source < TPF_MAX_RANKS; ++source)
+        all &= !comes_from(view, source) || has_come(vectors[source]);
+      if (all) {
+#pragma unroll
+        for (int source = 0; source < TPF_MAX_RANKS; ++source) {
+          if (comes_from(view, source)) vectors[source] = posted_value(vectors[source]);
+        }
+        return true;
+      }
+      status = patience.ask(team, missing);
+    } while (status == TPF_OK);
+    const int peer = missing();
+    report(team, view.args.call, round, status, peer, 0, observe(signal(team.region[team.rank], 0, blockIdx.x, peer)),
+           patience.waited_ns());
+#pragma unroll
+    for (int source = 0; source < TPF_MAX_RANKS; ++source) vectors[source] = {};
+    return false;
+  }
+
+  // What was read is to be 0 again, in time for the round after the next.
+  __device__ void clear_posted(const View<T>& view) const {
+#pragma unroll
+    for (int source = 0; source < TPF_MAX_RANKS; ++source) {
+      if (comes_from(view, source)) store16(posted(view, view.rank, source), {});
+    }
+  }
+
+  // The sources' vectors, where their inputs are read in place.
+  __device__ void load_in_place(const View<T>& view) {
+    const int64_t bytes = view.args.symm.offset + at(view, view.rank) * int64_t{sizeof(T)};
+#pragma unroll
+    for (int source = 0; source < TPF_MAX_RANKS; ++source) {
+      if (comes_from(view, source)) {
+        vectors[source] = load16(static_cast<const char*>(view.args.symm.base[source]) + bytes);
+      }
+    }
+  }
+
+  const int row, column;
+  const int owners;  // ranks 0..owners-1 own a row of which this thread has a vector
+  uint4 vectors[TPF_MAX_RANKS];
   uint4 own = {}, residual = {};
 };
 
 template <typename T, Ending kEnding>
-__device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& round, const OneRow<T>& one,
+__device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& round, OneRow<T>& one,
                                       const Group& group) {
-#pragma unroll
-  for (int peer = 0; peer < TPF_MAX_RANKS; ++peer) {
-    if (!round.refused && view.staged() && one.goes_to(view, peer)) {
-      store16(view.staged_row(peer, view.rank, one.row) + one.column, one.outgoing[peer]);
-    }
+  if (!round.refused) {
+    if (view.staged()) one.post(view, round);
+    if (!view.staged()) publish_to_peers(view, round, 0, threadIdx.x);
   }
-  __syncthreads();
-  if (!round.refused) publish_to_peers(view, round, 0, threadIdx.x);
+  one.load_own(view);
   RowWeight<T, 1> weight;
   if constexpr (kEnding != Ending::kSum) weight.init(view, group);
   bool arrived = __syncthreads_and(!round.refused && wait_for_peers(view, round, 0, threadIdx.x));
@@ -53,18 +173,15 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
   // A block that saw a fault goes on too: its cluster waits for it.
   const bool closes = view.zero_copy && kEnding != Ending::kGather && !round.refused;
   if (one.row < view.own.count) {
-    uint4 raw[TPF_MAX_RANKS];
-#pragma unroll
-    for (int source = 0; source < TPF_MAX_RANKS; ++source) {
-      const bool from_peer = source < view.num_sources() && source != view.rank && !view.complete && one.inside;
-      raw[source] = from_peer ? load16(view.source_row(source, one.row) + one.column) : one.own;
-    }
-    if (!arrived) raw[0] = {~0u, ~0u, ~0u, ~0u};  // no mean for the blocks that share the row, either
+    one.begin_sum(view);
+    if (view.zero_copy) one.load_in_place(view);
+    if (view.staged() && arrived) arrived = one.take_posted(view, round);
+    if (!arrived) one.vectors[0] = {~0u, ~0u, ~0u, ~0u};  // no mean for the blocks that share the row, either
     float sums[1][kLanes<T>];
-    unpack(sums[0], raw[0], T{});
+    unpack(sums[0], one.vectors[0], T{});
 #pragma unroll
     for (int source = 1; source < TPF_MAX_RANKS; ++source) {
-      if (source < view.num_sources()) add_vector<T>(sums[0], raw[source]);
+      if (source < view.num_sources()) add_vector<T>(sums[0], one.vectors[source]);
     }
     if (view.has_residual()) add_vector<T>(sums[0], one.residual);
     if (closes) {
@@ -72,12 +189,14 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
       __syncthreads();
       publish_to_peers(view, round, kClosingStep, threadIdx.x);
     }
-    finish_row<T, 1, kEnding>(view, one.row, sums, weight, group, 0, arrived);
+    finish_row<T, 1, kEnding>(view, one.row, sums, weight, group, 0, arrived, [&] {
+      if (view.staged() && arrived) one.clear_posted(view);
+    });
   } else if (closes) {
     publish_to_peers(view, round, kClosingStep, threadIdx.x);
   }
   if constexpr (kEnding == Ending::kGather) {
-    __syncthreads();
+    arrived = __syncthreads_and(arrived);
     const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
     if (arrived) {
       publish_to_peers(view, next, kGatherStep, threadIdx.x);
@@ -94,9 +213,7 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int64_t row = view.rows(first + i).start + one.row;
-        T* to = static_cast<T*>(view.args.output) + row * view.hidden + one.column;
-        if (one.goes_to(view, first + i)) store16(to, raw[i]);
+        if (one.goes_to(view, first + i)) store16(static_cast<T*>(view.args.output) + one.at(view, first + i), raw[i]);
       }
     }
   }

@@ -39,6 +39,15 @@ __device__ inline void report(const tpf_team& team, const tpf_call& call, const 
                               int peer, int step, uint64_t seen, uint64_t waited_ns) {
   Control* own = control(team.region[team.rank]);
   if (atomicExch(&own->claimed, 1u) != 0) return;
+  const tpf_call* const announced = &control(team.region[peer])->announced[round.epoch & 1];
+  if (status == TPF_DISAGREE) {
+    // A word that was not released may have come before what its sender announced: a matter of microseconds.
+    constexpr uint64_t kPatienceNs = 1000000;
+    const uint64_t start = now_ns();
+    while (contract_of(*announced) != static_cast<uint32_t>(seen) && now_ns() - start < kPatienceNs) {
+      __threadfence_system();
+    }
+  }
   tpf_fault* const records[2] = {&own->fault, team.mailbox};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -51,7 +60,7 @@ __device__ inline void report(const tpf_team& team, const tpf_call& call, const 
     record->call_number = round.call_number;
     record->waited_ns = waited_ns;
     record->expected = call;
-    if (status == TPF_DISAGREE) record->seen = control(team.region[peer])->announced[round.epoch & 1];
+    if (status == TPF_DISAGREE) record->seen = *announced;
     __threadfence_system();
     record->status = status;
   }
@@ -86,35 +95,57 @@ __device__ inline void publish_step(const tpf_team& team, const BlockRound& roun
   publish_step(team, round, step, blockIdx.x, peer);
 }
 
+// Says that this block is in the round, and nothing of what it has written: no fence to wait for. What earlier kernels
+// wrote was seen by all when they ended.
+__device__ inline void publish_entry(const tpf_team& team, const BlockRound& round, int step, int peer) {
+  shared_ref<uint64_t>(*signal(team.region[peer], step, blockIdx.x, team.rank))
+      .store(signal_word(round.epoch, round.contract), order::memory_order_relaxed);
+}
+
+// How long a wait goes on. It is asked between two looks, of which the last comes after the verdict: a peer that is
+// gone may have written just before.
+class Patience {
+ public:
+  // `missing()` is the peer that is waited for.
+  template <typename Missing>
+  __device__ tpf_status ask(const tpf_team& team, Missing&& missing) {
+    if (++looks_ % 1024 != 0) return TPF_OK;
+    if (verdict_ != TPF_OK) return verdict_;
+    // One deadline a call: where another wait has failed, its record stands.
+    if (shared_ref<uint32_t>(control(team.region[team.rank])->faulted).load(order::memory_order_relaxed) != 0) {
+      verdict_ = TPF_PEER_FAULTED;
+      return TPF_OK;
+    }
+    const uint64_t now = now_ns();
+    if (start_ == 0) start_ = now;
+    Control* other = control(team.region[missing()]);
+    if (now - start_ > static_cast<uint64_t>(team.timeout_ns)) {
+      verdict_ = TPF_NEVER_ARRIVED;
+    } else if (shared_ref<uint32_t>(other->faulted).load(order::memory_order_acquire) != 0) {
+      verdict_ = TPF_PEER_FAULTED;
+    } else if (shared_ref<uint32_t>(other->closed).load(order::memory_order_acquire) != 0) {
+      verdict_ = TPF_PEER_CLOSED;
+    }
+    return TPF_OK;
+  }
+  __device__ uint64_t waited_ns() const { return start_ == 0 ? 0 : now_ns() - start_; }
+
+ private:
+  uint64_t start_ = 0;
+  uint32_t looks_ = 0;
+  tpf_status verdict_ = TPF_OK;
+};
+
 // Waits for one peer's word; false, with the fault on record, where that fails.
 __device__ inline bool wait_step(const tpf_team& team, const tpf_call& call, const BlockRound& round, int step, int cta,
                                  int peer) {
   uint64_t* word = signal(team.region[team.rank], step, cta, peer);
-  uint64_t seen, start = 0;
-  uint32_t looks = 0;
-  tpf_status verdict = TPF_OK;
-  const tpf_status status = wait_for(word, round.epoch, round.contract, &seen, [&] {
-    if (++looks % 1024 != 0) return TPF_OK;
-    if (verdict != TPF_OK) return verdict;  // a peer that is gone may have published just before: one more look
-    // One deadline a call: where another wait has failed, its record stands.
-    if (shared_ref<uint32_t>(control(team.region[team.rank])->faulted).load(order::memory_order_relaxed) != 0) {
-      verdict = TPF_PEER_FAULTED;
-      return TPF_OK;
-    }
-    const uint64_t now = now_ns();
-    if (start == 0) start = now;
-    Control* other = control(team.region[peer]);
-    if (now - start > static_cast<uint64_t>(team.timeout_ns)) {
-      verdict = TPF_NEVER_ARRIVED;
-    } else if (shared_ref<uint32_t>(other->faulted).load(order::memory_order_acquire) != 0) {
-      verdict = TPF_PEER_FAULTED;
-    } else if (shared_ref<uint32_t>(other->closed).load(order::memory_order_acquire) != 0) {
-      verdict = TPF_PEER_CLOSED;
-    }
-    return TPF_OK;
-  });
+  uint64_t seen;
+  Patience patience;
+  const tpf_status status =
+      wait_for(word, round.epoch, round.contract, &seen, [&] { return patience.ask(team, [&] { return peer; }); });
   if (status == TPF_OK) return true;
-  report(team, call, round, status, peer, step, seen, start == 0 ? 0 : now_ns() - start);
+  report(team, call, round, status, peer, step, seen, patience.waited_ns());
   return false;
 }
 

@@ -153,7 +153,7 @@ class Rank {
 
 int main(int, char** arguments) {
   const int rounds = std::atoi(arguments[1]);
-  const auto bytes = static_cast<size_t>(tpf_region_bytes(kSlotBytes));
+  const auto bytes = static_cast<size_t>(tpf_region_bytes(kSlotBytes, 0));
   Memory memory;
   for (int r = 0; r < kRanks; ++r) {
     memory.region[r] = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
