@@ -27,7 +27,7 @@ class Kernel:
 
     stack_bytes: int
     local_bytes: int
-    opcodes: collections.Counter  # of accesses to local and global memory, as in "LDG.E.128"
+    opcodes: collections.Counter  # of accesses to local and global memory and of products, as in "LDG.E.128"
 
     def count(self, pattern: str) -> int:
         """Instructions whose opcode matches."""
@@ -62,7 +62,9 @@ def read_cubin(cubin: Path) -> dict[str, Kernel]:
     )
     kernels = {name: Kernel(int(stack), int(local), collections.Counter()) for name, stack, local in resources}
     # An instruction is `/*0070*/  @P0 LDG.E.128 R4, ...`; the predicate may be absent.
-    token = re.compile(r"^\.text\.(\S+):|\*/ +(?:@!?\w+ )?((?:LDL|STL|LDG|STG|UBLK)[\w.]*) ", re.MULTILINE)
+    token = re.compile(
+        r"^\.text\.(\S+):|\*/ +(?:@!?\w+ )?((?:LDL|STL|LDG|STG|UBLK|UTMA|[HQ]GMMA|WARPGROUP)[\w.]*) ", re.MULTILINE
+    )
     opcodes = None
     for section, opcode in token.findall(run("nvdisasm", "-c", cubin)):
         if section:
@@ -169,3 +171,23 @@ def test_rows_travel_in_bulk_copies(kernels):
         or kernel.count(r"LDG\.E(?!.*CONSTANT).*\.128")
     }
     assert not threads_copy
+
+
+def test_projections_multiply_by_warp_groups(library):
+    """On Hopper: the copy engine brings operands in boxes, and products wait at the end of a stage only. With
+    too few registers ptxas makes each wait for the one before, and says so in a note that nobody reads."""
+    if "sm_90a" not in library:
+        pytest.skip("libtp_fused was not built for sm_90a")
+    projections = {
+        name: kernel for name, kernel in library["sm_90a"].items() if name.startswith("qkv_a_proj_ag_kernel")
+    }
+    assert projections
+    wrong = {
+        name: dict(kernel.opcodes)
+        for name, kernel in projections.items()
+        if not kernel.count("UTMALDG")
+        or not kernel.count(r"UBLKCP\.G\.S")
+        or kernel.count("[HQ]GMMA") < 4
+        or kernel.count(r"WARPGROUP\.DEPBAR") > 3
+    }
+    assert not wrong

@@ -1,5 +1,5 @@
-"""Projections of many rows, where Hopper multiplies and gathers in one kernel: against the fp32 product of the same
-inputs, with the error of torch's own product as the measure. The CPU runs the same program on few rows.
+"""Projections, which on Hopper multiply and gather in one kernel: against the fp32 product of the same inputs, with the
+error of torch's own product as the measure. The CPU runs the same program on few rows.
 """
 
 import zlib
@@ -87,13 +87,25 @@ def test_many_rows(pool, device, dtype, widths, world_size):
     assert sums == [sums[0]] * world_size
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize("rows", [1, 40, 64, 130])
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_few_rows(pool, device, dtype, rows, world_size):
+    """Fewer rows go through other tiles; some ranks own one row less."""
+    num_tokens = max(1, rows * world_size - 1) if device == "cuda" else rows
+    sums = pool.run(project, device, dtype, num_tokens, 272 if device == "cpu" else 2064, WIDTHS[0])
+    assert sums == [sums[0]] * world_size
+
+
 def rows_alone(device: str, dtype: torch.dtype) -> None:
-    """Runs on a rank: a row has the same bits among 600 and among 300."""
+    """Runs on a rank: a row has the same bits among any number of rows."""
     weight = random("weight", (2112, 1024), torch.float32, 1 / 32).to(device, dtype)
-    rows = random("rows", (600, 1024), torch.float32).to(device, dtype)
-    with workspace(device, device, max_num_tokens=600, hidden_size=1024, latent_size=2112, dtype=dtype):
-        many, few = (tp_fused.qkv_a_proj_ag(rows[:count], weight, count) for count in (600, 300))
-    assert (many[:300].view(torch.int16) == few.view(torch.int16)).all()
+    rows = random("rows", (2500, 1024), torch.float32).to(device, dtype)
+    with workspace(device, device, max_num_tokens=2500, hidden_size=1024, latent_size=2112, dtype=dtype):
+        many = tp_fused.qkv_a_proj_ag(rows, weight, 2500)
+        for count in (1, 64, 100, 600, 1500):
+            few = tp_fused.qkv_a_proj_ag(rows[:count], weight, count)
+            assert (many[:count].view(torch.int16) == few.view(torch.int16)).all(), count
 
 
 @pytest.mark.cuda

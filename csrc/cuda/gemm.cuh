@@ -26,11 +26,13 @@ __device__ inline void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Where an operand begins; `byte` (a multiple of 32, below 128) is a step along K.
-__device__ inline uint64_t operand(uint32_t shared, int byte) {
+// An operand that begins at this address of shared memory; along K it goes on kOperandStep further.
+__device__ inline uint64_t operand(uint32_t address) {
   constexpr uint64_t kPatternBytes = 8 * kSwizzleBytes, kSwizzle128 = uint64_t{1} << 62, kUnused = uint64_t{1} << 16;
-  return kSwizzle128 | (kPatternBytes >> 4) << 32 | kUnused | ((shared + byte) & 0x3ffff) >> 4;
+  return kSwizzle128 | (kPatternBytes >> 4) << 32 | kUnused | address >> 4;
 }
+constexpr int kProductBytes = 32;  // of K, in one product
+constexpr uint64_t kOperandStep = kProductBytes >> 4;
 
 __device__ inline void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -46,43 +48,74 @@ __device__ inline void hold(float (&sums)[kSums]) {
   for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
+// multiply: sums (+)= a b^T, 64 rows of a by 2 kSums rows of b, over kProductBytes of K; `add` false begins anew.
+// Thread t of the warp group holds rows t/32*16 + t%32/4 and 8 below: sums[4*j], [4*j+1] at columns 8*j + t%4*2 and
+// next, sums[4*j+2], [4*j+3] likewise of the lower row.
 // clang-format off
-#define TPF_SUMS_8(i)                                                                                          \
-  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
-      "+f"(sums[i + 6]), "+f"(sums[i + 7])
-#define TPF_SUMS_96                                                                                             \
-  TPF_SUMS_8(0), TPF_SUMS_8(8), TPF_SUMS_8(16), TPF_SUMS_8(24), TPF_SUMS_8(32), TPF_SUMS_8(40), TPF_SUMS_8(48), \
-      TPF_SUMS_8(56), TPF_SUMS_8(64), TPF_SUMS_8(72), TPF_SUMS_8(80), TPF_SUMS_8(88)
-#define TPF_WGMMA(types, trailer)                                                            \
-  asm volatile(                                                                                  \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"                                               \
-      "wgmma.mma_async.sync.aligned.m64n192" types " {"                                          \
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                  \
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "        \
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "        \
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "        \
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "        \
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "       \
-      "%96, %97, p, " trailer ";\n}\n"                                                           \
-      : TPF_SUMS_96                                                                              \
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+#define TPF_SUM_4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
+#define TPF_SUMS_4 TPF_SUM_4(0)
+#define TPF_SUMS_36 \
+  TPF_SUM_4(0), TPF_SUM_4(4), TPF_SUM_4(8), TPF_SUM_4(12), TPF_SUM_4(16), TPF_SUM_4(20), TPF_SUM_4(24), \
+  TPF_SUM_4(28), TPF_SUM_4(32)
+#define TPF_SUMS_48 \
+  TPF_SUMS_36, TPF_SUM_4(36), TPF_SUM_4(40), TPF_SUM_4(44)
+#define TPF_SUMS_72 \
+  TPF_SUMS_48, TPF_SUM_4(48), TPF_SUM_4(52), TPF_SUM_4(56), TPF_SUM_4(60), TPF_SUM_4(64), TPF_SUM_4(68)
+#define TPF_SUMS_88 \
+  TPF_SUMS_72, TPF_SUM_4(72), TPF_SUM_4(76), TPF_SUM_4(80), TPF_SUM_4(84)
+#define TPF_SUMS_96 \
+  TPF_SUMS_88, TPF_SUM_4(88), TPF_SUM_4(92)
+#define TPF_REGISTERS_4 "%0, %1, %2, %3"
+#define TPF_REGISTERS_36 \
+  TPF_REGISTERS_4 ", %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, " \
+  "%30, %31, %32, %33, %34, %35"
+#define TPF_REGISTERS_48 \
+  TPF_REGISTERS_36 ", %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define TPF_REGISTERS_72 \
+  TPF_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, " \
+  "%66, %67, %68, %69, %70, %71"
+#define TPF_REGISTERS_88 \
+  TPF_REGISTERS_72 ", %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87"
+#define TPF_REGISTERS_96 \
+  TPF_REGISTERS_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define TPF_MULTIPLY(in, columns, sums_held, a_at, b_at, add_at, types, trailer)                              \
+  __device__ inline void multiply(float (&sums)[sums_held], uint64_t a, uint64_t b, bool add, in) {           \
+    asm volatile(                                                                                             \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, " add_at ", 0;\n"                                                   \
+        "wgmma.mma_async.sync.aligned.m64n" #columns types " {" TPF_REGISTERS_##sums_held "}, " a_at ", " b_at \
+        ", p, " trailer ";\n}\n"                                                                              \
+        : TPF_SUMS_##sums_held                                                                                \
+        : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                        \
+  }
+#define TPF_MULTIPLY_16_BITS(columns, sums_held, a_at, b_at, add_at)                                                 \
+  TPF_MULTIPLY(__nv_bfloat16, columns, sums_held, a_at, b_at, add_at, "k16.f32.bf16.bf16", "1, 1, 0, 0")             \
+  TPF_MULTIPLY(__half, columns, sums_held, a_at, b_at, add_at, "k16.f32.f16.f16", "1, 1, 0, 0")
+
+TPF_MULTIPLY_16_BITS(8, 4, "%4", "%5", "%6")
+TPF_MULTIPLY_16_BITS(72, 36, "%36", "%37", "%38")
+TPF_MULTIPLY_16_BITS(96, 48, "%48", "%49", "%50")
+TPF_MULTIPLY_16_BITS(144, 72, "%72", "%73", "%74")
+TPF_MULTIPLY_16_BITS(176, 88, "%88", "%89", "%90")
+TPF_MULTIPLY_16_BITS(192, 96, "%96", "%97", "%98")
+TPF_MULTIPLY(__nv_fp8_e4m3, 96, 48, "%48", "%49", "%50", "k32.f32.e4m3.e4m3", "1, 1")
+TPF_MULTIPLY(__nv_fp8_e4m3, 192, 96, "%96", "%97", "%98", "k32.f32.e4m3.e4m3", "1, 1")
 // clang-format on
 
-// sums (+)= a b^T over 32 bytes of K: `add` false begins anew. Thread t of the warp group holds rows t/32*16 + t%32/4
-// and 8 below: sums[4*j], [4*j+1] at columns 8*j + t%4*2 and next, sums[4*j+2], [4*j+3] likewise of the lower row.
-__device__ inline void multiply(float (&sums)[96], uint64_t a, uint64_t b, bool add, __nv_bfloat16) {
-  TPF_WGMMA("k16.f32.bf16.bf16", "1, 1, 0, 0");
-}
-__device__ inline void multiply(float (&sums)[96], uint64_t a, uint64_t b, bool add, __half) {
-  TPF_WGMMA("k16.f32.f16.f16", "1, 1, 0, 0");
-}
-__device__ inline void multiply(float (&sums)[96], uint64_t a, uint64_t b, bool add, __nv_fp8_e4m3) {
-  TPF_WGMMA("k32.f32.e4m3.e4m3", "1, 1");
-}
-
-#undef TPF_WGMMA
+#undef TPF_MULTIPLY_16_BITS
+#undef TPF_MULTIPLY
+#undef TPF_REGISTERS_4
+#undef TPF_REGISTERS_36
+#undef TPF_REGISTERS_48
+#undef TPF_REGISTERS_72
+#undef TPF_REGISTERS_88
+#undef TPF_REGISTERS_96
+#undef TPF_SUMS_36
+#undef TPF_SUMS_48
+#undef TPF_SUMS_72
+#undef TPF_SUMS_88
 #undef TPF_SUMS_96
-#undef TPF_SUMS_8
+#undef TPF_SUMS_4
+#undef TPF_SUM_4
 
 template <int kRegisters>
 __device__ inline void take_registers() {

@@ -38,32 +38,62 @@ int tiles(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / 
 
 bool begins_at_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <typename In, typename Out>
+template <typename Tiles>
 tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const tpf_projection& projection,
                   tpf_stream stream) {
-  const int64_t rows = args.partition.rows(args.team.rank).count, most = args.partition.largest();
-  const int64_t row_blocks = (most + kTileRows - 1) / kTileRows;
+  using Out = std::conditional_t<sizeof(typename Tiles::In) == 1, __nv_bfloat16, typename Tiles::In>;
+  const int64_t rows = args.partition.rows(args.team.rank).count;
+  const int64_t row_blocks = tiles(args.partition.largest(), Tiles::kRows);
   if (row_blocks > TPF_MAX_ROW_BLOCKS || args.call.columns * sizeof(Out) > kCopierBytes) return TPF_UNSUPPORTED;
   args.row_blocks = static_cast<int32_t>(std::max<int64_t>(1, row_blocks));
-  args.column_tiles = tiles(args.call.columns, kTileColumns);
-  if (!encode(&args.weight_map, args.call, projection.weight, args.call.columns, kTileColumns) ||
-      (rows > 0 && !encode(&args.input_map, args.call, projection.input, rows, kTileRows))) {
+  args.column_tiles = tiles(args.call.columns, Tiles::kColumns);
+  if (!encode(&args.weight_map, args.call, projection.weight, args.call.columns, Tiles::kColumns) ||
+      (rows > 0 && !encode(&args.input_map, args.call, projection.input, rows, Tiles::kRows))) {
     return TPF_UNSUPPORTED;
   }
-  const Grid grid = {blocks, kProjectionThreads, kProjectionShared};
+  const Grid grid = {blocks, kProjectionThreads, kProjectionShared<Tiles>};
   tpf_status status = TPF_UNSUPPORTED;
   if (args.call.op != TPF_QKV_A_PROJ_AG_NORM) {
-    status = launch_kernel(qkv_a_proj_ag_kernel<In, Out, false>, args, device, grid, stream);
-  } else if constexpr (sizeof(In) == 2) {
-    status = launch_kernel(qkv_a_proj_ag_kernel<In, Out, true>, args, device, grid, stream);
+    status = launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, false>, args, device, grid, stream);
+  } else if constexpr (sizeof(typename Tiles::In) == 2) {
+    status = launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, true>, args, device, grid, stream);
   }
-  if (tpf_plan* plan = plan_instead()) plan->tile_rows = kTileRows;
+  if (tpf_plan* plan = plan_instead()) plan->tile_rows = Tiles::kRows;
   return status;
 }
 
-// Of the rank that owns most. With fewer, one tile's way through K is longer than a product by cuBLAS, which shares it
-// out, and a gather after it.
-constexpr int64_t kFewestRows = 256;
+// The time of the busiest block, in cycles of the tensor cores for 128 bytes of K; and, where there are peers, once
+// more the time until the first rows can be copied. A block reads its operands at some 45 bytes a cycle (measured on
+// H100), and multiplies meanwhile.
+template <typename Tiles>
+int64_t cost_of(const ProjectionArgs& args, int blocks) {
+  const int64_t row_blocks = tiles(args.partition.largest(), Tiles::kRows);
+  const auto turns = [&](int64_t rows) { return tiles(rows * tiles(args.call.columns, Tiles::kColumns), blocks); };
+  const int64_t first =
+      args.team.world_size > 1 ? turns(std::min<int64_t>(row_blocks, kGroupedRows / Tiles::kRows)) : 0;
+  return (turns(row_blocks) + first) * std::max(Tiles::kRows * Tiles::kColumns / 32, Tiles::kStageBytes / 45);
+}
+
+// The cheapest of these tiles, the first of several: by the shape and the grid alone, so that all ranks take the same.
+template <typename... Tiles>
+tpf_status launch_cheapest(ProjectionArgs& args, const Device& device, int blocks, const tpf_projection& projection,
+                           tpf_stream stream) {
+  const int64_t costs[] = {cost_of<Tiles>(args, blocks)...};
+  constexpr decltype(&launch<LargeTiles<__half>>) launches[] = {launch<Tiles>...};
+  const auto cheapest = std::min_element(std::begin(costs), std::end(costs)) - std::begin(costs);
+  return launches[cheapest](args, device, blocks, projection, stream);
+}
+
+template <typename In>
+tpf_status launch_16_bits(ProjectionArgs& args, const Device& device, int blocks, const tpf_projection& projection,
+                          tpf_stream stream) {
+  if (args.team.world_size == 1) {
+    return launch_cheapest<LargeTiles<In>, LargeNarrowTiles<In>, MediumTiles<In>, SmallTiles<In>, FewRows<In>,
+                           FewRowsManyBlocks<In>>(args, device, blocks, projection, stream);
+  }
+  return launch_cheapest<LargeTiles<In>, MediumTiles<In>, SmallTiles<In>, FewRows<In>, FewRowsManyBlocks<In>>(
+      args, device, blocks, projection, stream);
+}
 
 }  // namespace
 }  // namespace tpf
@@ -77,13 +107,15 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   const int64_t element_bytes = bytes_of(dtype), hidden = call->hidden_size, columns = call->columns;
   ProjectionArgs args = {};
   args.partition = partition_of(call->num_tokens, team->world_size);
-  if (args.partition.largest() < kFewestRows) return TPF_UNSUPPORTED;
   if (!device.is_hopper || dtype == TPF_F32 || hidden * element_bytes % 16 != 0 || columns % 8 != 0 ||
       encoder() == nullptr || !begins_at_16_bytes(projection->input) || !begins_at_16_bytes(projection->weight)) {
     return TPF_UNSUPPORTED;
   }
   const bool norm = call->op == TPF_QKV_A_PROJ_AG_NORM;
-  if (norm && std::max(projection->q_columns, projection->kv_columns) > kNormColumns) return TPF_UNSUPPORTED;
+  if (norm &&
+      (projection->q_columns > kQVectors * kVectorColumns || projection->kv_columns > kKvVectors * kVectorColumns)) {
+    return TPF_UNSUPPORTED;
+  }
   const uint32_t rest = call->columns - (norm ? projection->q_columns + projection->kv_columns : 0);
   const uint32_t pieces[3] = {norm ? static_cast<uint32_t>(projection->q_columns) : rest,
                               norm ? static_cast<uint32_t>(projection->kv_columns) : 0, norm ? rest : 0};
@@ -110,10 +142,11 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   const int blocks = std::min(most_blocks(team->max_ctas), device.processors);
   switch (dtype) {
     case TPF_BF16:
-      return launch<__nv_bfloat16, __nv_bfloat16>(args, device, blocks, *projection, stream);
+      return launch_16_bits<__nv_bfloat16>(args, device, blocks, *projection, stream);
     case TPF_F16:
-      return launch<__half, __half>(args, device, blocks, *projection, stream);
+      return launch_16_bits<__half>(args, device, blocks, *projection, stream);
     default:
-      return launch<__nv_fp8_e4m3, __nv_bfloat16>(args, device, blocks, *projection, stream);
+      return launch_cheapest<MediumTiles<__nv_fp8_e4m3>, SmallTiles<__nv_fp8_e4m3>>(args, device, blocks, *projection,
+                                                                                    stream);
   }
 }

@@ -1,33 +1,69 @@
 // qkv_a_proj_ag_kernel: the projection of this rank's rows, gathered by all ranks while later rows are still
 // multiplied.
 //
-// The grid's blocks share out tiles of 128 rows by 192 columns. In a block one warp fetches operands into a ring of
-// shared-memory stages, two warp groups multiply (64 rows each) and write finished tiles into this rank's own slot, and
-// two warps copy finished rows from the peers' slots to the output with the copy engine. Whoever finishes the last tile
-// of a row block publishes it: row block i has signal i of the round, the same number of them on all ranks. In
-// qkv_a_proj_ag_norm the owner normalises the row block first, in its slot: once, and not on every rank.
+// The grid's blocks share out tiles (see Tiling). In a block one warp fetches operands into a ring of shared-memory
+// stages, and two warp groups multiply and write finished tiles into this rank's own slot. One warp counts finished
+// tiles: whoever counts the last one of a row block publishes it. Row block i has signal i of the round, the same
+// number of them on all ranks. Two warps copy finished rows from the peers' slots to the output with the copy engine.
+// In qkv_a_proj_ag_norm the counting warps of all blocks normalise a finished row block first, in its slot: once, at
+// its owner, and not on every rank.
 //
-// A row's result is one chain of additions over K: it depends on nothing but the row. fp8 operands are multiplied in
-// blocks of 128 along K, each promoted to fp32 with its scales (DeepSeek-V3, section 3.3).
+// A row's result is one chain of additions over K, in whatever tile it lies: it depends on nothing but the row. fp8
+// operands are multiplied in blocks of 128 along K, each promoted to fp32 with its scales (DeepSeek-V3, section 3.3).
 #pragma once
 #include "gemm.cuh"
 #include "signal.cuh"
 
 namespace tpf {
 
-constexpr int kTileRows = 128;
-constexpr int kTileColumns = 192;        // column counts in use are multiples of 64 and not of 128; 2112 is 11 x 192
-constexpr int kSums = kTileColumns / 2;  // that a thread holds of 64 rows
-constexpr int kProductStages = 4;
-constexpr int kProductStageBytes = (kTileRows + kTileColumns) * kSwizzleBytes;
+// A block's tile, and its two warp groups' shares of it: half of the rows each or, where rows are few, half of the
+// columns. Column counts in use are multiples of 64 and not of 128.
+template <typename Input, int kTileRows, int kTileColumns, int kTileStages>
+struct Tiling {
+  using In = Input;
+  static constexpr int kRows = kTileRows, kColumns = kTileColumns, kStages = kTileStages;
+  static constexpr bool kByRows = kRows >= 128;
+  static constexpr int kGroupRows = kByRows ? kRows / 2 : kRows;
+  static constexpr int kGroupColumns = kByRows ? kColumns : kColumns / 2;
+  static constexpr int kParts = kGroupRows / 64;   // a product has 64 rows
+  static constexpr int kSums = kGroupColumns / 2;  // that a thread holds of a part
+  static constexpr int kStageBytes = (kRows + kColumns) * kSwizzleBytes;
+};
+// Many rows. The larger a tile, the fewer operands are read; the largest one's sums just find room in registers. fp8
+// sums are held twice, until they are promoted. Of fp8 no tile may touch more than two blocks of 128 weight columns.
+template <typename In>
+using LargeTiles = Tiling<In, 256, 176, 3>;
+template <typename In>
+using LargeNarrowTiles = Tiling<In, 256, 144, 3>;
+template <typename In>
+using MediumTiles = Tiling<In, 128, 192, 4>;
+template <typename In>
+using SmallTiles = Tiling<In, 128, 96, 5>;
+// Few rows: the weight has to come from memory, through as many blocks as there are, with enough of it on its way.
+template <typename In>
+using FewRows = Tiling<In, 64, 144, 6>;
+template <typename In>
+using FewRowsManyBlocks = Tiling<In, 64, 16, 14>;
+
+constexpr int kMaxProductStages = 14;
 constexpr int kCopiers = 2;         // warps of a block
-constexpr int kCopierBytes = 8192;  // of a buffer
-// With room to begin at a multiple of 1024, as the swizzle's pattern wants it.
-constexpr int kProjectionShared = 1024 + kProductStages * kProductStageBytes + kCopiers * kCopierStages * kCopierBytes;
-constexpr int kGroupedRowBlocks = 4;  // whose tiles are neighbours in the order: they share operands in the L2
+constexpr int kCopierBytes = 7168;  // of a buffer
+template <typename Tiles>
+constexpr int kProjectionShared = 1024  // to begin at a multiple of it, as the swizzle's pattern wants
+                                  + Tiles::kStages * Tiles::kStageBytes + kCopiers * kCopierStages * kCopierBytes;
+constexpr int kGroupedRows = 512;  // whose tiles are neighbours in the order: they share operands in the L2
 constexpr int kProjectionThreads = 384;
-constexpr int kNormVectors = 8;  // of a lane, in the longer of the two normed parts of a row
-constexpr int kNormColumns = kNormVectors * 256;
+constexpr int kQVectors = 8, kKvVectors = 3;  // of a lane, in the two normed parts of a row
+constexpr int kVectorColumns = 256;           // of a warp's vectors side by side
+// Registers of a thread that multiplies, and of the others. They share what the kernel is launched with: 384 times 168.
+template <typename Tiles>
+constexpr int multiply_registers(bool norm) {
+  return Tiles::kParts * Tiles::kSums > 144 ? (norm ? 208 : 216) : sizeof(typename Tiles::In) == 1 ? 216 : 184;
+}
+template <typename Tiles>
+constexpr int other_registers(bool norm) {
+  return 504 - 2 * multiply_registers<Tiles>(norm);
+}
 
 struct ProjectionArgs {
   CUtensorMap input_map, weight_map;
@@ -51,44 +87,67 @@ struct ProjectionArgs {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 struct ProjectionShared {
-  alignas(8) uint64_t full[kProductStages];
-  alignas(8) uint64_t empty[kProductStages];
+  alignas(8) uint64_t full[kMaxProductStages];
+  alignas(8) uint64_t empty[kMaxProductStages];
   alignas(8) uint64_t copied[kCopiers][kCopierStages];
-  int last;
+  uint32_t stored;  // warps' shares of tiles, since the kernel began
 
   // By one thread; a barrier of the block follows.
   __device__ void init() {
-    for (int stage = 0; stage < kProductStages; ++stage) {
+    for (int stage = 0; stage < kMaxProductStages; ++stage) {
       barrier_init(&full[stage], 1);
-      barrier_init(&empty[stage], 8);  // warps that multiply
+      barrier_init(&empty[stage], kProductWarps);
     }
     for (auto& buffers : copied) {
       for (uint64_t& barrier : buffers) barrier_init(&barrier, 1);
     }
+    stored = 0;
     fence_async_shared();
   }
+
+  static constexpr int kProductWarps = 8;
 };
+
+template <typename Tiles>
+__device__ inline void next_stage(RingPosition& at) {
+  if (++at.stage < Tiles::kStages) return;
+  at.stage = 0;
+  ++at.round;
+}
 
 struct Tile {
   int row_block, column_tile;
 };
 
 // Tiles in the order in which blocks take them: a few row blocks at a time, all columns of these.
+template <typename Tiles>
 __device__ inline Tile tile_of(int index, const ProjectionArgs& args) {
-  const int group_tiles = kGroupedRowBlocks * args.column_tiles;
-  const int group = index / group_tiles, at = index % group_tiles;
-  const int row_blocks = min(kGroupedRowBlocks, args.row_blocks - group * kGroupedRowBlocks);
-  return {group * kGroupedRowBlocks + at % row_blocks, at / row_blocks};
+  constexpr int kGrouped = kGroupedRows / Tiles::kRows;
+  const int group = index / (kGrouped * args.column_tiles), at = index % (kGrouped * args.column_tiles);
+  const int row_blocks = min(kGrouped, args.row_blocks - group * kGrouped);
+  return {group * kGrouped + at % row_blocks, at / row_blocks};
+}
+
+__device__ inline int own_row_blocks(const ProjectionArgs& args, int tile_rows) {
+  return static_cast<int>((args.partition.rows(args.team.rank).count + tile_rows - 1) / tile_rows);
 }
 
 // run(tile) for every tile of this block that has rows.
-template <typename Run>
+template <typename Tiles, typename Run>
 __device__ inline void for_tiles(const ProjectionArgs& args, Run&& run) {
-  const int64_t rows = args.partition.rows(args.team.rank).count;
+  const int own = own_row_blocks(args, Tiles::kRows);
   for (int index = blockIdx.x; index < args.row_blocks * args.column_tiles; index += gridDim.x) {
-    const Tile tile = tile_of(index, args);
-    if (int64_t{tile.row_block} * kTileRows < rows) run(tile);
+    const Tile tile = tile_of<Tiles>(index, args);
+    if (tile.row_block < own) run(tile);
   }
+}
+
+// Where finished tiles are put. A rank alone has nobody to copy them to: they are the output.
+template <typename Out, bool kNorm>
+__device__ inline Out* rows_at(const ProjectionArgs& args, const BlockRound& round) {
+  const bool alone = !kNorm && args.team.world_size == 1;
+  return reinterpret_cast<Out*>(alone ? args.outputs[0]
+                                      : slot(args.team.region[args.team.rank], round.epoch, args.team.slot_bytes));
 }
 
 // To all peers, and to this rank's own copying warps: one lane each.

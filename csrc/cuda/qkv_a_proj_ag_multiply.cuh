@@ -1,99 +1,130 @@
 // qkv_a_proj_ag_kernel's fetching warp and its multiplying warp groups.
 #pragma once
+#include <numeric>
+
 #include "qkv_a_proj_ag.cuh"
 
 namespace tpf {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-template <typename In>
+template <typename Tiles>
 __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShared& shared, char* stages) {
-  constexpr int kElements = kSwizzleBytes / sizeof(In);
+  constexpr int kElements = kSwizzleBytes / sizeof(typename Tiles::In);
   if (args.partition.rows(args.team.rank).count > 0) prefetch_map(&args.input_map);
   prefetch_map(&args.weight_map);
   RingPosition at;
-  for_tiles(args, [&](Tile tile) {
-    for (int k = 0; k < args.k_blocks; ++k) {
-      if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
-      char* stage = stages + at.stage * kProductStageBytes;
-      uint64_t* full = &shared.full[at.stage];
-      barrier_expect(full, kProductStageBytes);
-      tensor_load(stage, &args.input_map, k * kElements, tile.row_block * kTileRows, full);
-      tensor_load(stage + kTileRows * kSwizzleBytes, &args.weight_map, k * kElements, tile.column_tile * kTileColumns,
-                  full);
-      at.advance(1, kProductStages);
+  // Blocks begin each turn of tiles together: left to themselves they drift apart, until what they share is no longer
+  // in the L2 cache when the last of them wants it.
+  cuda::atomic_ref<uint32_t, cuda::thread_scope_device> fetched(control(args.team.region[args.team.rank])->fetched);
+  const int end = args.row_blocks * args.column_tiles, own = own_row_blocks(args, Tiles::kRows);
+  for (int first = 0, index = blockIdx.x; index < end; first += gridDim.x, index += gridDim.x) {
+    while (fetched.load(cuda::memory_order_relaxed) < first) {
     }
-  });
+    const Tile tile = tile_of<Tiles>(index, args);
+    for (int k = 0; k < args.k_blocks && tile.row_block < own; ++k) {
+      if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
+      char* stage = stages + at.stage * Tiles::kStageBytes;
+      uint64_t* full = &shared.full[at.stage];
+      barrier_expect(full, Tiles::kStageBytes);
+      tensor_load(stage, &args.input_map, k * kElements, tile.row_block * Tiles::kRows, full);
+      tensor_load(stage + Tiles::kRows * kSwizzleBytes, &args.weight_map, k * kElements,
+                  tile.column_tile * Tiles::kColumns, full);
+      next_stage<Tiles>(at);
+    }
+    if (fetched.fetch_add(1, cuda::memory_order_relaxed) + 1 == end) fetched.store(0, cuda::memory_order_relaxed);
+  }
 }
 
-// Where a warp group's operands lie in a stage.
-struct Operands {
-  uint32_t a, b;
+// A warp group's share of a tile: where it begins in the tile.
+struct Share {
+  int row, column;
 };
 
-__device__ inline Operands operands_of(uint32_t stages, int stage, int group) {
-  const uint32_t at = stages + stage * kProductStageBytes;
-  return {at + group * kTileRows / 2 * kSwizzleBytes, at + kTileRows * kSwizzleBytes};
+template <typename Tiles>
+__device__ inline Share share_of(int group) {
+  return Tiles::kByRows ? Share{group * Tiles::kGroupRows, 0} : Share{0, group * Tiles::kGroupColumns};
 }
 
-// A warp group's half of a tile, products of 16-bit operands: one product stays in flight.
-template <typename In>
-__device__ inline void multiply_tile(const ProjectionArgs& args, ProjectionShared& shared, uint32_t stages, int group,
-                                     RingPosition& at, float (&sums)[kSums]) {
+// Its operands in the first stage.
+struct Operands {
+  uint64_t a, b;
+};
+
+template <typename Tiles>
+__device__ inline Operands operands_of(const char* stages, Share share) {
+  const uint32_t first = shared_address(stages);
+  return {operand(first + share.row * kSwizzleBytes), operand(first + (Tiles::kRows + share.column) * kSwizzleBytes)};
+}
+
+// Products of 16-bit operands: one stage's stay in flight.
+template <typename Tiles>
+__device__ inline void multiply_tile(const ProjectionArgs& args, ProjectionShared& shared, const Operands& operands,
+                                     RingPosition& at, float (&sums)[Tiles::kParts][Tiles::kSums]) {
   const bool leads = threadIdx.x % 32 == 0;
   int last = 0;
 #pragma unroll
-  for (float& sum : sums) sum = 0;
-  hold(sums);
+  for (auto& part : sums) {
+#pragma unroll
+    for (float& sum : part) sum = 0;
+    hold(part);
+  }
   for (int k = 0; k < args.k_blocks; ++k) {
     barrier_wait(&shared.full[at.stage], at.round & 1);
-    const Operands from = operands_of(stages, at.stage, group);
+    const uint64_t stage = at.stage * (Tiles::kStageBytes >> 4);
     product_fence();
 #pragma unroll
-    for (int byte = 0; byte < kSwizzleBytes; byte += 32) {
-      multiply(sums, operand(from.a, byte), operand(from.b, byte), true, In{});
+    for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
+#pragma unroll
+      for (int part = 0; part < Tiles::kParts; ++part) {
+        multiply(sums[part], operands.a + stage + step * kOperandStep + part * (64 * kSwizzleBytes >> 4),
+                 operands.b + stage + step * kOperandStep, true, typename Tiles::In{});
+      }
     }
     product_commit();
     product_wait<1>();
     if (k > 0 && leads) barrier_arrive(&shared.empty[last]);
     last = at.stage;
-    at.advance(1, kProductStages);
+    next_stage<Tiles>(at);
   }
   product_wait<0>();
-  hold(sums);
+#pragma unroll
+  for (auto& part : sums) hold(part);
   if (leads) barrier_arrive(&shared.empty[last]);
 }
 
-// The row that this thread's first sums belong to; the others' lies 8 below.
-__device__ inline int64_t row_of(Tile tile, int group) {
-  return int64_t{tile.row_block} * kTileRows + group * kTileRows / 2 + threadIdx.x % 128 / 32 * 16 +
-         threadIdx.x % 32 / 4;
-}
+// The row of a warp group's share that this thread's first sums belong to; the others' lies 8 below.
+__device__ inline int row_of_thread() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 
-// The same of e4m3 operands with their scales. The other warp group multiplies while this one promotes.
-__device__ inline void multiply_scaled_tile(const ProjectionArgs& args, ProjectionShared& shared, uint32_t stages,
-                                            int group, RingPosition& at, Tile tile, float (&sums)[kSums]) {
+// Products of e4m3 operands with their scales.
+template <typename Tiles>
+__device__ inline void multiply_scaled_tile(const ProjectionArgs& args, ProjectionShared& shared,
+                                            const Operands& operands, int group, RingPosition& at, Tile tile,
+                                            float (&sums)[Tiles::kSums]) {
   const bool leads = threadIdx.x % 32 == 0;
-  const int64_t rows = args.partition.rows(args.team.rank).count, row = row_of(tile, group);
+  const int64_t rows = args.partition.rows(args.team.rank).count;
+  const int64_t row = int64_t{tile.row_block} * Tiles::kRows + group * Tiles::kGroupRows + row_of_thread();
   const float* upper = args.scale + min(row, rows - 1) * args.scale_row_stride;
   const float* lower = args.scale + min(row + 8, rows - 1) * args.scale_row_stride;
-  // 192 columns lie in two blocks of 128: the first ends after 64 or 128 of them.
-  const int first_block = tile.column_tile * kTileColumns / 128, blocks = (args.call.columns + 127) / 128;
+  // The tile lies in two blocks of 128 columns at most: `inside` of its columns in the first, a multiple of kStep.
+  constexpr int kStep = std::gcd(Tiles::kColumns, 128);
+  const int column = tile.column_tile * Tiles::kColumns, inside = 128 - column % 128;
+  const int first_block = column / 128, blocks = (args.call.columns + 127) / 128;
   const float* left = args.weight_scale + int64_t{first_block} * args.k_blocks;
   const float* right = args.weight_scale + int64_t{min(first_block + 1, blocks - 1)} * args.k_blocks;
-  const bool early = tile.column_tile * kTileColumns % 128 != 0;
   float next[4] = {__ldg(upper), __ldg(lower), __ldg(left), __ldg(right)};
 #pragma unroll
-  for (int i = 0; i < kSums; ++i) sums[i] = 0;
+  for (float& sum : sums) sum = 0;
   for (int k = 0; k < args.k_blocks; ++k) {
-    float part[kSums];
+    float part[Tiles::kSums];
     barrier_wait(&shared.full[at.stage], at.round & 1);
-    const Operands from = operands_of(stages, at.stage, group);
+    const uint64_t stage = at.stage * (Tiles::kStageBytes >> 4);
     hold(part);
     product_fence();
 #pragma unroll
-    for (int byte = 0; byte < kSwizzleBytes; byte += 32) {
-      multiply(part, operand(from.a, byte), operand(from.b, byte), byte > 0, __nv_fp8_e4m3{});
+    for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
+      multiply(part, operands.a + stage + step * kOperandStep, operands.b + stage + step * kOperandStep, step > 0,
+               __nv_fp8_e4m3{});
     }
     product_commit();
     const float scales[4] = {next[0] * next[2], next[0] * next[3], next[1] * next[2], next[1] * next[3]};
@@ -104,10 +135,11 @@ __device__ inline void multiply_scaled_tile(const ProjectionArgs& args, Projecti
     product_wait<0>();
     hold(part);
     if (leads) barrier_arrive(&shared.empty[at.stage]);
-    at.advance(1, kProductStages);
+    next_stage<Tiles>(at);
 #pragma unroll
-    for (int j = 0; j < kTileColumns / 8; ++j) {
-      const bool is_left = j < 8 || (j < 16 && !early);
+    for (int j = 0; j < Tiles::kColumns / 8; ++j) {
+      const int begin = j * 8 / kStep * kStep;
+      const bool is_left = begin == 0 || (begin < 128 && begin < inside);
       const float high = is_left ? scales[0] : scales[1], low = is_left ? scales[2] : scales[3];
       sums[4 * j] = fmaf(part[4 * j], high, sums[4 * j]);
       sums[4 * j + 1] = fmaf(part[4 * j + 1], high, sums[4 * j + 1]);
@@ -117,106 +149,82 @@ __device__ inline void multiply_scaled_tile(const ProjectionArgs& args, Projecti
   }
 }
 
-// Rounds a warp group's half of a finished tile into this rank's slot.
-template <typename Out>
-__device__ inline void store_sums(const ProjectionArgs& args, Out* slot_rows, int64_t row, Tile tile,
+// Of four lanes each has a word of four vectors; afterwards each has one whole vector, that of its own number.
+__device__ inline void transpose_words(uint32_t (&words)[4]) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = (threadIdx.x & bit) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & bit) != 0) continue;
+      const uint32_t sent = upper ? words[i] : words[i + bit];
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, sent, bit);
+      words[i] = upper ? got : words[i];
+      words[i + bit] = upper ? words[i + bit] : got;
+    }
+  }
+}
+
+// Rounds 64 rows of a warp group's sums to where `to` points, their first column and this thread's first row. `left`
+// rows and `columns` columns are there from that point on.
+template <typename Out, int kSums>
+__device__ inline void store_sums(const ProjectionArgs& args, Out* to, const Out* bias, int64_t left, int columns,
                                   const float (&sums)[kSums]) {
-  const int columns = args.call.columns, lane = threadIdx.x % 32;
-  const int64_t rows = args.partition.rows(args.team.rank).count;
-  Out* to = slot_rows + row * columns;
+  const int quarter = threadIdx.x % 4;
 #pragma unroll
-  for (int j = 0; j < kSums / 4; ++j) {
-    const int column = tile.column_tile * kTileColumns + j * 8 + lane % 4 * 2;
-    if (column >= columns) break;
-    float bias[2] = {};
-    if (args.bias != nullptr) {
-      bias[0] = static_cast<float>(static_cast<const Out*>(args.bias)[column]);
-      bias[1] = static_cast<float>(static_cast<const Out*>(args.bias)[column + 1]);
+  for (int first = 0; first < kSums / 4; first += 4) {
+    uint32_t upper[4] = {}, lower[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int j = first + i;
+      if (j >= kSums / 4) break;
+      const int column = j * 8 + quarter * 2;
+      float added[2] = {};
+      if (bias != nullptr && column < columns) {
+        added[0] = static_cast<float>(bias[column]), added[1] = static_cast<float>(bias[column + 1]);
+      }
+      upper[i] = pack2(sums[4 * j] + added[0], sums[4 * j + 1] + added[1], Out{});
+      lower[i] = pack2(sums[4 * j + 2] + added[0], sums[4 * j + 3] + added[1], Out{});
     }
-    uint32_t* upper = reinterpret_cast<uint32_t*>(to + column);
-    uint32_t* lower = reinterpret_cast<uint32_t*>(to + int64_t{8} * columns + column);
-    if (row < rows) *upper = pack2(sums[4 * j] + bias[0], sums[4 * j + 1] + bias[1], Out{});
-    if (row + 8 < rows) *lower = pack2(sums[4 * j + 2] + bias[0], sums[4 * j + 3] + bias[1], Out{});
-  }
-}
-
-// The two latent norms of a finished row block, in the slot; k_pe stays as it is. A warp takes a few rows at a time:
-// it waits for the L2 once for all of them.
-template <typename Out>
-__device__ inline void norm_rows(const ProjectionArgs& args, Out* slot_rows, int row_block) {
-  constexpr int kRows = 2, kWarps = 8;
-  const int64_t begin = int64_t{row_block} * kTileRows;
-  const int64_t end = min(begin + kTileRows, args.partition.rows(args.team.rank).count);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4;
-  for (int64_t first = begin + warp * kRows; first < end; first += kWarps * kRows) {
-    Out* at = slot_rows + first * args.call.columns;
-#pragma unroll 1
-    for (int part = 0; part < 2; ++part) {
-      const int columns = static_cast<int>(args.columns[part]);
-      const auto inside = [&](int i, int v) { return first + i < end && (v * 32 + lane) * 8 < columns; };
-      const auto vector = [&](int i, int v) { return at + int64_t{i} * args.call.columns + (v * 32 + lane) * 8; };
-      uint4 raw[kRows][kNormVectors];
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-        for (int v = 0; v < kNormVectors; ++v) raw[i][v] = inside(i, v) ? load16(vector(i, v)) : uint4{};
-      }
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        float squares = 0, values[8], scaled[8];
-#pragma unroll
-        for (int v = 0; v < kNormVectors; ++v) {
-          unpack(values, raw[i][v], Out{});
-#pragma unroll
-          for (int e = 0; e < 8; ++e) squares = fmaf(values[e], values[e], squares);
-        }
-        const float rstd = __frsqrt_rn(warp_sum(squares) / static_cast<float>(columns) + args.eps);
-        const uint4* weight = static_cast<const uint4*>(args.norm_weights[part]) + lane;
-#pragma unroll
-        for (int v = 0; v < kNormVectors; ++v) {
-          if (!inside(i, v)) continue;
-          unpack(values, raw[i][v], Out{});
-          unpack(scaled, __ldg(weight + v * 32), Out{});
-#pragma unroll
-          for (int e = 0; e < 8; ++e) scaled[e] *= values[e] * rstd;
-          store16(vector(i, v), pack(scaled, Out{}));
-        }
-      }
-      at += columns;
+    transpose_words(upper);
+    transpose_words(lower);
+    const int vector = first + quarter;
+    if (vector >= kSums / 4 || vector * 8 >= columns) continue;
+    if (left > 0) store16(to + vector * 8, {upper[0], upper[1], upper[2], upper[3]});
+    if (left > 8) {
+      store16(to + int64_t{8} * args.call.columns + vector * 8, {lower[0], lower[1], lower[2], lower[3]});
     }
   }
 }
 
-__device__ inline void products_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-
-template <typename In, typename Out, bool kNorm>
+template <typename Tiles, typename Out, bool kNorm>
 __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
-                                      char* stages) {
+                                      const char* stages) {
+  constexpr bool kScaled = sizeof(typename Tiles::In) == 1;
   const int group = threadIdx.x / 128 - 1;
-  Out* slot_rows = reinterpret_cast<Out*>(slot(args.team.region[args.team.rank], round.epoch, args.team.slot_bytes));
-  uint32_t* finished = control(args.team.region[args.team.rank])->finished;
+  const Share share = share_of<Tiles>(group);
+  const Operands operands = operands_of<Tiles>(stages, share);
+  cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
   RingPosition at;
-  for_tiles(args, [&](Tile tile) {
-    float sums[kSums];
-    if constexpr (sizeof(In) == 1) {
-      multiply_scaled_tile(args, shared, shared_address(stages), group, at, tile, sums);
+  for_tiles<Tiles>(args, [&](Tile tile) {
+    float sums[Tiles::kParts][Tiles::kSums];
+    if constexpr (kScaled) {
+      multiply_scaled_tile<Tiles>(args, shared, operands, group, at, tile, sums[0]);
     } else {
-      multiply_tile<In>(args, shared, shared_address(stages), group, at, sums);
+      multiply_tile<Tiles>(args, shared, operands, at, sums);
     }
-    store_sums<Out>(args, slot_rows, row_of(tile, group), tile, sums);
-    products_sync();
-    if (threadIdx.x == 128) {
-      cuda::atomic_ref<uint32_t, cuda::thread_scope_device> count(finished[tile.row_block]);
-      shared.last = count.fetch_add(1, cuda::memory_order_acq_rel) + 1 == args.column_tiles;
-      if (shared.last) count.store(0, cuda::memory_order_relaxed);
+    const int64_t row = int64_t{tile.row_block} * Tiles::kRows + share.row + row_of_thread();
+    const int column = tile.column_tile * Tiles::kColumns + share.column;
+    const int64_t rows = args.partition.rows(args.team.rank).count;
+    const Out* bias = static_cast<const Out*>(args.bias);
+#pragma unroll
+    for (int part = 0; part < Tiles::kParts; ++part) {
+      const int64_t first = row + part * 64;
+      store_sums(args, rows_at<Out, kNorm>(args, round) + first * args.call.columns + column,
+                 bias == nullptr ? nullptr : bias + column, rows - first, args.call.columns - column, sums[part]);
     }
-    products_sync();
-    if (!shared.last) return;
-    if constexpr (kNorm) {
-      norm_rows<Out>(args, slot_rows, tile.row_block);
-      products_sync();
-    }
-    if (threadIdx.x < 160) publish_row_block(args, round, tile.row_block, threadIdx.x - 128);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) stored.fetch_add(1, cuda::memory_order_release);
   });
 }
 
