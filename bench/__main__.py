@@ -17,7 +17,7 @@ import typer
 import tp_fused.launch
 from tp_fused.native import _C
 
-from . import goals, multi, tables
+from . import goals, model, multi, tables
 from . import options as run_options
 from .baselines import BASELINES
 from .run import CASES, run_rank
@@ -201,6 +201,42 @@ def run_multi(results: _Results = RESULTS) -> None:
     if torch.cuda.device_count() < 2:
         raise typer.BadParameter(f"torch sees {torch.cuda.device_count()} cards; two are the least")
     multi.check(torch.cuda.device_count(), results)
+
+
+_share = functools.partial(typer.Option, min=0.01, max=1.0, rich_help_panel="Of the datasheet's rates")
+
+
+@app.command("model", help=_paragraphs(model.__doc__))
+def count_costs(
+    cards: Annotated[str, _general(help="Of these")] = ",".join(model.CARDS),
+    world_size: Annotated[int, _general(min=1, max=_C.MAX_RANKS, help="Ranks, each with a card")] = 8,
+    barrier: Annotated[
+        float | None, _general(min=0.001, help="us of a synchronisation", show_default="measured")
+    ] = None,
+    results: _Results = RESULTS,
+    tokens: Annotated[str, _sizes(help="These sizes")] = ",".join(map(str, model.TOKENS)),
+    hidden: Annotated[int, _sizes(min=1, help="Columns of the reduced rows")] = 7168,
+    latent: Annotated[int, _sizes(min=1, help="Columns of the projection")] = 2112,
+    memory: Annotated[float, _share(help="By large copies")] = model.Shares.memory,
+    link: Annotated[float, _share(help="By copies between cards")] = model.Shares.link,
+    bf16: Annotated[float, _share(help="By a product")] = model.Shares.bf16,
+    fp8: Annotated[float, _share(help="By a product with block scales")] = model.Shares.fp8,
+) -> None:
+    shares = model.Shares(memory, link, bf16, fp8)
+    try:
+        chosen = run_options.names(cards, tuple(model.CARDS), "--cards")
+        counts = run_options.token_counts(tokens, 1, 1, 2.0)
+        if min(counts) == 0:
+            raise run_options.OptionError("--tokens", "0 tokens: there is nothing to count")
+        shapes = [model.Shape(count, world_size, hidden, latent) for count in counts]
+        found = model.documents(results)
+        barrier_s = model.barrier_seconds(found) if barrier is None else barrier * 1e-6
+        typer.echo(tables.predictions(shapes, chosen, shares, barrier_s))
+        typer.echo(tables.comparison(found, shares, found))
+    except run_options.OptionError as error:
+        raise typer.BadParameter(str(error), param_hint=error.option) from None
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--results") from None
 
 
 for _op, _case in CASES.items():

@@ -1,27 +1,34 @@
 """Tables of a Markdown file, written from the results that it names.
 
 Between `<!-- results: FILE.json -->` and `<!-- end -->` stands what that file of bench/results holds: nobody types the
-numbers. A file that is not there yet leaves a line that says so.
+numbers. A file that is not there yet leaves a line that says so. After `<!-- model: predictions -->` stands what
+`python -m bench model` counts; after `<!-- model: shared -->` and `<!-- model: linked -->`, how far that is from the
+runs of ranks that share a card, and of ranks with a card each.
 """
 
 import json
 import re
+import statistics
 from pathlib import Path
 
+from . import model
 from .baselines import BASELINES
 from .report import variant_meaning
 from .suite import RESULTS
 
-_PLACE = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PLACE = re.compile(r"(<!-- (results|model): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MISSING = "Not measured yet.\n"
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
     """The text with every table as the files in `results` have it now."""
 
     def written(match: re.Match) -> str:
-        begin, name, end = match.groups()
-        path = results / name
-        body = markdown(json.loads(path.read_text())) if path.exists() else "Not measured yet.\n"
+        begin, kind, name, end = match.groups()
+        if kind == "model":
+            body = _of_model(name, model.documents(results))
+        else:
+            body = markdown(json.loads((results / name).read_text())) if (results / name).exists() else _MISSING
         return f"{begin}{body}{end}"
 
     return _PLACE.sub(written, text)
@@ -92,6 +99,77 @@ def _goals(goals: list[dict]) -> str:
 def _blocks(blocks: list[dict]) -> str:
     cells = [[row["op"], row["tokens"], f"{row['best_us']:.1f}", row["blocks"] or "more"] for row in blocks]
     return _table(["op", "tokens", "best, us", "blocks for 3 % of that"], cells)
+
+
+# ---- what bench/model.py counts ----
+
+
+def _of_model(name: str, found: list[dict]) -> str:
+    shares = model.Shares()
+    if name == "predictions":
+        shapes = [model.Shape(tokens) for tokens in model.TOKENS]
+        return predictions(shapes, tuple(model.CARDS), shares, model.barrier_seconds(found))
+    alone = {"shared": False, "linked": True}[name]
+    return comparison([run for run in found if (run["machine"]["ranks_per_gpu"] == 1) == alone], shares, found)
+
+
+def predictions(shapes: list[model.Shape], cards: tuple[str, ...], shares: model.Shares, barrier_s: float) -> str:
+    """A table for every op: us, what bounds it, and how many times as long the unfused program takes."""
+    cells = [
+        [
+            name,
+            card.processors,
+            *(f"{rate:.0f}" for rate in (card.bf16 / 1e12, card.fp8 / 1e12, card.memory / 1e9, card.link / 1e9)),
+        ]
+        for name, card in ((name, model.CARDS[name]) for name in cards)
+    ]
+    parts = [
+        _table(
+            ["card", "multiprocessors", "bf16, TFLOP/s", "fp8, TFLOP/s", "memory, GB/s", "links, GB/s a direction"],
+            cells,
+        )
+    ]
+    reached = ", ".join(f"{name} {share:g}" for name, share in vars(shares).items())
+    sizes = f"{shapes[0].world_size} ranks, hidden {shapes[0].hidden}, {shapes[0].latent} latent columns, bf16"
+    parts.append(f"Reached of these: {reached}. A barrier: {barrier_s * 1e6:.1f} us. {sizes}, inputs in place; us:\n")
+    for name, op in model.OPS.items():
+        cells = []
+        for shape in shapes:
+            line = [shape.tokens]
+            for card in cards:
+                has = model.rates(model.CARDS[card], shares, barrier_s)
+                seconds, bound = model.predict(op.fused, shape, has)
+                unfused, _ = model.predict(op.unfused, shape, has)
+                line.append(f"{seconds * 1e6:.1f}, {bound} ({unfused / seconds:.2f} x)")
+            cells.append(line)
+        parts.append(f"`{name}`; in brackets, {op.meaning}:\n\n" + _table(["tokens", *cards], cells))
+    return "\n".join(parts)
+
+
+def comparison(runs: list[dict], shares: model.Shares, found: list[dict]) -> str:
+    """What the runs measured beside what is counted for their machines. `found`: where their barriers are looked up."""
+    cells, ratios = [], []
+    for run in runs:
+        place = f"{run['machine']['gpus']} x {model.card_of(run)}"
+        for row in model.compare(run, model.rates_of(run, found, shares)):
+            ratios.append(row.counted / row.measured)
+            times = (f"{row.measured * 1e6:.1f}", f"{row.counted * 1e6:.1f}", f"{ratios[-1]:.2f}")
+            cells.append([place, run["options"]["world_size"], row.op, row.tokens, row.program, *times, row.bound])
+    if not cells:
+        return _MISSING
+    head = [
+        "cards",
+        "ranks",
+        "op",
+        "tokens",
+        "program",
+        "measured, us",
+        "counted, us",
+        "counted / measured",
+        "bound by",
+    ]
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}, half of them over {statistics.median(ratios):.2f}"
+    return _table(head, cells) + f"\nCounted / measured: {spread}.\n"
 
 
 def _table(head: list[str], cells: list[list]) -> str:

@@ -31,9 +31,8 @@ def test_a_launch_goes_on_after_failures_and_is_ended_when_it_hangs(tmp_path, ca
     assert json.loads((tmp_path / "small_cpu_2_ranks.json").read_text()) == document
     captured = capfd.readouterr()
     assert f"# two: failed (exit code {run.FAULT}) in hasty, then failed" in captured.out
-    assert (
-        "never arrived" in captured.err and "/dev/shm" in captured.err and "in measure" in captured.err
-    )  # why it failed, and where the ranks hung
+    # Why they failed, and where the ranks hung: their stacks mix, but names of files stay whole.
+    assert all(told in captured.err for told in ("never arrived", "/dev/shm", "bench/timing.py"))
 
 
 def test_a_file_is_named_after_section_device_and_ranks():

@@ -1,0 +1,153 @@
+"""What `python -m bench model` counts: the bytes that the benchmark counts, the times that follow, and their tables."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("typer", reason="the bench extra is not installed")
+pytest.importorskip("rich", reason="the bench extra is not installed")
+
+from typer.testing import CliRunner
+
+from bench import model, run, tables
+from bench.__main__ import app
+from bench.cases import RsRmsnorm
+from bench.suite import RESULTS
+
+ROOT = Path(__file__).resolve().parents[1]
+RATES = model.Rates(132, bf16=1e12, fp8=2e12, memory=1e12, link=1e11, barrier_s=10e-6)
+
+
+def case_of(op: str, shape: model.Shape):
+    """The benchmark's case without its tensors: enough to count bytes."""
+    case = object.__new__(run.CASES[op])
+    options = SimpleNamespace(zero_copy=not shape.staged)
+    case.context = SimpleNamespace(world_size=shape.world_size, options=options)
+    case.num_tokens, case.hidden, case.latent, case.itemsize = shape.tokens, shape.hidden, shape.latent, model.BF16
+    if op == "chain":
+        case.reduction = case_of(RsRmsnorm.op, shape)
+    return case
+
+
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("shape", [model.Shape(16384), model.Shape(12, 3, 512, 96), model.Shape(5, 1)], ids=str)
+@pytest.mark.parametrize("op", model.OPS)
+def test_memory_is_counted_as_by_the_benchmark(op, shape, staged):
+    shape = replace(shape, staged=staged)
+    counted = sum(phase.memory for phase in model.OPS[op].fused(shape))
+    assert counted * shape.world_size == case_of(op, shape).memory_bytes
+
+
+def test_what_goes_on_together_costs_its_longest_part_and_phases_are_added():
+    linked, multiplied = model.Phase(1e6, link=1e6, barriers=2), model.Phase(1e6, operations=4e6, factor_bytes=1)
+    assert model.cost((linked,), RATES) == (pytest.approx(10e-6 + 20e-6), "synchronising")
+    assert model.cost((linked,), replace(RATES, barrier_s=1e-6)) == (pytest.approx(12e-6), "link")
+    assert model.cost((multiplied,), RATES) == (pytest.approx(2e-6), "arithmetic")
+    assert model.cost((multiplied, model.Phase(3e6)), RATES) == (pytest.approx(5e-6), "memory")
+
+
+def test_ranks_that_share_a_card_share_its_rates_and_have_no_links():
+    phase = model.Phase(1e6, link=1e9, operations=4e6)
+    assert model.cost((phase,), replace(RATES, ranks_per_card=8)) == (pytest.approx(32e-6), "arithmetic")
+
+
+def test_rs_rmsnorm_on_links():
+    """7 of 8 rows of the own share arrive over the links, the input's opening and closing are synchronised."""
+    seconds, bound = model.predict(model.rs_rmsnorm, model.Shape(16384), RATES)
+    assert (seconds, bound) == (pytest.approx(7 * 2048 * 7168 * 2 / 1e11 + 20e-6), "link")
+    seconds, bound = model.predict(model.rs_rmsnorm, model.Shape(8), RATES)
+    assert (seconds, bound) == (pytest.approx(7 * 7168 * 2 / 1e11 + 10e-6), "synchronising")  # staged
+
+
+@pytest.mark.parametrize(("world_size", "barriers"), [(1, 0), (2, 1)])
+def test_one_rank_meets_nobody(world_size, barriers):
+    phases = model.chain(model.Shape(64, world_size, staged=True))
+    assert [phase.barriers for phase in phases] == [barriers, barriers]
+    assert world_size > 1 or not any(phase.link for phase in phases)
+
+
+def document(gpu="NVIDIA H100 80GB HBM3", gpus=1, world_size=8, programs=("fused",), zero_copy=True, **options) -> dict:
+    machine = {"gpu": gpu, "gpus": gpus, "ranks_per_gpu": world_size // gpus, "copy_gb_s": 3000.0 * gpus}
+    sizes = {"world_size": world_size, "hidden": 7168, "latent": 2112, "dtype": "bf16", "zero_copy": zero_copy}
+    times = {name: {"median_us": 100.0 + index} for index, name in enumerate(programs)}
+    rows = [{"op": "rs_rmsnorm", "tokens": 512, "programs": times}]
+    return {"machine": machine, "options": {**sizes, **options}, "results": rows}
+
+
+def test_runs_are_compared_by_what_they_measured_of_their_machine():
+    shared = document(programs=("barrier", "fused", "own", "staged", "ctas8"))
+    linked = document(gpus=8, programs=("fused",))
+    linked["machine"]["link_gb_s"] = 400.0
+    found = [shared, linked]
+    has = model.rates_of(linked, found, model.Shares())
+    assert (has.memory, has.link, has.barrier_s, has.ranks_per_card) == pytest.approx((3e12, 4e11, 100e-6, 1))
+    assert model.rates_of(shared, found, model.Shares()).ranks_per_card == 8
+    rows = model.compare(shared, model.rates_of(shared, found, model.Shares()))
+    assert [(row.program, row.measured) for row in rows] == [
+        ("fused", pytest.approx(101e-6)),
+        ("own", pytest.approx(102e-6)),
+        ("staged", pytest.approx(103e-6)),
+    ]
+    assert rows[2].counted == pytest.approx(25 * 512 * 7168 * 2 / 3e12 + 100e-6)
+    staged = document(programs=("fused", "own"), zero_copy=False)
+    assert [row.program for row in model.compare(staged, has)] == ["staged", "own, staged"]
+
+
+def test_the_barrier_is_that_of_the_place_or_of_the_fewest_ranks_a_card():
+    one, eight = document(programs=("barrier",)), document(gpus=8, programs=("fused", "barrier"))
+    assert model.barrier_seconds([one, eight]) == pytest.approx(101e-6)
+    assert model.barrier_seconds([one, eight], ("NVIDIA H100 80GB HBM3", 1, 8)) == pytest.approx(100e-6)
+    with pytest.raises(ValueError, match="no run on a card has timed a barrier"):
+        model.barrier_seconds([document()])
+
+
+def test_runs_that_cannot_be_compared_are_left_out(tmp_path):
+    runs = [document(), document(gpu=None), document(gpu="NVIDIA A100"), document(dtype="fp16"), document(baselines=[])]
+    for index, made in enumerate([*runs, {"machine": document()["machine"], "goals": []}]):
+        (tmp_path / f"{index}.json").write_text(json.dumps(made))
+    assert model.documents(tmp_path) == runs[:1]
+
+
+# ---- the command and the page ----
+
+
+def bench_model(*arguments: str):
+    return CliRunner().invoke(app, ["model", *arguments], env={"COLUMNS": "200"})
+
+
+def test_the_page_shows_what_the_command_prints():
+    done = bench_model()
+    assert done.exit_code == 0, done.output
+    page = (ROOT / "docs" / "performance.md").read_text()
+    predictions = page.partition("<!-- model: predictions -->\n")[2].partition("<!-- end -->")[0]
+    assert "`rs_rmsnorm_ag`" in predictions and done.output.startswith(predictions)
+
+
+def test_shares_and_sizes_can_be_chosen():
+    barrier_us, sizes = 7.0, ("--tokens", "4096", "--world-size", "4", "--hidden", "1024", "--latent", "96")
+    done = bench_model("--cards", "B200", "--link", "0.5", "--barrier", str(barrier_us), *sizes)
+    assert done.exit_code == 0, done.output
+    us = 3 * 1024 * 1024 * 2 / 450e9 * 1e6 + 2 * barrier_us
+    assert f"| 4096 | {us:.1f}, synchronising" in done.output and "4 ranks, hidden 1024, 96 latent" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--cards", "A100"), "'A100' is none of H20"),
+        (("--tokens", "0"), "there is nothing to count"),
+        (("--results", str(ROOT / "docs")), "no run on a card has timed a barrier"),
+    ],
+)
+def test_bad_options(arguments, told):
+    done = bench_model(*arguments)
+    assert done.exit_code == 2 and told in " ".join(done.output.split())
+
+
+def test_what_is_not_measured_is_said():
+    assert tables.comparison([], model.Shares(), []) == "Not measured yet.\n"
+    found = model.documents(RESULTS)
+    assert "Counted / measured:" in tables.comparison(found, model.Shares(), found)
