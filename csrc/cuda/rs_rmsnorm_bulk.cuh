@@ -25,6 +25,16 @@ struct BulkShared {
   }
 };
 
+// While the ranks still look for each other, a rank's input comes to its L2 cache, as far as it is fetched first: a row
+// for every block of every rank. Each lane asks for one owner's.
+template <typename T>
+__device__ inline void prefetch_rows(const View<T>& view, int lane) {
+  if (!view.zero_copy || lane >= view.world_size || blockIdx.x >= view.rows(lane).count) return;
+  const int64_t row = view.rows(lane).start + blockIdx.x;
+  bulk_prefetch(static_cast<const T*>(view.args.input) + row * view.hidden,
+                static_cast<uint32_t>(view.hidden * sizeof(T)));
+}
+
 // The staging warp: lays this rank's rows open to the peers, chunk by chunk; in rs_rmsnorm_ag it then collects theirs.
 template <typename T, Ending kEnding>
 __device__ inline bool move_rows(const View<T>& view, const BlockRound& round, BulkShared& shared, char* buffers) {
@@ -45,9 +55,9 @@ __device__ inline bool move_rows(const View<T>& view, const BlockRound& round, B
       }
     }
   };
-  const int staged_chunks = view.staged() ? args.num_chunks : 1;
-  for (int chunk = 0; chunk < staged_chunks; ++chunk) {
-    if (lane == 0 && view.staged()) {
+  if (!view.staged()) publish_unfenced_to_peers(view, round, 0, lane);
+  for (int chunk = 0; view.staged() && chunk < args.num_chunks; ++chunk) {
+    if (lane == 0) {
       for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
         copier.copy(reinterpret_cast<char*>(view.staged_row(peer, view.rank, row)),
                     reinterpret_cast<const char*>(static_cast<const T*>(args.input) + (rows.start + row) * view.hidden),
@@ -90,24 +100,29 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
   const T* const from = lane < sources ? view.source_row(source, 0) : static_cast<const T*>(args.residual);
   RingPosition at;
   at.advance(lane, args.stages);
-  const auto wait_until_empty = [&] {
-    if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
-  };
   RingPosition last;
-  const auto fetch = [&](int64_t row) {
-    wait_until_empty();
-    if (lane == 0) shared.row[at.stage] = row;
-    barrier_expect(&shared.full[at.stage], row_bytes);
-    bulk_load(ring + at.stage * int64_t{row_bytes}, from + row * view.hidden, row_bytes, &shared.full[at.stage]);
+  // By all lanes; those that take part. A buffer is filled again as soon as it is empty: no lane waits for another's.
+  const auto fetch = [&](int64_t row, bool takes_part) {
+    for (bool waits = takes_part; __any_sync(0xffffffffu, waits);) {
+      if (!waits || (at.round > 0 && !barrier_passed(&shared.empty[at.stage], (at.round - 1) & 1))) continue;
+      if (lane == 0) shared.row[at.stage] = row;
+      barrier_expect(&shared.full[at.stage], row_bytes);
+      bulk_load(ring + at.stage * int64_t{row_bytes}, from + row * view.hidden, row_bytes, &shared.full[at.stage]);
+      waits = false;
+    }
+    if (!takes_part) return;
     last = at;
     at.advance(items, args.stages);
   };
+  const bool claims = claims_rows<kEnding>(view);
+  const auto claim = [&] { return lane == 0 ? claim_row(args.team, round) : 0; };
+  const auto row_claimed = [&](uint32_t claimed) { return int64_t{gridDim.x} + __shfl_sync(0xffffffffu, claimed, 0); };
   int64_t row = blockIdx.x;
   // What is this rank's own need not wait for a peer.
   const bool begun = lane < items && (source == view.rank || lane == sources) && row < view.own.count;
-  if (begun) fetch(row);
+  fetch(row, begun);
   bool arrived = wait_for_peers(view, round, 0, lane);
-  const bool opened = __all_sync(0xffffffffu, arrived), claims = claims_rows<kEnding>(view);
+  const bool opened = __all_sync(0xffffffffu, arrived);
   if (!opened) shared.gave_up = 1;
   for (int step = 0; row < view.own.count; ++step) {
     if (step % args.chunk_rows == 0) {
@@ -116,15 +131,17 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
       __syncwarp();
       fence_async_global();
     }
-    if (lane < items && !(step == 0 && begun)) fetch(row);
-    const auto claim = [&] {
-      int64_t next = lane == 0 ? claim_row(args.team, round) : 0;
-      return __shfl_sync(0xffffffffu, next, 0);
-    };
-    row = claims ? claim() : view.row_of(step + 1);
+    // The next row is claimed while this one's buffers are waited for; towards the end not before, since then a block
+    // that is free sooner may have it.
+    const bool early = claims && row + 2 * gridDim.x < view.own.count;
+    uint32_t claimed = early ? claim() : 0;
+    fetch(row, lane < items && !(step == 0 && begun));
+    if (claims && !early) claimed = claim();
+    row = claims ? row_claimed(claimed) : view.row_of(step + 1);
     // After a fault nobody else writes the rows that are claimed here.
-    for (; claims && !opened && row < view.own.count; row = claim()) {
+    while (claims && !opened && row < view.own.count) {
       poison_row<T, kEnding>(view, view.rank, row, 0, view.hidden / kLanes<T>, lane, 32);
+      row = row_claimed(claim());
     }
   }
   // Chunks of which no row is this rank's are waited for all the same: what they say may be a fault.
@@ -132,7 +149,7 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
     arrived &= wait_for_peers(view, round, chunk, lane);
   }
   if (lane == 0) {
-    wait_until_empty();
+    if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
     shared.row[at.stage] = -1;
     barrier_arrive(&shared.full[at.stage]);
   }
@@ -141,7 +158,7 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
   if (view.zero_copy && kEnding != Ending::kGather && opened) {
     if (lane == items - 1 && blockIdx.x < view.own.count) barrier_wait(&shared.empty[last.stage], last.round & 1);
     __syncwarp();
-    publish_to_peers(view, round, kClosingStep, lane);
+    publish_unfenced_to_peers(view, round, kClosingStep, lane);
     arrived &= wait_for_peers(view, round, kClosingStep, lane);
   }
   return arrived;

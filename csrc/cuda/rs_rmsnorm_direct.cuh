@@ -47,7 +47,7 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
   if (view.staged()) {
     stage_chunk(0);
   } else {
-    publish_to_peers(view, round, 0, threadIdx.x);
+    publish_unfenced_to_peers(view, round, 0, threadIdx.x);
   }
   RowWeight<T, kVecs> weight;
   if constexpr (kEnding != Ending::kSum) weight.init(view, group);

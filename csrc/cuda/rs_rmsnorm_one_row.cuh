@@ -70,11 +70,8 @@ struct OneRow {
   // Of one source's rows.
   __device__ static int posted_bytes(const View<T>& view) { return share(view, 0) * view.hidden * int{sizeof(T)}; }
 
-  // To all peers: this block is in the round, and its rows.
-  __device__ void post(const View<T>& view, const BlockRound& round) const {
-    const tpf_team& team = view.args.team;
-    const int thread = threadIdx.x;
-    if (thread < view.world_size && thread != view.rank) publish_entry(team, round, 0, thread);
+  // To all peers.
+  __device__ void post(const View<T>& view) const {
 #pragma unroll
     for (int peer = 0; peer < TPF_MAX_RANKS; ++peer) {
       if (goes_to(view, peer)) post16(posted(view, peer, view.rank), vectors[peer]);
@@ -156,12 +153,18 @@ struct OneRow {
   uint4 own = {}, residual = {};
 };
 
+// A barrier of the block to which a thread comes when it has `value`, and not as soon as it has asked for what `value`
+// is made of. Always true: as if there could be more threads than there are, so that the compiler has to count them.
+__device__ inline bool sync_having(float value) {
+  return __syncthreads_count(value != value) <= static_cast<int>(blockDim.x);
+}
+
 template <typename T, Ending kEnding>
 __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& round, OneRow<T>& one,
                                       const Group& group) {
   if (!round.refused) {
-    if (view.staged()) one.post(view, round);
-    if (!view.staged()) publish_to_peers(view, round, 0, threadIdx.x);
+    publish_unfenced_to_peers(view, round, 0, threadIdx.x);
+    if (view.staged()) one.post(view);
   }
   one.load_own(view);
   RowWeight<T, 1> weight;
@@ -186,14 +189,13 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
     if (view.has_residual()) add_vector<T>(sums[0], one.residual);
     if (closes) {
       // The peers have their inputs back while this row is still being finished.
-      __syncthreads();
-      publish_to_peers(view, round, kClosingStep, threadIdx.x);
+      if (sync_having(sums[0][0])) publish_unfenced_to_peers(view, round, kClosingStep, threadIdx.x);
     }
     finish_row<T, 1, kEnding>(view, one.row, sums, weight, group, 0, arrived, [&] {
       if (view.staged() && arrived) one.clear_posted(view);
     });
   } else if (closes) {
-    publish_to_peers(view, round, kClosingStep, threadIdx.x);
+    publish_unfenced_to_peers(view, round, kClosingStep, threadIdx.x);
   }
   if constexpr (kEnding == Ending::kGather) {
     arrived = __syncthreads_and(arrived);

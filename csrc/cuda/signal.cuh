@@ -95,9 +95,10 @@ __device__ inline void publish_step(const tpf_team& team, const BlockRound& roun
   publish_step(team, round, step, blockIdx.x, peer);
 }
 
-// Says that this block is in the round, and nothing of what it has written: no fence to wait for. What earlier kernels
-// wrote was seen by all when they ended.
-__device__ inline void publish_entry(const tpf_team& team, const BlockRound& round, int step, int peer) {
+// Says nothing of what this kernel has written, so there is no fence to wait for: that this block is in the round, or
+// that it has read. What earlier kernels wrote was seen by all when they ended, and a read has ended when its value is
+// there.
+__device__ inline void publish_unfenced(const tpf_team& team, const BlockRound& round, int step, int peer) {
   shared_ref<uint64_t>(*signal(team.region[peer], step, blockIdx.x, team.rank))
       .store(signal_word(round.epoch, round.contract), order::memory_order_relaxed);
 }
