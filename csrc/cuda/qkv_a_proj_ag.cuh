@@ -51,7 +51,12 @@ constexpr int kCopierBytes = 7168;  // of a buffer
 template <typename Tiles>
 constexpr int kProjectionShared = 1024  // to begin at a multiple of it, as the swizzle's pattern wants
                                   + Tiles::kStages * Tiles::kStageBytes + kCopiers * kCopierStages * kCopierBytes;
-constexpr int kGroupedRows = 512;  // the fewer, the sooner the first can be copied
+// Row blocks whose tiles are neighbours in the order. The squarer what 16 blocks multiply at a time, the fewer operands
+// come from memory; but the copies of the last rows have nothing to hide behind, so of those there are fewer.
+template <typename Tiles>
+constexpr int kLastGroup = 512 / Tiles::kRows;
+template <typename Tiles>
+constexpr int kGroup = kLastGroup<Tiles> < 4 ? 4 : kLastGroup<Tiles>;
 constexpr int kProjectionThreads = 384;
 constexpr int kQVectors = 8, kKvVectors = 3;  // of a lane, in the two normed parts of a row
 constexpr int kVectorColumns = 256;           // of a warp's vectors side by side
@@ -119,17 +124,14 @@ struct Tile {
   int row_block, column_tile;
 };
 
-// Tiles in the order in which blocks take them: four row blocks at a time, all columns of these. The squarer what 16
-// blocks multiply at a time, the fewer operands come from memory; but the copies of the last rows have nothing to hide
-// behind, so the last four go by twos.
+// Tiles in the order in which blocks take them: a group of row blocks at a time, all columns of these.
 template <typename Tiles>
 __device__ inline Tile tile_of(int index, const ProjectionArgs& args) {
-  const int by_fours = (max(args.row_blocks - 4, 0) + 3) / 4 * 4;
-  const bool large = index < by_fours * args.column_tiles;
-  const int grouped = large ? 4 : 2, begin = large ? 0 : by_fours;
-  const int rest = index - begin * args.column_tiles, group_tiles = grouped * args.column_tiles;
-  const int first = begin + rest / group_tiles * grouped, at = rest % group_tiles;
-  const int row_blocks = min(grouped, args.row_blocks - first);
+  const int columns = args.column_tiles;
+  const int last = (max(args.row_blocks - kGroup<Tiles>, 0) + kGroup<Tiles> - 1) / kGroup<Tiles> * kGroup<Tiles>;
+  const int begin = index < last * columns ? 0 : last, grouped = begin < last ? kGroup<Tiles> : kLastGroup<Tiles>;
+  const int rest = index - begin * columns, first = begin + rest / (grouped * columns) * grouped;
+  const int row_blocks = min(grouped, args.row_blocks - first), at = rest % (grouped * columns);
   return {first + at % row_blocks, at / row_blocks};
 }
 
