@@ -287,12 +287,9 @@ __device__ inline bool claims_rows(const View<T>& view) {
   return kEnding != Ending::kGather && !view.staged();
 }
 
-// Takes the next row that nobody has, after the first gridDim.x rows, of which each block has one; by one thread. An
-// addition would be compiled to share its result out in the warp, and so wait for it at once: a counter with an end,
-// far off here, is not.
-__device__ inline uint32_t claim_row(const tpf_team& team, const BlockRound& round) {
-  constexpr uint32_t kEnd = 0x7fffffff;
-  return atomicInc(&control(team.region[team.rank])->claims[round.call_number & 1], kEnd);
+// The next row nobody has taken yet, after the first ones, of which each block has one.
+__device__ inline int64_t claim_row(const tpf_team& team, const BlockRound& round) {
+  return int64_t{gridDim.x} + atomicAdd(&control(team.region[team.rank])->claims[round.call_number & 1], 1u);
 }
 
 // Vectors [first, last) of what this rank's outputs have of row `row` of `owner`. 0xff bytes are NaN in every dtype.

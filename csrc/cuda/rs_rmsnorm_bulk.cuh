@@ -114,15 +114,12 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
     last = at;
     at.advance(items, args.stages);
   };
-  const bool claims = claims_rows<kEnding>(view);
-  const auto claim = [&] { return lane == 0 ? claim_row(args.team, round) : 0; };
-  const auto row_claimed = [&](uint32_t claimed) { return int64_t{gridDim.x} + __shfl_sync(0xffffffffu, claimed, 0); };
   int64_t row = blockIdx.x;
   // What is this rank's own need not wait for a peer.
   const bool begun = lane < items && (source == view.rank || lane == sources) && row < view.own.count;
   fetch(row, begun);
   bool arrived = wait_for_peers(view, round, 0, lane);
-  const bool opened = __all_sync(0xffffffffu, arrived);
+  const bool opened = __all_sync(0xffffffffu, arrived), claims = claims_rows<kEnding>(view);
   if (!opened) shared.gave_up = 1;
   for (int step = 0; row < view.own.count; ++step) {
     if (step % args.chunk_rows == 0) {
@@ -131,17 +128,15 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
       __syncwarp();
       fence_async_global();
     }
-    // The next row is claimed while this one's buffers are waited for; towards the end not before, since then a block
-    // that is free sooner may have it.
-    const bool early = claims && row + 2 * gridDim.x < view.own.count;
-    uint32_t claimed = early ? claim() : 0;
     fetch(row, lane < items && !(step == 0 && begun));
-    if (claims && !early) claimed = claim();
-    row = claims ? row_claimed(claimed) : view.row_of(step + 1);
+    const auto claim = [&] {
+      int64_t next = lane == 0 ? claim_row(args.team, round) : 0;
+      return __shfl_sync(0xffffffffu, next, 0);
+    };
+    row = claims ? claim() : view.row_of(step + 1);
     // After a fault nobody else writes the rows that are claimed here.
-    while (claims && !opened && row < view.own.count) {
+    for (; claims && !opened && row < view.own.count; row = claim()) {
       poison_row<T, kEnding>(view, view.rank, row, 0, view.hidden / kLanes<T>, lane, 32);
-      row = row_claimed(claim());
     }
   }
   // Chunks of which no row is this rank's are waited for all the same: what they say may be a fault.
