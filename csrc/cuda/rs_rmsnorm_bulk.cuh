@@ -72,6 +72,9 @@ __device__ inline bool move_rows(const View<T>& view, const BlockRound& round, B
   if constexpr (kEnding == Ending::kGather) {
     const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
     for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
+      // A peer that still waits for another rank's part of these rows has not laid them open: a fault names that rank.
+      arrived &= wait_for_peers(view, round, view.staged() ? chunk : 0, lane);
+      __syncwarp();
       arrived &= wait_for_peers(view, next, kGatherStep + chunk, lane);
       __syncwarp();
       if (lane == 0) {
