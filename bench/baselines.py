@@ -59,5 +59,5 @@ BASELINES = {
     ),
     "ag+norm": Baseline("qkv_a_proj_ag, then two RMSNorms and the split", empty=True),
     "alone": Baseline("the fused op with nothing beside it", empty=True),
-    "barrier": Baseline("a bare barrier of the ranks, the least that any op costs", _on_cuda, empty=True),
+    "barrier": Baseline("a bare barrier of the ranks, fenced as for rows that were written", _on_cuda, empty=True),
 }

@@ -50,6 +50,9 @@ def draw(paths: list[Path], output: Path) -> None:
             side.set_xscale("log", base=2)
             for axis in (side.xaxis, side.yaxis):
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            side.yaxis.set_minor_formatter(
+                FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+            )
             side.grid(True, which="both", alpha=0.25)
             side.legend(fontsize=8)
     figure.suptitle("\n".join(_title(run) for run in runs), fontsize=10)
@@ -75,7 +78,7 @@ def _curves(time_axes, bandwidth_axes, run: dict, rows: list[dict], prefix: str,
         rates = [row["memory_bytes"] / median * 1e-3 for row, median in zip(having, medians, strict=True)]
         bandwidth_axes.plot(tokens, rates, STYLES.get(name, "d--"), **style)
     tokens = [row["tokens"] for row in rows]
-    floor = {"linestyle": ":", "color": color or "black", "label": f"{prefix}floor: its bytes at {copy:.3g} GB/s"}
+    floor = {"linestyle": ":", "color": color or "black", "label": f"{prefix}floor: its bytes at {copy:.4g} GB/s"}
     time_axes.plot(tokens, [row["memory_bytes"] / copy * 1e-3 for row in rows], **floor)
     bandwidth_axes.plot(tokens, [copy] * len(tokens), **floor)
 

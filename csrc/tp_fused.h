@@ -236,7 +236,7 @@ typedef struct tpf_plan {
 tpf_status tpf_plan_cuda(tpf_plan* plan, tpf_op op, const tpf_symm* input_symm, const tpf_team* team,
                          int64_t num_tokens, int32_t hidden_size, int32_t columns, tpf_dtype dtype);
 
-/* All ranks' kernels meet once, in one block: what every op pays at least. */
+/* All ranks' kernels meet once, in one block. */
 tpf_status tpf_barrier_cuda(const tpf_team* team, tpf_stream stream);
 
 #pragma GCC visibility pop

@@ -1,4 +1,5 @@
-// barrier_kernel: a round without rows. What every op pays at least; the benchmark's yardstick for small calls.
+// barrier_kernel: a round without rows, its signal fenced as if there were some. The benchmark's yardstick for small
+// calls.
 #include "launch.cuh"
 #include "signal.cuh"
 
