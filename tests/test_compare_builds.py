@@ -1,0 +1,66 @@
+"""tools/compare_builds.py, which calls the C API without a header: whether it says what csrc/tp_fused.h says."""
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import compare_builds
+import pytest
+
+from tp_fused.native import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = Path(_C.__file__).with_name("libtp_fused.so")
+
+
+def test_structs_are_laid_out_as_in_the_header(tmp_path):
+    layout = {f"sizeof({name})": ctypes.sizeof(struct) for name, struct in compare_builds.STRUCTS.items()}
+    for name, struct in compare_builds.STRUCTS.items():
+        layout |= {f"offsetof({name},{field})": getattr(struct, field).offset for field, _ in struct._fields_}
+    prints = "".join(f'  printf("{question} %zu\\n", {question});\n' for question in layout)
+    source = tmp_path / "layout.c"
+    source.write_text(
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "tp_fused.h"\nint main(void) {{\n{prints}}}\n'
+    )
+    program = tmp_path / "layout"
+    subprocess.run(["cc", f"-I{ROOT / 'csrc'}", source, "-o", program], check=True, timeout=60)
+    told = subprocess.run([program], check=True, capture_output=True, text=True, timeout=60).stdout
+    assert {question: int(answer) for question, answer in map(str.split, told.splitlines())} == layout
+
+
+def test_codes_are_those_of_the_header():
+    codes = {
+        "TPF_QKV_A_PROJ_AG": "PROJECT",
+        "TPF_QKV_A_PROJ_AG_FP8": "PROJECT_FP8",
+        "TPF_QKV_A_PROJ_AG_NORM": "PROJECT_NORM",
+    }
+    codes |= {"TPF_BF16": "BF16", "TPF_E4M3": "E4M3"}
+    header = (ROOT / "csrc" / "tp_fused.h").read_text()
+    assert not [name for name, ours in codes.items() if f"{name} = {getattr(compare_builds, ours)}," not in header]
+    assert f"#define TPF_RESIDUAL {compare_builds.RESIDUAL}u" in header
+
+
+def test_the_library_has_the_functions():
+    library = ctypes.CDLL(str(LIBRARY))
+    for name in (*compare_builds.FUNCTIONS, "tpf_region_bytes"):
+        assert getattr(library, name)
+
+
+def compare(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, compare_builds.__file__, str(LIBRARY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110)
+
+
+def test_without_a_gpu_that_is_said():
+    if compare_builds.torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = compare()
+    assert done.returncode == 2 and "there is no GPU" in done.stderr
+
+
+@pytest.mark.cuda
+def test_builds_are_compared(device):
+    done = compare(str(LIBRARY), "--cases", "barrier,64,512,proj512", "--rounds", "2", "--timeout", "100")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" x") == 2 * 4 and "!" not in done.stdout.split("\n", 1)[1]
