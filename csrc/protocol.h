@@ -19,7 +19,7 @@
 // one synchronisation a round enough. An input that peers read in place (zero-copy) is the caller's memory and not a
 // slot; such a round has a closing step, published after the last read, and the op ends when all peers have
 // published it. CUDA: what such an input holds was written by kernels that have ended, and the round's own kernel only
-// reads it: so the words that open and close the round are stored without a fence.
+// reads it: so the words that open and close the round need no fence.
 //
 // What says itself that it has come. CUDA: rows of small calls are posted into the reader's inbox (epoch & 1). A word
 // of an inbox is 0 until it is written; what is written is the inverted word of the row, and never 0. So the reader

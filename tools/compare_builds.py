@@ -1,6 +1,6 @@
 """Times builds of libtp_fused side by side on one GPU, in seconds:
 
-    python3 tools/compare_builds.py build/before/libtp_fused.so tp_fused/libtp_fused.so --cases 64,1024
+    python3 -m tools.compare_builds ../before/build/tp_fused/libtp_fused.so tp_fused/libtp_fused.so --cases 64,1024
 
 For choosing between two ways to write a kernel. Eight ranks are streams of this one process, with as many blocks each
 as ranks that share a card have, and call the C API (csrc/tp_fused.h). A graph holds several calls of all ranks, and the
@@ -20,12 +20,15 @@ from pathlib import Path
 
 import torch
 
+from bench.cases import EPS, steps_apart
+from tp_fused import reference
+from tp_fused.native import _C, DTYPE_CODES
+
 WORLD_SIZE, HIDDEN, WIDTHS = 8, 7168, (1536, 512, 64)  # of DeepSeek-V3
 LATENT = sum(WIDTHS)
 MOST_TOKENS = 16384
-EPS, TIMEOUT_NS = 1e-6, 2_000_000_000
-BF16, E4M3, RESIDUAL = 0, 3, 2  # tpf_dtype, TPF_RESIDUAL
-PROJECT, PROJECT_FP8, PROJECT_NORM = 4, 5, 6  # tpf_op
+TIMEOUT_NS = 2_000_000_000
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 Pointer = ctypes.c_void_p
 
 
@@ -109,8 +112,11 @@ class Build:
         self.regions = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(WORLD_SIZE)]
         self.mailboxes = [torch.zeros(64, dtype=torch.int32).pin_memory() for _ in range(WORLD_SIZE)]
         self.slot_bytes = slot_bytes
+        self.most_ctas = torch.cuda.get_device_properties(0).multi_processor_count // WORLD_SIZE
 
-    def team(self, rank: int, max_ctas: int) -> Team:
+    def team(self, rank: int, max_ctas: int | None = None) -> Team:
+        """max_ctas: at most as many blocks as fit on the card with those of all other ranks, the default."""
+        max_ctas = min(max_ctas or self.most_ctas, self.most_ctas)
         regions = (Pointer * 8)(*(region.data_ptr() for region in self.regions))
         mailbox = self.mailboxes[rank].data_ptr()
         return Team(rank, WORLD_SIZE, regions, self.slot_bytes, TIMEOUT_NS, max_ctas, -1, 0, mailbox)
@@ -135,13 +141,12 @@ class Case:
 
 def reductions() -> list[Case]:
     """rs_rmsnorm with a residual: T tokens read in place; T-staged; T-ctas8, with at most eight blocks a rank."""
-    inputs = [torch.randn(MOST_TOKENS, HIDDEN, device="cuda").bfloat16() for _ in range(WORLD_SIZE)]
-    residual = torch.randn(MOST_TOKENS, HIDDEN, device="cuda").bfloat16()
-    weight = (1 + torch.randn(HIDDEN, device="cuda") / 8).bfloat16()
-    outputs = torch.empty(WORLD_SIZE, 2, MOST_TOKENS // WORLD_SIZE, HIDDEN, dtype=torch.bfloat16, device="cuda")
+    *inputs, residual = (torch.randn(MOST_TOKENS, HIDDEN, device="cuda").to(BF16) for _ in range(WORLD_SIZE + 1))
+    weight = (1 + torch.randn(HIDDEN, device="cuda") / 8).to(BF16)
+    outputs = torch.empty(WORLD_SIZE, 2, MOST_TOKENS // WORLD_SIZE, HIDDEN, dtype=BF16, device="cuda")
     symm = Symm((Pointer * 8)(*(tensor.data_ptr() for tensor in inputs)), 0)
 
-    def case(tokens: int, calls: int, max_ctas: int = 16, staged: bool = False) -> Case:
+    def case(tokens: int, calls: int, max_ctas: int | None = None, staged: bool = False) -> Case:
         own = tokens // WORLD_SIZE
 
         def launch(build: Build, rank: int, stream: int) -> int:
@@ -149,18 +154,16 @@ def reductions() -> list[Case]:
             source = None if staged else ctypes.byref(symm)
             rest = residual[own * rank :].data_ptr(), weight.data_ptr(), ctypes.byref(build.team(rank, max_ctas))
             return build.library.tpf_rs_rmsnorm_cuda(
-                *places, source, *rest, tokens, HIDDEN, BF16, EPS, RESIDUAL, stream
+                *places, source, *rest, tokens, HIDDEN, DTYPE_CODES[BF16], EPS, _C.RESIDUAL, stream
             )
 
         def wrong() -> int:
-            total = sum((tensor[:tokens].float() for tensor in inputs[1:]), inputs[0][:tokens].float())
-            stored = (total + residual[:tokens].float()).bfloat16()
-            normed = stored.float() * torch.rsqrt(stored.float().square().mean(1, keepdim=True) + EPS) * weight.float()
+            stored = reference.sum_in_rank_order([tensor[:tokens] for tensor in inputs], residual[:tokens])
             output, residual_out = (outputs[:, i, :own].reshape(tokens, HIDDEN) for i in (0, 1))
-            close = (output.float() - normed).abs() <= normed.abs() / 128 + 1e-6
-            return int((residual_out != stored).sum() + (~close).sum())
+            far = steps_apart(output, reference.rms_norm(stored, weight, EPS)) > 1
+            return int((steps_apart(residual_out, stored) > 0).sum() + far.sum())
 
-        name = f"{tokens}{'-staged' if staged else ''}{f'-ctas{max_ctas}' if max_ctas != 16 else ''}"
+        name = f"{tokens}{'-staged' * staged}{f'-ctas{max_ctas}' if max_ctas else ''}"
         return Case(name, launch, lambda: outputs.fill_(float("nan")), wrong, calls)
 
     return [
@@ -172,29 +175,31 @@ def reductions() -> list[Case]:
 
 def projections() -> list[Case]:
     """qkv_a_proj_ag: projT tokens, projT-norm with the latent norms, projT-fp8. Each rank has a weight of its own."""
-    rows = torch.randn(MOST_TOKENS, HIDDEN, device="cuda").bfloat16()
-    weight = (torch.randn(LATENT, HIDDEN, device="cuda") / HIDDEN**0.5).bfloat16()
+    drawn = torch.randn(MOST_TOKENS, HIDDEN, device="cuda")
+    weight = torch.randn(LATENT, HIDDEN, device="cuda")
+    rows = {BF16: drawn.to(BF16), E4M3: drawn.to(E4M3)}
+    weights = {dtype: [weight.to(dtype) for _ in range(WORLD_SIZE)] for dtype in rows}
     scale = torch.rand(MOST_TOKENS, HIDDEN // 128, device="cuda") + 0.5
-    weight_scale = torch.rand(-(-LATENT // 128), HIDDEN // 128, device="cuda") / HIDDEN**0.5
-    rows_fp8, weight_fp8 = rows.to(torch.float8_e4m3fn), (weight * HIDDEN**0.5).to(torch.float8_e4m3fn)
-    weights = {BF16: [weight.clone() for _ in range(WORLD_SIZE)], E4M3: [weight_fp8.clone() for _ in range(WORLD_SIZE)]}
-    norms = [torch.ones(width, dtype=torch.bfloat16, device="cuda") for width in WIDTHS[:2]]
-    outputs = torch.empty(WORLD_SIZE, MOST_TOKENS * LATENT, dtype=torch.bfloat16, device="cuda")
+    weight_scale = torch.rand(-(-LATENT // 128), HIDDEN // 128, device="cuda") + 0.5
+    norms = [(1 + torch.randn(width, device="cuda") / 8).to(BF16) for width in WIDTHS[:2]]
+    outputs = torch.empty(WORLD_SIZE, MOST_TOKENS * LATENT, dtype=BF16, device="cuda")
 
     def case(tokens: int, op: int, calls: int) -> Case:
-        own, normed, dtype = tokens // WORLD_SIZE, op == PROJECT_NORM, E4M3 if op == PROJECT_FP8 else BF16
-        input = rows_fp8 if dtype == E4M3 else rows
-        call = Call(op, dtype, tokens, HIDDEN, LATENT, WIDTHS[0] * normed, 0, WIDTHS[1] * normed, 0, -1)
+        own, normed = tokens // WORLD_SIZE, op == _C.QKV_A_PROJ_AG_NORM
+        dtype = E4M3 if op == _C.QKV_A_PROJ_AG_FP8 else BF16
+        code = DTYPE_CODES[dtype]
+        call = Call(op, code, tokens, HIDDEN, LATENT, WIDTHS[0] * normed, 0, WIDTHS[1] * normed, 0, -1)
         starts = [tokens * sum(WIDTHS[:part]) for part in range(3 if normed else 1)]
 
         def launch(build: Build, rank: int, stream: int) -> int:
             places = (Pointer * 3)(*(outputs[rank, start:].data_ptr() for start in starts))
             scales = scale[own * rank :].data_ptr(), HIDDEN // 128, 1
             projection = Projection(
-                *(input[own * rank :].data_ptr(), *scales, weights[dtype][rank].data_ptr(), weight_scale.data_ptr()),
-                *(None, norms[0].data_ptr(), norms[1].data_ptr(), *WIDTHS[:2], EPS),
+                *(rows[dtype][own * rank :].data_ptr(), *scales),
+                *(weights[dtype][rank].data_ptr(), weight_scale.data_ptr(), None),
+                *(norms[0].data_ptr(), norms[1].data_ptr(), *WIDTHS[:2], EPS),
             )
-            team = ctypes.byref(build.team(rank, 16))
+            team = ctypes.byref(build.team(rank))
             return build.library.tpf_qkv_a_proj_ag_cuda(
                 places, ctypes.byref(projection), team, ctypes.byref(call), stream
             )
@@ -203,14 +208,10 @@ def projections() -> list[Case]:
             """Looks for NaN everywhere, and at the values of some rows."""
             some = torch.arange(0, tokens, max(1, tokens // 64), device="cuda")
             if dtype == E4M3:
-                left = rows_fp8[some].float() * scale[some].repeat_interleave(128, 1)
-                blocks = weight_scale.repeat_interleave(128, 0)[:LATENT].repeat_interleave(128, 1)
-                exact = left @ (weight_fp8.float() * blocks).T
+                exact = reference.project_fp8(rows[E4M3][some], scale[some], weights[E4M3][0], weight_scale)
             else:
-                exact = rows[some].float() @ weight.float().T
-            parts = list(exact.split(WIDTHS, 1)) if normed else [exact]
-            if normed:
-                parts[:2] = [part * torch.rsqrt(part.square().mean(1, keepdim=True) + EPS) for part in parts[:2]]
+                exact = rows[BF16][some].float() @ weights[BF16][0].float().T
+            parts = reference.split_and_norm(exact, *norms, EPS) if normed else [exact]
             count = int(outputs[:, : tokens * LATENT].isnan().sum())
             for start, part in zip(starts, parts, strict=True):
                 width = part.shape[1]
@@ -223,9 +224,12 @@ def projections() -> list[Case]:
         return Case(name, launch, lambda: outputs.fill_(float("nan")), wrong, calls)
 
     return [
-        *(case(tokens, PROJECT, calls) for tokens, calls in ((64, 8), (512, 8), (4096, 6), (8192, 3), (16384, 2))),
-        case(16384, PROJECT_NORM, 2),
-        case(16384, PROJECT_FP8, 2),
+        *(
+            case(tokens, _C.QKV_A_PROJ_AG, calls)
+            for tokens, calls in ((64, 8), (512, 8), (4096, 6), (8192, 3), (16384, 2))
+        ),
+        case(16384, _C.QKV_A_PROJ_AG_NORM, 2),
+        case(16384, _C.QKV_A_PROJ_AG_FP8, 2),
     ]
 
 
@@ -233,7 +237,7 @@ def barrier() -> list[Case]:
     """A bare barrier, fenced."""
 
     def launch(build: Build, rank: int, stream: int) -> int:
-        return build.library.tpf_barrier_cuda(ctypes.byref(build.team(rank, 16)), stream)
+        return build.library.tpf_barrier_cuda(ctypes.byref(build.team(rank)), stream)
 
     return [Case("barrier", launch, lambda: None, lambda: 0, 32)]
 
@@ -274,7 +278,7 @@ def times(case: Case, builds: list[Build], rounds: int) -> tuple[list[float], li
     taken = [[] for _ in builds]
     for _ in range(rounds):
         events = []
-        torch.cuda._sleep(100_000)  # the first graph is not waited for by the card
+        torch.cuda._sleep(100_000)  # the card is busy until the first graph is queued
         for graph in graphs:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -306,7 +310,7 @@ def main() -> None:
     known = [*barrier(), *reductions(), *projections()]
     if unknown := set(wanted) - {case.name for case in known}:
         parser.error(f"no case is called {', '.join(sorted(unknown))}: {', '.join(case.name for case in known)}")
-    slot_bytes = MOST_TOKENS * HIDDEN * torch.bfloat16.itemsize
+    slot_bytes = MOST_TOKENS * HIDDEN * BF16.itemsize
     builds = [Build(path, slot_bytes) for path in options.libraries]
     print(f"# {torch.cuda.get_device_name()}; us a call, and how many times as long as the first; !: wrong elements")
     total_wrong = 0

@@ -69,8 +69,9 @@ template <typename Tiles>
 int64_t cost_of(const ProjectionArgs& args, int blocks) {
   const int64_t row_blocks = tiles(args.partition.largest(), Tiles::kRows);
   const auto turns = [&](int64_t rows) { return tiles(rows * tiles(args.call.columns, Tiles::kColumns), blocks); };
-  const int64_t last = args.team.world_size > 1 ? turns(std::min<int64_t>(row_blocks, kLastGroup<Tiles>)) : 0;
-  return (turns(row_blocks) + last) * std::max(Tiles::kRows * Tiles::kColumns / 32, Tiles::kStageBytes / 45);
+  const int64_t first =
+      args.team.world_size > 1 ? turns(std::min<int64_t>(row_blocks, kGroupedRows / Tiles::kRows)) : 0;
+  return (turns(row_blocks) + first) * std::max(Tiles::kRows * Tiles::kColumns / 32, Tiles::kStageBytes / 45);
 }
 
 // The cheapest of these tiles, the first of several: by the shape and the grid alone, so that all ranks take the same.

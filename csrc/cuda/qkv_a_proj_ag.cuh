@@ -51,12 +51,7 @@ constexpr int kCopierBytes = 7168;  // of a buffer
 template <typename Tiles>
 constexpr int kProjectionShared = 1024  // to begin at a multiple of it, as the swizzle's pattern wants
                                   + Tiles::kStages * Tiles::kStageBytes + kCopiers * kCopierStages * kCopierBytes;
-// Row blocks whose tiles are neighbours in the order. The squarer what 16 blocks multiply at a time, the fewer operands
-// come from memory; but the copies of the last rows have nothing to hide behind, so of those there are fewer.
-template <typename Tiles>
-constexpr int kLastGroup = 512 / Tiles::kRows;
-template <typename Tiles>
-constexpr int kGroup = kLastGroup<Tiles> < 4 ? 4 : kLastGroup<Tiles>;
+constexpr int kGroupedRows = 512;  // whose tiles are neighbours in the order: they share operands in the L2
 constexpr int kProjectionThreads = 384;
 constexpr int kQVectors = 8, kKvVectors = 3;  // of a lane, in the two normed parts of a row
 constexpr int kVectorColumns = 256;           // of a warp's vectors side by side
@@ -124,15 +119,13 @@ struct Tile {
   int row_block, column_tile;
 };
 
-// Tiles in the order in which blocks take them: a group of row blocks at a time, all columns of these.
+// Tiles in the order in which blocks take them: a few row blocks at a time, all columns of these.
 template <typename Tiles>
 __device__ inline Tile tile_of(int index, const ProjectionArgs& args) {
-  const int columns = args.column_tiles;
-  const int last = (max(args.row_blocks - kGroup<Tiles>, 0) + kGroup<Tiles> - 1) / kGroup<Tiles> * kGroup<Tiles>;
-  const int begin = index < last * columns ? 0 : last, grouped = begin < last ? kGroup<Tiles> : kLastGroup<Tiles>;
-  const int rest = index - begin * columns, first = begin + rest / (grouped * columns) * grouped;
-  const int row_blocks = min(grouped, args.row_blocks - first), at = rest % (grouped * columns);
-  return {first + at % row_blocks, at / row_blocks};
+  constexpr int kGrouped = kGroupedRows / Tiles::kRows;
+  const int group = index / (kGrouped * args.column_tiles), at = index % (kGrouped * args.column_tiles);
+  const int row_blocks = min(kGrouped, args.row_blocks - group * kGrouped);
+  return {group * kGrouped + at % row_blocks, at / row_blocks};
 }
 
 __device__ inline int own_row_blocks(const ProjectionArgs& args, int tile_rows) {

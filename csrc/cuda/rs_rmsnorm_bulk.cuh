@@ -29,7 +29,7 @@ struct BulkShared {
 // for every block of every rank. Each lane asks for one owner's.
 template <typename T>
 __device__ inline void prefetch_rows(const View<T>& view, int lane) {
-  if (!view.zero_copy || lane >= view.world_size || blockIdx.x >= view.rows(lane).count) return;
+  if (!view.zero_copy || view.complete || lane >= view.world_size || blockIdx.x >= view.rows(lane).count) return;
   const int64_t row = view.rows(lane).start + blockIdx.x;
   bulk_prefetch(static_cast<const T*>(view.args.input) + row * view.hidden,
                 static_cast<uint32_t>(view.hidden * sizeof(T)));

@@ -154,7 +154,8 @@ struct OneRow {
 };
 
 // A barrier of the block to which a thread comes when it has `value`, and not as soon as it has asked for what `value`
-// is made of. Always true: as if there could be more threads than there are, so that the compiler has to count them.
+// is made of. Always true: no count exceeds the number of threads. It is compared all the same, so that the compiler
+// keeps the count and with it the wait for `value`.
 __device__ inline bool sync_having(float value) {
   return __syncthreads_count(value != value) <= static_cast<int>(blockDim.x);
 }
