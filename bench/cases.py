@@ -18,6 +18,7 @@ from .timing import Program
 from .transports import OverSymmMem, OverTorch, OverTpFused
 
 EPS = 1e-6
+OPS = torch.ops.tp_fused  # as engines and compiled graphs call them
 
 
 def rms_norm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -217,7 +218,7 @@ class RsRmsnorm(Reduction):
     baselines = ("dist", "own", "symm", "barrier")
 
     def fused(self):
-        return tp_fused.rs_rmsnorm(self.input, self.residual, self.weight, EPS, self.group)
+        return OPS.rs_rmsnorm(self.input, self.residual, self.weight, EPS, self.group)
 
     def baseline(self, name):
         if name == "symm":
@@ -255,7 +256,7 @@ class RsRmsnormFp8(Reduction):
 
     def fused(self):
         layout = self.context.options.scale_layout
-        outputs = tp_fused.rs_rmsnorm_fp8(self.input, self.residual, self.weight, EPS, self.group, scale_layout=layout)
+        outputs = OPS.rs_rmsnorm_fp8(self.input, self.residual, self.weight, EPS, self.group, scale_layout=layout)
         return outputs[:3]
 
     def unfused(self, via):
@@ -266,7 +267,7 @@ class RsRmsnormFp8(Reduction):
     def baseline(self, name):
         if name == "rs_rmsnorm":
             arguments = (self.input, self.residual, self.weight, EPS, self.group)
-            return Program(lambda: tp_fused.rs_rmsnorm(*arguments), expected=lambda: self.expected)
+            return Program(lambda: OPS.rs_rmsnorm(*arguments), expected=lambda: self.expected)
         return super().baseline(name)
 
     def count_wrong(self, outputs):
@@ -294,7 +295,7 @@ class RsRmsnormAg(Reduction):
     bus_passes = 2
 
     def fused(self):
-        return tp_fused.rs_rmsnorm_ag(self.input, self.residual, self.weight, EPS, self.group)
+        return OPS.rs_rmsnorm_ag(self.input, self.residual, self.weight, EPS, self.group)
 
     def unfused(self, via):
         residual, finish = via.pad_rows(self.residual), self._local(add_norm)
@@ -335,7 +336,7 @@ class ReduceScatterRows(Reduction):
     baselines = ("dist",)
 
     def fused(self):
-        return (tp_fused.reduce_scatter_rows(self.input, self.group),)
+        return (OPS.reduce_scatter_rows(self.input, self.group),)
 
     def unfused(self, via):
         return Program(lambda: (via.reduce_scatter(),))
@@ -373,7 +374,7 @@ class AllGatherRows(Case):
         return self.context.random("rows", self.num_tokens, rank, shape=shape)
 
     def fused(self):
-        return (tp_fused.all_gather_rows(self.rows, self.num_tokens, self.group),)
+        return (OPS.all_gather_rows(self.rows, self.num_tokens, self.group),)
 
     def unfused(self, via):
         rows = via.pad_rows(self.rows)

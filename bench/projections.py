@@ -5,11 +5,10 @@ import functools
 import torch
 from torch.nn.functional import linear
 
-import tp_fused
 from tp_fused import reference
 
 from .baselines import BASELINES
-from .cases import EPS, Case, RsRmsnorm, add_norm, rms_norm, steps_apart
+from .cases import EPS, OPS, Case, RsRmsnorm, add_norm, rms_norm, steps_apart
 from .timing import Program
 from .transports import OverTpFused, PeerCopies
 
@@ -44,7 +43,7 @@ class QkvAProjAg(Case):
         return (self.rows,)
 
     def fused(self):
-        return (tp_fused.qkv_a_proj_ag(self.rows, self.weight, self.num_tokens, self.group),)
+        return (OPS.qkv_a_proj_ag(self.rows, self.weight, self.num_tokens, self.group),)
 
     def project(self, rows: torch.Tensor) -> torch.Tensor:
         return linear(rows, self.weight)
@@ -132,7 +131,7 @@ class QkvAProjAgFp8(QkvAProjAg):
 
     def fused(self):
         weight = (self.weight, self.weight_scale)
-        return (tp_fused.qkv_a_proj_ag_fp8(*self.arguments, *weight, self.num_tokens, self.group),)
+        return (OPS.qkv_a_proj_ag_fp8(*self.arguments, *weight, self.num_tokens, self.group),)
 
     def project(self, q, scale):
         return reference.project_fp8(q, scale, self.weight, self.weight_scale)
@@ -213,13 +212,13 @@ class QkvAProjAgNorm(QkvAProjAg):
 
     def fused_from(self, rows: torch.Tensor):
         norms = (self.q_a_weight, self.kv_a_weight)
-        return tp_fused.qkv_a_proj_ag_norm(rows, self.weight, *norms, self.num_tokens, EPS, self.group)
+        return OPS.qkv_a_proj_ag_norm(rows, self.weight, *norms, EPS, self.num_tokens, self.group)
 
     def baseline(self, name):
         if name == "ag+norm":
             finish = self._local(self.finish)
             arguments = (self.rows, self.weight, self.num_tokens, self.group)
-            return Program(lambda: finish(tp_fused.qkv_a_proj_ag(*arguments)))
+            return Program(lambda: finish(OPS.qkv_a_proj_ag(*arguments)))
         return super().baseline(name)
 
     def finish(self, latent):

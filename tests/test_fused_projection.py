@@ -88,12 +88,16 @@ def test_many_rows(pool, device, dtype, widths, world_size):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
-@pytest.mark.parametrize("rows", [1, 40, 64, 130])
+@pytest.mark.parametrize("rows", [1, 9, 40, 64, 100, 130])
+@pytest.mark.parametrize("hidden_size", [2064, 2112])  # 33 blocks of 64 along K, the last of them a quarter or whole
 @pytest.mark.parametrize("world_size", [1, 3, 8])
-def test_few_rows(pool, device, dtype, rows, world_size):
+def test_few_rows(pool, device, dtype, rows, hidden_size, world_size):
     """Fewer rows go through other tiles; some ranks own one row less."""
-    num_tokens = max(1, rows * world_size - 1) if device == "cuda" else rows
-    sums = pool.run(project, device, dtype, num_tokens, 272 if device == "cpu" else 2064, WIDTHS[0])
+    if device == "cpu":
+        num_tokens, hidden_size = rows, hidden_size - 1792
+    else:
+        num_tokens = max(1, rows * world_size - 1)
+    sums = pool.run(project, device, dtype, num_tokens, hidden_size, WIDTHS[0])
     assert sums == [sums[0]] * world_size
 
 

@@ -19,17 +19,24 @@ __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShar
   cuda::atomic_ref<uint32_t, cuda::thread_scope_device> fetched(control(args.team.region[args.team.rank])->fetched);
   const int end = args.row_blocks * args.column_tiles, own = own_row_blocks(args, Tiles::kRows);
   for (int first = 0, index = blockIdx.x; index < end; first += gridDim.x, index += gridDim.x) {
-    while (fetched.load(cuda::memory_order_relaxed) < first) {
+    // Blocks that began after a fault fetch nothing.
+    while (fetched.load(cuda::memory_order_relaxed) < first && !has_faulted(args.team)) {
     }
     const Tile tile = tile_of<Tiles>(index, args);
-    for (int k = 0; k < args.k_blocks && tile.row_block < own; ++k) {
+    for (int k = 0; k < args.k_blocks && tile.row_block < own; k += Tiles::kKBlocks) {
       if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
       char* stage = stages + at.stage * Tiles::kStageBytes;
       uint64_t* full = &shared.full[at.stage];
-      barrier_expect(full, Tiles::kStageBytes);
-      tensor_load(stage, &args.input_map, k * kElements, tile.row_block * Tiles::kRows, full);
-      tensor_load(stage + Tiles::kRows * kSwizzleBytes, &args.weight_map, k * kElements,
-                  tile.column_tile * Tiles::kColumns, full);
+      char* input = stage + Tiles::kWeightBytes;
+      const int row = tile.row_block * Tiles::kRows, column = tile.column_tile * Tiles::kColumns;
+      barrier_expect(full, Tiles::kWeightBytes + Tiles::kKBlocks * args.box_rows * kSwizzleBytes);
+      if constexpr (Tiles::kKBlocks == 1) {
+        tensor_load(stage, &args.weight_map, k * kElements, column, full);
+        tensor_load(input, &args.input_map, k * kElements, row, full);
+      } else {
+        tensor_load_blocks(stage, &args.weight_map, k, column, full);
+        tensor_load_blocks(input, &args.input_map, k, row, full);
+      }
       next_stage<Tiles>(at);
     }
     if (fetched.fetch_add(1, cuda::memory_order_relaxed) + 1 == end) fetched.store(0, cuda::memory_order_relaxed);
@@ -46,15 +53,16 @@ __device__ inline Share share_of(int group) {
   return Tiles::kByRows ? Share{group * Tiles::kGroupRows, 0} : Share{0, group * Tiles::kGroupColumns};
 }
 
-// Its operands in the first stage.
+// Its operands in the first stage, and how far apart the input's blocks of K are.
 struct Operands {
-  uint64_t a, b;
+  uint64_t a, b, a_step;
 };
 
 template <typename Tiles>
-__device__ inline Operands operands_of(const char* stages, Share share) {
+__device__ inline Operands operands_of(const ProjectionArgs& args, const char* stages, Share share) {
   const uint32_t first = shared_address(stages);
-  return {operand(first + share.row * kSwizzleBytes), operand(first + (Tiles::kRows + share.column) * kSwizzleBytes)};
+  return {operand(first + Tiles::kWeightBytes + share.row * kSwizzleBytes),
+          operand(first + share.column * kSwizzleBytes), static_cast<uint64_t>(args.box_rows * kSwizzleBytes >> 4)};
 }
 
 // Products of 16-bit operands: one stage's stay in flight.
@@ -69,16 +77,21 @@ __device__ inline void multiply_tile(const ProjectionArgs& args, ProjectionShare
     for (float& sum : part) sum = 0;
     hold(part);
   }
-  for (int k = 0; k < args.k_blocks; ++k) {
+  for (int k = 0; k < args.k_blocks; k += Tiles::kKBlocks) {
     barrier_wait(&shared.full[at.stage], at.round & 1);
     const uint64_t stage = at.stage * (Tiles::kStageBytes >> 4);
     product_fence();
 #pragma unroll
-    for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
+    for (int block = 0; block < Tiles::kKBlocks; ++block) {
+      const uint64_t a = operands.a + stage + block * operands.a_step;
+      const uint64_t b = operands.b + stage + block * (Tiles::kColumns * kSwizzleBytes >> 4);
 #pragma unroll
-      for (int part = 0; part < Tiles::kParts; ++part) {
-        multiply(sums[part], operands.a + stage + step * kOperandStep + part * (64 * kSwizzleBytes >> 4),
-                 operands.b + stage + step * kOperandStep, true, typename Tiles::In{});
+      for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
+#pragma unroll
+        for (int part = 0; part < Tiles::kParts; ++part) {
+          multiply(sums[part], a + step * kOperandStep + part * (64 * kSwizzleBytes >> 4), b + step * kOperandStep,
+                   true, typename Tiles::In{});
+        }
       }
     }
     product_commit();
@@ -203,7 +216,7 @@ __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRou
   constexpr bool kScaled = sizeof(typename Tiles::In) == 1;
   const int group = threadIdx.x / 128 - 1;
   const Share share = share_of<Tiles>(group);
-  const Operands operands = operands_of<Tiles>(stages, share);
+  const Operands operands = operands_of<Tiles>(args, stages, share);
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
   RingPosition at;
   for_tiles<Tiles>(args, [&](Tile tile) {

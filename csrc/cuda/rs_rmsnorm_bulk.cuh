@@ -108,6 +108,7 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
   const auto fetch = [&](int64_t row, bool takes_part) {
     for (bool waits = takes_part; __any_sync(0xffffffffu, waits);) {
       if (!waits || (at.round > 0 && !barrier_passed(&shared.empty[at.stage], (at.round - 1) & 1))) continue;
+      if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);  // for racecheck: it has passed
       if (lane == 0) shared.row[at.stage] = row;
       barrier_expect(&shared.full[at.stage], row_bytes);
       bulk_load(ring + at.stage * int64_t{row_bytes}, from + row * view.hidden, row_bytes, &shared.full[at.stage]);

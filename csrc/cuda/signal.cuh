@@ -35,6 +35,10 @@ struct BlockRound {
   bool refused;  // this workspace has faulted before: nothing is to be done
 };
 
+__device__ inline bool has_faulted(const tpf_team& team) {
+  return shared_ref<uint32_t>(control(team.region[team.rank])->faulted).load(order::memory_order_relaxed) != 0;
+}
+
 __device__ inline void report(const tpf_team& team, const tpf_call& call, const BlockRound& round, tpf_status status,
                               int peer, int step, uint64_t seen, uint64_t waited_ns) {
   Control* own = control(team.region[team.rank]);
@@ -113,7 +117,7 @@ class Patience {
     if (++looks_ % 1024 != 0) return TPF_OK;
     if (verdict_ != TPF_OK) return verdict_;
     // One deadline a call: where another wait has failed, its record stands.
-    if (shared_ref<uint32_t>(control(team.region[team.rank])->faulted).load(order::memory_order_relaxed) != 0) {
+    if (has_faulted(team)) {
       verdict_ = TPF_PEER_FAULTED;
       return TPF_OK;
     }
