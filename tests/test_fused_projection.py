@@ -107,7 +107,7 @@ def rows_alone(device: str, dtype: torch.dtype) -> None:
     rows = random("rows", (2500, 1024), torch.float32).to(device, dtype)
     with workspace(device, device, max_num_tokens=2500, hidden_size=1024, latent_size=2112, dtype=dtype):
         many = tp_fused.qkv_a_proj_ag(rows, weight, 2500)
-        for count in (1, 64, 100, 600, 1500):
+        for count in (1, 64, 100, 250, 500, 600, 1500):
             few = tp_fused.qkv_a_proj_ag(rows[:count], weight, count)
             assert (many[:count].view(torch.int16) == few.view(torch.int16)).all(), count
 

@@ -47,9 +47,13 @@ using SmallTiles = Tiling<In, 128, 96, 5>;
 template <typename In>
 using FewRows = Tiling<In, 64, 144, 6>;
 template <typename In>
-using NarrowTiles = Tiling<In, 128, 16, 4, 2>;
+using Columns64 = Tiling<In, 128, 64, 6>;
 template <typename In>
-using FewRowsNarrowTiles = Tiling<In, 64, 16, 4, 4>;
+using Columns32 = Tiling<In, 128, 32, 4, 2>;
+template <typename In>
+using Columns16 = Tiling<In, 128, 16, 4, 2>;
+template <typename In>
+using FewRowsColumns16 = Tiling<In, 64, 16, 4, 4>;
 
 constexpr int kMaxProductStages = 6;
 constexpr int kCopiers = 2;         // warps of a block
