@@ -239,7 +239,7 @@ def load_a_graph(kib: int, device: str) -> tuple[int, int]:
 def test_a_graph_keeps_the_memory_of_two_calls(pools, device, kib, short):
     [(calls, reserved)] = pools(1).run(load_a_graph, kib, device)
     assert (calls == 32) == short
-    assert reserved <= 2 * max(kib * 2**10, 2**21)  # torch takes no less than 2 MiB from the card
+    assert reserved <= 2 * (kib * 2**10 + 2**21)  # torch takes 2 MiB at a time from the card
 
 
 @pytest.mark.parametrize(

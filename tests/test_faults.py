@@ -55,7 +55,10 @@ DISAGREEMENTS = {
     "keep_output": ("rs_rmsnorm_fp8", {"options": {"keep_output": True}}, "residual and keep_output", "residual"),
     "dtype of gathered rows": ("all_gather_rows", {"dtype": BF16}, "dtype=bfloat16", "dtype=float32"),
     "num_tokens of a projection": ("qkv_a_proj_ag_norm", {"num_tokens": 7}, "num_tokens=7", "num_tokens=4"),
-    "dtype of a projection": ("qkv_a_proj_ag", {"dtype": BF16}, "dtype=bfloat16", "dtype=float32"),
+    "dtype of a projection": (  # and, on Hopper, the kernel
+        *("qkv_a_proj_ag", {"dtype": BF16}),
+        *("dtype=bfloat16(, one kernel)?", "dtype=float32(, no option set)?"),
+    ),
     "norms of a projection": (
         *("qkv_a_proj_ag", {"op": "qkv_a_proj_ag_norm"}),
         *("qkv_a_proj_ag_norm", "qkv_a_proj_ag"),

@@ -14,6 +14,7 @@ command -v nvidia-cuda-mps-control >/dev/null || exec "$@"
 folder=$(mktemp -d)
 export CUDA_MPS_PIPE_DIRECTORY=$folder/pipe CUDA_MPS_LOG_DIRECTORY=$folder/log
 mkdir "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
-nvidia-cuda-mps-control -d
+# The daemon numbers the GPUs that it sees anew: it sees all, and the command those that it was given.
+env -u CUDA_VISIBLE_DEVICES nvidia-cuda-mps-control -d
 trap 'echo quit | timeout 30 nvidia-cuda-mps-control || true; rm -rf "$folder"' EXIT
 "$@"

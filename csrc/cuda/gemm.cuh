@@ -95,7 +95,6 @@ __device__ inline void hold(float (&sums)[kSums]) {
   TPF_MULTIPLY(__nv_bfloat16, columns, sums_held, a_at, b_at, add_at, "k16.f32.bf16.bf16", "1, 1, 0, 0")             \
   TPF_MULTIPLY(__half, columns, sums_held, a_at, b_at, add_at, "k16.f32.f16.f16", "1, 1, 0, 0")
 
-TPF_MULTIPLY_16_BITS(8, 4, "%4", "%5", "%6")
 TPF_MULTIPLY_16_BITS(16, 8, "%8", "%9", "%10")
 TPF_MULTIPLY_16_BITS(32, 16, "%16", "%17", "%18")
 TPF_MULTIPLY_16_BITS(64, 32, "%32", "%33", "%34")

@@ -17,15 +17,18 @@
 namespace tpf {
 
 // A block's tile, and its two warp groups' shares of it: half of the rows each or, where rows are few, half of the
-// columns. Column counts in use are multiples of 64 and not of 128.
+// columns. A tile of few rows and few columns is one group's: both would read the same rows out of shared memory, and
+// that takes the time. Column counts in use are multiples of 64 and not of 128.
 template <typename Input, int kTileRows, int kTileColumns, int kTileStages, int kTileKBlocks = 1>
 struct Tiling {
   using In = Input;
   static constexpr int kRows = kTileRows, kColumns = kTileColumns, kStages = kTileStages;
   static constexpr int kKBlocks = kTileKBlocks;  // of kSwizzleBytes, in a stage
   static constexpr bool kByRows = kRows >= 128;
-  static constexpr int kGroupRows = kByRows ? kRows / 2 : kRows;
-  static constexpr int kGroupColumns = kByRows ? kColumns : kColumns / 2;
+  static constexpr int kGroups = kByRows || kColumns >= 128 ? 2 : 1;
+  static constexpr int kGroupRows = kByRows ? kRows / kGroups : kRows;
+  static constexpr int kGroupColumns = kByRows ? kColumns : kColumns / kGroups;
+  static constexpr int kProductWarps = 4 * kGroups;
   static constexpr int kParts = kGroupRows / 64;   // a product has 64 rows
   static constexpr int kSums = kGroupColumns / 2;  // that a thread holds of a part
   static constexpr int kBlockBytes = (kRows + kColumns) * kSwizzleBytes;
@@ -104,10 +107,10 @@ struct ProjectionShared {
   uint32_t stored;  // warps' shares of tiles, since the kernel began
 
   // By one thread; a barrier of the block follows.
-  __device__ void init() {
+  __device__ void init(int product_warps) {
     for (int stage = 0; stage < kMaxProductStages; ++stage) {
       barrier_init(&full[stage], 1);
-      barrier_init(&empty[stage], kProductWarps);
+      barrier_init(&empty[stage], product_warps);
     }
     for (auto& buffers : copied) {
       for (uint64_t& barrier : buffers) barrier_init(&barrier, 1);
@@ -115,8 +118,6 @@ struct ProjectionShared {
     stored = 0;
     fence_async_shared();
   }
-
-  static constexpr int kProductWarps = 8;
 };
 
 template <typename Tiles>

@@ -215,6 +215,7 @@ __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRou
                                       const char* stages) {
   constexpr bool kScaled = sizeof(typename Tiles::In) == 1;
   const int group = threadIdx.x / 128 - 1;
+  if (group >= Tiles::kGroups) return;
   const Share share = share_of<Tiles>(group);
   const Operands operands = operands_of<Tiles>(args, stages, share);
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
