@@ -65,8 +65,7 @@ __device__ inline void hold(float (&sums)[kSums]) {
 #define TPF_SUMS_4 TPF_SUM_4(0)
 #define TPF_SUMS_8 TPF_SUMS_4, TPF_SUM_4(4)
 #define TPF_SUMS_16 TPF_SUMS_8, TPF_SUM_4(8), TPF_SUM_4(12)
-#define TPF_SUMS_32 TPF_SUMS_16, TPF_SUM_4(16), TPF_SUM_4(20), TPF_SUM_4(24), TPF_SUM_4(28)
-#define TPF_SUMS_36 TPF_SUMS_32, TPF_SUM_4(32)
+#define TPF_SUMS_36 TPF_SUMS_16, TPF_SUM_4(16), TPF_SUM_4(20), TPF_SUM_4(24), TPF_SUM_4(28), TPF_SUM_4(32)
 #define TPF_SUMS_48 TPF_SUMS_36, TPF_SUM_4(36), TPF_SUM_4(40), TPF_SUM_4(44)
 #define TPF_SUMS_72 TPF_SUMS_48, TPF_SUM_4(48), TPF_SUM_4(52), TPF_SUM_4(56), TPF_SUM_4(60), TPF_SUM_4(64), TPF_SUM_4(68)
 #define TPF_SUMS_88 TPF_SUMS_72, TPF_SUM_4(72), TPF_SUM_4(76), TPF_SUM_4(80), TPF_SUM_4(84)
@@ -74,12 +73,13 @@ __device__ inline void hold(float (&sums)[kSums]) {
 #define TPF_REGISTERS_4 "%0, %1, %2, %3"
 #define TPF_REGISTERS_8 TPF_REGISTERS_4 ", %4, %5, %6, %7"
 #define TPF_REGISTERS_16 TPF_REGISTERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define TPF_REGISTERS_32 TPF_REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define TPF_REGISTERS_36 TPF_REGISTERS_32 ", %32, %33, %34, %35"
+#define TPF_REGISTERS_36 \
+  TPF_REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, " \
+  "%34, %35"
 #define TPF_REGISTERS_48 TPF_REGISTERS_36 ", %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define TPF_REGISTERS_72 \
-  TPF_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, " \
-  "%68, %69, %70, %71"
+  TPF_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, " \
+  "%66, %67, %68, %69, %70, %71"
 #define TPF_REGISTERS_88 TPF_REGISTERS_72 ", %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87"
 #define TPF_REGISTERS_96 TPF_REGISTERS_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define TPF_MULTIPLY(in, columns, sums_held, a_at, b_at, add_at, types, trailer)                              \
@@ -97,7 +97,6 @@ __device__ inline void hold(float (&sums)[kSums]) {
 
 TPF_MULTIPLY_16_BITS(16, 8, "%8", "%9", "%10")
 TPF_MULTIPLY_16_BITS(32, 16, "%16", "%17", "%18")
-TPF_MULTIPLY_16_BITS(64, 32, "%32", "%33", "%34")
 TPF_MULTIPLY_16_BITS(72, 36, "%36", "%37", "%38")
 TPF_MULTIPLY_16_BITS(96, 48, "%48", "%49", "%50")
 TPF_MULTIPLY_16_BITS(144, 72, "%72", "%73", "%74")
@@ -112,7 +111,6 @@ TPF_MULTIPLY(__nv_fp8_e4m3, 192, 96, "%96", "%97", "%98", "k32.f32.e4m3.e4m3", "
 #undef TPF_REGISTERS_4
 #undef TPF_REGISTERS_8
 #undef TPF_REGISTERS_16
-#undef TPF_REGISTERS_32
 #undef TPF_REGISTERS_36
 #undef TPF_REGISTERS_48
 #undef TPF_REGISTERS_72
@@ -123,7 +121,6 @@ TPF_MULTIPLY(__nv_fp8_e4m3, 192, 96, "%96", "%97", "%98", "k32.f32.e4m3.e4m3", "
 #undef TPF_SUMS_72
 #undef TPF_SUMS_48
 #undef TPF_SUMS_36
-#undef TPF_SUMS_32
 #undef TPF_SUMS_16
 #undef TPF_SUMS_8
 #undef TPF_SUMS_4

@@ -106,11 +106,11 @@ tpf_status launch_16_bits(ProjectionArgs& args, const Device& device, int blocks
                           tpf_stream stream) {
   if (args.team.world_size == 1) {
     return launch_cheapest<LargeTiles<In>, LargeNarrowTiles<In>, MediumTiles<In>, SmallTiles<In>, FewRows<In>,
-                           Columns64<In>, Columns32<In>, Columns16<In>, FewRowsColumns16<In>>(args, device, blocks,
-                                                                                              projection, stream);
+                           Columns32<In>, Columns16<In>, FewRowsColumns16<In>>(args, device, blocks, projection,
+                                                                               stream);
   }
-  return launch_cheapest<LargeTiles<In>, MediumTiles<In>, SmallTiles<In>, FewRows<In>, Columns64<In>, Columns32<In>,
-                         Columns16<In>, FewRowsColumns16<In>>(args, device, blocks, projection, stream);
+  return launch_cheapest<LargeTiles<In>, MediumTiles<In>, SmallTiles<In>, FewRows<In>, Columns32<In>, Columns16<In>,
+                         FewRowsColumns16<In>>(args, device, blocks, projection, stream);
 }
 
 }  // namespace

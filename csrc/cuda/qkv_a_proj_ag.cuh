@@ -50,8 +50,6 @@ using SmallTiles = Tiling<In, 128, 96, 5>;
 template <typename In>
 using FewRows = Tiling<In, 64, 144, 6>;
 template <typename In>
-using Columns64 = Tiling<In, 128, 64, 6>;
-template <typename In>
 using Columns32 = Tiling<In, 128, 32, 4, 2>;
 template <typename In>
 using Columns16 = Tiling<In, 128, 16, 4, 2>;

@@ -10,8 +10,8 @@ struct BulkShared {
   alignas(8) uint64_t full[kMaxStages];
   alignas(8) uint64_t empty[kMaxStages];
   alignas(8) uint64_t copied[kCopierStages];
-  int64_t row[kMaxStages];  // the row that begins in this buffer; -1 after the last
-  volatile int gave_up;     // rows that did not arrive are not passed on
+  int64_t row[kMaxStages];   // the row that begins in this buffer; -1 after the last
+  bool gave_up[kMaxStages];  // when this was a peer's row, or the end: what did not arrive is not passed on
 
   // By one thread; a barrier of the block follows.
   __device__ void init(int stages) {
@@ -20,7 +20,6 @@ struct BulkShared {
       barrier_init(&empty[stage], (blockDim.x - kHelperThreads) / 32);
     }
     for (int stage = 0; stage < kCopierStages; ++stage) barrier_init(&copied[stage], 1);
-    gave_up = 0;
     fence_async_shared();
   }
 };
@@ -104,12 +103,13 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
   RingPosition at;
   at.advance(lane, args.stages);
   RingPosition last;
+  bool gave_up = false;
   // By all lanes; those that take part. A buffer is filled again as soon as it is empty: no lane waits for another's.
   const auto fetch = [&](int64_t row, bool takes_part) {
     for (bool waits = takes_part; __any_sync(0xffffffffu, waits);) {
       if (!waits || (at.round > 0 && !barrier_passed(&shared.empty[at.stage], (at.round - 1) & 1))) continue;
-      if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);  // for racecheck: it has passed
       if (lane == 0) shared.row[at.stage] = row;
+      if (kEnding == Ending::kGather) shared.gave_up[at.stage] = gave_up;
       barrier_expect(&shared.full[at.stage], row_bytes);
       bulk_load(ring + at.stage * int64_t{row_bytes}, from + row * view.hidden, row_bytes, &shared.full[at.stage]);
       waits = false;
@@ -124,12 +124,11 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
   fetch(row, begun);
   bool arrived = wait_for_peers(view, round, 0, lane);
   const bool opened = __all_sync(0xffffffffu, arrived), claims = claims_rows<kEnding>(view);
-  if (!opened) shared.gave_up = 1;
+  gave_up = !opened;
   for (int step = 0; row < view.own.count; ++step) {
     if (step % args.chunk_rows == 0) {
       if (view.staged() && step > 0) arrived &= wait_for_peers(view, round, step / args.chunk_rows, lane);
-      if (!arrived) shared.gave_up = 1;
-      __syncwarp();
+      gave_up = __any_sync(0xffffffffu, gave_up || !arrived);
       fence_async_global();
     }
     fetch(row, lane < items && !(step == 0 && begun));
@@ -147,9 +146,11 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
   for (int chunk = 1; view.staged() && chunk < args.num_chunks; ++chunk) {
     arrived &= wait_for_peers(view, round, chunk, lane);
   }
+  gave_up = __any_sync(0xffffffffu, gave_up || !arrived);
   if (lane == 0) {
     if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
     shared.row[at.stage] = -1;
+    shared.gave_up[at.stage] = gave_up;
     barrier_arrive(&shared.full[at.stage]);
   }
   // Peers have their inputs back once the last row buffer has been emptied, while the last row is still being finished.
@@ -173,9 +174,13 @@ __device__ inline void add_rows(const View<T>& view, const BlockRound& round, Bu
   RowWeight<T, kVecs> weight;
   if constexpr (kEnding != Ending::kSum) weight.init(view, group);
   RingPosition at;
+  // The first item that is a peer's: none is fetched before all peers have been heard.
+  const int first_of_peers = view.rank == 0 ? 1 : 0;
+  bool gave_up = false;
   // Takes the next row buffer out of the ring and into registers.
-  const auto take = [&](uint4(&raw)[kVecs]) {
+  const auto take = [&](uint4(&raw)[kVecs], int item) {
     barrier_wait(&shared.full[at.stage], at.round & 1);
+    if (kEnding == Ending::kGather && item == first_of_peers) gave_up |= shared.gave_up[at.stage];
     const char* from = ring + at.stage * row_bytes;
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
@@ -190,7 +195,7 @@ __device__ inline void add_rows(const View<T>& view, const BlockRound& round, Bu
   const auto lay_open = [&] {
     group.sync();
     const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
-    if (!shared.gave_up) publish_to_peers(view, next, kGatherStep + chunk, threadIdx.x);
+    if (!gave_up) publish_to_peers(view, next, kGatherStep + chunk, threadIdx.x);
     ++chunk;
   };
 #pragma unroll 1
@@ -198,24 +203,27 @@ __device__ inline void add_rows(const View<T>& view, const BlockRound& round, Bu
     if (kEnding == Ending::kGather && step == (chunk + 1) * args.chunk_rows) lay_open();
     barrier_wait(&shared.full[at.stage], at.round & 1);
     const int64_t row = shared.row[at.stage];
-    if (row < 0) break;
+    if (row < 0) {
+      gave_up |= shared.gave_up[at.stage];
+      break;
+    }
     float sums[kVecs][kLanes<T>];
     uint4 raw[2][kVecs];
-    take(raw[0]);
+    take(raw[0], 0);
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) unpack(sums[v], raw[0][v], T{});
-    if (items > 1) take(raw[0]);
+    if (items > 1) take(raw[0], 1);
 #pragma unroll 1
     for (int item = 1; item < items; item += 2) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (item + half >= items) break;
-        if (item + half + 1 < items) take(raw[1 - half]);
+        if (item + half + 1 < items) take(raw[1 - half], item + half + 1);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) add_vector<T>(sums[v], raw[half][v]);
       }
     }
-    finish_row<T, kVecs, kEnding>(view, row, sums, weight, group, step % 2, !shared.gave_up);
+    finish_row<T, kVecs, kEnding>(view, row, sums, weight, group, step % 2, !gave_up);
   }
   while (kEnding == Ending::kGather && chunk < args.num_chunks) lay_open();
 }
