@@ -37,6 +37,8 @@ def project(device: str, dtype: torch.dtype, num_tokens: int, hidden_size: int, 
     bias = random("bias", (columns,), torch.bfloat16).to(device)
     norms = [(1 + random("norm", (width,), torch.float32) / 8).to(device, torch.bfloat16) for width in widths[:2]]
     sizes = {"max_num_tokens": num_tokens, "hidden_size": hidden_size, "latent_size": columns}
+    if device == "cuda" and 1 < world_size <= torch.cuda.device_count():
+        sizes["max_ctas"] = 44  # with most of a card, torch multiplies few rows
     with workspace(device, device, dtype=torch.bfloat16, **sizes):
         if dtype == FP8:
             q, scale = reference.quantize_e4m3(rows.bfloat16())
@@ -62,6 +64,11 @@ def project(device: str, dtype: torch.dtype, num_tokens: int, hidden_size: int, 
                 weights = [norm.to(dtype) for norm in norms]
                 return [latent, *tp_fused.qkv_a_proj_ag_norm(*given, *weights, num_tokens, EPS)]
 
+        if (
+            device == "cuda"
+        ):  # where ranks share a card, torch's product on a late one may not fit beside waiting kernels
+            torch.cuda.synchronize()
+            dist.barrier()
         outputs = call()
         # Two slots: the third call finds what the first has left.
         for _ in range(3):
@@ -89,15 +96,11 @@ def test_many_rows(pool, device, dtype, widths, world_size):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
 @pytest.mark.parametrize("rows", [1, 9, 40, 64, 100, 130])
-@pytest.mark.parametrize("hidden_size", [2064, 2112])  # 33 blocks of 64 along K, the last of them a quarter or whole
 @pytest.mark.parametrize("world_size", [1, 3, 8])
-def test_few_rows(pool, device, dtype, rows, hidden_size, world_size):
+def test_few_rows(pool, device, dtype, rows, world_size):
     """Fewer rows go through other tiles; some ranks own one row less."""
-    if device == "cpu":
-        num_tokens, hidden_size = rows, hidden_size - 1792
-    else:
-        num_tokens = max(1, rows * world_size - 1)
-    sums = pool.run(project, device, dtype, num_tokens, hidden_size, WIDTHS[0])
+    num_tokens = max(1, rows * world_size - 1) if device == "cuda" else rows
+    sums = pool.run(project, device, dtype, num_tokens, 272 if device == "cpu" else 2064, WIDTHS[0])
     assert sums == [sums[0]] * world_size
 
 

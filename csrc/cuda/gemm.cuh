@@ -22,15 +22,6 @@ __device__ inline void tensor_load(void* shared, const CUtensorMap* map, int x, 
       : "memory");
 }
 
-// A box of blocks of K, the first of them `block`, one after the other. The tensor is [blocks, rows, a block's K].
-__device__ inline void tensor_load_blocks(void* shared, const CUtensorMap* map, int block, int y, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%5, %4, %3}], "
-      "[%2];" ::"r"(shared_address(shared)),
-      "l"(map), "r"(shared_address(barrier)), "r"(block), "r"(y), "r"(0)
-      : "memory");
-}
-
 __device__ inline void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -63,25 +54,30 @@ __device__ inline void hold(float (&sums)[kSums]) {
 // clang-format off
 #define TPF_SUM_4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define TPF_SUMS_4 TPF_SUM_4(0)
-#define TPF_SUMS_8 TPF_SUMS_4, TPF_SUM_4(4)
-#define TPF_SUMS_16 TPF_SUMS_8, TPF_SUM_4(8), TPF_SUM_4(12)
-#define TPF_SUMS_36 TPF_SUMS_16, TPF_SUM_4(16), TPF_SUM_4(20), TPF_SUM_4(24), TPF_SUM_4(28), TPF_SUM_4(32)
-#define TPF_SUMS_48 TPF_SUMS_36, TPF_SUM_4(36), TPF_SUM_4(40), TPF_SUM_4(44)
-#define TPF_SUMS_72 TPF_SUMS_48, TPF_SUM_4(48), TPF_SUM_4(52), TPF_SUM_4(56), TPF_SUM_4(60), TPF_SUM_4(64), TPF_SUM_4(68)
-#define TPF_SUMS_88 TPF_SUMS_72, TPF_SUM_4(72), TPF_SUM_4(76), TPF_SUM_4(80), TPF_SUM_4(84)
-#define TPF_SUMS_96 TPF_SUMS_88, TPF_SUM_4(88), TPF_SUM_4(92)
+#define TPF_SUMS_36 \
+  TPF_SUM_4(0), TPF_SUM_4(4), TPF_SUM_4(8), TPF_SUM_4(12), TPF_SUM_4(16), TPF_SUM_4(20), TPF_SUM_4(24), \
+  TPF_SUM_4(28), TPF_SUM_4(32)
+#define TPF_SUMS_48 \
+  TPF_SUMS_36, TPF_SUM_4(36), TPF_SUM_4(40), TPF_SUM_4(44)
+#define TPF_SUMS_72 \
+  TPF_SUMS_48, TPF_SUM_4(48), TPF_SUM_4(52), TPF_SUM_4(56), TPF_SUM_4(60), TPF_SUM_4(64), TPF_SUM_4(68)
+#define TPF_SUMS_88 \
+  TPF_SUMS_72, TPF_SUM_4(72), TPF_SUM_4(76), TPF_SUM_4(80), TPF_SUM_4(84)
+#define TPF_SUMS_96 \
+  TPF_SUMS_88, TPF_SUM_4(88), TPF_SUM_4(92)
 #define TPF_REGISTERS_4 "%0, %1, %2, %3"
-#define TPF_REGISTERS_8 TPF_REGISTERS_4 ", %4, %5, %6, %7"
-#define TPF_REGISTERS_16 TPF_REGISTERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define TPF_REGISTERS_36 \
-  TPF_REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, " \
-  "%34, %35"
-#define TPF_REGISTERS_48 TPF_REGISTERS_36 ", %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+  TPF_REGISTERS_4 ", %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, " \
+  "%30, %31, %32, %33, %34, %35"
+#define TPF_REGISTERS_48 \
+  TPF_REGISTERS_36 ", %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define TPF_REGISTERS_72 \
   TPF_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, " \
   "%66, %67, %68, %69, %70, %71"
-#define TPF_REGISTERS_88 TPF_REGISTERS_72 ", %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87"
-#define TPF_REGISTERS_96 TPF_REGISTERS_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define TPF_REGISTERS_88 \
+  TPF_REGISTERS_72 ", %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87"
+#define TPF_REGISTERS_96 \
+  TPF_REGISTERS_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define TPF_MULTIPLY(in, columns, sums_held, a_at, b_at, add_at, types, trailer)                              \
   __device__ inline void multiply(float (&sums)[sums_held], uint64_t a, uint64_t b, bool add, in) {           \
     asm volatile(                                                                                             \
@@ -95,8 +91,7 @@ __device__ inline void hold(float (&sums)[kSums]) {
   TPF_MULTIPLY(__nv_bfloat16, columns, sums_held, a_at, b_at, add_at, "k16.f32.bf16.bf16", "1, 1, 0, 0")             \
   TPF_MULTIPLY(__half, columns, sums_held, a_at, b_at, add_at, "k16.f32.f16.f16", "1, 1, 0, 0")
 
-TPF_MULTIPLY_16_BITS(16, 8, "%8", "%9", "%10")
-TPF_MULTIPLY_16_BITS(32, 16, "%16", "%17", "%18")
+TPF_MULTIPLY_16_BITS(8, 4, "%4", "%5", "%6")
 TPF_MULTIPLY_16_BITS(72, 36, "%36", "%37", "%38")
 TPF_MULTIPLY_16_BITS(96, 48, "%48", "%49", "%50")
 TPF_MULTIPLY_16_BITS(144, 72, "%72", "%73", "%74")
@@ -109,20 +104,16 @@ TPF_MULTIPLY(__nv_fp8_e4m3, 192, 96, "%96", "%97", "%98", "k32.f32.e4m3.e4m3", "
 #undef TPF_MULTIPLY_16_BITS
 #undef TPF_MULTIPLY
 #undef TPF_REGISTERS_4
-#undef TPF_REGISTERS_8
-#undef TPF_REGISTERS_16
 #undef TPF_REGISTERS_36
 #undef TPF_REGISTERS_48
 #undef TPF_REGISTERS_72
 #undef TPF_REGISTERS_88
 #undef TPF_REGISTERS_96
-#undef TPF_SUMS_96
-#undef TPF_SUMS_88
-#undef TPF_SUMS_72
-#undef TPF_SUMS_48
 #undef TPF_SUMS_36
-#undef TPF_SUMS_16
-#undef TPF_SUMS_8
+#undef TPF_SUMS_48
+#undef TPF_SUMS_72
+#undef TPF_SUMS_88
+#undef TPF_SUMS_96
 #undef TPF_SUMS_4
 #undef TPF_SUM_4
 

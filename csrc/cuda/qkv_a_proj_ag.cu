@@ -1,7 +1,5 @@
 #include <cudaTypedefs.h>
 
-#include <limits>
-
 #include "launch.cuh"
 #include "qkv_a_proj_ag_kernel.cuh"
 
@@ -20,33 +18,23 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   return found;
 }
 
-// Boxes of a row-major [rows, hidden_size]: `box_rows` rows by 128 bytes; what lies outside reads as 0. With several
-// `k_blocks` as many such boxes side by side at once, for which hidden_size has to be whole blocks.
-bool encode(CUtensorMap* map, const tpf_call& call, const void* base, int64_t rows, int box_rows, int k_blocks) {
+// Boxes of `box_rows` rows by 128 bytes of a row-major [rows, hidden_size]; what lies outside reads as 0.
+bool encode(CUtensorMap* map, const tpf_call& call, const void* base, int64_t rows, uint32_t box_rows) {
   const CUtensorMapDataType type = call.dtype == TPF_BF16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                    : call.dtype == TPF_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                            : CU_TENSOR_MAP_DATA_TYPE_UINT8;
   if (plan_instead()) return true;  // there is no tensor then
   const cuuint64_t element_bytes = bytes_of(static_cast<tpf_dtype>(call.dtype));
-  const cuuint64_t block = kSwizzleBytes / element_bytes;
-  const bool blocked = k_blocks > 1;
-  const cuuint64_t sizes[3] = {blocked ? block : call.hidden_size, static_cast<cuuint64_t>(rows),
-                               call.hidden_size / block};
-  const cuuint64_t strides[2] = {call.hidden_size * element_bytes, kSwizzleBytes};
-  const cuuint32_t box[3] = {static_cast<cuuint32_t>(block), static_cast<cuuint32_t>(box_rows),
-                             static_cast<cuuint32_t>(k_blocks)};
-  const cuuint32_t steps[3] = {1, 1, 1};
-  return encoder()(map, type, blocked ? 3 : 2, const_cast<void*>(base), sizes, strides, box, steps,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+  const cuuint64_t sizes[2] = {call.hidden_size, static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {call.hidden_size * element_bytes};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(kSwizzleBytes / element_bytes), box_rows};
+  const cuuint32_t steps[2] = {1, 1};
+  return encoder()(map, type, 2, const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 int tiles(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); }
-
-// Of the input, for a tile of so many rows of a rank's share.
-int box_rows(int64_t share, int tile_rows) {
-  return static_cast<int>(std::min<int64_t>(tile_rows, tiles(share, 8) * 8));
-}
 
 bool begins_at_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -59,10 +47,8 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
   if (row_blocks > TPF_MAX_ROW_BLOCKS || args.call.columns * sizeof(Out) > kCopierBytes) return TPF_UNSUPPORTED;
   args.row_blocks = static_cast<int32_t>(std::max<int64_t>(1, row_blocks));
   args.column_tiles = tiles(args.call.columns, Tiles::kColumns);
-  args.box_rows = box_rows(rows, Tiles::kRows);
-  constexpr int kKBlocks = Tiles::kKBlocks;
-  if (!encode(&args.weight_map, args.call, projection.weight, args.call.columns, Tiles::kColumns, kKBlocks) ||
-      (rows > 0 && !encode(&args.input_map, args.call, projection.input, rows, args.box_rows, kKBlocks))) {
+  if (!encode(&args.weight_map, args.call, projection.weight, args.call.columns, Tiles::kColumns) ||
+      (rows > 0 && !encode(&args.input_map, args.call, projection.input, rows, Tiles::kRows))) {
     return TPF_UNSUPPORTED;
   }
   const Grid grid = {blocks, kProjectionThreads, kProjectionShared<Tiles>};
@@ -81,14 +67,11 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
 // H100), and multiplies meanwhile.
 template <typename Tiles>
 int64_t cost_of(const ProjectionArgs& args, int blocks) {
-  const int64_t k_bytes = args.call.hidden_size * sizeof(typename Tiles::In);
-  if (Tiles::kKBlocks > 1 && k_bytes % kSwizzleBytes != 0) return std::numeric_limits<int64_t>::max();
   const int64_t row_blocks = tiles(args.partition.largest(), Tiles::kRows);
   const auto turns = [&](int64_t rows) { return tiles(rows * tiles(args.call.columns, Tiles::kColumns), blocks); };
   const int64_t first =
       args.team.world_size > 1 ? turns(std::min<int64_t>(row_blocks, kGroupedRows / Tiles::kRows)) : 0;
-  const int read_bytes = (box_rows(args.partition.largest(), Tiles::kRows) + Tiles::kColumns) * kSwizzleBytes;
-  return (turns(row_blocks) + first) * std::max(Tiles::kRows * Tiles::kColumns / 32, read_bytes / 45);
+  return (turns(row_blocks) + first) * std::max(Tiles::kRows * Tiles::kColumns / 32, Tiles::kStageBytes / 45);
 }
 
 // The cheapest of these tiles, the first of several: by the shape and the grid alone, so that all ranks take the same.
@@ -101,16 +84,25 @@ tpf_status launch_cheapest(ProjectionArgs& args, const Device& device, int block
   return launches[cheapest](args, device, blocks, projection, stream);
 }
 
+// Whether torch's product, and a gather after it, take less time. With few rows and most of a card all tiles are
+// multiplied at once: no row is finished early enough for its way to be hidden, and torch can divide K, too. Two H100:
+// 14, 31 and 43 us for 1, 256 and 512 rows a rank, instead of 34, 40 and 46; for 2048 rows 143 instead of 131. In fp8
+// there is no such product.
+bool product_comes_first(const ProjectionArgs& args, int blocks, const Device& device) {
+  constexpr int64_t kFewRows = 512;
+  return args.team.world_size > 1 && args.call.dtype != TPF_E4M3 && 2 * blocks > device.processors &&
+         args.partition.largest() <= kFewRows;
+}
+
 template <typename In>
 tpf_status launch_16_bits(ProjectionArgs& args, const Device& device, int blocks, const tpf_projection& projection,
                           tpf_stream stream) {
   if (args.team.world_size == 1) {
     return launch_cheapest<LargeTiles<In>, LargeNarrowTiles<In>, MediumTiles<In>, SmallTiles<In>, FewRows<In>,
-                           Columns32<In>, Columns16<In>, FewRowsColumns16<In>>(args, device, blocks, projection,
-                                                                               stream);
+                           FewRowsManyBlocks<In>>(args, device, blocks, projection, stream);
   }
-  return launch_cheapest<LargeTiles<In>, MediumTiles<In>, SmallTiles<In>, FewRows<In>, Columns32<In>, Columns16<In>,
-                         FewRowsColumns16<In>>(args, device, blocks, projection, stream);
+  return launch_cheapest<LargeTiles<In>, MediumTiles<In>, SmallTiles<In>, FewRows<In>, FewRowsManyBlocks<In>>(
+      args, device, blocks, projection, stream);
 }
 
 }  // namespace
@@ -158,6 +150,7 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   // As many blocks as there may be, even where they have no tile: they copy. All must be on the card at once, since
   // each waits for what the others multiply.
   const int blocks = std::min(most_blocks(team->max_ctas), device.processors);
+  if (product_comes_first(args, blocks, device)) return TPF_UNSUPPORTED;
   switch (dtype) {
     case TPF_BF16:
       return launch_16_bits<__nv_bfloat16>(args, device, blocks, *projection, stream);

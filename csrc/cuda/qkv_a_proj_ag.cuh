@@ -17,23 +17,17 @@
 namespace tpf {
 
 // A block's tile, and its two warp groups' shares of it: half of the rows each or, where rows are few, half of the
-// columns. A tile of few rows and few columns is one group's: both would read the same rows out of shared memory, and
-// that takes the time. Column counts in use are multiples of 64 and not of 128.
-template <typename Input, int kTileRows, int kTileColumns, int kTileStages, int kTileKBlocks = 1>
+// columns. Column counts in use are multiples of 64 and not of 128.
+template <typename Input, int kTileRows, int kTileColumns, int kTileStages>
 struct Tiling {
   using In = Input;
   static constexpr int kRows = kTileRows, kColumns = kTileColumns, kStages = kTileStages;
-  static constexpr int kKBlocks = kTileKBlocks;  // of kSwizzleBytes, in a stage
   static constexpr bool kByRows = kRows >= 128;
-  static constexpr int kGroups = kByRows || kColumns >= 128 ? 2 : 1;
-  static constexpr int kGroupRows = kByRows ? kRows / kGroups : kRows;
-  static constexpr int kGroupColumns = kByRows ? kColumns : kColumns / kGroups;
-  static constexpr int kProductWarps = 4 * kGroups;
+  static constexpr int kGroupRows = kByRows ? kRows / 2 : kRows;
+  static constexpr int kGroupColumns = kByRows ? kColumns : kColumns / 2;
   static constexpr int kParts = kGroupRows / 64;   // a product has 64 rows
   static constexpr int kSums = kGroupColumns / 2;  // that a thread holds of a part
-  static constexpr int kBlockBytes = (kRows + kColumns) * kSwizzleBytes;
-  static constexpr int kStageBytes = kKBlocks * kBlockBytes;
-  static constexpr int kWeightBytes = kKBlocks * kColumns * kSwizzleBytes;  // of a stage, the first of it
+  static constexpr int kStageBytes = (kRows + kColumns) * kSwizzleBytes;
 };
 // Many rows. The larger a tile, the fewer operands are read; the largest one's sums just find room in registers. fp8
 // sums are held twice, until they are promoted. Of fp8 no tile may touch more than two blocks of 128 weight columns.
@@ -46,17 +40,12 @@ using MediumTiles = Tiling<In, 128, 192, 4>;
 template <typename In>
 using SmallTiles = Tiling<In, 128, 96, 5>;
 // Few rows: the weight has to come from memory, through as many blocks as there are, with enough of it on its way.
-// Where a tile has few columns, what a stage costs besides its product is shared by several blocks of K.
 template <typename In>
 using FewRows = Tiling<In, 64, 144, 6>;
 template <typename In>
-using Columns32 = Tiling<In, 128, 32, 4, 2>;
-template <typename In>
-using Columns16 = Tiling<In, 128, 16, 4, 2>;
-template <typename In>
-using FewRowsColumns16 = Tiling<In, 64, 16, 4, 4>;
+using FewRowsManyBlocks = Tiling<In, 64, 16, 14>;
 
-constexpr int kMaxProductStages = 6;
+constexpr int kMaxProductStages = 14;
 constexpr int kCopiers = 2;         // warps of a block
 constexpr int kCopierBytes = 7168;  // of a buffer
 template <typename Tiles>
@@ -93,7 +82,6 @@ struct ProjectionArgs {
   int32_t row_blocks;  // of the rank that owns most rows; at least 1
   int32_t column_tiles;
   int32_t k_blocks;
-  int32_t box_rows;  // of the input, that are brought for a tile: no more than this rank has, by eights
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -105,10 +93,10 @@ struct ProjectionShared {
   uint32_t stored;  // warps' shares of tiles, since the kernel began
 
   // By one thread; a barrier of the block follows.
-  __device__ void init(int product_warps) {
+  __device__ void init() {
     for (int stage = 0; stage < kMaxProductStages; ++stage) {
       barrier_init(&full[stage], 1);
-      barrier_init(&empty[stage], product_warps);
+      barrier_init(&empty[stage], kProductWarps);
     }
     for (auto& buffers : copied) {
       for (uint64_t& barrier : buffers) barrier_init(&barrier, 1);
@@ -116,6 +104,8 @@ struct ProjectionShared {
     stored = 0;
     fence_async_shared();
   }
+
+  static constexpr int kProductWarps = 8;
 };
 
 template <typename Tiles>

@@ -107,11 +107,11 @@ __device__ inline void finish_row_blocks(const ProjectionArgs& args, const Block
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
   const int end = args.row_blocks * args.column_tiles;
   int index = blockIdx.x, normed = kNorm ? 0 : own;
-  uint32_t expected = Tiles::kProductWarps;
+  uint32_t expected = ProjectionShared::kProductWarps;
   while (index < end || normed < own) {
     const int row_block = index < end ? tile_of<Tiles>(index, args).row_block : own;
     if (index < end && (row_block >= own || reached(stored, expected))) {
-      if (row_block < own) count(row_block), expected += Tiles::kProductWarps;
+      if (row_block < own) count(row_block), expected += ProjectionShared::kProductWarps;
       index += gridDim.x;
     } else if (kNorm && normed < own && reached(count_of(normed), args.column_tiles)) {
       norm_rows<Tiles>(args, rows_at<Out, kNorm>(args, round), normed);

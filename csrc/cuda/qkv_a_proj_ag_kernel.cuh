@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   __shared__ ProjectionShared shared;
   char* stages = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
   char* buffers = stages + Tiles::kStages * Tiles::kStageBytes;
-  if (threadIdx.x == 0) shared.init(Tiles::kProductWarps);
+  if (threadIdx.x == 0) shared.init();
   const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
   if (threadIdx.x >= 128) {
     take_registers<multiply_registers<Tiles>(kNorm)>();

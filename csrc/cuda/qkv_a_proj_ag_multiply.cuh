@@ -23,20 +23,14 @@ __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShar
     while (fetched.load(cuda::memory_order_relaxed) < first && !has_faulted(args.team)) {
     }
     const Tile tile = tile_of<Tiles>(index, args);
-    for (int k = 0; k < args.k_blocks && tile.row_block < own; k += Tiles::kKBlocks) {
+    for (int k = 0; k < args.k_blocks && tile.row_block < own; ++k) {
       if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
       char* stage = stages + at.stage * Tiles::kStageBytes;
       uint64_t* full = &shared.full[at.stage];
-      char* input = stage + Tiles::kWeightBytes;
-      const int row = tile.row_block * Tiles::kRows, column = tile.column_tile * Tiles::kColumns;
-      barrier_expect(full, Tiles::kWeightBytes + Tiles::kKBlocks * args.box_rows * kSwizzleBytes);
-      if constexpr (Tiles::kKBlocks == 1) {
-        tensor_load(stage, &args.weight_map, k * kElements, column, full);
-        tensor_load(input, &args.input_map, k * kElements, row, full);
-      } else {
-        tensor_load_blocks(stage, &args.weight_map, k, column, full);
-        tensor_load_blocks(input, &args.input_map, k, row, full);
-      }
+      barrier_expect(full, Tiles::kStageBytes);
+      tensor_load(stage, &args.input_map, k * kElements, tile.row_block * Tiles::kRows, full);
+      tensor_load(stage + Tiles::kRows * kSwizzleBytes, &args.weight_map, k * kElements,
+                  tile.column_tile * Tiles::kColumns, full);
       next_stage<Tiles>(at);
     }
     if (fetched.fetch_add(1, cuda::memory_order_relaxed) + 1 == end) fetched.store(0, cuda::memory_order_relaxed);
@@ -53,16 +47,15 @@ __device__ inline Share share_of(int group) {
   return Tiles::kByRows ? Share{group * Tiles::kGroupRows, 0} : Share{0, group * Tiles::kGroupColumns};
 }
 
-// Its operands in the first stage, and how far apart the input's blocks of K are.
+// Its operands in the first stage.
 struct Operands {
-  uint64_t a, b, a_step;
+  uint64_t a, b;
 };
 
 template <typename Tiles>
-__device__ inline Operands operands_of(const ProjectionArgs& args, const char* stages, Share share) {
+__device__ inline Operands operands_of(const char* stages, Share share) {
   const uint32_t first = shared_address(stages);
-  return {operand(first + Tiles::kWeightBytes + share.row * kSwizzleBytes),
-          operand(first + share.column * kSwizzleBytes), static_cast<uint64_t>(args.box_rows * kSwizzleBytes >> 4)};
+  return {operand(first + share.row * kSwizzleBytes), operand(first + (Tiles::kRows + share.column) * kSwizzleBytes)};
 }
 
 // Products of 16-bit operands: one stage's stay in flight.
@@ -77,21 +70,16 @@ __device__ inline void multiply_tile(const ProjectionArgs& args, ProjectionShare
     for (float& sum : part) sum = 0;
     hold(part);
   }
-  for (int k = 0; k < args.k_blocks; k += Tiles::kKBlocks) {
+  for (int k = 0; k < args.k_blocks; ++k) {
     barrier_wait(&shared.full[at.stage], at.round & 1);
     const uint64_t stage = at.stage * (Tiles::kStageBytes >> 4);
     product_fence();
 #pragma unroll
-    for (int block = 0; block < Tiles::kKBlocks; ++block) {
-      const uint64_t a = operands.a + stage + block * operands.a_step;
-      const uint64_t b = operands.b + stage + block * (Tiles::kColumns * kSwizzleBytes >> 4);
+    for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
 #pragma unroll
-      for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
-#pragma unroll
-        for (int part = 0; part < Tiles::kParts; ++part) {
-          multiply(sums[part], a + step * kOperandStep + part * (64 * kSwizzleBytes >> 4), b + step * kOperandStep,
-                   true, typename Tiles::In{});
-        }
+      for (int part = 0; part < Tiles::kParts; ++part) {
+        multiply(sums[part], operands.a + stage + step * kOperandStep + part * (64 * kSwizzleBytes >> 4),
+                 operands.b + stage + step * kOperandStep, true, typename Tiles::In{});
       }
     }
     product_commit();
@@ -215,9 +203,8 @@ __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRou
                                       const char* stages) {
   constexpr bool kScaled = sizeof(typename Tiles::In) == 1;
   const int group = threadIdx.x / 128 - 1;
-  if (group >= Tiles::kGroups) return;
   const Share share = share_of<Tiles>(group);
-  const Operands operands = operands_of<Tiles>(args, stages, share);
+  const Operands operands = operands_of<Tiles>(stages, share);
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
   RingPosition at;
   for_tiles<Tiles>(args, [&](Tile tile) {
