@@ -49,7 +49,7 @@ class Shares:
     """Of the datasheet's rates: what large copies, copies between cards, and matrix products are taken to reach."""
 
     memory: float = 0.9
-    link: float = 0.8
+    link: float = 0.83
     bf16: float = 0.7
     fp8: float = 0.5
 
