@@ -86,8 +86,8 @@ tpf_status launch_cheapest(ProjectionArgs& args, const Device& device, int block
 
 // Whether torch's product, and a gather after it, take less time. With few rows and most of a card all tiles are
 // multiplied at once: no row is finished early enough for its way to be hidden, and torch can divide K, too. Two H100:
-// 14, 31 and 43 us for 1, 256 and 512 rows a rank, instead of 34, 40 and 46; for 2048 rows 143 instead of 131. In fp8
-// there is no such product.
+// 14, 31 and 43 us for 1, 256 and 512 rows a rank, instead of 34, 40 and 46; for 2048 rows 143 instead of 131. Of fp8
+// the product would be Triton's, with which this one has not been compared.
 bool product_comes_first(const ProjectionArgs& args, int blocks, const Device& device) {
   constexpr int64_t kFewRows = 512;
   return args.team.world_size > 1 && args.call.dtype != TPF_E4M3 && 2 * blocks > device.processors &&
