@@ -6,6 +6,7 @@ And says where each of them computes: `choose_device`, before they start, and `t
 import datetime
 import faulthandler
 import functools
+import gc
 import os
 import tempfile
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ def _run_rank(rank: int, world_size: int, init_method: str, timeout_s: float, ma
     try:
         main(*args)
     finally:
+        # A group that a cycle still refers to would outlive this, and its threads, which let go of tensors, the
+        # interpreter: that ends the process with an abort.
+        gc.collect()
         dist.destroy_process_group()
 
 
