@@ -64,9 +64,8 @@ def project(device: str, dtype: torch.dtype, num_tokens: int, hidden_size: int, 
                 weights = [norm.to(dtype) for norm in norms]
                 return [latent, *tp_fused.qkv_a_proj_ag_norm(*given, *weights, num_tokens, EPS)]
 
-        if (
-            device == "cuda"
-        ):  # where ranks share a card, torch's product on a late one may not fit beside waiting kernels
+        # Where ranks share a card, torch's product on a late one may not fit beside kernels that wait for it.
+        if device == "cuda":
             torch.cuda.synchronize()
             dist.barrier()
         outputs = call()

@@ -65,8 +65,8 @@ def _on_cuda(workspace: Workspace, op: str, num_tokens: int, input: torch.Tensor
             lines.append("the peers read the input in place")
         elif workspace.team.is_symmetric(address):
             lines.append(
-                "the input is staged by the same kernel, although the peers could read it in place: with so few rows, "
-                "that costs less than the second synchronisation of an input that is read in place"
+                "the input is staged by the same kernel, although the peers could read it in place: so few rows are "
+                "posted, one way between ranks where an input that is read in place takes two"
             )
         else:
             lines.append("the input is staged by the same kernel")

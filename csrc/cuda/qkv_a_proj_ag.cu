@@ -84,13 +84,15 @@ tpf_status launch_cheapest(ProjectionArgs& args, const Device& device, int block
   return launches[cheapest](args, device, blocks, projection, stream);
 }
 
-// Whether torch's product, and a gather after it, take less time. With few rows and most of a card all tiles are
-// multiplied at once: no row is finished early enough for its way to be hidden, and torch can divide K, too. Two H100:
-// 14, 31 and 43 us for 1, 256 and 512 rows a rank, instead of 34, 40 and 46; for 2048 rows 143 instead of 131. Of fp8
-// the product would be Triton's, with which this one has not been compared.
-bool product_comes_first(const ProjectionArgs& args, int blocks, const Device& device) {
+// Whether cuBLAS, and a gather after it, take less time. With few rows and many blocks all tiles are multiplied at
+// once: no row is finished early enough for its way to be hidden, and cuBLAS can divide K, too. Two H100: 14, 31 and 44
+// us for 1, 256 and 512 rows a rank, instead of 34, 40 and 46; for 2048 rows 143 instead of 131 (docs/performance.md).
+// Of fp8 the product would be Triton's, with which this one has not been compared. By what is the same on all ranks: so
+// not by this rank's multiprocessors.
+bool product_comes_first(const ProjectionArgs& args, int blocks) {
   constexpr int64_t kFewRows = 512;
-  return args.team.world_size > 1 && args.call.dtype != TPF_E4M3 && 2 * blocks > device.processors &&
+  constexpr int kHalfACard = 66;  // of H100
+  return args.team.world_size > 1 && args.call.dtype != TPF_E4M3 && blocks > kHalfACard &&
          args.partition.largest() <= kFewRows;
 }
 
@@ -150,7 +152,7 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   // As many blocks as there may be, even where they have no tile: they copy. All must be on the card at once, since
   // each waits for what the others multiply.
   const int blocks = std::min(most_blocks(team->max_ctas), device.processors);
-  if (product_comes_first(args, blocks, device)) return TPF_UNSUPPORTED;
+  if (product_comes_first(args, blocks)) return TPF_UNSUPPORTED;
   switch (dtype) {
     case TPF_BF16:
       return launch_16_bits<__nv_bfloat16>(args, device, blocks, *projection, stream);

@@ -116,7 +116,7 @@ __device__ inline void finish_row_blocks(const ProjectionArgs& args, const Block
     } else if (kNorm && normed < own && reached(count_of(normed), args.column_tiles)) {
       norm_rows<Tiles>(args, rows_at<Out, kNorm>(args, round), normed);
       count(normed++);
-    } else if (index >= end && has_faulted(args.team)) {
+    } else if (index >= end && __any_sync(0xffffffffu, has_faulted(args.team))) {
       return;  // what is missing belongs to a block that began after the fault
     } else {
       __nanosleep(100);

@@ -106,7 +106,7 @@ struct ReduceLauncher {
     args.parts = 1;
     if (blocks.rows <= 1) {
       args.parts = row_parts(args, device, blocks.grid);
-      // A small piece of a row: to post it costs less than the second synchronisation of an input read in place.
+      // A small piece of a row is posted: one way between cards, where an input read in place takes two.
       if (args.parts >= kPartsToPost && fits_inbox(args)) args.call.source = -1;
     }
     args.contract = contract_of(args.call);
