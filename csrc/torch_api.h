@@ -18,28 +18,26 @@ using Kernel = void(Value* stack, uint64_t num_arguments, uint64_t num_results);
 constexpr uint64_t kTorchVersion = 2ull << 56 | 10ull << 48;  // whose conventions for Value the kernels follow: 2.10
 
 // X(name, parameters): they return 0 or an error. Sizes and pointers that come back are borrowed.
-#define TPF_TORCH_FUNCTIONS(X)                                                                                     \
-  X(aoti_torch_library_init_impl, (const char*, const char*, const char*, uint32_t, TorchLibraryOpaque**))         \
-  X(torch_library_impl, (TorchLibraryOpaque*, const char*, tpf::Kernel*, uint64_t))                                \
-  X(torch_string_c_str, (StringOpaque*, const char**))                                                             \
-  X(torch_string_length, (StringOpaque*, size_t*))                                                                 \
-  X(torch_delete_string, (StringOpaque*))                                                                          \
-  X(aoti_torch_get_dim, (tpf::Tensor, int64_t*))                                                                   \
-  X(aoti_torch_get_sizes, (tpf::Tensor, int64_t**))                                                                \
-  X(aoti_torch_get_dtype, (tpf::Tensor, int32_t*))                                                                 \
-  X(aoti_torch_get_device_type, (tpf::Tensor, int32_t*))                                                           \
-  X(aoti_torch_get_device_index, (tpf::Tensor, int32_t*))                                                          \
-  X(aoti_torch_is_contiguous, (tpf::Tensor, bool*))                                                                \
-  X(aoti_torch_get_data_ptr, (tpf::Tensor, void**))                                                                \
-  X(aoti_torch_aten_new_empty,                                                                                     \
-    (tpf::Tensor, const int64_t*, int64_t, int32_t*, int32_t*, int32_t*, int32_t, int32_t*, tpf::Tensor*))         \
-  X(aoti_torch__reinterpret_tensor, (tpf::Tensor, int64_t, const int64_t*, const int64_t*, int64_t, tpf::Tensor*)) \
-  X(aoti_torch_delete_tensor_object, (tpf::Tensor))                                                                \
-  X(aoti_torch_device_type_cuda, ())                                                                               \
-  X(aoti_torch_dtype_bfloat16, ())                                                                                 \
-  X(aoti_torch_dtype_float16, ())                                                                                  \
-  X(aoti_torch_dtype_float32, ())                                                                                  \
-  X(aoti_torch_dtype_float8_e4m3fn, ())                                                                            \
+#define TPF_TORCH_FUNCTIONS(X)                                                                                    \
+  X(aoti_torch_library_init_impl, (const char*, const char*, const char*, uint32_t, TorchLibraryOpaque**))        \
+  X(torch_library_impl, (TorchLibraryOpaque*, const char*, tpf::Kernel*, uint64_t))                               \
+  X(torch_string_c_str, (StringOpaque*, const char**))                                                            \
+  X(torch_string_length, (StringOpaque*, size_t*))                                                                \
+  X(torch_delete_string, (StringOpaque*))                                                                         \
+  X(aoti_torch_get_dim, (tpf::Tensor, int64_t*))                                                                  \
+  X(aoti_torch_get_sizes, (tpf::Tensor, int64_t**))                                                               \
+  X(aoti_torch_get_dtype, (tpf::Tensor, int32_t*))                                                                \
+  X(aoti_torch_get_device_type, (tpf::Tensor, int32_t*))                                                          \
+  X(aoti_torch_get_device_index, (tpf::Tensor, int32_t*))                                                         \
+  X(aoti_torch_is_contiguous, (tpf::Tensor, bool*))                                                               \
+  X(aoti_torch_get_data_ptr, (tpf::Tensor, void**))                                                               \
+  X(aoti_torch_empty_strided, (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, tpf::Tensor*)) \
+  X(aoti_torch_delete_tensor_object, (tpf::Tensor))                                                               \
+  X(aoti_torch_device_type_cuda, ())                                                                              \
+  X(aoti_torch_dtype_bfloat16, ())                                                                                \
+  X(aoti_torch_dtype_float16, ())                                                                                 \
+  X(aoti_torch_dtype_float32, ())                                                                                 \
+  X(aoti_torch_dtype_float8_e4m3fn, ())                                                                           \
   X(aoti_torch_dtype_uint8, ())
 
 // In a torch with CUDA.

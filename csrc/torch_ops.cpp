@@ -38,8 +38,8 @@ std::optional<Workspace> find_workspace(std::string_view group_name, bool on_cud
 // What the ops share. `read` says whether all is in order: what checks.py asks, in other words.
 struct Call {
   bool read(Value tensor, Value group_name, int largest_dtype) {
-    like = handle<AtenTensorOpaque>(tensor);
-    return input.read(like) && input.dim == 2 && input.dtype <= largest_dtype && find(string(group_name));
+    return input.read(handle<AtenTensorOpaque>(tensor)) && input.dim == 2 && input.dtype <= largest_dtype &&
+           find(string(group_name));
   }
   bool fits(int64_t num_tokens) const {
     return num_tokens >= 0 && num_tokens <= workspace.max_num_tokens && input.row_bytes() <= workspace.row_bytes;
@@ -60,7 +60,6 @@ struct Call {
     return launch(cpu) == TPF_OK;
   }
 
-  Tensor like = nullptr;  // the input
   View input;
   Workspace workspace;
 
@@ -118,7 +117,7 @@ bool rs_rmsnorm(const Value* arguments, Results* results) {
   if (boolean(arguments[5])) in.variant |= TPF_COMPLETE;
   void *output, *residual_out;
   for (void** data : {&output, &residual_out}) {
-    if (!results->add(data, in.like, in.own_rows().count, in.input.columns, in.dtype())) return false;
+    if (!results->add(data, in.input, in.own_rows().count, in.input.columns, in.dtype())) return false;
   }
   const Input symm(*in.workspace.team, in.input.data);
   const auto launch = [&](auto* op, auto... last) {
@@ -143,13 +142,13 @@ bool rs_rmsnorm_fp8(const Value* arguments, Results* results) {
   const int64_t rows = in.own_rows().count, columns = in.input.columns;
   const int64_t groups = (columns + group_size - 1) / group_size, pitch = (rows + 3) / 4 * 4;
   void *q, *scale, *residual_out, *output;
-  if (!results->add(&q, in.like, rows, columns, TPF_E4M3)) return false;
-  if (column ? !results->add_column_major(&scale, in.like, rows, groups, pitch)
-             : !results->add(&scale, in.like, rows, groups, TPF_F32)) {
+  if (!results->add(&q, in.input, rows, columns, TPF_E4M3)) return false;
+  if (column ? !results->add_column_major(&scale, in.input, rows, groups, pitch)
+             : !results->add(&scale, in.input, rows, groups, TPF_F32)) {
     return false;
   }
-  if (!results->add(&residual_out, in.like, rows, columns, in.dtype())) return false;
-  if (!results->add(&output, in.like, keep_output ? rows : 0, columns, in.dtype())) return false;
+  if (!results->add(&residual_out, in.input, rows, columns, in.dtype())) return false;
+  if (!results->add(&output, in.input, keep_output ? rows : 0, columns, in.dtype())) return false;
   const Input symm(*in.workspace.team, in.input.data);
   const auto launch = [&](auto* op, auto... last) {
     return op(q, static_cast<float*>(scale), residual_out, output, in.input.data, symm.get(), in.residual, in.weight,
@@ -163,8 +162,8 @@ bool rs_rmsnorm_ag(const Value* arguments, Results* results) {
   Reduction in;
   if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4])) return false;
   void *output, *residual_out;
-  if (!results->add(&output, in.like, in.input.rows, in.input.columns, in.dtype())) return false;
-  if (!results->add(&residual_out, in.like, in.own_rows().count, in.input.columns, in.dtype())) return false;
+  if (!results->add(&output, in.input, in.input.rows, in.input.columns, in.dtype())) return false;
+  if (!results->add(&residual_out, in.input, in.own_rows().count, in.input.columns, in.dtype())) return false;
   const Input symm(*in.workspace.team, in.input.data);
   const auto launch = [&](auto* op, auto... last) {
     return op(output, residual_out, in.input.data, symm.get(), in.residual, in.weight, in.team(), in.input.rows,
@@ -177,7 +176,7 @@ bool reduce_scatter_rows(const Value* arguments, Results* results) {
   Reduction in;
   if (!in.read(arguments[0], arguments[1])) return false;
   void* output;
-  if (!results->add(&output, in.like, in.own_rows().count, in.input.columns, in.dtype())) return false;
+  if (!results->add(&output, in.input, in.own_rows().count, in.input.columns, in.dtype())) return false;
   const Input symm(*in.workspace.team, in.input.data);
   const auto launch = [&](auto* op, auto... last) {
     return op(output, in.input.data, symm.get(), in.team(), in.input.rows, in.input.columns, in.dtype(), last...);
@@ -191,7 +190,7 @@ bool all_gather_rows(const Value* arguments, Results* results) {
   if (!in.read(arguments[0], arguments[2], TPF_U8) || !in.fits(num_tokens)) return false;
   if (in.input.rows != in.own_rows(num_tokens).count) return false;
   void* output;
-  if (!results->add(&output, in.like, num_tokens, in.input.columns, in.dtype())) return false;
+  if (!results->add(&output, in.input, num_tokens, in.input.columns, in.dtype())) return false;
   const auto launch = [&](auto* op, auto... last) {
     return op(output, in.input.data, in.team(), num_tokens, in.input.columns, in.dtype(), last...);
   };

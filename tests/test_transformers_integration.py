@@ -290,6 +290,8 @@ def refuse(case: str, device: str) -> None:
 )
 @pytest.mark.parametrize("world_size", [3])
 def test_what_cannot_run_raises_on_every_rank(pool, device, case, error, message):
+    if error is IndexError and device == "cuda":
+        pytest.skip("a token id out of range is an assertion of torch's own on the card, and the process's last")
     for outcome in pool.outcomes(refuse, case, device):
         with pytest.raises(error, match=message):
             raise outcome

@@ -39,12 +39,14 @@ tpf_status launch_gather(GatherArgs& args, tpf_stream stream) {
   uintptr_t places = reinterpret_cast<uintptr_t>(args.input);
   for (const GatherPart& part : args.parts) places |= reinterpret_cast<uintptr_t>(part.output) | part.row_bytes;
   args.vectors = places % 16 == 0;
+  Grid grid = {blocks.grid, kGatherThreads};
+  grid.early = true;
   // A few items are sooner there with all threads of the block than one after the other.
   if (device.is_sm90 && args.vectors && blocks.rows * row_bytes > 2 * kItemBytes) {
-    const Grid grid = {blocks.grid, kGatherThreads, size_t{kCopierStages} * kItemBytes};
+    grid.shared_bytes = size_t{kCopierStages} * kItemBytes;
     return launch_kernel(all_gather_rows_kernel<T, true>, args, device, grid, stream);
   }
-  return launch_kernel(all_gather_rows_kernel<T, false>, args, device, {blocks.grid, kGatherThreads}, stream);
+  return launch_kernel(all_gather_rows_kernel<T, false>, args, device, grid, stream);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "bulk.cuh"
+#include "latent_norm.cuh"
 #include "signal.cuh"
 #include "vec.cuh"
 
@@ -23,6 +24,7 @@ constexpr int kGatherThreads = 512;
 constexpr int kGatherChunks = 8;
 constexpr int kGatherParts = 3;
 constexpr int kItemBytes = 16 * 1024;  // of one bulk copy, at most
+constexpr int kHeldVectors = 8;        // of a lane, in a part to be normalised
 
 struct GatherPart {
   char* output;        // [num_tokens, columns]
@@ -116,8 +118,31 @@ __device__ inline void store_columns(T* to, const float (&values)[kWidth]) {
   }
 }
 
-// RMSNorm of one part of a row, by one warp: of the row as stored, in fp32, rounded once. Squares are added up in an
-// order that depends on the number of columns alone. At the second look the row is in the L1 cache.
+template <typename T>
+using HeldPart = NormedPart<T, kHeldVectors>;
+
+// RMSNorm of one part of a row, by one warp. The part and the weight are on their way at the same time.
+template <typename T>
+__device__ inline void norm_held_part(char* to, char* also, const char* from, const GatherPart& part, float eps) {
+  const int columns = static_cast<int>(part.row_bytes / sizeof(T));
+  HeldPart<T> held;
+  held.load(reinterpret_cast<const T*>(from), columns);
+  uint4 weights[kHeldVectors];
+#pragma unroll
+  for (int v = 0; v < kHeldVectors; ++v) {
+    const int column = held.column_of(v);
+    if (column >= columns) break;
+    weights[v] = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(part.weight) + column));
+  }
+  held.norm(
+      columns, eps, [&](int v, int) { return weights[v]; },
+      [&](int column, uint4 vector) {
+        store16(to + column * sizeof(T), vector);
+        if (also != nullptr) store16(also + column * sizeof(T), vector);
+      });
+}
+
+// The same of more columns, or of single ones. At the second look the row is in the L1 cache.
 template <typename T, int kWidth>
 __device__ inline void norm_part(char* to, char* also, const char* from, const GatherPart& part, float eps, int lane) {
   const int columns = static_cast<int>(part.row_bytes / sizeof(T));
@@ -166,6 +191,8 @@ __device__ inline void lay_open(const GatherArgs& args, uint32_t epoch, int chun
       const char* from = input + row * args.row_bytes + part.row_offset;
       if (part.weight == nullptr) {
         copy_piece<1>(to, also, from, part.row_bytes, lane, 32, args.vectors);
+      } else if (args.vectors && part.row_bytes <= HeldPart<T>::kMaxColumns * int64_t{sizeof(T)}) {
+        norm_held_part<T>(to, also, from, part, args.eps);
       } else if (args.vectors) {
         norm_part<T, kLanes<T>>(to, also, from, part, args.eps, lane);
       } else {
@@ -211,6 +238,7 @@ __device__ inline bool gather_directly(const GatherArgs& args, const BlockRound&
     if (next < args.num_chunks) publish_chunk<T>(args, round, next, kGatherThreads);
     if (next == 0) continue;
     if (!__syncthreads_and(wait_for_chunk(args, round, next - 1, threadIdx.x))) return false;
+    let_next_kernel_in();  // as in reduce_one_row
     copy_chunk(args, round.epoch, next - 1);
   }
   return true;
@@ -268,6 +296,7 @@ __device__ inline void poison_chunks(const GatherArgs& args, uint32_t epoch) {
 
 template <typename T, bool kBulk>
 __global__ void __launch_bounds__(kGatherThreads, 1) all_gather_rows_kernel(const __grid_constant__ GatherArgs args) {
+  wait_for_last_kernel();
   if constexpr (kBulk) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) char items[];

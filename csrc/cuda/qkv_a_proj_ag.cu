@@ -51,11 +51,12 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
       (rows > 0 && !encode(&args.input_map, args.call, projection.input, rows, Tiles::kRows))) {
     return TPF_UNSUPPORTED;
   }
-  const Grid grid = {blocks, kProjectionThreads, kProjectionShared<Tiles>};
+  Grid grid = {blocks, kProjectionThreads, kProjectionShared<Tiles, false>};
   tpf_status status = TPF_UNSUPPORTED;
   if (args.call.op != TPF_QKV_A_PROJ_AG_NORM) {
     status = launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, false>, args, device, grid, stream);
   } else if constexpr (sizeof(typename Tiles::In) == 2) {
+    grid.shared_bytes = kProjectionShared<Tiles, true>;
     status = launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, true>, args, device, grid, stream);
   }
   if (tpf_plan* plan = plan_instead()) plan->tile_rows = Tiles::kRows;
@@ -85,12 +86,12 @@ tpf_status launch_cheapest(ProjectionArgs& args, const Device& device, int block
 }
 
 // Whether cuBLAS, and a gather after it, take less time. With few rows and many blocks all tiles are multiplied at
-// once: no row is finished early enough for its way to be hidden, and cuBLAS can divide K, too. Two H100: 14, 31 and 44
-// us for 1, 256 and 512 rows a rank, instead of 34, 40 and 46; for 2048 rows 143 instead of 131 (docs/performance.md).
-// Of fp8 the product would be Triton's, with which this one has not been compared. By what is the same on all ranks: so
-// not by this rank's multiprocessors.
+// once: no row is finished early enough for its way to be hidden, and cuBLAS can divide K, too. Measured on two H100
+// with 2112 columns: less than half of the time for a row a rank, a sixth less for 1024, more from 2048 on. Of fp8 the
+// product would be Triton's, with which this one has not been compared. By what is the same on all ranks: so not by
+// this rank's multiprocessors.
 bool product_comes_first(const ProjectionArgs& args, int blocks) {
-  constexpr int64_t kFewRows = 512;
+  constexpr int64_t kFewRows = 1024;
   constexpr int kHalfACard = 66;  // of H100
   return args.team.world_size > 1 && args.call.dtype != TPF_E4M3 && blocks > kHalfACard &&
          args.partition.largest() <= kFewRows;
@@ -124,8 +125,8 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
     return TPF_UNSUPPORTED;
   }
   const bool norm = call->op == TPF_QKV_A_PROJ_AG_NORM;
-  if (norm &&
-      (projection->q_columns > kQVectors * kVectorColumns || projection->kv_columns > kKvVectors * kVectorColumns)) {
+  if (norm && (projection->q_columns > NormedPart<__half, kQVectors>::kMaxColumns ||
+               projection->kv_columns > NormedPart<__half, kKvVectors>::kMaxColumns)) {
     return TPF_UNSUPPORTED;
   }
   const uint32_t rest = call->columns - (norm ? projection->q_columns + projection->kv_columns : 0);

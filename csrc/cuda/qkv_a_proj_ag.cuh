@@ -46,15 +46,16 @@ template <typename In>
 using FewRowsManyBlocks = Tiling<In, 64, 16, 14>;
 
 constexpr int kMaxProductStages = 14;
-constexpr int kCopiers = 2;         // warps of a block
-constexpr int kCopierBytes = 7168;  // of a buffer
-template <typename Tiles>
-constexpr int kProjectionShared = 1024  // to begin at a multiple of it, as the swizzle's pattern wants
-                                  + Tiles::kStages * Tiles::kStageBytes + kCopiers * kCopierStages * kCopierBytes;
+constexpr int kProductWarps = 8, kOtherWarps = 4;  // of a block, the others before them
+constexpr int kCopiers = 2;                        // of these
+constexpr int kCopierBytes = 7168;                 // of a buffer
 constexpr int kGroupedRows = 512;  // whose tiles are neighbours in the order: they share operands in the L2
-constexpr int kProjectionThreads = 384;
+constexpr int kProjectionThreads = 32 * (kProductWarps + kOtherWarps);
 constexpr int kQVectors = 8, kKvVectors = 3;  // of a lane, in the two normed parts of a row
-constexpr int kVectorColumns = 256;           // of a warp's vectors side by side
+template <typename Tiles, bool kNorm>
+constexpr int kProjectionShared = 1024  // to begin at a multiple of it, as the swizzle's pattern wants
+                                  + Tiles::kStages * Tiles::kStageBytes + kCopiers * kCopierStages * kCopierBytes +
+                                  (kNorm ? (kQVectors + kKvVectors) * 32 * sizeof(uint4) : 0);
 // Registers of a thread that multiplies, and of the others. They share what the kernel is launched with: 384 times 168.
 template <typename Tiles>
 constexpr int multiply_registers(bool norm) {
@@ -104,8 +105,6 @@ struct ProjectionShared {
     stored = 0;
     fence_async_shared();
   }
-
-  static constexpr int kProductWarps = 8;
 };
 
 template <typename Tiles>
@@ -140,6 +139,15 @@ __device__ inline void for_tiles(const ProjectionArgs& args, Run&& run) {
     const Tile tile = tile_of<Tiles>(index, args);
     if (tile.row_block < own) run(tile);
   }
+}
+
+// The first row block with a tile in the last turn of tiles. From there on nothing is multiplied any more that
+// what is to be done with finished rows could hide behind, so the warps that have multiplied help with it.
+template <typename Tiles>
+__device__ inline int first_late_row_block(const ProjectionArgs& args) {
+  constexpr int kGrouped = kGroupedRows / Tiles::kRows;
+  const int last_turn = (args.row_blocks * args.column_tiles - 1) / gridDim.x * gridDim.x;
+  return last_turn / (kGrouped * args.column_tiles) * kGrouped;
 }
 
 // Where finished tiles are put. A rank alone has nobody to copy them to: they are the output.

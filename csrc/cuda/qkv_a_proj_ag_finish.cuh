@@ -1,121 +1,118 @@
-// qkv_a_proj_ag_kernel's counting warp: it publishes row blocks that are finished, and normalises them before.
+// What qkv_a_proj_ag_kernel does with finished tiles: row blocks that are complete are normalised, and published.
 #pragma once
+#include "latent_norm.cuh"
 #include "qkv_a_proj_ag.cuh"
 
 namespace tpf {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Of a norm's weight, which stays in L1. Volatile: all of a row's at once would not find room in registers.
-__device__ inline uint4 load_weight(const void* address) {
-  uint4 raw;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-               : "l"(address));
-  return raw;
+// By all threads: the two norms' weights, into shared memory. A warp that has few registers would wait for each of a
+// row's vectors out of the L2 cache: acquires of other warps keep emptying the L1.
+template <typename Out>
+__device__ inline void keep_norm_weights(const ProjectionArgs& args, uint4* weights) {
+  for (int i = threadIdx.x; i < (kQVectors + kKvVectors) * 32; i += kProjectionThreads) {
+    const int part = i < kQVectors * 32 ? 0 : 1, column = (i - part * kQVectors * 32) * kLanes<Out>;
+    if (column >= args.columns[part]) continue;
+    weights[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const Out*>(args.norm_weights[part]) + column));
+  }
 }
 
-// A lane's vectors of one of the two normed parts of a row. What lies outside is 0.
-template <int kVectors>
-struct NormedPart {
-  template <typename Out>
-  __device__ void load(const Out* row, int columns) {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int column = column_of(v);
-      raw[v] = column < columns ? load16(row + column) : uint4{};
-    }
-  }
-
-  // In place: of the row as stored, in fp32, rounded once.
-  template <typename Out>
-  __device__ void store_normed(Out* row, int columns, const Out* weight, float eps) {
-    float squares = 0, values[8], scaled[8];
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      unpack(values, raw[v], Out{});
-#pragma unroll
-      for (float value : values) squares = fmaf(value, value, squares);
-    }
-    // Unpacked again below: all values of the part would not find room in registers.
-#pragma unroll
-    for (uint4& word : raw) asm volatile("" : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w));
-    const float rstd = __frsqrt_rn(warp_sum(squares) / static_cast<float>(columns) + eps);
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const int column = column_of(v);
-      if (column >= columns) break;
-      unpack(values, raw[v], Out{});
-      unpack(scaled, load_weight(weight + column), Out{});
-#pragma unroll
-      for (int e = 0; e < 8; ++e) scaled[e] *= values[e] * rstd;
-      store16(row + column, pack(scaled, Out{}));
-    }
-  }
-
-  __device__ static int column_of(int v) { return (v * 32 + static_cast<int>(threadIdx.x % 32)) * 8; }
-
-  uint4 raw[kVectors];
-};
-
-// This block's rows of a row block.
-template <typename Tiles, typename Out>
-__device__ inline void norm_rows(const ProjectionArgs& args, Out* rows, int row_block) {
-  const int own = static_cast<int>(args.partition.rows(args.team.rank).count);
-  const int end = min((row_block + 1) * Tiles::kRows, own);
+// By a warp: in place, in its slot.
+template <typename Out>
+__device__ inline void norm_row(const ProjectionArgs& args, const BlockRound& round, int row, const uint4* weights) {
+  Out* const q_row = rows_at<Out, true>(args, round) + int64_t{row} * args.call.columns;
   const int q_columns = args.columns[0], kv_columns = args.columns[1];
+  Out* const kv_row = q_row + q_columns;
+  NormedPart<Out, kQVectors> q_a;
+  NormedPart<Out, kKvVectors> kv_a;
+  q_a.load(q_row, q_columns);
+  kv_a.load(kv_row, kv_columns);
+  q_a.norm(
+      q_columns, args.eps, [&](int, int column) { return weights[column / kLanes<Out>]; },
+      [&](int column, uint4 vector) { store16(q_row + column, vector); });
+  kv_a.norm(
+      kv_columns, args.eps, [&](int, int column) { return weights[kQVectors * 32 + column / kLanes<Out>]; },
+      [&](int column, uint4 vector) { store16(kv_row + column, vector); });
+}
+
+__device__ inline auto count_of(const ProjectionArgs& args, int row_block) {
+  return cuda::atomic_ref<uint32_t, cuda::thread_scope_device>(
+      control(args.team.region[args.team.rank])->finished[row_block]);
+}
+
+// By a warp: whether a counter has come so far. What other warps and blocks are asked for does not wait for a peer: no
+// deadline.
+template <typename Counter>
+__device__ inline bool has_come_to(const Counter& counter, uint32_t wanted) {
+  const bool ready = threadIdx.x % 32 == 0 && counter.load(cuda::memory_order_acquire) >= wanted;
+  return __shfl_sync(0xffffffffu, ready, 0) != 0;
+}
+
+// By a warp: counts what it has finished of a row block, of which there are column_tiles tiles and, to be normalised,
+// its rows. Whoever brings the last one sets the count back to 0 for the next call, and publishes the row block.
+template <typename Tiles, bool kNorm>
+__device__ inline void count(const ProjectionArgs& args, const BlockRound& round, int row_block, uint32_t finished) {
+  const int lane = threadIdx.x % 32, own = static_cast<int>(args.partition.rows(args.team.rank).count);
+  const uint32_t complete = args.column_tiles + (kNorm ? min(Tiles::kRows, own - row_block * Tiles::kRows) : 0);
+  __syncwarp();
+  bool last =
+      lane == 0 && count_of(args, row_block).fetch_add(finished, cuda::memory_order_acq_rel) + finished == complete;
+  last = __shfl_sync(0xffffffffu, last, 0);
+  if (!last) return;
+  if (lane == 0) count_of(args, row_block).store(0, cuda::memory_order_relaxed);
+  publish_row_block(args, round, row_block, lane);
+}
+
+// By all warps that multiply, when they have done that. The late row blocks' rows go round the grid's, as the other
+// rows go round its counting warps.
+template <typename Tiles, typename Out>
+__device__ inline void norm_late_rows(const ProjectionArgs& args, const BlockRound& round, const uint4* weights) {
+  const int own = static_cast<int>(args.partition.rows(args.team.rank).count);
+  const int warp = threadIdx.x / 32 - kOtherWarps;
+  int row = first_late_row_block<Tiles>(args) * Tiles::kRows + warp * gridDim.x + blockIdx.x;
 #pragma unroll 1
-  for (int row = row_block * Tiles::kRows + blockIdx.x; row < end; row += gridDim.x) {
-    Out* const from = rows + int64_t{row} * args.call.columns;
-    NormedPart<kQVectors> q_a;
-    NormedPart<kKvVectors> kv_a;
-    q_a.load(from, q_columns);
-    kv_a.load(from + q_columns, kv_columns);
-    q_a.store_normed(from, q_columns, static_cast<const Out*>(args.norm_weights[0]), args.eps);
-    kv_a.store_normed(from + q_columns, kv_columns, static_cast<const Out*>(args.norm_weights[1]), args.eps);
+  for (; row < own; row += kProductWarps * gridDim.x) {
+    const int row_block = row / Tiles::kRows;
+    for (int looks = 1; !has_come_to(count_of(args, row_block), args.column_tiles); ++looks) {
+      if (looks % 64 == 0 && __any_sync(0xffffffffu, has_faulted(args.team))) return;  // see finish_row_blocks
+      __nanosleep(200);
+    }
+    norm_row<Out>(args, round, row, weights);
+    count<Tiles, true>(args, round, row_block, 1);
   }
 }
 
-// Counts this block's finished tiles, and its share of a row block's norms. The grid's counts of a row block come to
-// `complete`, and whoever brings the last one sets them back to 0 for the next call.
+// The counting warp: this block's finished tiles, and its rows of the row blocks that are not late.
 template <typename Tiles, typename Out, bool kNorm>
-__device__ inline void finish_row_blocks(const ProjectionArgs& args, const BlockRound& round,
-                                         ProjectionShared& shared) {
+__device__ inline void finish_row_blocks(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
+                                         const uint4* weights) {
   const int lane = threadIdx.x % 32, own = own_row_blocks(args, Tiles::kRows);
   // Row blocks that this rank has no rows for: the peers wait for as many from everyone.
   for (int row_block = own + blockIdx.x; row_block < args.row_blocks; row_block += gridDim.x) {
     publish_row_block(args, round, row_block, lane);
   }
-  const auto count_of = [&](int row_block) {
-    return cuda::atomic_ref<uint32_t, cuda::thread_scope_device>(
-        control(args.team.region[args.team.rank])->finished[row_block]);
-  };
-  const auto count = [&](int row_block) {
-    const uint32_t complete = args.column_tiles + (kNorm ? gridDim.x : 0);
-    __syncwarp();
-    bool last = lane == 0 && count_of(row_block).fetch_add(1, cuda::memory_order_acq_rel) + 1 == complete;
-    last = __shfl_sync(0xffffffffu, last, 0);
-    if (!last) return;
-    if (lane == 0) count_of(row_block).store(0, cuda::memory_order_relaxed);
-    publish_row_block(args, round, row_block, lane);
-  };
-  const auto reached = [&](auto&& counter, uint32_t wanted) {
-    const bool ready = lane == 0 && counter.load(cuda::memory_order_acquire) >= wanted;
-    return __shfl_sync(0xffffffffu, ready, 0) != 0;
-  };
-  // What other warps and blocks are asked for does not wait for a peer: no deadline.
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
   const int end = args.row_blocks * args.column_tiles;
-  int index = blockIdx.x, normed = kNorm ? 0 : own;
-  uint32_t expected = ProjectionShared::kProductWarps;
-  while (index < end || normed < own) {
+  const int rows = kNorm ? min(first_late_row_block<Tiles>(args) * Tiles::kRows,
+                               static_cast<int>(args.partition.rows(args.team.rank).count))
+                         : 0;
+  int index = blockIdx.x, row = blockIdx.x, complete = -1;  // the row block that is being normalised
+  uint32_t expected = kProductWarps, normed = 0;            // this block's rows of it
+  while (index < end || row < rows) {
     const int row_block = index < end ? tile_of<Tiles>(index, args).row_block : own;
-    if (index < end && (row_block >= own || reached(stored, expected))) {
-      if (row_block < own) count(row_block), expected += ProjectionShared::kProductWarps;
+    if (index < end && (row_block >= own || has_come_to(stored, expected))) {
+      if (row_block < own) count<Tiles, kNorm>(args, round, row_block, 1), expected += kProductWarps;
       index += gridDim.x;
-    } else if (kNorm && normed < own && reached(count_of(normed), args.column_tiles)) {
-      norm_rows<Tiles>(args, rows_at<Out, kNorm>(args, round), normed);
-      count(normed++);
+    } else if (kNorm && row < rows &&
+               (row / Tiles::kRows == complete || has_come_to(count_of(args, row / Tiles::kRows), args.column_tiles))) {
+      // One row at a time: the next finished tile shall not wait for many.
+      complete = row / Tiles::kRows;
+      norm_row<Out>(args, round, row, weights);
+      row += gridDim.x, ++normed;
+      if (row < rows && row / Tiles::kRows == complete) continue;
+      count<Tiles, true>(args, round, complete, normed);
+      normed = 0;
     } else if (index >= end && __any_sync(0xffffffffu, has_faulted(args.team))) {
       return;  // what is missing belongs to a block that began after the fault
     } else {

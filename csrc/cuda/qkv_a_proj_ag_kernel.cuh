@@ -106,15 +106,19 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   __shared__ ProjectionShared shared;
   char* stages = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
   char* buffers = stages + Tiles::kStages * Tiles::kStageBytes;
+  uint4* norm_weights = reinterpret_cast<uint4*>(buffers + kCopiers * kCopierStages * kCopierBytes);
   if (threadIdx.x == 0) shared.init();
+  if constexpr (kNorm) keep_norm_weights<Out>(args, norm_weights);
   const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
-  if (threadIdx.x >= 128) {
+  const int warp = threadIdx.x / 32;
+  if (warp >= kOtherWarps) {
     take_registers<multiply_registers<Tiles>(kNorm)>();
-    if (!round.refused) multiply_tiles<Tiles, Out, kNorm>(args, round, shared, stages);
+    if (round.refused) return;
+    multiply_tiles<Tiles, Out, kNorm>(args, round, shared, stages);
+    if constexpr (kNorm) norm_late_rows<Tiles, Out>(args, round, norm_weights);
     return;
   }
   give_registers<other_registers<Tiles>(kNorm)>();
-  const int warp = threadIdx.x / 32;
   if (warp < kCopiers) {
     copy_row_blocks<Tiles, Out, kNorm>(args, round, blockIdx.x * kCopiers + warp,
                                        buffers + warp * kCopierStages * kCopierBytes, shared.copied[warp]);
@@ -123,7 +127,7 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   } else if (warp == kCopiers) {
     if (threadIdx.x % 32 == 0) fetch_operands<Tiles>(args, shared, stages);
   } else {
-    finish_row_blocks<Tiles, Out, kNorm>(args, round, shared);
+    finish_row_blocks<Tiles, Out, kNorm>(args, round, shared, norm_weights);
   }
 #endif
 }
