@@ -197,10 +197,14 @@ def run_goals(
 
 
 @app.command("multi", help=_paragraphs(multi.__doc__))
-def run_multi(results: _Results = RESULTS) -> None:
+def run_multi(
+    launches: Annotated[str, typer.Option(help="Only these, of ops, blocks and beside")] = ",".join(multi.PARTS),
+    results: _Results = RESULTS,
+) -> None:
     if torch.cuda.device_count() < 2:
         raise typer.BadParameter(f"torch sees {torch.cuda.device_count()} cards; two are the least")
-    multi.check(torch.cuda.device_count(), results)
+    parts = run_options.names(launches, multi.PARTS, "--launches")
+    multi.check(multi.launches(torch.cuda.device_count(), parts), results)
 
 
 _share = functools.partial(typer.Option, min=0.01, max=1.0, rich_help_panel="Of the datasheet's rates")

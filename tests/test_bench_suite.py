@@ -83,6 +83,8 @@ def test_multi_gives_every_rank_a_card_and_ends_in_time(cards):
     assert sum(launch.timeout_s for launch in planned) < 8 * 60
     names = [name for launch in planned for name in launch.sections]
     assert {"rs_rmsnorm", "rs_rmsnorm_ag", "qkv_a_proj_ag", "chain", "rs_rmsnorm_blocks", "beside_gemm"} <= set(names)
+    parts = [multi.launches(cards, (part,)) for part in multi.PARTS]
+    assert all(parts) and [launch for part in parts for launch in part] == planned
 
 
 def test_the_fewest_blocks_near_the_best_time(tmp_path):
