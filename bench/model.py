@@ -23,6 +23,7 @@ from tp_fused import partition
 TOKENS = (64, 512, 1024, 4096, 8192, 16384)
 GROUP = 128  # columns of a scale of fp8 rows
 BF16, FP8 = 2, 1  # bytes of what is multiplied
+FEW_ROWS = 1024  # of a rank with a card: cuBLAS, then a gather (product_comes_first in csrc/cuda/qkv_a_proj_ag.cu)
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,15 @@ def cost(phases: tuple[Phase, ...], rates: Rates) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Shape:
-    """A call, in elements; its properties are bytes of bf16. `staged`: its input is no symmetric memory."""
+    """A call, in elements; its properties are bytes of bf16. `staged`: its input is no symmetric memory. `shared`: the
+    ranks share a card."""
 
     tokens: int
     world_size: int = 8
     hidden: int = 7168
     latent: int = 2112
     staged: bool = False
+    shared: bool = False
 
     @property
     def own_tokens(self) -> int:
@@ -182,6 +185,9 @@ def all_reduce_then_norm(shape: Shape) -> tuple[Phase, ...]:
 
 
 def qkv_a_proj_ag(shape: Shape, factor_bytes: int = BF16) -> tuple[Phase, ...]:
+    alone = shape.world_size == 1 or shape.shared
+    if factor_bytes == BF16 and not alone and shape.own_tokens <= FEW_ROWS:
+        return project_then_gather(shape)
     product = _project(shape, shape.own_tokens, factor_bytes)
     link = shape.latents - shape.own_latents
     return (replace(product, memory=product.memory + shape.latents, link=link, barriers=shape.barriers(1)),)
@@ -238,6 +244,7 @@ OPS = {
 def predict(program: Callable[[Shape], tuple[Phase, ...]], shape: Shape, rates: Rates) -> tuple[float, str]:
     """An input in symmetric memory is read in place; with a row a block at most it is staged where that costs less."""
     few = shape.own_tokens <= rates.processors // rates.ranks_per_card
+    shape = replace(shape, shared=rates.ranks_per_card > 1)
     placements = {shape.staged, True} if few else {shape.staged}
     return min(cost(program(replace(shape, staged=staged)), rates) for staged in placements)
 
