@@ -38,6 +38,14 @@ def explain(op: str, num_tokens: int, group=None, *, device=None, input: torch.T
     return "\n".join(lines)
 
 
+def _product(op: str) -> str:
+    """What multiplies where a gather comes after it."""
+    if op != "qkv_a_proj_ag_fp8":
+        return "torch (cuBLAS)"
+    triton, missing = native.triton_projection()
+    return "a Triton kernel" if triton else f"dequantising and torch, since Triton is missing ({missing}),"
+
+
 def _on_cuda(workspace: Workspace, op: str, num_tokens: int, input: torch.Tensor | None) -> list[str]:
     """What libtp_fused would launch, as it says itself, and what multiplies before that."""
     dtype, hidden_size = (workspace.dtype, workspace.hidden_size) if input is None else (input.dtype, input.shape[1])
@@ -54,12 +62,13 @@ def _on_cuda(workspace: Workspace, op: str, num_tokens: int, input: torch.Tensor
             f"{plan['blocks']} blocks (max_ctas={workspace.max_ctas}) of {plan['threads']} threads",
         ]
     lines = []
-    if op == "qkv_a_proj_ag_fp8":
-        triton, missing = native.triton_projection()
-        product = "a Triton kernel" if triton else f"dequantising and torch, since Triton is missing ({missing}),"
-        lines.append(f"{product} multiplies this rank's rows; then one kernel gathers them")
-    elif op.startswith("qkv_"):
-        lines.append("torch multiplies this rank's rows (cuBLAS); then one kernel gathers them")
+    if op.startswith("qkv_"):
+        why = (
+            "so few rows of a rank are all finished at the same time, with nothing to hide their way behind"
+            if plan["few_rows"]
+            else f"no kernel does both for {dtype} on this card"
+        )
+        lines += [f"{_product(op)} multiplies this rank's rows; then one kernel gathers them", why]
     elif op != "all_gather_rows" and input is not None:
         if plan["source"] >= 0:
             lines.append("the peers read the input in place")

@@ -8,10 +8,18 @@ tpf_plan*& tpf::plan_instead() {
 
 namespace {
 
+// Product and gather in one kernel or, where that does not serve, what gathers after a product.
 tpf_status project_and_gather(const tpf_call& call, const tpf_team* team) {
   void* const outputs[3] = {};
   const tpf_projection projection = {};
-  return tpf_qkv_a_proj_ag_cuda(outputs, &projection, team, &call, nullptr);
+  if (tpf_qkv_a_proj_ag_cuda(outputs, &projection, team, &call, nullptr) == TPF_OK) return TPF_OK;
+  const int32_t few_rows = tpf::plan_instead()->few_rows;
+  const tpf_status status = call.op == TPF_QKV_A_PROJ_AG_NORM
+                                ? tpf_gather_latent_norm_cuda(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+                                                              team, &call, 0, 0, 1.0f, nullptr)
+                                : tpf_gather_latent_cuda(nullptr, nullptr, team, &call, nullptr);
+  tpf::plan_instead()->few_rows = few_rows;
+  return status;
 }
 
 tpf_status call(tpf_op op, const tpf_symm* symm, const tpf_team* team, int64_t num_tokens, int32_t hidden_size,
@@ -40,12 +48,8 @@ tpf_status call(tpf_op op, const tpf_symm* symm, const tpf_team* team, int64_t n
       return tpf_all_gather_rows_cuda(nullptr, nullptr, team, num_tokens, hidden_size, dtype, nullptr);
     case TPF_QKV_A_PROJ_AG:
     case TPF_QKV_A_PROJ_AG_FP8:
-      if (project_and_gather(projection, team) == TPF_OK) return TPF_OK;
-      return tpf_gather_latent_cuda(nullptr, nullptr, team, &projection, nullptr);
     case TPF_QKV_A_PROJ_AG_NORM:
-      if (project_and_gather(projection, team) == TPF_OK) return TPF_OK;
-      return tpf_gather_latent_norm_cuda(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, team, &projection, 0, 0,
-                                         1.0f, nullptr);
+      return project_and_gather(projection, team);
     default:
       return TPF_UNSUPPORTED;
   }

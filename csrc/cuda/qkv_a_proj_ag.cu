@@ -153,7 +153,10 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   // As many blocks as there may be, even where they have no tile: they copy. All must be on the card at once, since
   // each waits for what the others multiply.
   const int blocks = std::min(most_blocks(team->max_ctas), device.processors);
-  if (product_comes_first(args, blocks)) return TPF_UNSUPPORTED;
+  if (product_comes_first(args, blocks)) {
+    if (tpf_plan* plan = plan_instead()) plan->few_rows = 1;
+    return TPF_UNSUPPORTED;
+  }
   switch (dtype) {
     case TPF_BF16:
       return launch_16_bits<__nv_bfloat16>(args, device, blocks, *projection, stream);
