@@ -5,8 +5,8 @@
 // stages, and two warp groups multiply and write finished tiles into this rank's own slot. One warp counts finished
 // tiles: whoever counts the last one of a row block publishes it. Row block i has signal i of the round, the same
 // number of them on all ranks. Two warps copy finished rows from the peers' slots to the output with the copy engine.
-// In qkv_a_proj_ag_norm the counting warps of all blocks normalise a finished row block first, in its slot: once, at
-// its owner, and not on every rank.
+// In qkv_a_proj_ag_norm a finished row block is normalised first, in its slot: once, at its owner, and not on every
+// rank. The counting warps of all blocks do it while others multiply and, at the end, the warps that have multiplied.
 //
 // A row's result is one chain of additions over K, in whatever tile it lies: it depends on nothing but the row. fp8
 // operands are multiplied in blocks of 128 along K, each promoted to fp32 with its scales (DeepSeek-V3, section 3.3).
@@ -141,8 +141,8 @@ __device__ inline void for_tiles(const ProjectionArgs& args, Run&& run) {
   }
 }
 
-// The first row block with a tile in the last turn of tiles. From there on nothing is multiplied any more that
-// what is to be done with finished rows could hide behind, so the warps that have multiplied help with it.
+// The first row block with a tile in the last turn of tiles. When it and those after it are finished, nothing is
+// multiplied any more that their norms could hide behind.
 template <typename Tiles>
 __device__ inline int first_late_row_block(const ProjectionArgs& args) {
   constexpr int kGrouped = kGroupedRows / Tiles::kRows;
