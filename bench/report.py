@@ -51,11 +51,13 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, "-dirty" where files differ from it; outside of a checkout, TP_FUSED_COMMIT or None."""
+    """TP_FUSED_COMMIT where it is set; the checkout's commit, "-dirty" where files differ from it; else None."""
+    if named := os.environ.get("TP_FUSED_COMMIT"):
+        return named
     root = Path(__file__).resolve().parents[1]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     if not (root / ".git").exists():
-        return os.environ.get("TP_FUSED_COMMIT")
+        return None
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
