@@ -185,8 +185,8 @@ def all_reduce_then_norm(shape: Shape) -> tuple[Phase, ...]:
 
 
 def qkv_a_proj_ag(shape: Shape, factor_bytes: int = BF16) -> tuple[Phase, ...]:
-    alone = shape.world_size == 1 or shape.shared
-    if factor_bytes == BF16 and not alone and shape.own_tokens <= FEW_ROWS:
+    linked = shape.world_size > 1 and not shape.shared
+    if linked and factor_bytes == BF16 and shape.own_tokens <= FEW_ROWS:
         return project_then_gather(shape)
     product = _project(shape, shape.own_tokens, factor_bytes)
     link = shape.latents - shape.own_latents

@@ -93,7 +93,7 @@ class Results {
   }
 
  private:
-  // Unlike new_empty it goes to the dispatcher once: half of the time.
+  // Unlike new_empty it goes to the dispatcher once.
   bool make(void** data, const View& like, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
             int dtype) {
     const int64_t sizes[2] = {rows, columns}, strides[2] = {row_stride, column_stride};

@@ -70,6 +70,7 @@ def test_one_rank_meets_nobody(world_size, barriers):
 
 
 def test_few_rows_of_a_rank_with_a_card_are_multiplied_first():
+    assert f"kFewRows = {model.FEW_ROWS};" in (ROOT / "csrc" / "cuda" / "qkv_a_proj_ag.cu").read_text()
     few, many = model.Shape(2 * model.FEW_ROWS, 2), model.Shape(2 * model.FEW_ROWS + 2, 2)
     unfused = model.predict(model.project_then_gather, few, RATES)
     assert model.predict(model.qkv_a_proj_ag, few, RATES) == unfused

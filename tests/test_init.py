@@ -305,7 +305,7 @@ def test_explain(pool, backend, device, world_size):
         else:
             assert "the input is staged" in told["staged"]
             assert "the peers read the input in place" in told["in place"]
-            assert re.search(r"torch (\(cuBLAS\) )?multiplies", told["projection"])
+            assert "torch multiplies" in told["projection"]
         if backend == "cuda":
             blocks = r"^2 blocks \(max_ctas=2\) of \d+ threads; each has {} rows at most$"
             assert re.search(blocks.format(2), told["staged"], re.MULTILINE)

@@ -41,9 +41,10 @@ def explain(op: str, num_tokens: int, group=None, *, device=None, input: torch.T
 def _product(op: str) -> str:
     """What multiplies where a gather comes after it."""
     if op != "qkv_a_proj_ag_fp8":
-        return "torch (cuBLAS)"
+        return "torch multiplies this rank's rows (cuBLAS)"
     triton, missing = native.triton_projection()
-    return "a Triton kernel" if triton else f"dequantising and torch, since Triton is missing ({missing}),"
+    what = "a Triton kernel" if triton else f"dequantising and torch, since Triton is missing ({missing}),"
+    return f"{what} multiplies this rank's rows"
 
 
 def _on_cuda(workspace: Workspace, op: str, num_tokens: int, input: torch.Tensor | None) -> list[str]:
@@ -68,7 +69,7 @@ def _on_cuda(workspace: Workspace, op: str, num_tokens: int, input: torch.Tensor
             if plan["few_rows"]
             else f"no kernel does both for {dtype} on this card"
         )
-        lines += [f"{_product(op)} multiplies this rank's rows; then one kernel gathers them", why]
+        lines += [f"{_product(op)}; then one kernel gathers them", why]
     elif op != "all_gather_rows" and input is not None:
         if plan["source"] >= 0:
             lines.append("the peers read the input in place")

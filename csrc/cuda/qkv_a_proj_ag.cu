@@ -86,10 +86,9 @@ tpf_status launch_cheapest(ProjectionArgs& args, const Device& device, int block
 }
 
 // Whether cuBLAS, and a gather after it, take less time. With few rows and many blocks all tiles are multiplied at
-// once: no row is finished early enough for its way to be hidden, and cuBLAS can divide K, too. Measured on two H100
-// with 2112 columns: less than half of the time for a row a rank, a sixth less for 1024, more from 2048 on. Of fp8 the
-// product would be Triton's, with which this one has not been compared. By what is the same on all ranks: so not by
-// this rank's multiprocessors.
+// once: no row is finished early enough for its way to be hidden, and cuBLAS can divide K, too. The threshold is of two
+// H100 and 2112 columns (docs/performance.md). Of fp8 the product would be Triton's, with which this one has not been
+// compared. By what is the same on all ranks: so not by this rank's multiprocessors.
 bool product_comes_first(const ProjectionArgs& args, int blocks) {
   constexpr int64_t kFewRows = 1024;
   constexpr int kHalfACard = 66;  // of H100
