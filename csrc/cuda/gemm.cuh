@@ -57,8 +57,10 @@ __device__ inline void hold(float (&sums)[kSums]) {
 #define TPF_SUMS_36 \
   TPF_SUM_4(0), TPF_SUM_4(4), TPF_SUM_4(8), TPF_SUM_4(12), TPF_SUM_4(16), TPF_SUM_4(20), TPF_SUM_4(24), \
   TPF_SUM_4(28), TPF_SUM_4(32)
+#define TPF_SUMS_44 \
+  TPF_SUMS_36, TPF_SUM_4(36), TPF_SUM_4(40)
 #define TPF_SUMS_48 \
-  TPF_SUMS_36, TPF_SUM_4(36), TPF_SUM_4(40), TPF_SUM_4(44)
+  TPF_SUMS_44, TPF_SUM_4(44)
 #define TPF_SUMS_72 \
   TPF_SUMS_48, TPF_SUM_4(48), TPF_SUM_4(52), TPF_SUM_4(56), TPF_SUM_4(60), TPF_SUM_4(64), TPF_SUM_4(68)
 #define TPF_SUMS_88 \
@@ -69,8 +71,10 @@ __device__ inline void hold(float (&sums)[kSums]) {
 #define TPF_REGISTERS_36 \
   TPF_REGISTERS_4 ", %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, " \
   "%30, %31, %32, %33, %34, %35"
+#define TPF_REGISTERS_44 \
+  TPF_REGISTERS_36 ", %36, %37, %38, %39, %40, %41, %42, %43"
 #define TPF_REGISTERS_48 \
-  TPF_REGISTERS_36 ", %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+  TPF_REGISTERS_44 ", %44, %45, %46, %47"
 #define TPF_REGISTERS_72 \
   TPF_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, " \
   "%66, %67, %68, %69, %70, %71"
@@ -97,6 +101,7 @@ TPF_MULTIPLY_16_BITS(96, 48, "%48", "%49", "%50")
 TPF_MULTIPLY_16_BITS(144, 72, "%72", "%73", "%74")
 TPF_MULTIPLY_16_BITS(176, 88, "%88", "%89", "%90")
 TPF_MULTIPLY_16_BITS(192, 96, "%96", "%97", "%98")
+TPF_MULTIPLY(__nv_fp8_e4m3, 88, 44, "%44", "%45", "%46", "k32.f32.e4m3.e4m3", "1, 1")
 TPF_MULTIPLY(__nv_fp8_e4m3, 96, 48, "%48", "%49", "%50", "k32.f32.e4m3.e4m3", "1, 1")
 TPF_MULTIPLY(__nv_fp8_e4m3, 192, 96, "%96", "%97", "%98", "k32.f32.e4m3.e4m3", "1, 1")
 // clang-format on
@@ -105,11 +110,13 @@ TPF_MULTIPLY(__nv_fp8_e4m3, 192, 96, "%96", "%97", "%98", "k32.f32.e4m3.e4m3", "
 #undef TPF_MULTIPLY
 #undef TPF_REGISTERS_4
 #undef TPF_REGISTERS_36
+#undef TPF_REGISTERS_44
 #undef TPF_REGISTERS_48
 #undef TPF_REGISTERS_72
 #undef TPF_REGISTERS_88
 #undef TPF_REGISTERS_96
 #undef TPF_SUMS_36
+#undef TPF_SUMS_44
 #undef TPF_SUMS_48
 #undef TPF_SUMS_72
 #undef TPF_SUMS_88

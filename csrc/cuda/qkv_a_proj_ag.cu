@@ -47,7 +47,7 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
   if (row_blocks > TPF_MAX_ROW_BLOCKS || args.call.columns * sizeof(Out) > kCopierBytes) return TPF_UNSUPPORTED;
   args.row_blocks = static_cast<int32_t>(std::max<int64_t>(1, row_blocks));
   args.column_tiles = tiles(args.call.columns, Tiles::kColumns);
-  if (!encode(&args.weight_map, args.call, projection.weight, args.call.columns, Tiles::kColumns) ||
+  if (!encode(&args.weight_map, args.call, projection.weight, args.call.columns, Tiles::kWeightBox) ||
       (rows > 0 && !encode(&args.input_map, args.call, projection.input, rows, Tiles::kRows))) {
     return TPF_UNSUPPORTED;
   }
@@ -64,15 +64,19 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
 }
 
 // The time of the busiest block, in cycles of the tensor cores for 128 bytes of K; and, where there are peers, once
-// more the time until the first rows can be copied. A block reads its operands at some 45 bytes a cycle (measured on
-// H100), and multiplies meanwhile.
+// more the time until the first rows can be copied. Measured on H100: a block reads its operands at some 45 bytes a
+// cycle, and multiplies meanwhile; of fp8 it waits some 130 cycles for each part's products, and promotes a column in
+// two.
 template <typename Tiles>
 int64_t cost_of(const ProjectionArgs& args, int blocks) {
   const int64_t row_blocks = tiles(args.partition.largest(), Tiles::kRows);
   const auto turns = [&](int64_t rows) { return tiles(rows * tiles(args.call.columns, Tiles::kColumns), blocks); };
   const int64_t first =
       args.team.world_size > 1 ? turns(std::min<int64_t>(row_blocks, kGroupedRows / Tiles::kRows)) : 0;
-  return (turns(row_blocks) + first) * std::max(Tiles::kRows * Tiles::kColumns / 32, Tiles::kStageBytes / 45);
+  const int product = Tiles::kRows * Tiles::kColumns / 32;
+  const int cycles = sizeof(typename Tiles::In) == 1 ? product + 130 * Tiles::kParts + 2 * Tiles::kColumns
+                                                     : std::max(product, Tiles::kStageBytes / 45);
+  return (turns(row_blocks) + first) * cycles;
 }
 
 // The cheapest of these tiles, the first of several: by the shape and the grid alone, so that all ranks take the same.
@@ -162,7 +166,7 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
     case TPF_F16:
       return launch_16_bits<__half>(args, device, blocks, *projection, stream);
     default:
-      return launch_cheapest<MediumTiles<__nv_fp8_e4m3>, SmallTiles<__nv_fp8_e4m3>>(args, device, blocks, *projection,
-                                                                                    stream);
+      return launch_cheapest<WideTiles<__nv_fp8_e4m3>, MediumTiles<__nv_fp8_e4m3>, SmallTiles<__nv_fp8_e4m3>>(
+          args, device, blocks, *projection, stream);
   }
 }

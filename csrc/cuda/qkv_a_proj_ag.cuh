@@ -18,23 +18,28 @@ namespace tpf {
 
 // A block's tile, and its two warp groups' shares of it: half of the rows each or, where rows are few, half of the
 // columns. Column counts in use are multiples of 64 and not of 128.
-template <typename Input, int kTileRows, int kTileColumns, int kTileStages>
+template <typename Input, int kTileRows, int kTileColumns, int kTileStages, int kPartsAcross = 1>
 struct Tiling {
   using In = Input;
   static constexpr int kRows = kTileRows, kColumns = kTileColumns, kStages = kTileStages;
   static constexpr bool kByRows = kRows >= 128;
   static constexpr int kGroupRows = kByRows ? kRows / 2 : kRows;
   static constexpr int kGroupColumns = kByRows ? kColumns : kColumns / 2;
-  static constexpr int kParts = kGroupRows / 64;   // a product has 64 rows
-  static constexpr int kSums = kGroupColumns / 2;  // that a thread holds of a part
+  static constexpr int kAcross = kPartsAcross;  // parts side by side
+  static constexpr int kPartColumns = kGroupColumns / kAcross;
+  static constexpr int kParts = kGroupRows / 64 * kAcross;  // a product has 64 rows
+  static constexpr int kSums = kPartColumns / 2;            // that a thread holds of a part
+  static constexpr int kWeightBox = kColumns / kAcross;     // rows of the weight that are fetched at once, at most 256
   static constexpr int kStageBytes = (kRows + kColumns) * kSwizzleBytes;
 };
 // Many rows. The larger a tile, the fewer operands are read; the largest one's sums just find room in registers. fp8
-// sums are held twice, until they are promoted. Of fp8 no tile may touch more than two blocks of 128 weight columns.
+// sums are held twice until they are promoted: of a wide tile a part at a time.
 template <typename In>
 using LargeTiles = Tiling<In, 256, 176, 3>;
 template <typename In>
 using LargeNarrowTiles = Tiling<In, 256, 144, 3>;
+template <typename In>
+using WideTiles = Tiling<In, 128, 264, 3, 3>;
 template <typename In>
 using MediumTiles = Tiling<In, 128, 192, 4>;
 template <typename In>

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   if (threadIdx.x == 0) shared.init();
   if constexpr (kNorm) keep_norm_weights<Out>(args, norm_weights);
   const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
-  const int warp = threadIdx.x / 32;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // as in multiply_tiles: uniform
   if (warp >= kOtherWarps) {
     take_registers<multiply_registers<Tiles>(kNorm)>();
     if (round.refused) return;

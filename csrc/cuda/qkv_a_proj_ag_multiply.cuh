@@ -29,8 +29,11 @@ __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShar
       uint64_t* full = &shared.full[at.stage];
       barrier_expect(full, Tiles::kStageBytes);
       tensor_load(stage, &args.input_map, k * kElements, tile.row_block * Tiles::kRows, full);
-      tensor_load(stage + Tiles::kRows * kSwizzleBytes, &args.weight_map, k * kElements,
-                  tile.column_tile * Tiles::kColumns, full);
+#pragma unroll
+      for (int column = 0; column < Tiles::kColumns; column += Tiles::kWeightBox) {
+        tensor_load(stage + (Tiles::kRows + column) * kSwizzleBytes, &args.weight_map, k * kElements,
+                    tile.column_tile * Tiles::kColumns + column, full);
+      }
       next_stage<Tiles>(at);
     }
     if (fetched.fetch_add(1, cuda::memory_order_relaxed) + 1 == end) fetched.store(0, cuda::memory_order_relaxed);
@@ -45,6 +48,12 @@ struct Share {
 template <typename Tiles>
 __device__ inline Share share_of(int group) {
   return Tiles::kByRows ? Share{group * Tiles::kGroupRows, 0} : Share{0, group * Tiles::kGroupColumns};
+}
+
+// Where a part of it begins in it.
+template <typename Tiles>
+__device__ constexpr Share place_of(int part) {
+  return {part / Tiles::kAcross * 64, part % Tiles::kAcross * Tiles::kPartColumns};
 }
 
 // Its operands in the first stage.
@@ -78,8 +87,10 @@ __device__ inline void multiply_tile(const ProjectionArgs& args, ProjectionShare
     for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
 #pragma unroll
       for (int part = 0; part < Tiles::kParts; ++part) {
-        multiply(sums[part], operands.a + stage + step * kOperandStep + part * (64 * kSwizzleBytes >> 4),
-                 operands.b + stage + step * kOperandStep, true, typename Tiles::In{});
+        const Share place = place_of<Tiles>(part);
+        multiply(sums[part], operands.a + stage + step * kOperandStep + place.row * (kSwizzleBytes >> 4),
+                 operands.b + stage + step * kOperandStep + place.column * (kSwizzleBytes >> 4), true,
+                 typename Tiles::In{});
       }
     }
     product_commit();
@@ -97,55 +108,77 @@ __device__ inline void multiply_tile(const ProjectionArgs& args, ProjectionShare
 // The row of a warp group's share that this thread's first sums belong to; the others' lies 8 below.
 __device__ inline int row_of_thread() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 
-// Products of e4m3 operands with their scales.
+// Products of e4m3 operands with their scales. Parts come one after the other: one set of registers holds their
+// products until they are promoted.
 template <typename Tiles>
 __device__ inline void multiply_scaled_tile(const ProjectionArgs& args, ProjectionShared& shared,
                                             const Operands& operands, int group, RingPosition& at, Tile tile,
-                                            float (&sums)[Tiles::kSums]) {
+                                            float (&sums)[Tiles::kParts][Tiles::kSums]) {
+  static_assert(Tiles::kGroupRows == 64);
   const bool leads = threadIdx.x % 32 == 0;
   const int64_t rows = args.partition.rows(args.team.rank).count;
   const int64_t row = int64_t{tile.row_block} * Tiles::kRows + group * Tiles::kGroupRows + row_of_thread();
-  const float* upper = args.scale + min(row, rows - 1) * args.scale_row_stride;
-  const float* lower = args.scale + min(row + 8, rows - 1) * args.scale_row_stride;
-  // The tile lies in two blocks of 128 columns at most: `inside` of its columns in the first, a multiple of kStep.
-  constexpr int kStep = std::gcd(Tiles::kColumns, 128);
-  const int column = tile.column_tile * Tiles::kColumns, inside = 128 - column % 128;
-  const int first_block = column / 128, blocks = (args.call.columns + 127) / 128;
-  const float* left = args.weight_scale + int64_t{first_block} * args.k_blocks;
-  const float* right = args.weight_scale + int64_t{min(first_block + 1, blocks - 1)} * args.k_blocks;
-  float next[4] = {__ldg(upper), __ldg(lower), __ldg(left), __ldg(right)};
+  const float* row_scale = args.scale + min(row, rows - 1) * args.scale_row_stride;
+  const int next_row = static_cast<int>((min(row + 8, rows - 1) - min(row, rows - 1)) * args.scale_row_stride);
+  // Blocks of 128 columns that a tile lies in, at most. In the first one it begins at column `begin`, a multiple of
+  // kStep.
+  constexpr int kStep = std::gcd(Tiles::kColumns, 128), kBlocks = (Tiles::kColumns + 128 - kStep - 1) / 128 + 1;
+  const int first_block = tile.column_tile * Tiles::kColumns / 128, begin = tile.column_tile * Tiles::kColumns % 128;
+  const int last_block = (args.call.columns - 1) / 128;
+  int blocks[kBlocks];
 #pragma unroll
-  for (float& sum : sums) sum = 0;
+  for (int i = 0; i < kBlocks; ++i) blocks[i] = min(first_block + i, last_block) * args.k_blocks;
+  float upper = __ldg(row_scale), lower = __ldg(row_scale + next_row), scale[kBlocks];
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) scale[i] = __ldg(args.weight_scale + blocks[i]);
+#pragma unroll
+  for (auto& part : sums) {
+#pragma unroll
+    for (float& sum : part) sum = 0;
+  }
   for (int k = 0; k < args.k_blocks; ++k) {
-    float part[Tiles::kSums];
     barrier_wait(&shared.full[at.stage], at.round & 1);
     const uint64_t stage = at.stage * (Tiles::kStageBytes >> 4);
-    hold(part);
-    product_fence();
 #pragma unroll
-    for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
-      multiply(part, operands.a + stage + step * kOperandStep, operands.b + stage + step * kOperandStep, step > 0,
-               __nv_fp8_e4m3{});
-    }
-    product_commit();
-    const float scales[4] = {next[0] * next[2], next[0] * next[3], next[1] * next[2], next[1] * next[3]};
-    if (k + 1 < args.k_blocks) {
-      upper += args.scale_group_stride, lower += args.scale_group_stride;
-      next[0] = __ldg(upper), next[1] = __ldg(lower), next[2] = __ldg(++left), next[3] = __ldg(++right);
-    }
-    product_wait<0>();
-    hold(part);
-    if (leads) barrier_arrive(&shared.empty[at.stage]);
-    next_stage<Tiles>(at);
+    for (int part = 0; part < Tiles::kParts; ++part) {
+      const uint64_t b = operands.b + stage + place_of<Tiles>(part).column * (kSwizzleBytes >> 4);
+      float products[Tiles::kSums];
+      hold(products);
+      product_fence();
 #pragma unroll
-    for (int j = 0; j < Tiles::kColumns / 8; ++j) {
-      const int begin = j * 8 / kStep * kStep;
-      const bool is_left = begin == 0 || (begin < 128 && begin < inside);
-      const float high = is_left ? scales[0] : scales[1], low = is_left ? scales[2] : scales[3];
-      sums[4 * j] = fmaf(part[4 * j], high, sums[4 * j]);
-      sums[4 * j + 1] = fmaf(part[4 * j + 1], high, sums[4 * j + 1]);
-      sums[4 * j + 2] = fmaf(part[4 * j + 2], low, sums[4 * j + 2]);
-      sums[4 * j + 3] = fmaf(part[4 * j + 3], low, sums[4 * j + 3]);
+      for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
+        multiply(products, operands.a + stage + step * kOperandStep, b + step * kOperandStep, step > 0,
+                 __nv_fp8_e4m3{});
+      }
+      product_commit();
+      float scales[kBlocks][2];
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) scales[i][0] = upper * scale[i], scales[i][1] = lower * scale[i];
+      if (part + 1 == Tiles::kParts && k + 1 < args.k_blocks) {
+        row_scale += args.scale_group_stride;
+        upper = __ldg(row_scale), lower = __ldg(row_scale + next_row);
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) scale[i] = __ldg(args.weight_scale + blocks[i] + k + 1);
+      }
+      product_wait<0>();
+      hold(products);
+      if (part + 1 == Tiles::kParts) {
+        if (leads) barrier_arrive(&shared.empty[at.stage]);
+        next_stage<Tiles>(at);
+      }
+#pragma unroll
+      for (int j = 0; j < Tiles::kPartColumns / 8; ++j) {
+        // These 8 columns lie in block `near` or, if the tile begins late enough, in `far`.
+        const int column = (part * Tiles::kPartColumns + j * 8) / kStep * kStep;
+        const int near = column / 128, far = (column + 128 - kStep) / 128;
+        const bool is_far = begin + column >= far * 128;
+        const float high = is_far ? scales[far][0] : scales[near][0], low = is_far ? scales[far][1] : scales[near][1];
+        float* to = sums[part] + 4 * j;
+        to[0] = fmaf(products[4 * j], high, to[0]);
+        to[1] = fmaf(products[4 * j + 1], high, to[1]);
+        to[2] = fmaf(products[4 * j + 2], low, to[2]);
+        to[3] = fmaf(products[4 * j + 3], low, to[3]);
+      }
     }
   }
 }
@@ -202,7 +235,8 @@ template <typename Tiles, typename Out, bool kNorm>
 __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
                                       const char* stages) {
   constexpr bool kScaled = sizeof(typename Tiles::In) == 1;
-  const int group = threadIdx.x / 128 - 1;
+  // By a shuffle the compiler knows it to be the same in a warp, and keeps the operands' places in uniform registers.
+  const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128 - 1, 0);
   const Share share = share_of<Tiles>(group);
   const Operands operands = operands_of<Tiles>(stages, share);
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
@@ -210,7 +244,7 @@ __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRou
   for_tiles<Tiles>(args, [&](Tile tile) {
     float sums[Tiles::kParts][Tiles::kSums];
     if constexpr (kScaled) {
-      multiply_scaled_tile<Tiles>(args, shared, operands, group, at, tile, sums[0]);
+      multiply_scaled_tile<Tiles>(args, shared, operands, group, at, tile, sums);
     } else {
       multiply_tile<Tiles>(args, shared, operands, at, sums);
     }
@@ -220,9 +254,10 @@ __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRou
     const Out* bias = static_cast<const Out*>(args.bias);
 #pragma unroll
     for (int part = 0; part < Tiles::kParts; ++part) {
-      const int64_t first = row + part * 64;
-      store_sums(args, rows_at<Out, kNorm>(args, round) + first * args.call.columns + column,
-                 bias == nullptr ? nullptr : bias + column, rows - first, args.call.columns - column, sums[part]);
+      const int64_t first_row = row + place_of<Tiles>(part).row;
+      const int first = column + place_of<Tiles>(part).column;
+      store_sums(args, rows_at<Out, kNorm>(args, round) + first_row * args.call.columns + first,
+                 bias == nullptr ? nullptr : bias + first, rows - first_row, args.call.columns - first, sums[part]);
     }
     __syncwarp();
     if (threadIdx.x % 32 == 0) stored.fetch_add(1, cuda::memory_order_release);
