@@ -104,17 +104,26 @@ def test_few_rows(pool, device, dtype, rows, world_size):
 
 
 def rows_alone(device: str, dtype: torch.dtype) -> None:
-    """Runs on a rank: a row has the same bits among any number of rows."""
-    weight = random("weight", (2112, 1024), torch.float32, 1 / 32).to(device, dtype)
-    rows = random("rows", (2500, 1024), torch.float32).to(device, dtype)
-    with workspace(device, device, max_num_tokens=2500, hidden_size=1024, latent_size=2112, dtype=dtype):
-        many = tp_fused.qkv_a_proj_ag(rows, weight, 2500)
-        for count in (1, 64, 100, 250, 500, 600, 1500):
-            few = tp_fused.qkv_a_proj_ag(rows[:count], weight, count)
-            assert (many[:count].view(torch.int16) == few.view(torch.int16)).all(), count
+    """Runs on a rank: a row has the same bits among any number of rows. Of fp8, 2000 go through the widest tiles."""
+    weight = random("weight", (2112, 1024), torch.float32, 1 / 32).to(device)
+    rows = random("rows", (2500, 1024), torch.float32).to(device, torch.bfloat16)
+    if dtype == FP8:
+        q, scale = reference.quantize_e4m3(rows)
+        given = (weight * 512).to(FP8), (1 + random("scale", (17, 8), torch.float32).abs()).to(device) / 512
+    with workspace(device, device, max_num_tokens=2500, hidden_size=1024, latent_size=2112, dtype=torch.bfloat16):
+
+        def call(count):
+            if dtype == FP8:
+                return tp_fused.qkv_a_proj_ag_fp8(q[:count], scale[:count], *given, count)
+            return tp_fused.qkv_a_proj_ag(rows[:count], weight.to(dtype), count)
+
+        many = call(2500)
+        for count in (1, 64, 100, 250, 500, 600, 1500, 2000):
+            assert (many[:count].view(torch.int16) == call(count).view(torch.int16)).all(), count
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
 @pytest.mark.parametrize("world_size", [1])
-def test_a_row_does_not_depend_on_the_others(pool, device, world_size):
-    pool.run(rows_alone, device, torch.bfloat16)
+def test_a_row_does_not_depend_on_the_others(pool, device, world_size, dtype):
+    pool.run(rows_alone, device, dtype)

@@ -124,7 +124,8 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   ProjectionArgs args = {};
   args.partition = partition_of(call->num_tokens, team->world_size);
   if (!device.is_hopper || dtype == TPF_F32 || hidden * element_bytes % 16 != 0 || columns % 8 != 0 ||
-      encoder() == nullptr || !begins_at_16_bytes(projection->input) || !begins_at_16_bytes(projection->weight)) {
+      encoder() == nullptr || !begins_at_16_bytes(projection->input) || !begins_at_16_bytes(projection->weight) ||
+      projection->scale_row_stride > INT32_MAX / 8) {
     return TPF_UNSUPPORTED;
   }
   const bool norm = call->op == TPF_QKV_A_PROJ_AG_NORM;

@@ -29,7 +29,8 @@ struct Tiling {
   static constexpr int kPartColumns = kGroupColumns / kAcross;
   static constexpr int kParts = kGroupRows / 64 * kAcross;  // a product has 64 rows
   static constexpr int kSums = kPartColumns / 2;            // that a thread holds of a part
-  static constexpr int kWeightBox = kColumns / kAcross;     // rows of the weight that are fetched at once, at most 256
+  static constexpr int kWeightBox = kColumns / kAcross;     // rows of the weight that are fetched at once
+  static_assert(kWeightBox <= 256 && kWeightBox % 8 == 0);  // the copy engine's limit; the swizzle's pattern
   static constexpr int kStageBytes = (kRows + kColumns) * kSwizzleBytes;
 };
 // Many rows. The larger a tile, the fewer operands are read; the largest one's sums just find room in registers. fp8

@@ -110,11 +110,12 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   if (threadIdx.x == 0) shared.init();
   if constexpr (kNorm) keep_norm_weights<Out>(args, norm_weights);
   const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // as in multiply_tiles: uniform
+  // By a shuffle the compiler knows it to be the same in a warp, and keeps the operands' places in uniform registers.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp >= kOtherWarps) {
     take_registers<multiply_registers<Tiles>(kNorm)>();
     if (round.refused) return;
-    multiply_tiles<Tiles, Out, kNorm>(args, round, shared, stages);
+    multiply_tiles<Tiles, Out, kNorm>(args, round, shared, (warp - kOtherWarps) / 4, stages);
     if constexpr (kNorm) norm_late_rows<Tiles, Out>(args, round, norm_weights);
     return;
   }

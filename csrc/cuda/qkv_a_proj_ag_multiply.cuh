@@ -233,10 +233,8 @@ __device__ inline void store_sums(const ProjectionArgs& args, Out* to, const Out
 
 template <typename Tiles, typename Out, bool kNorm>
 __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
-                                      const char* stages) {
+                                      int group, const char* stages) {
   constexpr bool kScaled = sizeof(typename Tiles::In) == 1;
-  // By a shuffle the compiler knows it to be the same in a warp, and keeps the operands' places in uniform registers.
-  const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128 - 1, 0);
   const Share share = share_of<Tiles>(group);
   const Operands operands = operands_of<Tiles>(stages, share);
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
