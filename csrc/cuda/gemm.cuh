@@ -34,6 +34,9 @@ __device__ inline uint64_t operand(uint32_t address) {
 constexpr int kProductBytes = 32;  // of K, in one product
 constexpr uint64_t kOperandStep = kProductBytes >> 4;
 
+// All threads of the block's two warp groups that multiply.
+__device__ inline void products_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
 __device__ inline void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
@@ -123,6 +126,19 @@ TPF_MULTIPLY(__nv_fp8_e4m3, 192, 96, "%96", "%97", "%98", "k32.f32.e4m3.e4m3", "
 #undef TPF_SUMS_96
 #undef TPF_SUMS_4
 #undef TPF_SUM_4
+
+// Of 8x8 matrices of 16 bits, lane t has columns t%4*2 and next of row t/4. Lane t gives the address of row t%8 of
+// matrix t/8; where there are two matrices, the upper half of the lanes gives none.
+__device__ inline void store_matrices(void* row, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+__device__ inline void store_matrices(void* row, const uint32_t (&words)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(row)), "r"(words[0]),
+               "r"(words[1])
+               : "memory");
+}
 
 template <int kRegisters>
 __device__ inline void take_registers() {

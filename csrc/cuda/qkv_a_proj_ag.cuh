@@ -11,10 +11,18 @@
 // A row's result is one chain of additions over K, in whatever tile it lies: it depends on nothing but the row. fp8
 // operands are multiplied in blocks of 128 along K, each promoted to fp32 with its scales (DeepSeek-V3, section 3.3).
 #pragma once
+#include <numeric>
+
 #include "gemm.cuh"
 #include "signal.cuh"
 
 namespace tpf {
+
+constexpr int kProductWarps = 8, kOtherWarps = 4;  // of a block, the others before them
+
+// Of rows of so many 16-bit elements in shared memory: an odd number of vectors of 16 bytes, for eight rows of them to
+// lie in different banks.
+constexpr int staged_pitch(int columns) { return (columns / 8 | 1) * 8; }
 
 // A block's tile, and its two warp groups' shares of it: half of the rows each or, where rows are few, half of the
 // columns. Column counts in use are multiples of 64 and not of 128.
@@ -32,6 +40,17 @@ struct Tiling {
   static constexpr int kWeightBox = kColumns / kAcross;     // rows of the weight that are fetched at once
   static_assert(kWeightBox <= 256 && kWeightBox % 8 == 0);  // the copy engine's limit; the swizzle's pattern
   static constexpr int kStageBytes = (kRows + kColumns) * kSwizzleBytes;
+  static constexpr bool kScaled = sizeof(In) == 1;
+  // Scales, each for 128 of K: of the tile's rows, and of its columns. Those have one for 128; a tile may begin within
+  // these.
+  static constexpr int kScaledColumns = std::gcd(kColumns, 128), kColumnScales = kColumns / kScaledColumns;
+  static constexpr int kStageScales = kScaled ? kRows + kColumnScales : 0;
+  // A finished tile leaves through the stage that was multiplied last, of which each warp has a share: 16 rows at a
+  // time of a part's columns or, if these do not fit, of half of them.
+  static constexpr int kStagedBytes = kStageBytes / kProductWarps;
+  static constexpr int kStagedColumns =
+      staged_pitch(kPartColumns) * 32 <= kStagedBytes ? kPartColumns : kPartColumns / 2;
+  static_assert(staged_pitch(kStagedColumns) * 32 <= kStagedBytes && kStagedBytes % 16 == 0);
 };
 // Many rows. The larger a tile, the fewer operands are read; the largest one's sums just find room in registers. fp8
 // sums are held twice until they are promoted: of a wide tile a part at a time.
@@ -52,16 +71,16 @@ template <typename In>
 using FewRowsManyBlocks = Tiling<In, 64, 16, 14>;
 
 constexpr int kMaxProductStages = 14;
-constexpr int kProductWarps = 8, kOtherWarps = 4;  // of a block, the others before them
-constexpr int kCopiers = 2;                        // of these
-constexpr int kCopierBytes = 7168;                 // of a buffer
-constexpr int kGroupedRows = 512;  // whose tiles are neighbours in the order: they share operands in the L2
+constexpr int kCopiers = 2;         // of these
+constexpr int kCopierBytes = 7168;  // of a buffer
+constexpr int kGroupedRows = 512;   // whose tiles are neighbours in the order: they share operands in the L2
 constexpr int kProjectionThreads = 32 * (kProductWarps + kOtherWarps);
 constexpr int kQVectors = 8, kKvVectors = 3;  // of a lane, in the two normed parts of a row
 template <typename Tiles, bool kNorm>
-constexpr int kProjectionShared = 1024  // to begin at a multiple of it, as the swizzle's pattern wants
-                                  + Tiles::kStages * Tiles::kStageBytes + kCopiers * kCopierStages * kCopierBytes +
-                                  (kNorm ? (kQVectors + kKvVectors) * 32 * sizeof(uint4) : 0);
+constexpr int kProjectionShared =
+    1024  // to begin at a multiple of it, as the swizzle's pattern wants
+    + Tiles::kStages * Tiles::kStageBytes + kCopiers * kCopierStages * kCopierBytes +
+    Tiles::kStages * Tiles::kStageScales * sizeof(float) + (kNorm ? (kQVectors + kKvVectors) * 32 * sizeof(uint4) : 0);
 // Registers of a thread that multiplies, and of the others. They share what the kernel is launched with: 384 times 168.
 template <typename Tiles>
 constexpr int multiply_registers(bool norm) {
@@ -100,9 +119,11 @@ struct ProjectionShared {
   uint32_t stored;  // warps' shares of tiles, since the kernel began
 
   // By one thread; a barrier of the block follows.
+  template <typename Tiles>
   __device__ void init() {
+    constexpr int kFullArrivals = Tiles::kScaled ? 33 : 1;  // whoever fetches operands, and each lane that does scales
     for (int stage = 0; stage < kMaxProductStages; ++stage) {
-      barrier_init(&full[stage], 1);
+      barrier_init(&full[stage], kFullArrivals);
       barrier_init(&empty[stage], kProductWarps);
     }
     for (auto& buffers : copied) {
@@ -156,12 +177,18 @@ __device__ inline int first_late_row_block(const ProjectionArgs& args) {
   return last_turn / (kGrouped * args.column_tiles) * kGrouped;
 }
 
-// Where finished tiles are put. A rank alone has nobody to copy them to: they are the output.
+// Whether finished tiles are the output: there is nobody to copy them.
+template <bool kNorm>
+__device__ inline bool is_output(const ProjectionArgs& args) {
+  return !kNorm && args.team.world_size == 1;
+}
+
+// Where finished tiles are put.
 template <typename Out, bool kNorm>
 __device__ inline Out* rows_at(const ProjectionArgs& args, const BlockRound& round) {
-  const bool alone = !kNorm && args.team.world_size == 1;
-  return reinterpret_cast<Out*>(alone ? args.outputs[0]
-                                      : slot(args.team.region[args.team.rank], round.epoch, args.team.slot_bytes));
+  return reinterpret_cast<Out*>(is_output<kNorm>(args)
+                                    ? args.outputs[0]
+                                    : slot(args.team.region[args.team.rank], round.epoch, args.team.slot_bytes));
 }
 
 // To all peers, and to this rank's own copying warps: one lane each.

@@ -87,6 +87,7 @@ __device__ inline void norm_late_rows(const ProjectionArgs& args, const BlockRou
 template <typename Tiles, typename Out, bool kNorm>
 __device__ inline void finish_row_blocks(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
                                          const uint4* weights) {
+  if (is_output<kNorm>(args)) return;  // nobody waits for them
   const int lane = threadIdx.x % 32, own = own_row_blocks(args, Tiles::kRows);
   // Row blocks that this rank has no rows for: the peers wait for as many from everyone.
   for (int row_block = own + blockIdx.x; row_block < args.row_blocks; row_block += gridDim.x) {

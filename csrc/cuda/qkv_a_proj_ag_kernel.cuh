@@ -32,7 +32,7 @@ template <typename Tiles, typename Out, bool kNorm>
 __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRound& round, int copier, char* buffers,
                                        uint64_t* barriers) {
   const int lane = threadIdx.x % 32, world_size = args.team.world_size, copiers = gridDim.x * kCopiers;
-  if (!kNorm && world_size == 1) return;  // see rows_at
+  if (is_output<kNorm>(args)) return;
   const int row_bytes = args.call.columns * sizeof(Out);
   const int piece_bytes = kNorm ? kCopierBytes / row_bytes * row_bytes : kCopierBytes;
   // store(where a piece of an output lies, the same in the piece of rows, bytes) for all there are
@@ -106,8 +106,10 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   __shared__ ProjectionShared shared;
   char* stages = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
   char* buffers = stages + Tiles::kStages * Tiles::kStageBytes;
-  uint4* norm_weights = reinterpret_cast<uint4*>(buffers + kCopiers * kCopierStages * kCopierBytes);
-  if (threadIdx.x == 0) shared.init();
+  char* rest = buffers + kCopiers * kCopierStages * kCopierBytes;
+  float* scales = reinterpret_cast<float*>(rest);
+  uint4* norm_weights = reinterpret_cast<uint4*>(rest);  // of 16-bit rows: there are no scales
+  if (threadIdx.x == 0) shared.init<Tiles>();
   if constexpr (kNorm) keep_norm_weights<Out>(args, norm_weights);
   const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
   // By a shuffle the compiler knows it to be the same in a warp, and keeps the operands' places in uniform registers.
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   if (warp >= kOtherWarps) {
     take_registers<multiply_registers<Tiles>(kNorm)>();
     if (round.refused) return;
-    multiply_tiles<Tiles, Out, kNorm>(args, round, shared, (warp - kOtherWarps) / 4, stages);
+    multiply_tiles<Tiles, Out, kNorm>(args, round, shared, (warp - kOtherWarps) / 4, stages, scales);
     if constexpr (kNorm) norm_late_rows<Tiles, Out>(args, round, norm_weights);
     return;
   }
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   } else if (round.refused) {
     return;
   } else if (warp == kCopiers) {
-    if (threadIdx.x % 32 == 0) fetch_operands<Tiles>(args, shared, stages);
+    fetch_operands<Tiles>(args, shared, stages, scales);
   } else {
     finish_row_blocks<Tiles, Out, kNorm>(args, round, shared, norm_weights);
   }

@@ -1,6 +1,7 @@
 // qkv_a_proj_ag_kernel's fetching warp and its multiplying warp groups.
 #pragma once
-#include <numeric>
+#include <algorithm>
+#include <bit>
 
 #include "qkv_a_proj_ag.cuh"
 
@@ -8,11 +9,55 @@ namespace tpf {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+// By a warp: the scales of a tile's rows and of its columns, kScaledColumns at a time, into shared memory. The
+// multiplying warps would wait for them: these have no registers to ask for more than the next block of K's.
 template <typename Tiles>
-__device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShared& shared, char* stages) {
+class ScaleFetcher {
+ public:
+  __device__ ScaleFetcher(const ProjectionArgs& args, Tile tile) : args_(args) {
+    const int64_t rows = args.partition.rows(args.team.rank).count;
+#pragma unroll
+    for (int i = 0; i < kRowsOfLane; ++i) {
+      const int64_t row = int64_t{tile.row_block} * Tiles::kRows + i * 32 + threadIdx.x % 32;
+      rows_[i] = args.scale + min(row, rows - 1) * args.scale_row_stride;
+    }
+#pragma unroll
+    for (int i = 0; i < kColumnsOfLane; ++i) {
+      const int column = tile.column_tile * Tiles::kColumns + (i * 32 + threadIdx.x % 32) * Tiles::kScaledColumns;
+      columns_[i] = args.weight_scale + min(column, args.call.columns - 1) / 128 * args.k_blocks;
+    }
+  }
+
+  // Those of the next block of K. Each lane arrives on `full` when its own are there.
+  __device__ void fetch(float* to, uint64_t* full) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kRowsOfLane; ++i) {
+      copy_word(to + i * 32 + lane, rows_[i]);
+      rows_[i] += args_.scale_group_stride;
+    }
+#pragma unroll
+    for (int i = 0; i < kColumnsOfLane; ++i) {
+      if (i * 32 + lane < Tiles::kColumnScales) copy_word(to + Tiles::kRows + i * 32 + lane, columns_[i]++);
+    }
+    arrive_when_copied(full);
+  }
+
+ private:
+  static constexpr int kRowsOfLane = Tiles::kRows / 32, kColumnsOfLane = (Tiles::kColumnScales + 31) / 32;
+
+  const ProjectionArgs& args_;
+  const float *rows_[kRowsOfLane], *columns_[kColumnsOfLane];
+};
+
+// By a warp.
+template <typename Tiles>
+__device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShared& shared, char* stages,
+                                      float* scales) {
   constexpr int kElements = kSwizzleBytes / sizeof(typename Tiles::In);
-  if (args.partition.rows(args.team.rank).count > 0) prefetch_map(&args.input_map);
-  prefetch_map(&args.weight_map);
+  const bool leads = threadIdx.x % 32 == 0;
+  if (leads && args.partition.rows(args.team.rank).count > 0) prefetch_map(&args.input_map);
+  if (leads) prefetch_map(&args.weight_map);
   RingPosition at;
   // Blocks begin each turn of tiles together: left to themselves they drift apart, until what they share is no longer
   // in the L2 cache when the last of them wants it.
@@ -23,20 +68,27 @@ __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShar
     while (fetched.load(cuda::memory_order_relaxed) < first && !has_faulted(args.team)) {
     }
     const Tile tile = tile_of<Tiles>(index, args);
+    ScaleFetcher<Tiles> scale_fetcher(args, tile);
     for (int k = 0; k < args.k_blocks && tile.row_block < own; ++k) {
       if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
       char* stage = stages + at.stage * Tiles::kStageBytes;
       uint64_t* full = &shared.full[at.stage];
-      barrier_expect(full, Tiles::kStageBytes);
-      tensor_load(stage, &args.input_map, k * kElements, tile.row_block * Tiles::kRows, full);
+      if (leads) {
+        barrier_expect(full, Tiles::kStageBytes);
+        tensor_load(stage, &args.input_map, k * kElements, tile.row_block * Tiles::kRows, full);
 #pragma unroll
-      for (int column = 0; column < Tiles::kColumns; column += Tiles::kWeightBox) {
-        tensor_load(stage + (Tiles::kRows + column) * kSwizzleBytes, &args.weight_map, k * kElements,
-                    tile.column_tile * Tiles::kColumns + column, full);
+        for (int column = 0; column < Tiles::kColumns; column += Tiles::kWeightBox) {
+          tensor_load(stage + (Tiles::kRows + column) * kSwizzleBytes, &args.weight_map, k * kElements,
+                      tile.column_tile * Tiles::kColumns + column, full);
+        }
       }
+      if constexpr (Tiles::kScaled) scale_fetcher.fetch(scales + at.stage * Tiles::kStageScales, full);
       next_stage<Tiles>(at);
     }
-    if (fetched.fetch_add(1, cuda::memory_order_relaxed) + 1 == end) fetched.store(0, cuda::memory_order_relaxed);
+    __syncwarp();
+    if (leads && fetched.fetch_add(1, cuda::memory_order_relaxed) + 1 == end) {
+      fetched.store(0, cuda::memory_order_relaxed);
+    }
   }
 }
 
@@ -67,10 +119,11 @@ __device__ inline Operands operands_of(const char* stages, Share share) {
   return {operand(first + share.row * kSwizzleBytes), operand(first + (Tiles::kRows + share.column) * kSwizzleBytes)};
 }
 
-// Products of 16-bit operands: one stage's stay in flight.
+// Products of 16-bit operands: one stage's stay in flight. Like multiply_scaled_tile it does not give the last stage
+// back, and returns its number.
 template <typename Tiles>
-__device__ inline void multiply_tile(const ProjectionArgs& args, ProjectionShared& shared, const Operands& operands,
-                                     RingPosition& at, float (&sums)[Tiles::kParts][Tiles::kSums]) {
+__device__ inline int multiply_tile(const ProjectionArgs& args, ProjectionShared& shared, const Operands& operands,
+                                    RingPosition& at, float (&sums)[Tiles::kParts][Tiles::kSums]) {
   const bool leads = threadIdx.x % 32 == 0;
   int last = 0;
 #pragma unroll
@@ -102,7 +155,7 @@ __device__ inline void multiply_tile(const ProjectionArgs& args, ProjectionShare
   product_wait<0>();
 #pragma unroll
   for (auto& part : sums) hold(part);
-  if (leads) barrier_arrive(&shared.empty[last]);
+  return last;
 }
 
 // The row of a warp group's share that this thread's first sums belong to; the others' lies 8 below.
@@ -111,34 +164,24 @@ __device__ inline int row_of_thread() { return threadIdx.x % 128 / 32 * 16 + thr
 // Products of e4m3 operands with their scales. Parts come one after the other: one set of registers holds their
 // products until they are promoted.
 template <typename Tiles>
-__device__ inline void multiply_scaled_tile(const ProjectionArgs& args, ProjectionShared& shared,
-                                            const Operands& operands, int group, RingPosition& at, Tile tile,
-                                            float (&sums)[Tiles::kParts][Tiles::kSums]) {
+__device__ inline int multiply_scaled_tile(const ProjectionArgs& args, ProjectionShared& shared,
+                                           const Operands& operands, const float* scales, int group, RingPosition& at,
+                                           float (&sums)[Tiles::kParts][Tiles::kSums]) {
   static_assert(Tiles::kGroupRows == 64);
   const bool leads = threadIdx.x % 32 == 0;
-  const int64_t rows = args.partition.rows(args.team.rank).count;
-  const int64_t row = int64_t{tile.row_block} * Tiles::kRows + group * Tiles::kGroupRows + row_of_thread();
-  const float* row_scale = args.scale + min(row, rows - 1) * args.scale_row_stride;
-  const int next_row = static_cast<int>((min(row + 8, rows - 1) - min(row, rows - 1)) * args.scale_row_stride);
-  // Blocks of 128 columns that a tile lies in, at most. In the first one it begins at column `begin`, a multiple of
-  // kStep.
-  constexpr int kStep = std::gcd(Tiles::kColumns, 128), kBlocks = (Tiles::kColumns + 128 - kStep - 1) / 128 + 1;
-  const int first_block = tile.column_tile * Tiles::kColumns / 128, begin = tile.column_tile * Tiles::kColumns % 128;
-  const int last_block = (args.call.columns - 1) / 128;
-  int blocks[kBlocks];
-#pragma unroll
-  for (int i = 0; i < kBlocks; ++i) blocks[i] = min(first_block + i, last_block) * args.k_blocks;
-  float upper = __ldg(row_scale), lower = __ldg(row_scale + next_row), scale[kBlocks];
-#pragma unroll
-  for (int i = 0; i < kBlocks; ++i) scale[i] = __ldg(args.weight_scale + blocks[i]);
+  const int row = group * Tiles::kGroupRows + row_of_thread();
 #pragma unroll
   for (auto& part : sums) {
 #pragma unroll
     for (float& sum : part) sum = 0;
   }
+  int last = 0;
   for (int k = 0; k < args.k_blocks; ++k) {
     barrier_wait(&shared.full[at.stage], at.round & 1);
     const uint64_t stage = at.stage * (Tiles::kStageBytes >> 4);
+    const float* row_scale = scales + at.stage * Tiles::kStageScales;
+    const float* column_scale = row_scale + Tiles::kRows;
+    const float upper = row_scale[row], lower = row_scale[row + 8];
 #pragma unroll
     for (int part = 0; part < Tiles::kParts; ++part) {
       const uint64_t b = operands.b + stage + place_of<Tiles>(part).column * (kSwizzleBytes >> 4);
@@ -151,28 +194,21 @@ __device__ inline void multiply_scaled_tile(const ProjectionArgs& args, Projecti
                  __nv_fp8_e4m3{});
       }
       product_commit();
-      float scales[kBlocks][2];
+      constexpr int kScales = Tiles::kPartColumns / Tiles::kScaledColumns;
+      float scale[kScales];
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) scales[i][0] = upper * scale[i], scales[i][1] = lower * scale[i];
-      if (part + 1 == Tiles::kParts && k + 1 < args.k_blocks) {
-        row_scale += args.scale_group_stride;
-        upper = __ldg(row_scale), lower = __ldg(row_scale + next_row);
-#pragma unroll
-        for (int i = 0; i < kBlocks; ++i) scale[i] = __ldg(args.weight_scale + blocks[i] + k + 1);
-      }
+      for (int i = 0; i < kScales; ++i) scale[i] = column_scale[part * kScales + i];
       product_wait<0>();
       hold(products);
       if (part + 1 == Tiles::kParts) {
-        if (leads) barrier_arrive(&shared.empty[at.stage]);
+        if (leads && k + 1 < args.k_blocks) barrier_arrive(&shared.empty[at.stage]);
+        last = at.stage;
         next_stage<Tiles>(at);
       }
 #pragma unroll
       for (int j = 0; j < Tiles::kPartColumns / 8; ++j) {
-        // These 8 columns lie in block `near` or, if the tile begins late enough, in `far`.
-        const int column = (part * Tiles::kPartColumns + j * 8) / kStep * kStep;
-        const int near = column / 128, far = (column + 128 - kStep) / 128;
-        const bool is_far = begin + column >= far * 128;
-        const float high = is_far ? scales[far][0] : scales[near][0], low = is_far ? scales[far][1] : scales[near][1];
+        const float high = upper * scale[j * 8 / Tiles::kScaledColumns],
+                    low = lower * scale[j * 8 / Tiles::kScaledColumns];
         float* to = sums[part] + 4 * j;
         to[0] = fmaf(products[4 * j], high, to[0]);
         to[1] = fmaf(products[4 * j + 1], high, to[1]);
@@ -181,84 +217,100 @@ __device__ inline void multiply_scaled_tile(const ProjectionArgs& args, Projecti
       }
     }
   }
+  return last;
 }
 
-// Of four lanes each has a word of four vectors; afterwards each has one whole vector, that of its own number.
-__device__ inline void transpose_words(uint32_t (&words)[4]) {
+// The bias of these columns, of which `columns` are there.
+template <typename Out, int kSums>
+__device__ inline void add_bias(const Out* bias, int columns, float (&sums)[kSums]) {
 #pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = (threadIdx.x & bit) != 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if ((i & bit) != 0) continue;
-      const uint32_t sent = upper ? words[i] : words[i + bit];
-      const uint32_t got = __shfl_xor_sync(0xffffffffu, sent, bit);
-      words[i] = upper ? got : words[i];
-      words[i + bit] = upper ? words[i + bit] : got;
-    }
+  for (int j = 0; j < kSums / 4; ++j) {
+    const int column = j * 8 + threadIdx.x % 4 * 2;
+    if (column >= columns) break;
+    const float left = static_cast<float>(bias[column]), right = static_cast<float>(bias[column + 1]);
+    sums[4 * j] += left, sums[4 * j + 1] += right;
+    sums[4 * j + 2] += left, sums[4 * j + 3] += right;
   }
 }
 
-// Rounds 64 rows of a warp group's sums to where `to` points, their first column and this thread's first row. `left`
-// rows and `columns` columns are there from that point on.
-template <typename Out, int kSums>
-__device__ inline void store_sums(const ProjectionArgs& args, Out* to, const Out* bias, int64_t left, int columns,
+// Rounds a warp's 16 rows of sums, kColumns of them from kFirst on, to where `to` points. `rows` rows and `columns`
+// columns are there from that point on. Through `staged` in shared memory, for whole rows to be written at once.
+template <int kFirst, int kColumns, typename Out, int kSums>
+__device__ inline void store_sums(const ProjectionArgs& args, Out* to, int64_t rows, int columns, Out* staged,
                                   const float (&sums)[kSums]) {
-  const int quarter = threadIdx.x % 4;
+  constexpr int kPitch = staged_pitch(kColumns), kVectors = kColumns / 8;
+  constexpr int kLanesOfRow = std::max(2u, std::bit_ceil(unsigned{kVectors}));
+  const int lane = threadIdx.x % 32;
+  // Of a pair of 8-column matrices lanes 0 to 15 point to the rows of the left one, the others to those of the right.
+  Out* const pair = staged + lane % 16 * kPitch + lane / 16 * 8;
 #pragma unroll
-  for (int first = 0; first < kSums / 4; first += 4) {
-    uint32_t upper[4] = {}, lower[4] = {};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int j = first + i;
-      if (j >= kSums / 4) break;
-      const int column = j * 8 + quarter * 2;
-      float added[2] = {};
-      if (bias != nullptr && column < columns) {
-        added[0] = static_cast<float>(bias[column]), added[1] = static_cast<float>(bias[column + 1]);
-      }
-      upper[i] = pack2(sums[4 * j] + added[0], sums[4 * j + 1] + added[1], Out{});
-      lower[i] = pack2(sums[4 * j + 2] + added[0], sums[4 * j + 3] + added[1], Out{});
+  for (int column = 0; column < kColumns; column += 16) {
+    const float* sum = sums + (kFirst + column) / 2;
+    const uint32_t upper = pack2(sum[0], sum[1], Out{}), lower = pack2(sum[2], sum[3], Out{});
+    if (column + 8 < kColumns) {
+      store_matrices(pair + column, {upper, lower, pack2(sum[4], sum[5], Out{}), pack2(sum[6], sum[7], Out{})});
+    } else {
+      store_matrices(pair + column, {upper, lower});
     }
-    transpose_words(upper);
-    transpose_words(lower);
-    const int vector = first + quarter;
-    if (vector >= kSums / 4 || vector * 8 >= columns) continue;
-    if (left > 0) store16(to + vector * 8, {upper[0], upper[1], upper[2], upper[3]});
-    if (left > 8) {
-      store16(to + int64_t{8} * args.call.columns + vector * 8, {lower[0], lower[1], lower[2], lower[3]});
+  }
+  __syncwarp();
+  const int vector = lane % kLanesOfRow;
+  if (vector < kVectors && vector * 8 < columns) {
+#pragma unroll
+    for (int first = 0; first < 16; first += 32 / kLanesOfRow) {
+      const int row = first + lane / kLanesOfRow;
+      const uint4 raw = *reinterpret_cast<const uint4*>(staged + row * kPitch + vector * 8);
+      if (row < rows) store16(to + int64_t{row} * args.call.columns + vector * 8, raw);
+    }
+  }
+  __syncwarp();
+}
+
+// Writes a warp group's share of a finished tile, through the stage that was multiplied last.
+template <typename Tiles, typename Out, bool kNorm>
+__device__ inline void store_tile(const ProjectionArgs& args, const BlockRound& round, Tile tile, Share share,
+                                  char* stage, float (&sums)[Tiles::kParts][Tiles::kSums]) {
+  const int warp = threadIdx.x / 32 - kOtherWarps;
+  Out* const staged = reinterpret_cast<Out*>(stage + warp * Tiles::kStagedBytes);
+  const int64_t row = int64_t{tile.row_block} * Tiles::kRows + share.row + warp % 4 * 16;
+  const int column = tile.column_tile * Tiles::kColumns + share.column;
+  const int64_t rows = args.partition.rows(args.team.rank).count;
+  products_sync();
+#pragma unroll
+  for (int part = 0; part < Tiles::kParts; ++part) {
+    const int64_t first_row = row + place_of<Tiles>(part).row;
+    const int first = column + place_of<Tiles>(part).column, left = args.call.columns - first;
+    if (args.bias != nullptr) add_bias(static_cast<const Out*>(args.bias) + first, left, sums[part]);
+    Out* const to = rows_at<Out, kNorm>(args, round) + first_row * args.call.columns + first;
+    constexpr int kColumns = Tiles::kStagedColumns;
+    store_sums<0, kColumns>(args, to, rows - first_row, left, staged, sums[part]);
+    if constexpr (kColumns < Tiles::kPartColumns) {
+      store_sums<kColumns, kColumns>(args, to + kColumns, rows - first_row, left - kColumns, staged, sums[part]);
     }
   }
 }
 
 template <typename Tiles, typename Out, bool kNorm>
 __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
-                                      int group, const char* stages) {
-  constexpr bool kScaled = sizeof(typename Tiles::In) == 1;
+                                      int group, char* stages, const float* scales) {
   const Share share = share_of<Tiles>(group);
   const Operands operands = operands_of<Tiles>(stages, share);
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
   RingPosition at;
   for_tiles<Tiles>(args, [&](Tile tile) {
     float sums[Tiles::kParts][Tiles::kSums];
-    if constexpr (kScaled) {
-      multiply_scaled_tile<Tiles>(args, shared, operands, group, at, tile, sums);
+    int stage;
+    if constexpr (Tiles::kScaled) {
+      stage = multiply_scaled_tile<Tiles>(args, shared, operands, scales, group, at, sums);
     } else {
-      multiply_tile<Tiles>(args, shared, operands, at, sums);
+      stage = multiply_tile<Tiles>(args, shared, operands, at, sums);
     }
-    const int64_t row = int64_t{tile.row_block} * Tiles::kRows + share.row + row_of_thread();
-    const int column = tile.column_tile * Tiles::kColumns + share.column;
-    const int64_t rows = args.partition.rows(args.team.rank).count;
-    const Out* bias = static_cast<const Out*>(args.bias);
-#pragma unroll
-    for (int part = 0; part < Tiles::kParts; ++part) {
-      const int64_t first_row = row + place_of<Tiles>(part).row;
-      const int first = column + place_of<Tiles>(part).column;
-      store_sums(args, rows_at<Out, kNorm>(args, round) + first_row * args.call.columns + first,
-                 bias == nullptr ? nullptr : bias + first, rows - first_row, args.call.columns - first, sums[part]);
-    }
+    store_tile<Tiles, Out, kNorm>(args, round, tile, share, stages + stage * Tiles::kStageBytes, sums);
+    fence_async_shared();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) stored.fetch_add(1, cuda::memory_order_release);
+    if (threadIdx.x % 32 != 0) return;
+    barrier_arrive(&shared.empty[stage]);
+    stored.fetch_add(1, cuda::memory_order_release);
   });
 }
 
