@@ -37,6 +37,10 @@ constexpr uint64_t kOperandStep = kProductBytes >> 4;
 // All threads of the block's two warp groups that multiply.
 __device__ inline void products_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
+// Two warp groups that multiply in turns: a group waits for its turn, until the other one passes it on.
+__device__ inline void take_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(2 + group) : "memory"); }
+__device__ inline void pass_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(2 + group) : "memory"); }
+
 __device__ inline void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>
@@ -57,9 +61,10 @@ __device__ inline void hold(float (&sums)[kSums]) {
 // clang-format off
 #define TPF_SUM_4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define TPF_SUMS_4 TPF_SUM_4(0)
+#define TPF_SUMS_32 \
+  TPF_SUM_4(0), TPF_SUM_4(4), TPF_SUM_4(8), TPF_SUM_4(12), TPF_SUM_4(16), TPF_SUM_4(20), TPF_SUM_4(24), TPF_SUM_4(28)
 #define TPF_SUMS_36 \
-  TPF_SUM_4(0), TPF_SUM_4(4), TPF_SUM_4(8), TPF_SUM_4(12), TPF_SUM_4(16), TPF_SUM_4(20), TPF_SUM_4(24), \
-  TPF_SUM_4(28), TPF_SUM_4(32)
+  TPF_SUMS_32, TPF_SUM_4(32)
 #define TPF_SUMS_44 \
   TPF_SUMS_36, TPF_SUM_4(36), TPF_SUM_4(40)
 #define TPF_SUMS_48 \
@@ -71,9 +76,11 @@ __device__ inline void hold(float (&sums)[kSums]) {
 #define TPF_SUMS_96 \
   TPF_SUMS_88, TPF_SUM_4(88), TPF_SUM_4(92)
 #define TPF_REGISTERS_4 "%0, %1, %2, %3"
-#define TPF_REGISTERS_36 \
+#define TPF_REGISTERS_32 \
   TPF_REGISTERS_4 ", %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, " \
-  "%30, %31, %32, %33, %34, %35"
+  "%30, %31"
+#define TPF_REGISTERS_36 \
+  TPF_REGISTERS_32 ", %32, %33, %34, %35"
 #define TPF_REGISTERS_44 \
   TPF_REGISTERS_36 ", %36, %37, %38, %39, %40, %41, %42, %43"
 #define TPF_REGISTERS_48 \
@@ -104,20 +111,22 @@ TPF_MULTIPLY_16_BITS(96, 48, "%48", "%49", "%50")
 TPF_MULTIPLY_16_BITS(144, 72, "%72", "%73", "%74")
 TPF_MULTIPLY_16_BITS(176, 88, "%88", "%89", "%90")
 TPF_MULTIPLY_16_BITS(192, 96, "%96", "%97", "%98")
+TPF_MULTIPLY(__nv_fp8_e4m3, 64, 32, "%32", "%33", "%34", "k32.f32.e4m3.e4m3", "1, 1")
 TPF_MULTIPLY(__nv_fp8_e4m3, 88, 44, "%44", "%45", "%46", "k32.f32.e4m3.e4m3", "1, 1")
-TPF_MULTIPLY(__nv_fp8_e4m3, 96, 48, "%48", "%49", "%50", "k32.f32.e4m3.e4m3", "1, 1")
 TPF_MULTIPLY(__nv_fp8_e4m3, 192, 96, "%96", "%97", "%98", "k32.f32.e4m3.e4m3", "1, 1")
 // clang-format on
 
 #undef TPF_MULTIPLY_16_BITS
 #undef TPF_MULTIPLY
 #undef TPF_REGISTERS_4
+#undef TPF_REGISTERS_32
 #undef TPF_REGISTERS_36
 #undef TPF_REGISTERS_44
 #undef TPF_REGISTERS_48
 #undef TPF_REGISTERS_72
 #undef TPF_REGISTERS_88
 #undef TPF_REGISTERS_96
+#undef TPF_SUMS_32
 #undef TPF_SUMS_36
 #undef TPF_SUMS_44
 #undef TPF_SUMS_48

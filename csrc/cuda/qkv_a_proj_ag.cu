@@ -168,7 +168,7 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
     case TPF_F16:
       return launch_16_bits<__half>(args, device, blocks, *projection, stream);
     default:
-      return launch_cheapest<WideTiles<__nv_fp8_e4m3>, MediumTiles<__nv_fp8_e4m3>, SmallTiles<__nv_fp8_e4m3>>(
+      return launch_cheapest<WideTiles<__nv_fp8_e4m3>, MediumTiles<__nv_fp8_e4m3>, NarrowTiles<__nv_fp8_e4m3>>(
           args, device, blocks, *projection, stream);
   }
 }

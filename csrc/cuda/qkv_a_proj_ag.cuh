@@ -41,6 +41,9 @@ struct Tiling {
   static_assert(kWeightBox <= 256 && kWeightBox % 8 == 0);  // the copy engine's limit; the swizzle's pattern
   static constexpr int kStageBytes = (kRows + kColumns) * kSwizzleBytes;
   static constexpr bool kScaled = sizeof(In) == 1;
+  // Whether one warp group promotes while the other multiplies. It costs the way from one to the other each time, which
+  // is little where the products themselves wait longest for their beginning and their end.
+  static constexpr bool kInTurns = kScaled && kColumns <= 64;
   // Scales, each for 128 of K: of the tile's rows, and of its columns. Those have one for 128; a tile may begin within
   // these.
   static constexpr int kScaledColumns = std::gcd(kColumns, 128), kColumnScales = kColumns / kScaledColumns;
@@ -64,6 +67,9 @@ template <typename In>
 using MediumTiles = Tiling<In, 128, 192, 4>;
 template <typename In>
 using SmallTiles = Tiling<In, 128, 96, 5>;
+// Few rows of fp8: as many tiles as there are blocks on a card.
+template <typename In>
+using NarrowTiles = Tiling<In, 128, 64, 6>;
 // Few rows: the weight has to come from memory, through as many blocks as there are, with enough of it on its way.
 template <typename In>
 using FewRows = Tiling<In, 64, 144, 6>;

@@ -9,88 +9,117 @@ namespace tpf {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// By a warp: the scales of a tile's rows and of its columns, kScaledColumns at a time, into shared memory. The
-// multiplying warps would wait for them: these have no registers to ask for more than the next block of K's.
+// The fetching warp. Scales, too: the multiplying warps would wait for them, having no registers to ask for more than
+// the next block of K's.
 template <typename Tiles>
-class ScaleFetcher {
+class OperandFetcher {
  public:
-  __device__ ScaleFetcher(const ProjectionArgs& args, Tile tile) : args_(args) {
-    const int64_t rows = args.partition.rows(args.team.rank).count;
-#pragma unroll
-    for (int i = 0; i < kRowsOfLane; ++i) {
-      const int64_t row = int64_t{tile.row_block} * Tiles::kRows + i * 32 + threadIdx.x % 32;
-      rows_[i] = args.scale + min(row, rows - 1) * args.scale_row_stride;
-    }
-#pragma unroll
-    for (int i = 0; i < kColumnsOfLane; ++i) {
-      const int column = tile.column_tile * Tiles::kColumns + (i * 32 + threadIdx.x % 32) * Tiles::kScaledColumns;
-      columns_[i] = args.weight_scale + min(column, args.call.columns - 1) / 128 * args.k_blocks;
+  __device__ OperandFetcher(const ProjectionArgs& args, ProjectionShared& shared, char* stages, float* scales)
+      : args_(args), shared_(shared), stages_(stages), scales_(scales) {}
+
+  // Fills the stages for the first tile, before the op is opened: it takes a read of global memory until that is done.
+  __device__ void begin() {
+    if (!take(blockIdx.x)) return;
+    while (k_ < min(Tiles::kStages, args_.k_blocks)) fetch();
+  }
+
+  // Where the op is refused: until the copy engine writes no more to this block's shared memory.
+  __device__ void stop() {
+    for (int stage = 0; stage < k_; ++stage) barrier_wait(&shared_.full[stage], 0);
+  }
+
+  // All else. Blocks begin each turn of tiles together: left to themselves they drift apart, until what they share is
+  // no longer in the L2 cache when the last of them wants it.
+  __device__ void run() {
+    cuda::atomic_ref<uint32_t, cuda::thread_scope_device> fetched(control(args_.team.region[args_.team.rank])->fetched);
+    const int end = args_.row_blocks * args_.column_tiles;
+    for (int first = 0, index = blockIdx.x; index < end; first += gridDim.x, index += gridDim.x) {
+      // Blocks that began after a fault fetch nothing.
+      while (first > 0 && fetched.load(cuda::memory_order_relaxed) < first && !has_faulted(args_.team)) {
+      }
+      if (first == 0 ? k_ > 0 : take(index)) {
+        while (k_ < args_.k_blocks) fetch();
+      }
+      __syncwarp();
+      if (leads() && fetched.fetch_add(1, cuda::memory_order_relaxed) + 1 == end) {
+        fetched.store(0, cuda::memory_order_relaxed);
+      }
     }
   }
 
-  // Those of the next block of K. Each lane arrives on `full` when its own are there.
-  __device__ void fetch(float* to, uint64_t* full) {
+ private:
+  static constexpr int kElements = kSwizzleBytes / sizeof(typename Tiles::In);
+  static constexpr int kRowsOfLane = Tiles::kRows / 32, kColumnsOfLane = (Tiles::kColumnScales + 31) / 32;
+
+  static __device__ bool leads() { return threadIdx.x % 32 == 0; }
+
+  // Turns to a tile; false if this rank has no rows there.
+  __device__ bool take(int index) {
+    tile_ = tile_of<Tiles>(index, args_);
+    k_ = 0;
+    if (index >= args_.row_blocks * args_.column_tiles || tile_.row_block >= own_row_blocks(args_, Tiles::kRows)) {
+      return false;
+    }
+    if constexpr (Tiles::kScaled) {
+      const int lane = threadIdx.x % 32;
+      const int64_t rows = args_.partition.rows(args_.team.rank).count;
+#pragma unroll
+      for (int i = 0; i < kRowsOfLane; ++i) {
+        const int64_t row = int64_t{tile_.row_block} * Tiles::kRows + i * 32 + lane;
+        row_scales_[i] = args_.scale + min(row, rows - 1) * args_.scale_row_stride;
+      }
+#pragma unroll
+      for (int i = 0; i < kColumnsOfLane; ++i) {
+        const int column = tile_.column_tile * Tiles::kColumns + (i * 32 + lane) * Tiles::kScaledColumns;
+        column_scales_[i] = args_.weight_scale + min(column, args_.call.columns - 1) / 128 * args_.k_blocks;
+      }
+    }
+    return true;
+  }
+
+  // The tile's next block of K.
+  __device__ void fetch() {
+    if (at_.round > 0) barrier_wait(&shared_.empty[at_.stage], (at_.round - 1) & 1);
+    char* stage = stages_ + at_.stage * Tiles::kStageBytes;
+    uint64_t* full = &shared_.full[at_.stage];
+    if (leads()) {
+      barrier_expect(full, Tiles::kStageBytes);
+      tensor_load(stage, &args_.input_map, k_ * kElements, tile_.row_block * Tiles::kRows, full);
+#pragma unroll
+      for (int column = 0; column < Tiles::kColumns; column += Tiles::kWeightBox) {
+        tensor_load(stage + (Tiles::kRows + column) * kSwizzleBytes, &args_.weight_map, k_ * kElements,
+                    tile_.column_tile * Tiles::kColumns + column, full);
+      }
+    }
+    if constexpr (Tiles::kScaled) fetch_scales(scales_ + at_.stage * Tiles::kStageScales, full);
+    next_stage<Tiles>(at_);
+    ++k_;
+  }
+
+  // Each lane arrives on `full` when its own are there.
+  __device__ void fetch_scales(float* to, uint64_t* full) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kRowsOfLane; ++i) {
-      copy_word(to + i * 32 + lane, rows_[i]);
-      rows_[i] += args_.scale_group_stride;
+      copy_word(to + i * 32 + lane, row_scales_[i]);
+      row_scales_[i] += args_.scale_group_stride;
     }
 #pragma unroll
     for (int i = 0; i < kColumnsOfLane; ++i) {
-      if (i * 32 + lane < Tiles::kColumnScales) copy_word(to + Tiles::kRows + i * 32 + lane, columns_[i]++);
+      if (i * 32 + lane < Tiles::kColumnScales) copy_word(to + Tiles::kRows + i * 32 + lane, column_scales_[i]++);
     }
     arrive_when_copied(full);
   }
 
- private:
-  static constexpr int kRowsOfLane = Tiles::kRows / 32, kColumnsOfLane = (Tiles::kColumnScales + 31) / 32;
-
   const ProjectionArgs& args_;
-  const float *rows_[kRowsOfLane], *columns_[kColumnsOfLane];
+  ProjectionShared& shared_;
+  char* const stages_;
+  float* const scales_;
+  RingPosition at_;
+  Tile tile_ = {};
+  int k_ = 0;
+  const float *row_scales_[kRowsOfLane], *column_scales_[kColumnsOfLane];
 };
-
-// By a warp.
-template <typename Tiles>
-__device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShared& shared, char* stages,
-                                      float* scales) {
-  constexpr int kElements = kSwizzleBytes / sizeof(typename Tiles::In);
-  const bool leads = threadIdx.x % 32 == 0;
-  if (leads && args.partition.rows(args.team.rank).count > 0) prefetch_map(&args.input_map);
-  if (leads) prefetch_map(&args.weight_map);
-  RingPosition at;
-  // Blocks begin each turn of tiles together: left to themselves they drift apart, until what they share is no longer
-  // in the L2 cache when the last of them wants it.
-  cuda::atomic_ref<uint32_t, cuda::thread_scope_device> fetched(control(args.team.region[args.team.rank])->fetched);
-  const int end = args.row_blocks * args.column_tiles, own = own_row_blocks(args, Tiles::kRows);
-  for (int first = 0, index = blockIdx.x; index < end; first += gridDim.x, index += gridDim.x) {
-    // Blocks that began after a fault fetch nothing.
-    while (fetched.load(cuda::memory_order_relaxed) < first && !has_faulted(args.team)) {
-    }
-    const Tile tile = tile_of<Tiles>(index, args);
-    ScaleFetcher<Tiles> scale_fetcher(args, tile);
-    for (int k = 0; k < args.k_blocks && tile.row_block < own; ++k) {
-      if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
-      char* stage = stages + at.stage * Tiles::kStageBytes;
-      uint64_t* full = &shared.full[at.stage];
-      if (leads) {
-        barrier_expect(full, Tiles::kStageBytes);
-        tensor_load(stage, &args.input_map, k * kElements, tile.row_block * Tiles::kRows, full);
-#pragma unroll
-        for (int column = 0; column < Tiles::kColumns; column += Tiles::kWeightBox) {
-          tensor_load(stage + (Tiles::kRows + column) * kSwizzleBytes, &args.weight_map, k * kElements,
-                      tile.column_tile * Tiles::kColumns + column, full);
-        }
-      }
-      if constexpr (Tiles::kScaled) scale_fetcher.fetch(scales + at.stage * Tiles::kStageScales, full);
-      next_stage<Tiles>(at);
-    }
-    __syncwarp();
-    if (leads && fetched.fetch_add(1, cuda::memory_order_relaxed) + 1 == end) {
-      fetched.store(0, cuda::memory_order_relaxed);
-    }
-  }
-}
 
 // A warp group's share of a tile: where it begins in the tile.
 struct Share {
@@ -187,6 +216,7 @@ __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, Projectio
       const uint64_t b = operands.b + stage + place_of<Tiles>(part).column * (kSwizzleBytes >> 4);
       float products[Tiles::kSums];
       hold(products);
+      if constexpr (Tiles::kInTurns) take_turn(group);
       product_fence();
 #pragma unroll
       for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
@@ -199,6 +229,7 @@ __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, Projectio
 #pragma unroll
       for (int i = 0; i < kScales; ++i) scale[i] = column_scale[part * kScales + i];
       product_wait<0>();
+      if constexpr (Tiles::kInTurns) pass_turn(1 - group);
       hold(products);
       if (part + 1 == Tiles::kParts) {
         if (leads && k + 1 < args.k_blocks) barrier_arrive(&shared.empty[at.stage]);
@@ -237,7 +268,7 @@ __device__ inline void add_bias(const Out* bias, int columns, float (&sums)[kSum
 // columns are there from that point on. Through `staged` in shared memory, for whole rows to be written at once.
 template <int kFirst, int kColumns, typename Out, int kSums>
 __device__ inline void store_sums(const ProjectionArgs& args, Out* to, int64_t rows, int columns, Out* staged,
-                                  const float (&sums)[kSums]) {
+                                  const float (&sums)[kSums], bool last) {
   constexpr int kPitch = staged_pitch(kColumns), kVectors = kColumns / 8;
   constexpr int kLanesOfRow = std::max(2u, std::bit_ceil(unsigned{kVectors}));
   const int lane = threadIdx.x % 32;
@@ -253,6 +284,8 @@ __device__ inline void store_sums(const ProjectionArgs& args, Out* to, int64_t r
       store_matrices(pair + column, {upper, lower});
     }
   }
+  // After the last of a tile the copy engine writes there. Behind the stores below the fence would wait for them.
+  if (last) fence_async_shared();
   __syncwarp();
   const int vector = lane % kLanesOfRow;
   if (vector < kVectors && vector * 8 < columns) {
@@ -283,9 +316,11 @@ __device__ inline void store_tile(const ProjectionArgs& args, const BlockRound& 
     if (args.bias != nullptr) add_bias(static_cast<const Out*>(args.bias) + first, left, sums[part]);
     Out* const to = rows_at<Out, kNorm>(args, round) + first_row * args.call.columns + first;
     constexpr int kColumns = Tiles::kStagedColumns;
-    store_sums<0, kColumns>(args, to, rows - first_row, left, staged, sums[part]);
-    if constexpr (kColumns < Tiles::kPartColumns) {
-      store_sums<kColumns, kColumns>(args, to + kColumns, rows - first_row, left - kColumns, staged, sums[part]);
+    constexpr bool kHalves = kColumns < Tiles::kPartColumns;
+    const bool last = part + 1 == Tiles::kParts;
+    store_sums<0, kColumns>(args, to, rows - first_row, left, staged, sums[part], last && !kHalves);
+    if constexpr (kHalves) {
+      store_sums<kColumns, kColumns>(args, to + kColumns, rows - first_row, left - kColumns, staged, sums[part], last);
     }
   }
 }
@@ -297,6 +332,7 @@ __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRou
   const Operands operands = operands_of<Tiles>(stages, share);
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
   RingPosition at;
+  if (Tiles::kInTurns && group == 1) pass_turn(0);
   for_tiles<Tiles>(args, [&](Tile tile) {
     float sums[Tiles::kParts][Tiles::kSums];
     int stage;
@@ -306,8 +342,6 @@ __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRou
       stage = multiply_tile<Tiles>(args, shared, operands, at, sums);
     }
     store_tile<Tiles, Out, kNorm>(args, round, tile, share, stages + stage * Tiles::kStageBytes, sums);
-    fence_async_shared();
-    __syncwarp();
     if (threadIdx.x % 32 != 0) return;
     barrier_arrive(&shared.empty[stage]);
     stored.fetch_add(1, cuda::memory_order_release);
