@@ -63,12 +63,9 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
   return status;
 }
 
-constexpr int kHalfACard = 66;  // in blocks, of H100
-
 // The time of the busiest block, in cycles of the tensor cores for 128 bytes of K; and, where there are peers, once
 // more the time until the first rows can be copied. Measured on H100: a block reads its operands at some 45 bytes a
-// cycle, and multiplies meanwhile; of fp8 it reads at 35, and waits some 270 cycles for each part's products. Few
-// blocks leave the card to those of other ranks: then memory is what fp8 waits for.
+// cycle, of fp8 at 35, and multiplies meanwhile; of fp8 it waits some 270 cycles for each part's products.
 template <typename Tiles>
 int64_t cost_of(const ProjectionArgs& args, int blocks) {
   const int64_t row_blocks = tiles(args.partition.largest(), Tiles::kRows);
@@ -76,7 +73,7 @@ int64_t cost_of(const ProjectionArgs& args, int blocks) {
   const int64_t first =
       args.team.world_size > 1 ? turns(std::min<int64_t>(row_blocks, kGroupedRows / Tiles::kRows)) : 0;
   const int product = Tiles::kRows * Tiles::kColumns / 32;
-  const int waits = Tiles::kScaled && blocks > kHalfACard ? 270 * Tiles::kParts : 0;
+  const int waits = Tiles::kScaled ? 270 * Tiles::kParts : 0;
   const int cycles = std::max(product + waits, Tiles::kStageBytes / (Tiles::kScaled ? 35 : 45));
   return (turns(row_blocks) + first) * cycles;
 }
@@ -97,6 +94,7 @@ tpf_status launch_cheapest(ProjectionArgs& args, const Device& device, int block
 // compared. By what is the same on all ranks: so not by this rank's multiprocessors.
 bool product_comes_first(const ProjectionArgs& args, int blocks) {
   constexpr int64_t kFewRows = 1024;
+  constexpr int kHalfACard = 66;  // of H100
   return args.team.world_size > 1 && args.call.dtype != TPF_E4M3 && blocks > kHalfACard &&
          args.partition.largest() <= kFewRows;
 }

@@ -109,20 +109,15 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   char* rest = buffers + kCopiers * kCopierStages * kCopierBytes;
   float* scales = reinterpret_cast<float*>(rest);
   uint4* norm_weights = reinterpret_cast<uint4*>(rest);  // of 16-bit rows: there are no scales
-  // By a shuffle the compiler knows it to be the same in a warp, and keeps the operands' places in uniform registers.
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  OperandFetcher<Tiles> fetcher(args, shared, stages, scales);
-  if (warp == kCopiers) {
-    if (threadIdx.x % 32 == 0) {
-      shared.init<Tiles>();
-      if (args.partition.rows(args.team.rank).count > 0) prefetch_map(&args.input_map);
-      prefetch_map(&args.weight_map);
-    }
-    __syncwarp();
-    fetcher.begin();
+  if (threadIdx.x == 0) {
+    shared.init<Tiles>();
+    if (args.partition.rows(args.team.rank).count > 0) prefetch_map(&args.input_map);
+    prefetch_map(&args.weight_map);
   }
   if constexpr (kNorm) keep_norm_weights<Out>(args, norm_weights);
   const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
+  // By a shuffle the compiler knows it to be the same in a warp, and keeps the operands' places in uniform registers.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp >= kOtherWarps) {
     take_registers<multiply_registers<Tiles>(kNorm)>();
     if (round.refused) return;
@@ -134,10 +129,10 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   if (warp < kCopiers) {
     copy_row_blocks<Tiles, Out, kNorm>(args, round, blockIdx.x * kCopiers + warp,
                                        buffers + warp * kCopierStages * kCopierBytes, shared.copied[warp]);
-  } else if (warp == kCopiers) {
-    round.refused ? fetcher.stop() : fetcher.run();
   } else if (round.refused) {
     return;
+  } else if (warp == kCopiers) {
+    fetch_operands<Tiles>(args, shared, stages, scales);
   } else {
     finish_row_blocks<Tiles, Out, kNorm>(args, round, shared, norm_weights);
   }

@@ -9,117 +9,86 @@ namespace tpf {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// The fetching warp. Scales, too: the multiplying warps would wait for them, having no registers to ask for more than
-// the next block of K's.
+// By a warp: the scales of a tile's rows and of its columns, kScaledColumns at a time, into shared memory. The
+// multiplying warps would wait for them: these have no registers to ask for more than the next block of K's.
 template <typename Tiles>
-class OperandFetcher {
+class ScaleFetcher {
  public:
-  __device__ OperandFetcher(const ProjectionArgs& args, ProjectionShared& shared, char* stages, float* scales)
-      : args_(args), shared_(shared), stages_(stages), scales_(scales) {}
-
-  // Fills the stages for the first tile, before the op is opened: it takes a read of global memory until that is done.
-  __device__ void begin() {
-    if (!take(blockIdx.x)) return;
-    while (k_ < min(Tiles::kStages, args_.k_blocks)) fetch();
-  }
-
-  // Where the op is refused: until the copy engine writes no more to this block's shared memory.
-  __device__ void stop() {
-    for (int stage = 0; stage < k_; ++stage) barrier_wait(&shared_.full[stage], 0);
-  }
-
-  // All else. Blocks begin each turn of tiles together: left to themselves they drift apart, until what they share is
-  // no longer in the L2 cache when the last of them wants it.
-  __device__ void run() {
-    cuda::atomic_ref<uint32_t, cuda::thread_scope_device> fetched(control(args_.team.region[args_.team.rank])->fetched);
-    const int end = args_.row_blocks * args_.column_tiles;
-    for (int first = 0, index = blockIdx.x; index < end; first += gridDim.x, index += gridDim.x) {
-      // Blocks that began after a fault fetch nothing.
-      while (first > 0 && fetched.load(cuda::memory_order_relaxed) < first && !has_faulted(args_.team)) {
-      }
-      if (first == 0 ? k_ > 0 : take(index)) {
-        while (k_ < args_.k_blocks) fetch();
-      }
-      __syncwarp();
-      if (leads() && fetched.fetch_add(1, cuda::memory_order_relaxed) + 1 == end) {
-        fetched.store(0, cuda::memory_order_relaxed);
-      }
-    }
-  }
-
- private:
-  static constexpr int kElements = kSwizzleBytes / sizeof(typename Tiles::In);
-  static constexpr int kRowsOfLane = Tiles::kRows / 32, kColumnsOfLane = (Tiles::kColumnScales + 31) / 32;
-
-  static __device__ bool leads() { return threadIdx.x % 32 == 0; }
-
-  // Turns to a tile; false if this rank has no rows there.
-  __device__ bool take(int index) {
-    tile_ = tile_of<Tiles>(index, args_);
-    k_ = 0;
-    if (index >= args_.row_blocks * args_.column_tiles || tile_.row_block >= own_row_blocks(args_, Tiles::kRows)) {
-      return false;
-    }
-    if constexpr (Tiles::kScaled) {
-      const int lane = threadIdx.x % 32;
-      const int64_t rows = args_.partition.rows(args_.team.rank).count;
-#pragma unroll
-      for (int i = 0; i < kRowsOfLane; ++i) {
-        const int64_t row = int64_t{tile_.row_block} * Tiles::kRows + i * 32 + lane;
-        row_scales_[i] = args_.scale + min(row, rows - 1) * args_.scale_row_stride;
-      }
-#pragma unroll
-      for (int i = 0; i < kColumnsOfLane; ++i) {
-        const int column = tile_.column_tile * Tiles::kColumns + (i * 32 + lane) * Tiles::kScaledColumns;
-        column_scales_[i] = args_.weight_scale + min(column, args_.call.columns - 1) / 128 * args_.k_blocks;
-      }
-    }
-    return true;
-  }
-
-  // The tile's next block of K.
-  __device__ void fetch() {
-    if (at_.round > 0) barrier_wait(&shared_.empty[at_.stage], (at_.round - 1) & 1);
-    char* stage = stages_ + at_.stage * Tiles::kStageBytes;
-    uint64_t* full = &shared_.full[at_.stage];
-    if (leads()) {
-      barrier_expect(full, Tiles::kStageBytes);
-      tensor_load(stage, &args_.input_map, k_ * kElements, tile_.row_block * Tiles::kRows, full);
-#pragma unroll
-      for (int column = 0; column < Tiles::kColumns; column += Tiles::kWeightBox) {
-        tensor_load(stage + (Tiles::kRows + column) * kSwizzleBytes, &args_.weight_map, k_ * kElements,
-                    tile_.column_tile * Tiles::kColumns + column, full);
-      }
-    }
-    if constexpr (Tiles::kScaled) fetch_scales(scales_ + at_.stage * Tiles::kStageScales, full);
-    next_stage<Tiles>(at_);
-    ++k_;
-  }
-
-  // Each lane arrives on `full` when its own are there.
-  __device__ void fetch_scales(float* to, uint64_t* full) {
-    const int lane = threadIdx.x % 32;
+  __device__ ScaleFetcher(const ProjectionArgs& args, Tile tile) : args_(args) {
+    const int64_t rows = args.partition.rows(args.team.rank).count;
 #pragma unroll
     for (int i = 0; i < kRowsOfLane; ++i) {
-      copy_word(to + i * 32 + lane, row_scales_[i]);
-      row_scales_[i] += args_.scale_group_stride;
+      const int64_t row = int64_t{tile.row_block} * Tiles::kRows + i * 32 + threadIdx.x % 32;
+      rows_[i] = args.scale + min(row, rows - 1) * args.scale_row_stride;
     }
 #pragma unroll
     for (int i = 0; i < kColumnsOfLane; ++i) {
-      if (i * 32 + lane < Tiles::kColumnScales) copy_word(to + Tiles::kRows + i * 32 + lane, column_scales_[i]++);
+      const int column = tile.column_tile * Tiles::kColumns + (i * 32 + threadIdx.x % 32) * Tiles::kScaledColumns;
+      columns_[i] = args.weight_scale + min(column, args.call.columns - 1) / 128 * args.k_blocks;
+    }
+  }
+
+  // Those of the next block of K. Each lane arrives on `full` when its own are there.
+  __device__ void fetch(float* to, uint64_t* full) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kRowsOfLane; ++i) {
+      copy_word(to + i * 32 + lane, rows_[i]);
+      rows_[i] += args_.scale_group_stride;
+    }
+#pragma unroll
+    for (int i = 0; i < kColumnsOfLane; ++i) {
+      if (i * 32 + lane < Tiles::kColumnScales) copy_word(to + Tiles::kRows + i * 32 + lane, columns_[i]++);
     }
     arrive_when_copied(full);
   }
 
+ private:
+  static constexpr int kRowsOfLane = Tiles::kRows / 32, kColumnsOfLane = (Tiles::kColumnScales + 31) / 32;
+
   const ProjectionArgs& args_;
-  ProjectionShared& shared_;
-  char* const stages_;
-  float* const scales_;
-  RingPosition at_;
-  Tile tile_ = {};
-  int k_ = 0;
-  const float *row_scales_[kRowsOfLane], *column_scales_[kColumnsOfLane];
+  const float *rows_[kRowsOfLane], *columns_[kColumnsOfLane];
 };
+
+// By a warp.
+template <typename Tiles>
+__device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShared& shared, char* stages,
+                                      float* scales) {
+  constexpr int kElements = kSwizzleBytes / sizeof(typename Tiles::In);
+  const bool leads = threadIdx.x % 32 == 0;
+  RingPosition at;
+  // Blocks begin each turn of tiles together: left to themselves they drift apart, until what they share is no longer
+  // in the L2 cache when the last of them wants it.
+  cuda::atomic_ref<uint32_t, cuda::thread_scope_device> fetched(control(args.team.region[args.team.rank])->fetched);
+  const int end = args.row_blocks * args.column_tiles, own = own_row_blocks(args, Tiles::kRows);
+  for (int first = 0, index = blockIdx.x; index < end; first += gridDim.x, index += gridDim.x) {
+    // Blocks that began after a fault fetch nothing.
+    while (first > 0 && fetched.load(cuda::memory_order_relaxed) < first && !has_faulted(args.team)) {
+    }
+    const Tile tile = tile_of<Tiles>(index, args);
+    ScaleFetcher<Tiles> scale_fetcher(args, tile);
+    for (int k = 0; k < args.k_blocks && tile.row_block < own; ++k) {
+      if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
+      char* stage = stages + at.stage * Tiles::kStageBytes;
+      uint64_t* full = &shared.full[at.stage];
+      if (leads) {
+        barrier_expect(full, Tiles::kStageBytes);
+        tensor_load(stage, &args.input_map, k * kElements, tile.row_block * Tiles::kRows, full);
+#pragma unroll
+        for (int column = 0; column < Tiles::kColumns; column += Tiles::kWeightBox) {
+          tensor_load(stage + (Tiles::kRows + column) * kSwizzleBytes, &args.weight_map, k * kElements,
+                      tile.column_tile * Tiles::kColumns + column, full);
+        }
+      }
+      if constexpr (Tiles::kScaled) scale_fetcher.fetch(scales + at.stage * Tiles::kStageScales, full);
+      next_stage<Tiles>(at);
+    }
+    __syncwarp();
+    if (leads && fetched.fetch_add(1, cuda::memory_order_relaxed) + 1 == end) {
+      fetched.store(0, cuda::memory_order_relaxed);
+    }
+  }
+}
 
 // A warp group's share of a tile: where it begins in the tile.
 struct Share {
