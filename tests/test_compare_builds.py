@@ -53,3 +53,10 @@ def test_builds_are_compared(device):
     done = compare(str(LIBRARY), "--cases", "barrier,64,512,proj512", "--rounds", "2", "--timeout", "100")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" x") == 2 * 4 and "!" not in done.stdout.split("\n", 1)[1]
+
+
+@pytest.mark.cuda
+def test_one_rank_is_compared_with_torch(device):
+    done = compare("--world-size", "1", "--cases", "512,proj512,proj512-fp8", "--rounds", "2", "--timeout", "100")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.count(" x") for line in done.stdout.splitlines()[1:]] == [1, 2, 2]

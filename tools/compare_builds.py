@@ -2,10 +2,12 @@
 
     python3 -m tools.compare_builds ../before/build/tp_fused/libtp_fused.so tp_fused/libtp_fused.so --cases 64,1024
 
-For choosing between two ways to write a kernel. Eight ranks are streams of this one process, with as many blocks each
-as ranks that share a card have, and call the C API (csrc/tp_fused.h). A graph holds several calls of all ranks, and the
-graphs of all builds are replayed in turn. Every result is checked. What ranks take that are processes, and what else
-there is to compare with, `python -m bench` tells.
+For choosing between two ways to write a kernel. Ranks are streams of this one process, with as many blocks each as
+ranks that share a card have, and call the C API (csrc/tp_fused.h). A graph holds several calls of all ranks, and the
+graphs of all builds are replayed in turn. Every result is checked. With one rank (--world-size 1) the last column is
+torch's product of the same operands. What ranks take that are processes, and what else there is to compare with,
+`python -m bench` tells: streams begin together, processes do not, and the two have been seen to differ in which of two
+builds is the faster one.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from bench.cases import EPS, steps_apart
 from tp_fused import reference
 from tp_fused.native import _C, DTYPE_CODES
 
-WORLD_SIZE, HIDDEN, WIDTHS = 8, 7168, (1536, 512, 64)  # of DeepSeek-V3
+HIDDEN, WIDTHS = 7168, (1536, 512, 64)  # of DeepSeek-V3
 LATENT = sum(WIDTHS)
 MOST_TOKENS = 16384
 TIMEOUT_NS = 2_000_000_000
@@ -101,25 +103,25 @@ FUNCTIONS = {
 class Build:
     """A library with a workspace of its own for every rank."""
 
-    def __init__(self, path: Path, slot_bytes: int):
-        self.path = path
+    def __init__(self, path: Path, world_size: int, slot_bytes: int):
+        self.path, self.world_size = path, world_size
         self.library = ctypes.CDLL(str(path.resolve()))  # symbols stay apart from those of the other builds
         for name, arguments in FUNCTIONS.items():
             getattr(self.library, name).argtypes = arguments
         self.library.tpf_region_bytes.argtypes = [ctypes.c_int64, ctypes.c_int32]
         self.library.tpf_region_bytes.restype = ctypes.c_int64
         size = self.library.tpf_region_bytes(slot_bytes, 1)
-        self.regions = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(WORLD_SIZE)]
-        self.mailboxes = [torch.zeros(64, dtype=torch.int32).pin_memory() for _ in range(WORLD_SIZE)]
+        self.regions = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(world_size)]
+        self.mailboxes = [torch.zeros(64, dtype=torch.int32).pin_memory() for _ in range(world_size)]
         self.slot_bytes = slot_bytes
-        self.most_ctas = torch.cuda.get_device_properties(0).multi_processor_count // WORLD_SIZE
+        self.most_ctas = torch.cuda.get_device_properties(0).multi_processor_count // world_size
 
     def team(self, rank: int, max_ctas: int | None = None) -> Team:
         """max_ctas: at most as many blocks as fit on the card with those of all other ranks, the default."""
         max_ctas = min(max_ctas or self.most_ctas, self.most_ctas)
         regions = (Pointer * 8)(*(region.data_ptr() for region in self.regions))
         mailbox = self.mailboxes[rank].data_ptr()
-        return Team(rank, WORLD_SIZE, regions, self.slot_bytes, TIMEOUT_NS, max_ctas, -1, 0, mailbox)
+        return Team(rank, self.world_size, regions, self.slot_bytes, TIMEOUT_NS, max_ctas, -1, 0, mailbox)
 
     def check(self) -> None:
         torch.cuda.synchronize()
@@ -130,24 +132,28 @@ class Build:
 
 @dataclass
 class Case:
-    """launch(build, rank, stream) calls the op on a rank. clear() and wrong() are about what all ranks have written."""
+    """launch(build, rank, stream) calls the op on a rank. clear() and wrong() are about what all ranks have written.
+
+    product() is torch's, of what one rank multiplies.
+    """
 
     name: str
     launch: Callable[[Build, int, int], int]
     clear: Callable[[], None]
     wrong: Callable[[], int]
     calls: int  # of a graph
+    product: Callable[[], torch.Tensor] | None = None
 
 
-def reductions() -> list[Case]:
+def reductions(world_size: int) -> list[Case]:
     """rs_rmsnorm with a residual: T tokens read in place; T-staged; T-ctas8, with at most eight blocks a rank."""
-    *inputs, residual = (torch.randn(MOST_TOKENS, HIDDEN, device="cuda").to(BF16) for _ in range(WORLD_SIZE + 1))
+    *inputs, residual = (torch.randn(MOST_TOKENS, HIDDEN, device="cuda").to(BF16) for _ in range(world_size + 1))
     weight = (1 + torch.randn(HIDDEN, device="cuda") / 8).to(BF16)
-    outputs = torch.empty(WORLD_SIZE, 2, MOST_TOKENS // WORLD_SIZE, HIDDEN, dtype=BF16, device="cuda")
+    outputs = torch.empty(world_size, 2, MOST_TOKENS // world_size, HIDDEN, dtype=BF16, device="cuda")
     symm = Symm((Pointer * 8)(*(tensor.data_ptr() for tensor in inputs)), 0)
 
     def case(tokens: int, calls: int, max_ctas: int | None = None, staged: bool = False) -> Case:
-        own = tokens // WORLD_SIZE
+        own = tokens // world_size
 
         def launch(build: Build, rank: int, stream: int) -> int:
             places = outputs[rank, 0].data_ptr(), outputs[rank, 1].data_ptr(), inputs[rank].data_ptr()
@@ -173,19 +179,19 @@ def reductions() -> list[Case]:
     ]
 
 
-def projections() -> list[Case]:
+def projections(world_size: int) -> list[Case]:
     """qkv_a_proj_ag: projT tokens, projT-norm with the latent norms, projT-fp8. Each rank has a weight of its own."""
     drawn = torch.randn(MOST_TOKENS, HIDDEN, device="cuda")
     weight = torch.randn(LATENT, HIDDEN, device="cuda")
     rows = {BF16: drawn.to(BF16), E4M3: drawn.to(E4M3)}
-    weights = {dtype: [weight.to(dtype) for _ in range(WORLD_SIZE)] for dtype in rows}
+    weights = {dtype: [weight.to(dtype) for _ in range(world_size)] for dtype in rows}
     scale = torch.rand(MOST_TOKENS, HIDDEN // 128, device="cuda") + 0.5
     weight_scale = torch.rand(-(-LATENT // 128), HIDDEN // 128, device="cuda") + 0.5
     norms = [(1 + torch.randn(width, device="cuda") / 8).to(BF16) for width in WIDTHS[:2]]
-    outputs = torch.empty(WORLD_SIZE, MOST_TOKENS * LATENT, dtype=BF16, device="cuda")
+    outputs = torch.empty(world_size, MOST_TOKENS * LATENT, dtype=BF16, device="cuda")
 
     def case(tokens: int, op: int, calls: int) -> Case:
-        own, normed = tokens // WORLD_SIZE, op == _C.QKV_A_PROJ_AG_NORM
+        own, normed = tokens // world_size, op == _C.QKV_A_PROJ_AG_NORM
         dtype = E4M3 if op == _C.QKV_A_PROJ_AG_FP8 else BF16
         code = DTYPE_CODES[dtype]
         call = Call(op, code, tokens, HIDDEN, LATENT, WIDTHS[0] * normed, 0, WIDTHS[1] * normed, 0, -1)
@@ -220,16 +226,24 @@ def projections() -> list[Case]:
                     count += int((off.abs() > part.abs().max() / 64).sum())
             return count
 
+        operands = rows[dtype][:tokens], weights[dtype][0].t()
+        # cuBLAS wants the rows' scales column-major.
+        scales = scale[:tokens].t().contiguous().t(), weight_scale.t()
+
+        def product() -> torch.Tensor:
+            return torch._scaled_mm(*operands, *scales, out_dtype=BF16) if dtype == E4M3 else torch.mm(*operands)
+
         name = f"proj{tokens}{'-norm' * normed}{'-fp8' * (dtype == E4M3)}"
-        return Case(name, launch, lambda: outputs.fill_(float("nan")), wrong, calls)
+        alone = world_size == 1 and not normed
+        return Case(name, launch, lambda: outputs.fill_(float("nan")), wrong, calls, product if alone else None)
 
     return [
         *(
             case(tokens, _C.QKV_A_PROJ_AG, calls)
-            for tokens, calls in ((64, 8), (512, 8), (4096, 6), (8192, 3), (16384, 2))
+            for tokens, calls in ((64, 8), (512, 8), (2048, 8), (4096, 6), (8192, 3), (16384, 2))
         ),
         case(16384, _C.QKV_A_PROJ_AG_NORM, 2),
-        case(16384, _C.QKV_A_PROJ_AG_FP8, 2),
+        *(case(tokens, _C.QKV_A_PROJ_AG_FP8, calls) for tokens, calls in ((512, 8), (2048, 8), (4096, 6), (16384, 2))),
     ]
 
 
@@ -264,9 +278,18 @@ def capture(case: Case, build: Build, streams: list[torch.cuda.Stream]) -> torch
     return graph
 
 
+def capture_product(product: Callable[[], torch.Tensor], calls: int) -> torch.cuda.CUDAGraph:
+    product()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            product()
+    return graph
+
+
 def times(case: Case, builds: list[Build], rounds: int) -> tuple[list[float], list[int]]:
-    """The median of each build, in us a call, and what it has got wrong."""
-    streams = [torch.cuda.Stream() for _ in range(WORLD_SIZE)]
+    """The median of each build, in us a call, and what it has got wrong; then torch's, if the case has a product."""
+    streams = [torch.cuda.Stream() for _ in range(builds[0].world_size)]
     graphs, wrong = [], []
     for build in builds:
         graphs.append(capture(case, build, streams))
@@ -275,7 +298,10 @@ def times(case: Case, builds: list[Build], rounds: int) -> tuple[list[float], li
         graphs[-1].replay()
         build.check()
         wrong.append(case.wrong())
-    taken = [[] for _ in builds]
+    if case.product is not None:
+        graphs.append(capture_product(case.product, case.calls))
+        wrong.append(0)
+    taken = [[] for _ in graphs]
     for _ in range(rounds):
         events = []
         torch.cuda._sleep(100_000)  # the card is busy until the first graph is queued
@@ -297,6 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("libraries", nargs="+", type=Path, metavar="LIBRARY", help="the first is compared with")
     parser.add_argument("--cases", default="", metavar="NAME,...", help="these; by default all")
+    parser.add_argument("--world-size", type=int, default=8, choices=(1, 2, 4, 8), help="ranks")
     parser.add_argument("--rounds", type=int, default=20, help="samples of each")
     parser.add_argument("--timeout", type=float, default=120, help="seconds until all is ended")
     options = parser.parse_args()
@@ -307,11 +334,12 @@ def main() -> None:
     faulthandler.dump_traceback_later(options.timeout, exit=True)
     torch.manual_seed(0)
     wanted = [name for name in options.cases.split(",") if name]
-    known = [*barrier(), *reductions(), *projections()]
+    world_size = options.world_size
+    known = [*barrier(), *reductions(world_size), *projections(world_size)]
     if unknown := set(wanted) - {case.name for case in known}:
         parser.error(f"no case is called {', '.join(sorted(unknown))}: {', '.join(case.name for case in known)}")
     slot_bytes = MOST_TOKENS * HIDDEN * BF16.itemsize
-    builds = [Build(path, slot_bytes) for path in options.libraries]
+    builds = [Build(path, world_size, slot_bytes) for path in options.libraries]
     print(f"# {torch.cuda.get_device_name()}; us a call, and how many times as long as the first; !: wrong elements")
     total_wrong = 0
     for case in known:
