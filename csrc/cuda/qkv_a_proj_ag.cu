@@ -41,7 +41,7 @@ bool begins_at_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t
 template <typename Tiles>
 tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const tpf_projection& projection,
                   tpf_stream stream) {
-  using Out = std::conditional_t<sizeof(typename Tiles::In) == 1, __nv_bfloat16, typename Tiles::In>;
+  using Out = std::conditional_t<Tiles::kScaled, __nv_bfloat16, typename Tiles::In>;
   const int64_t rows = args.partition.rows(args.team.rank).count;
   const int64_t row_blocks = tiles(args.partition.largest(), Tiles::kRows);
   if (row_blocks > TPF_MAX_ROW_BLOCKS || args.call.columns * sizeof(Out) > kCopierBytes) return TPF_UNSUPPORTED;
@@ -55,7 +55,7 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
   tpf_status status = TPF_UNSUPPORTED;
   if (args.call.op != TPF_QKV_A_PROJ_AG_NORM) {
     status = launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, false>, args, device, grid, stream);
-  } else if constexpr (sizeof(typename Tiles::In) == 2) {
+  } else if constexpr (!Tiles::kScaled) {
     grid.shared_bytes = kProjectionShared<Tiles, true>;
     status = launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, true>, args, device, grid, stream);
   }
@@ -123,8 +123,7 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   ProjectionArgs args = {};
   args.partition = partition_of(call->num_tokens, team->world_size);
   if (!device.is_hopper || dtype == TPF_F32 || hidden * element_bytes % 16 != 0 || columns % 8 != 0 ||
-      encoder() == nullptr || !begins_at_16_bytes(projection->input) || !begins_at_16_bytes(projection->weight) ||
-      projection->scale_row_stride > INT32_MAX / 8) {
+      encoder() == nullptr || !begins_at_16_bytes(projection->input) || !begins_at_16_bytes(projection->weight)) {
     return TPF_UNSUPPORTED;
   }
   const bool norm = call->op == TPF_QKV_A_PROJ_AG_NORM;

@@ -1,12 +1,13 @@
 // qkv_a_proj_ag_kernel: the projection of this rank's rows, gathered by all ranks while later rows are still
 // multiplied.
 //
-// The grid's blocks share out tiles (see Tiling). In a block one warp fetches operands into a ring of shared-memory
-// stages, and two warp groups multiply and write finished tiles into this rank's own slot. One warp counts finished
-// tiles: whoever counts the last one of a row block publishes it. Row block i has signal i of the round, the same
-// number of them on all ranks. Two warps copy finished rows from the peers' slots to the output with the copy engine.
-// In qkv_a_proj_ag_norm a finished row block is normalised first, in its slot: once, at its owner, and not on every
-// rank. The counting warps of all blocks do it while others multiply and, at the end, the warps that have multiplied.
+// The grid's blocks share out tiles (see Tiling). In a block one warp fetches operands, and the scales of fp8, into a
+// ring of shared-memory stages, and two warp groups multiply and write finished tiles into this rank's own slot. One
+// warp counts finished tiles: whoever counts the last one of a row block publishes it. Row block i has signal i of the
+// round, the same number of them on all ranks. Two warps copy finished rows from the peers' slots to the output with
+// the copy engine. In qkv_a_proj_ag_norm a finished row block is normalised first, in its slot: once, at its owner, and
+// not on every rank. The counting warps of all blocks do it while others multiply and, at the end, the warps that have
+// multiplied.
 //
 // A row's result is one chain of additions over K, in whatever tile it lies: it depends on nothing but the row. fp8
 // operands are multiplied in blocks of 128 along K, each promoted to fp32 with its scales (DeepSeek-V3, section 3.3).
@@ -77,7 +78,7 @@ template <typename In>
 using FewRowsManyBlocks = Tiling<In, 64, 16, 14>;
 
 constexpr int kMaxProductStages = 14;
-constexpr int kCopiers = 2;         // of these
+constexpr int kCopiers = 2;         // of the other warps
 constexpr int kCopierBytes = 7168;  // of a buffer
 constexpr int kGroupedRows = 512;   // whose tiles are neighbours in the order: they share operands in the L2
 constexpr int kProjectionThreads = 32 * (kProductWarps + kOtherWarps);
@@ -90,7 +91,7 @@ constexpr int kProjectionShared =
 // Registers of a thread that multiplies, and of the others. They share what the kernel is launched with: 384 times 168.
 template <typename Tiles>
 constexpr int multiply_registers(bool norm) {
-  return Tiles::kParts * Tiles::kSums > 144 ? (norm ? 208 : 216) : sizeof(typename Tiles::In) == 1 ? 216 : 184;
+  return Tiles::kParts * Tiles::kSums > 144 ? (norm ? 208 : 216) : Tiles::kScaled ? 216 : 184;
 }
 template <typename Tiles>
 constexpr int other_registers(bool norm) {
