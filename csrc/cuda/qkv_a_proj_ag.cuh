@@ -45,8 +45,8 @@ struct Tiling {
   // Whether one warp group promotes while the other multiplies. It costs the way from one to the other each time, which
   // is little where the products themselves wait longest for their beginning and their end.
   static constexpr bool kInTurns = kScaled && kColumns <= 64;
-  // Scales, each for 128 of K: of the tile's rows, and of its columns. Those have one for 128; a tile may begin within
-  // these.
+  // Scales, each for 128 of K: of the tile's rows, and of its columns. 128 columns have one, and a tile may begin among
+  // them: these are runs of columns that surely have the same.
   static constexpr int kScaledColumns = std::gcd(kColumns, 128), kColumnScales = kColumns / kScaledColumns;
   static constexpr int kStageScales = kScaled ? kRows + kColumnScales : 0;
   // A finished tile leaves through the stage that was multiplied last, of which each warp has a share: 16 rows at a

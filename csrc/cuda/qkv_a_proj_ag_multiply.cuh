@@ -201,6 +201,7 @@ __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, Projectio
       if constexpr (Tiles::kInTurns) pass_turn(1 - group);
       hold(products);
       if (part + 1 == Tiles::kParts) {
+        __syncwarp();  // all lanes have read their scales
         if (leads && k + 1 < args.k_blocks) barrier_arrive(&shared.empty[at.stage]);
         last = at.stage;
         next_stage<Tiles>(at);

@@ -187,8 +187,7 @@ __device__ inline void add_rows(const View<T>& view, const BlockRound& round, Bu
       const int byte = group.vector(v) * 16;
       raw[v] = byte < row_bytes ? *reinterpret_cast<const uint4*>(from + byte) : uint4{};
     }
-    // Every thread for what it has read. One lane for its warp, after a __syncwarp, would be no faster, and
-    // compute-sanitizer does not follow it.
+    // Every thread for what it has read: one lane for its warp, after a __syncwarp, would be no faster.
     barrier_arrive(&shared.empty[at.stage]);
     at.advance(1, args.stages);
   };
