@@ -256,7 +256,7 @@ __device__ inline bool copy_in_bulk(const GatherArgs& args, const BlockRound& ro
     arrived = wait_for_chunk(args, round, chunk, lane);
     __syncwarp();
     arrived = __all_sync(0xffffffffu, arrived);
-    if (lane != 0 || !arrived) continue;
+    if (!arrived) continue;
     fence_async_global();
 #pragma unroll 1
     for (int p = 0; p < args.num_parts; ++p) {
@@ -272,10 +272,8 @@ __device__ inline bool copy_in_bulk(const GatherArgs& args, const BlockRound& ro
       }
     }
   }
-  if (lane == 0) {
-    copier.flush();
-    fence_async_global();  // what was copied may be overwritten with NaN
-  }
+  copier.flush();
+  fence_async_global();  // what was copied may be overwritten with NaN
   return arrived;
 }
 

@@ -12,6 +12,22 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// What is the same in all threads of a warp, for the compiler to know it.
+__device__ inline uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+// One thread of a warp. The compiler knows that it is one: operands of what it calls need not be looked for in each.
+__device__ inline bool elect() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, one;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 __device__ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
@@ -26,22 +42,27 @@ __device__ inline void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+__device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
 __device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
+  barrier_expect(shared_address(barrier), bytes);
 }
 
 // Within one block and for copies that are on their way: needs no deadline.
-__device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+__device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(barrier)),
+      "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+__device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  barrier_wait(shared_address(barrier), parity);
 }
 
 // Whether that phase has ended, without a wait.
@@ -59,16 +80,17 @@ __device__ inline bool barrier_passed(uint64_t* barrier, uint32_t parity) {
   return passed != 0;
 }
 
-__device__ inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(shared)),
-               "l"(global), "r"(bytes), "r"(shared_address(barrier))
+__device__ inline void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+               "l"(global), "r"(bytes), "r"(barrier)
                : "memory");
 }
+__device__ inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+  bulk_load(shared_address(shared), global, bytes, shared_address(barrier));
+}
 
-__device__ inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared_address(shared)),
-               "r"(bytes)
+__device__ inline void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes)
                : "memory");
 }
 
@@ -77,13 +99,15 @@ __device__ inline void bulk_prefetch(const void* global, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 
-// Four bytes, asynchronously; the barrier counts an arrival of this thread when all it has begun so far are there. PTX
-// ISA, "cp.async.mbarrier.arrive".
-__device__ inline void copy_word(void* shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+// 4 or 16 bytes, asynchronously; the barrier counts an arrival of this thread when all it has begun so far are there.
+// PTX ISA, "cp.async.mbarrier.arrive".
+template <int kBytes>
+__device__ inline void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)), "l"(global), "n"(kBytes)
+               : "memory");
 }
-__device__ inline void arrive_when_copied(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+__device__ inline void arrive_when_copied(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // Ends a group of this thread's stores, which bulk_wait_read counts.
@@ -108,18 +132,24 @@ struct RingPosition {
 };
 
 // Moves items through shared memory with the copy engine alone: kCopierStages buffers, loads two items ahead of the
-// stores. One thread drives it. `put(item, buffer)` stores an item with bulk_store.
+// stores. A warp drives it. `put(item, buffer)` stores an item with bulk_store; one thread calls it.
 template <typename Item, typename Put>
 class BulkMover {
  public:
   __device__ BulkMover(char* buffers, uint64_t* barriers, uint32_t buffer_bytes, Put put)
-      : buffers_(buffers), barriers_(barriers), buffer_bytes_(buffer_bytes), put_(put) {}
+      : buffers_(uniform(shared_address(buffers))),
+        barriers_(uniform(shared_address(barriers))),
+        buffer_bytes_(buffer_bytes),
+        put_(put) {}
 
   __device__ void move(const Item& item, const char* from, uint32_t bytes) {
-    bulk_wait_read<kCopierStages - kAhead - 1>();
     const int stage = loaded_ % kCopierStages;
-    barrier_expect(&barriers_[stage], bytes);
-    bulk_load(buffers_ + stage * buffer_bytes_, from, bytes, &barriers_[stage]);
+    if (elect()) {
+      bulk_wait_read<kCopierStages - kAhead - 1>();
+      barrier_expect(barrier(stage), bytes);
+      bulk_load(buffer(stage), from, bytes, barrier(stage));
+    }
+    __syncwarp();
     // The two items in flight are remembered in registers, newest first.
     if (loaded_ - stored_ == kAhead) store(items_[1]);
     items_[1] = items_[0];
@@ -131,7 +161,8 @@ class BulkMover {
   __device__ void flush() {
     if (loaded_ - stored_ == 2) store(items_[1]);
     if (loaded_ - stored_ == 1) store(items_[0]);
-    bulk_wait_all();
+    if (elect()) bulk_wait_all();
+    __syncwarp();
   }
 
  private:
@@ -139,14 +170,19 @@ class BulkMover {
 
   __device__ void store(const Item& item) {
     const int stage = stored_ % kCopierStages;
-    barrier_wait(&barriers_[stage], stored_ / kCopierStages & 1);
-    put_(item, buffers_ + stage * buffer_bytes_);
-    bulk_commit();
+    barrier_wait(barrier(stage), stored_ / kCopierStages & 1);
+    if (elect()) {
+      put_(item, buffer(stage));
+      bulk_commit();
+    }
+    __syncwarp();
     ++stored_;
   }
 
-  char* const buffers_;
-  uint64_t* const barriers_;
+  __device__ uint32_t buffer(int stage) const { return buffers_ + stage * buffer_bytes_; }
+  __device__ uint32_t barrier(int stage) const { return barriers_ + stage * sizeof(uint64_t); }
+
+  const uint32_t buffers_, barriers_;  // in shared memory
   const uint32_t buffer_bytes_;
   Put put_;
   uint32_t loaded_ = 0, stored_ = 0;
@@ -159,7 +195,7 @@ struct Run {
 };
 
 struct PutRun {
-  __device__ void operator()(const Run& run, const char* buffer) const { bulk_store(run.to, buffer, run.bytes); }
+  __device__ void operator()(const Run& run, uint32_t buffer) const { bulk_store(run.to, buffer, run.bytes); }
 };
 
 // Copies runs of bytes.

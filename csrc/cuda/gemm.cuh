@@ -14,11 +14,11 @@ constexpr int kSwizzleBytes = 128;  // of K, in a row of an operand
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // A box of the tensor, `x` along its rows (elements), `y` down, into shared memory.
-__device__ inline void tensor_load(void* shared, const CUtensorMap* map, int x, int y, uint64_t* barrier) {
+__device__ inline void tensor_load(uint32_t shared, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
-          "r"(shared_address(shared)),
-      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
+          "r"(shared),
+      "l"(map), "r"(barrier), "r"(x), "r"(y)
       : "memory");
 }
 

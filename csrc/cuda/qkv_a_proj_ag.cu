@@ -52,6 +52,9 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
     return TPF_UNSUPPORTED;
   }
   Grid grid = {blocks, kProjectionThreads, kProjectionShared<Tiles, false>};
+  // Neighbouring SMs that ask for the same operands at the same time are answered sooner. Of a grid that has the card
+  // to itself most neighbours do; where ranks share it, a rank's blocks would lie among the others'.
+  if (blocks % 2 == 0 && blocks <= device.processors / 2) grid.cluster = 2;
   tpf_status status = TPF_UNSUPPORTED;
   if (args.call.op != TPF_QKV_A_PROJ_AG_NORM) {
     status = launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, false>, args, device, grid, stream);
@@ -70,8 +73,7 @@ template <typename Tiles>
 int64_t cost_of(const ProjectionArgs& args, int blocks) {
   const int64_t row_blocks = tiles(args.partition.largest(), Tiles::kRows);
   const auto turns = [&](int64_t rows) { return tiles(rows * tiles(args.call.columns, Tiles::kColumns), blocks); };
-  const int64_t first =
-      args.team.world_size > 1 ? turns(std::min<int64_t>(row_blocks, kGroupedRows / Tiles::kRows)) : 0;
+  const int64_t first = args.team.world_size > 1 ? turns(std::min<int64_t>(row_blocks, kGrouped)) : 0;
   const int product = Tiles::kRows * Tiles::kColumns / 32;
   const int waits = Tiles::kScaled ? 270 * Tiles::kParts : 0;
   const int cycles = std::max(product + waits, Tiles::kStageBytes / (Tiles::kScaled ? 35 : 45));
@@ -152,9 +154,12 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   args.call.variant |= TPF_FUSED;
   args.contract = contract_of(args.call);
   args.k_blocks = static_cast<int32_t>((hidden * element_bytes + kSwizzleBytes - 1) / kSwizzleBytes);
+  args.fours_of_scales = args.k_blocks % 4 == 0 && args.scale_group_stride == 1 && args.scale_row_stride % 4 == 0 &&
+                         begins_at_16_bytes(args.scale) && begins_at_16_bytes(args.weight_scale);
   // As many blocks as there may be, even where they have no tile: they copy. All must be on the card at once, since
   // each waits for what the others multiply.
-  const int blocks = std::min(most_blocks(team->max_ctas), device.processors);
+  int blocks = std::min(most_blocks(team->max_ctas), device.processors);
+  if (blocks > 16) blocks -= blocks % 2;  // so many are better off in pairs
   if (product_comes_first(args, blocks)) {
     if (tpf_plan* plan = plan_instead()) plan->few_rows = 1;
     return TPF_UNSUPPORTED;

@@ -48,7 +48,10 @@ struct Tiling {
   // Scales, each for 128 of K: of the tile's rows, and of its columns. 128 columns have one, and a tile may begin among
   // them: these are runs of columns that surely have the same.
   static constexpr int kScaledColumns = std::gcd(kColumns, 128), kColumnScales = kColumns / kScaledColumns;
-  static constexpr int kStageScales = kScaled ? kRows + kColumnScales : 0;
+  // Those of four blocks of K lie together. When the first of the four is fetched, all but kStages - 1 blocks of K
+  // before it have been multiplied: so many fours are kept that those stages' scales are not overwritten.
+  static constexpr int kScaleFours = (kStages + 3 + 3) / 4;
+  static constexpr int kScales = kScaled ? kScaleFours * 4 * (kRows + kColumnScales) : 0;
   // A finished tile leaves through the stage that was multiplied last, of which each warp has a share: 16 rows at a
   // time of a part's columns or, if these do not fit, of half of them.
   static constexpr int kStagedBytes = kStageBytes / kProductWarps;
@@ -80,14 +83,14 @@ using FewRowsManyBlocks = Tiling<In, 64, 16, 14>;
 constexpr int kMaxProductStages = 14;
 constexpr int kCopiers = 2;         // of the other warps
 constexpr int kCopierBytes = 7168;  // of a buffer
-constexpr int kGroupedRows = 512;   // whose tiles are neighbours in the order: they share operands in the L2
+constexpr int kGrouped = 4;         // row blocks whose tiles are neighbours in the order: they share operands in the L2
 constexpr int kProjectionThreads = 32 * (kProductWarps + kOtherWarps);
 constexpr int kQVectors = 8, kKvVectors = 3;  // of a lane, in the two normed parts of a row
 template <typename Tiles, bool kNorm>
 constexpr int kProjectionShared =
     1024  // to begin at a multiple of it, as the swizzle's pattern wants
-    + Tiles::kStages * Tiles::kStageBytes + kCopiers * kCopierStages * kCopierBytes +
-    Tiles::kStages * Tiles::kStageScales * sizeof(float) + (kNorm ? (kQVectors + kKvVectors) * 32 * sizeof(uint4) : 0);
+    + Tiles::kStages * Tiles::kStageBytes + kCopiers * kCopierStages * kCopierBytes + Tiles::kScales * sizeof(float) +
+    (kNorm ? (kQVectors + kKvVectors) * 32 * sizeof(uint4) : 0);
 // Registers of a thread that multiplies, and of the others. They share what the kernel is launched with: 384 times 168.
 template <typename Tiles>
 constexpr int multiply_registers(bool norm) {
@@ -105,6 +108,7 @@ struct ProjectionArgs {
   const float* scale;
   int64_t scale_row_stride, scale_group_stride;
   const float* weight_scale;
+  bool fours_of_scales;  // of a row, and of a column, lie together at a multiple of 16 bytes
   const void* bias;
   const void* norm_weights[2];
   float eps;
@@ -148,14 +152,24 @@ __device__ inline void next_stage(RingPosition& at) {
   ++at.round;
 }
 
+// Where scales are in shared memory: of a block of K, the first row's. The next row's lie four further.
+template <typename Tiles>
+class ScalePosition {
+ public:
+  __device__ int first() const { return at_ / 4 * (4 * (Tiles::kRows + Tiles::kColumnScales)) + at_ % 4; }
+  __device__ bool begins_four() const { return at_ % 4 == 0; }
+  __device__ void advance() { at_ = at_ + 1 < 4 * Tiles::kScaleFours ? at_ + 1 : 0; }
+
+ private:
+  int at_ = 0;
+};
+
 struct Tile {
   int row_block, column_tile;
 };
 
 // Tiles in the order in which blocks take them: a few row blocks at a time, all columns of these.
-template <typename Tiles>
 __device__ inline Tile tile_of(int index, const ProjectionArgs& args) {
-  constexpr int kGrouped = kGroupedRows / Tiles::kRows;
   const int group = index / (kGrouped * args.column_tiles), at = index % (kGrouped * args.column_tiles);
   const int row_blocks = min(kGrouped, args.row_blocks - group * kGrouped);
   return {group * kGrouped + at % row_blocks, at / row_blocks};
@@ -170,16 +184,14 @@ template <typename Tiles, typename Run>
 __device__ inline void for_tiles(const ProjectionArgs& args, Run&& run) {
   const int own = own_row_blocks(args, Tiles::kRows);
   for (int index = blockIdx.x; index < args.row_blocks * args.column_tiles; index += gridDim.x) {
-    const Tile tile = tile_of<Tiles>(index, args);
+    const Tile tile = tile_of(index, args);
     if (tile.row_block < own) run(tile);
   }
 }
 
 // The first row block with a tile in the last turn of tiles. When it and those after it are finished, nothing is
 // multiplied any more that their norms could hide behind.
-template <typename Tiles>
 __device__ inline int first_late_row_block(const ProjectionArgs& args) {
-  constexpr int kGrouped = kGroupedRows / Tiles::kRows;
   const int last_turn = (args.row_blocks * args.column_tiles - 1) / gridDim.x * gridDim.x;
   return last_turn / (kGrouped * args.column_tiles) * kGrouped;
 }

@@ -70,7 +70,7 @@ template <typename Tiles, typename Out>
 __device__ inline void norm_late_rows(const ProjectionArgs& args, const BlockRound& round, const uint4* weights) {
   const int own = static_cast<int>(args.partition.rows(args.team.rank).count);
   const int warp = threadIdx.x / 32 - kOtherWarps;
-  int row = first_late_row_block<Tiles>(args) * Tiles::kRows + warp * gridDim.x + blockIdx.x;
+  int row = first_late_row_block(args) * Tiles::kRows + warp * gridDim.x + blockIdx.x;
 #pragma unroll 1
   for (; row < own; row += kProductWarps * gridDim.x) {
     const int row_block = row / Tiles::kRows;
@@ -95,13 +95,13 @@ __device__ inline void finish_row_blocks(const ProjectionArgs& args, const Block
   }
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
   const int end = args.row_blocks * args.column_tiles;
-  const int rows = kNorm ? min(first_late_row_block<Tiles>(args) * Tiles::kRows,
+  const int rows = kNorm ? min(first_late_row_block(args) * Tiles::kRows,
                                static_cast<int>(args.partition.rows(args.team.rank).count))
                          : 0;
   int index = blockIdx.x, row = blockIdx.x, complete = -1;  // the row block that is being normalised
   uint32_t expected = kProductWarps, normed = 0;            // this block's rows of it
   while (index < end || row < rows) {
-    const int row_block = index < end ? tile_of<Tiles>(index, args).row_block : own;
+    const int row_block = index < end ? tile_of(index, args).row_block : own;
     if (index < end && (row_block >= own || has_come_to(stored, expected))) {
       if (row_block < own) count<Tiles, kNorm>(args, round, row_block, 1), expected += kProductWarps;
       index += gridDim.x;

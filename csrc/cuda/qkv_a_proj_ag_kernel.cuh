@@ -14,9 +14,9 @@ __device__ inline uint64_t streaming_policy() {
   return policy;
 }
 
-__device__ inline void bulk_store(void* global, const void* shared, uint32_t bytes, uint64_t policy) {
+__device__ inline void bulk_store(void* global, uint32_t shared, uint32_t bytes, uint64_t policy) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(global),
-               "r"(shared_address(shared)), "r"(bytes), "l"(policy)
+               "r"(shared), "r"(bytes), "l"(policy)
                : "memory");
 }
 
@@ -51,7 +51,7 @@ __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRo
     }
   };
   const uint64_t policy = streaming_policy();
-  const auto put = [&](const RowPiece& piece, const char* buffer) {
+  const auto put = [&](const RowPiece& piece, uint32_t buffer) {
     for_outputs(piece, [&](char* to, uint32_t from, uint32_t bytes) { bulk_store(to, buffer + from, bytes, policy); });
   };
   BulkMover<RowPiece, decltype(put)> mover(buffers, barriers, kCopierBytes, put);
@@ -82,7 +82,7 @@ __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRo
                                 static_cast<uint32_t>(min(piece_bytes, left))};
         if (arrived) {
           const char* from = slot(args.team.region[source], round.epoch, args.team.slot_bytes) + first * row_bytes + at;
-          if (lane == 0) mover.move(piece, from, piece.bytes);
+          mover.move(piece, from, piece.bytes);
           continue;
         }
         // A number that could be taken for a result is not left.
@@ -93,7 +93,7 @@ __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRo
     }
     turn -= pieces;
   }
-  if (lane == 0) mover.flush();
+  mover.flush();
 }
 
 #endif

@@ -28,23 +28,35 @@ class ScaleFetcher {
     }
   }
 
-  // Those of the next block of K. Each lane arrives on `full` when its own are there.
-  __device__ void fetch(float* to, uint64_t* full) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < kRowsOfLane; ++i) {
-      copy_word(to + i * 32 + lane, rows_[i]);
-      rows_[i] += args_.scale_group_stride;
-    }
-#pragma unroll
-    for (int i = 0; i < kColumnsOfLane; ++i) {
-      if (i * 32 + lane < Tiles::kColumnScales) copy_word(to + Tiles::kRows + i * 32 + lane, columns_[i]++);
+  // Those of the next block of K, or of the next four. Each lane arrives on `full` when its own are there.
+  __device__ void fetch(float* scales, const ScalePosition<Tiles>& position, uint32_t full) {
+    if (!args_.fours_of_scales) {
+      copy<4>(scales + position.first(), args_.scale_group_stride, 1);
+    } else if (position.begins_four()) {
+      copy<16>(scales + position.first(), 4, 4);
     }
     arrive_when_copied(full);
   }
 
  private:
   static constexpr int kRowsOfLane = Tiles::kRows / 32, kColumnsOfLane = (Tiles::kColumnScales + 31) / 32;
+
+  // And how far it is from there to the next ones.
+  template <int kBytes>
+  __device__ void copy(float* to, int64_t row_step, int column_step) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kRowsOfLane; ++i) {
+      copy_async<kBytes>(to + 4 * (i * 32 + lane), rows_[i]);
+      rows_[i] += row_step;
+    }
+#pragma unroll
+    for (int i = 0; i < kColumnsOfLane; ++i) {
+      if (i * 32 + lane < Tiles::kColumnScales)
+        copy_async<kBytes>(to + 4 * (Tiles::kRows + i * 32 + lane), columns_[i]);
+      columns_[i] += column_step;
+    }
+  }
 
   const ProjectionArgs& args_;
   const float *rows_[kRowsOfLane], *columns_[kColumnsOfLane];
@@ -55,23 +67,26 @@ template <typename Tiles>
 __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShared& shared, char* stages,
                                       float* scales) {
   constexpr int kElements = kSwizzleBytes / sizeof(typename Tiles::In);
-  const bool leads = threadIdx.x % 32 == 0;
+  const uint32_t first_stage = uniform(shared_address(stages));
+  const uint32_t full_barriers = uniform(shared_address(shared.full));
+  const uint32_t empty_barriers = uniform(shared_address(shared.empty));
   RingPosition at;
+  ScalePosition<Tiles> scales_at;
   // Blocks begin each turn of tiles together: left to themselves they drift apart, until what they share is no longer
   // in the L2 cache when the last of them wants it.
   cuda::atomic_ref<uint32_t, cuda::thread_scope_device> fetched(control(args.team.region[args.team.rank])->fetched);
   const int end = args.row_blocks * args.column_tiles, own = own_row_blocks(args, Tiles::kRows);
   for (int first = 0, index = blockIdx.x; index < end; first += gridDim.x, index += gridDim.x) {
     // Blocks that began after a fault fetch nothing.
-    while (first > 0 && fetched.load(cuda::memory_order_relaxed) < first && !has_faulted(args.team)) {
+    while (first > 0 && uniform(fetched.load(cuda::memory_order_relaxed)) < first && !uniform(has_faulted(args.team))) {
     }
-    const Tile tile = tile_of<Tiles>(index, args);
+    const Tile tile = tile_of(index, args);
     ScaleFetcher<Tiles> scale_fetcher(args, tile);
     for (int k = 0; k < args.k_blocks && tile.row_block < own; ++k) {
-      if (at.round > 0) barrier_wait(&shared.empty[at.stage], (at.round - 1) & 1);
-      char* stage = stages + at.stage * Tiles::kStageBytes;
-      uint64_t* full = &shared.full[at.stage];
-      if (leads) {
+      if (at.round > 0) barrier_wait(empty_barriers + at.stage * sizeof(uint64_t), (at.round - 1) & 1);
+      const uint32_t stage = first_stage + at.stage * Tiles::kStageBytes;
+      const uint32_t full = full_barriers + at.stage * sizeof(uint64_t);
+      if (elect()) {
         barrier_expect(full, Tiles::kStageBytes);
         tensor_load(stage, &args.input_map, k * kElements, tile.row_block * Tiles::kRows, full);
 #pragma unroll
@@ -80,11 +95,15 @@ __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShar
                       tile.column_tile * Tiles::kColumns + column, full);
         }
       }
-      if constexpr (Tiles::kScaled) scale_fetcher.fetch(scales + at.stage * Tiles::kStageScales, full);
+      __syncwarp();
+      if constexpr (Tiles::kScaled) {
+        scale_fetcher.fetch(scales, scales_at, full);
+        scales_at.advance();
+      }
       next_stage<Tiles>(at);
     }
     __syncwarp();
-    if (leads && fetched.fetch_add(1, cuda::memory_order_relaxed) + 1 == end) {
+    if (threadIdx.x % 32 == 0 && fetched.fetch_add(1, cuda::memory_order_relaxed) + 1 == end) {
       fetched.store(0, cuda::memory_order_relaxed);
     }
   }
@@ -123,6 +142,7 @@ template <typename Tiles>
 __device__ inline int multiply_tile(const ProjectionArgs& args, ProjectionShared& shared, const Operands& operands,
                                     RingPosition& at, float (&sums)[Tiles::kParts][Tiles::kSums]) {
   const bool leads = threadIdx.x % 32 == 0;
+  const uint32_t full_barriers = uniform(shared_address(shared.full));
   int last = 0;
 #pragma unroll
   for (auto& part : sums) {
@@ -131,7 +151,7 @@ __device__ inline int multiply_tile(const ProjectionArgs& args, ProjectionShared
     hold(part);
   }
   for (int k = 0; k < args.k_blocks; ++k) {
-    barrier_wait(&shared.full[at.stage], at.round & 1);
+    barrier_wait(full_barriers + at.stage * sizeof(uint64_t), at.round & 1);
     const uint64_t stage = at.stage * (Tiles::kStageBytes >> 4);
     product_fence();
 #pragma unroll
@@ -164,6 +184,7 @@ __device__ inline int row_of_thread() { return threadIdx.x % 128 / 32 * 16 + thr
 template <typename Tiles>
 __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, ProjectionShared& shared,
                                            const Operands& operands, const float* scales, int group, RingPosition& at,
+                                           ScalePosition<Tiles>& scales_at,
                                            float (&sums)[Tiles::kParts][Tiles::kSums]) {
   static_assert(Tiles::kGroupRows == 64);
   const bool leads = threadIdx.x % 32 == 0;
@@ -173,13 +194,14 @@ __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, Projectio
 #pragma unroll
     for (float& sum : part) sum = 0;
   }
+  const uint32_t full_barriers = uniform(shared_address(shared.full));
   int last = 0;
   for (int k = 0; k < args.k_blocks; ++k) {
-    barrier_wait(&shared.full[at.stage], at.round & 1);
+    barrier_wait(full_barriers + at.stage * sizeof(uint64_t), at.round & 1);
     const uint64_t stage = at.stage * (Tiles::kStageBytes >> 4);
-    const float* row_scale = scales + at.stage * Tiles::kStageScales;
-    const float* column_scale = row_scale + Tiles::kRows;
-    const float upper = row_scale[row], lower = row_scale[row + 8];
+    const float* row_scale = scales + scales_at.first();
+    const float* column_scale = row_scale + 4 * Tiles::kRows;
+    const float upper = row_scale[4 * row], lower = row_scale[4 * (row + 8)];
 #pragma unroll
     for (int part = 0; part < Tiles::kParts; ++part) {
       const uint64_t b = operands.b + stage + place_of<Tiles>(part).column * (kSwizzleBytes >> 4);
@@ -196,7 +218,7 @@ __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, Projectio
       constexpr int kScales = Tiles::kPartColumns / Tiles::kScaledColumns;
       float scale[kScales];
 #pragma unroll
-      for (int i = 0; i < kScales; ++i) scale[i] = column_scale[part * kScales + i];
+      for (int i = 0; i < kScales; ++i) scale[i] = column_scale[4 * (part * kScales + i)];
       product_wait<0>();
       if constexpr (Tiles::kInTurns) pass_turn(1 - group);
       hold(products);
@@ -205,6 +227,7 @@ __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, Projectio
         if (leads && k + 1 < args.k_blocks) barrier_arrive(&shared.empty[at.stage]);
         last = at.stage;
         next_stage<Tiles>(at);
+        scales_at.advance();
       }
 #pragma unroll
       for (int j = 0; j < Tiles::kPartColumns / 8; ++j) {
@@ -302,12 +325,13 @@ __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRou
   const Operands operands = operands_of<Tiles>(stages, share);
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
   RingPosition at;
+  ScalePosition<Tiles> scales_at;
   if (Tiles::kInTurns && group == 1) pass_turn(0);
   for_tiles<Tiles>(args, [&](Tile tile) {
     float sums[Tiles::kParts][Tiles::kSums];
     int stage;
     if constexpr (Tiles::kScaled) {
-      stage = multiply_scaled_tile<Tiles>(args, shared, operands, scales, group, at, sums);
+      stage = multiply_scaled_tile<Tiles>(args, shared, operands, scales, group, at, scales_at, sums);
     } else {
       stage = multiply_tile<Tiles>(args, shared, operands, at, sums);
     }

@@ -56,15 +56,13 @@ __device__ inline bool move_rows(const View<T>& view, const BlockRound& round, B
   };
   if (!view.staged()) publish_unfenced_to_peers(view, round, 0, lane);
   for (int chunk = 0; view.staged() && chunk < args.num_chunks; ++chunk) {
-    if (lane == 0) {
-      for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
-        copier.copy(reinterpret_cast<char*>(view.staged_row(peer, view.rank, row)),
-                    reinterpret_cast<const char*>(static_cast<const T*>(args.input) + (rows.start + row) * view.hidden),
-                    row_bytes);
-      });
-      copier.flush();
-      fence_async_global();
-    }
+    for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
+      copier.copy(reinterpret_cast<char*>(view.staged_row(peer, view.rank, row)),
+                  reinterpret_cast<const char*>(static_cast<const T*>(args.input) + (rows.start + row) * view.hidden),
+                  row_bytes);
+    });
+    copier.flush();
+    fence_async_global();
     __syncwarp();
     publish_to_peers(view, round, chunk, lane);
   }
@@ -76,16 +74,13 @@ __device__ inline bool move_rows(const View<T>& view, const BlockRound& round, B
       __syncwarp();
       arrived &= wait_for_peers(view, next, kGatherStep + chunk, lane);
       __syncwarp();
-      if (lane == 0) {
-        fence_async_global();
-        for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
-          copier.copy(reinterpret_cast<char*>(static_cast<T*>(args.output) + (rows.start + row) * view.hidden),
-                      reinterpret_cast<const char*>(view.gathered_row(peer, row)), row_bytes);
-        });
-      }
-      __syncwarp();
+      fence_async_global();
+      for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
+        copier.copy(reinterpret_cast<char*>(static_cast<T*>(args.output) + (rows.start + row) * view.hidden),
+                    reinterpret_cast<const char*>(view.gathered_row(peer, row)), row_bytes);
+      });
     }
-    if (lane == 0) copier.flush();
+    copier.flush();
   }
   return arrived;
 }
