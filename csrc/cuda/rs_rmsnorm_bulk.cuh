@@ -85,38 +85,40 @@ __device__ inline bool move_rows(const View<T>& view, const BlockRound& round, B
   return arrived;
 }
 
-// The fetching warp: brings every source's version of this block's rows into the ring. Each lane fetches one source's,
-// the lane after them the residual's.
+// The fetching warp: brings every source's version of this block's rows into the ring, then the residual's.
 template <typename T, Ending kEnding>
 __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, BulkShared& shared, char* ring) {
   const ReduceArgs& args = view.args;
   const int lane = threadIdx.x % 32;
   const uint32_t row_bytes = static_cast<uint32_t>(view.hidden * sizeof(T));
   const int sources = view.num_sources(), items = sources + view.has_residual();
-  const int source = view.complete ? view.rank : lane;
-  const T* const from = lane < sources ? view.source_row(source, 0) : static_cast<const T*>(args.residual);
-  RingPosition at;
-  at.advance(lane, args.stages);
-  RingPosition last;
+  const uint32_t buffers = uniform(shared_address(ring));
+  const uint32_t full_barriers = uniform(shared_address(shared.full));
+  const uint32_t empty_barriers = uniform(shared_address(shared.empty));
+  RingPosition at, last;  // of the next row's first item, and of the last row's last one
   bool gave_up = false;
-  // By all lanes; those that take part. A buffer is filled again as soon as it is empty: no lane waits for another's.
-  const auto fetch = [&](int64_t row, bool takes_part) {
-    for (bool waits = takes_part; __any_sync(0xffffffffu, waits);) {
-      if (!waits || (at.round > 0 && !barrier_passed(&shared.empty[at.stage], (at.round - 1) & 1))) continue;
-      if (lane == 0) shared.row[at.stage] = row;
-      if (kEnding == Ending::kGather) shared.gave_up[at.stage] = gave_up;
-      barrier_expect(&shared.full[at.stage], row_bytes);
-      bulk_load(ring + at.stage * int64_t{row_bytes}, from + row * view.hidden, row_bytes, &shared.full[at.stage]);
-      waits = false;
+  // Those of a row's items that are wanted(item).
+  const auto fetch = [&](int64_t row, auto&& wanted) {
+    RingPosition to = at;
+    for (int item = 0; item < items; ++item, to.advance(1, args.stages)) {
+      if (!wanted(item)) continue;
+      const T* const from =
+          item < sources ? view.source_row(item, row) : static_cast<const T*>(args.residual) + row * view.hidden;
+      const uint32_t full = full_barriers + to.stage * sizeof(uint64_t);
+      if (to.round > 0) barrier_wait(empty_barriers + to.stage * sizeof(uint64_t), (to.round - 1) & 1);
+      if (elect()) {
+        if (item == 0) shared.row[to.stage] = row;
+        if (kEnding == Ending::kGather) shared.gave_up[to.stage] = gave_up;
+        barrier_expect(full, row_bytes);
+        bulk_load(buffers + to.stage * row_bytes, from, row_bytes, full);
+      }
+      __syncwarp();
     }
-    if (!takes_part) return;
-    last = at;
-    at.advance(items, args.stages);
   };
   int64_t row = blockIdx.x;
   // What is this rank's own need not wait for a peer.
-  const bool begun = lane < items && (source == view.rank || lane == sources) && row < view.own.count;
-  fetch(row, begun);
+  const auto is_own = [&](int item) { return item == sources || view.complete || item == view.rank; };
+  if (row < view.own.count) fetch(row, is_own);
   bool arrived = wait_for_peers(view, round, 0, lane);
   const bool opened = __all_sync(0xffffffffu, arrived), claims = claims_rows<kEnding>(view);
   gave_up = !opened;
@@ -126,7 +128,10 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
       gave_up = __any_sync(0xffffffffu, gave_up || !arrived);
       fence_async_global();
     }
-    fetch(row, lane < items && !(step == 0 && begun));
+    fetch(row, [&](int item) { return step > 0 || !is_own(item); });
+    last = at;
+    last.advance(items - 1, args.stages);
+    at.advance(items, args.stages);
     const auto claim = [&] {
       int64_t next = lane == 0 ? claim_row(args.team, round) : 0;
       return __shfl_sync(0xffffffffu, next, 0);
@@ -151,7 +156,7 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
   // Peers have their inputs back once the last row buffer has been emptied, while the last row is still being finished.
   // In rs_rmsnorm_ag the gathering says so already.
   if (view.zero_copy && kEnding != Ending::kGather && opened) {
-    if (lane == items - 1 && blockIdx.x < view.own.count) barrier_wait(&shared.empty[last.stage], last.round & 1);
+    if (blockIdx.x < view.own.count) barrier_wait(&shared.empty[last.stage], last.round & 1);
     __syncwarp();
     publish_unfenced_to_peers(view, round, kClosingStep, lane);
     arrived &= wait_for_peers(view, round, kClosingStep, lane);
