@@ -27,7 +27,7 @@ class Kernel:
 
     stack_bytes: int
     local_bytes: int
-    opcodes: collections.Counter  # of accesses to local and global memory, products, reducing barriers: "LDG.E.128"
+    opcodes: collections.Counter  # of accesses to memory, products, reducing barriers, loops over threads: "LDG.E.128"
 
     def count(self, pattern: str) -> int:
         """Instructions whose opcode matches."""
@@ -62,10 +62,8 @@ def read_cubin(cubin: Path) -> dict[str, Kernel]:
     )
     kernels = {name: Kernel(int(stack), int(local), collections.Counter()) for name, stack, local in resources}
     # An instruction is `/*0070*/  @P0 LDG.E.128 R4, ...`; the predicate may be absent.
-    token = re.compile(
-        r"^\.text\.(\S+):|\*/ +(?:@!?\w+ )?((?:LDL|STL|LDG|STG|UBLK|UTMA|[HQ]GMMA|WARPGROUP|BAR\.RED)[\w.]*) ",
-        re.MULTILINE,
-    )
+    counted = r"(?:LDL|STL|LDG|STG|UBLK|UTMA|[HQ]GMMA|WARPGROUP|BAR\.RED|BRA\.U\.ANY)[\w.]*"
+    token = re.compile(rf"^\.text\.(\S+):|\*/ +(?:@!?\w+ )?({counted}) ", re.MULTILINE)
     opcodes = None
     for section, opcode in token.findall(run("nvdisasm", "-c", cubin)):
         if section:
@@ -181,6 +179,13 @@ def test_rows_travel_in_bulk_copies(kernels):
         or kernel.count(r"LDG\.E(?!.*CONSTANT).*\.128")
     }
     assert not threads_copy
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+def test_one_thread_asks_the_copy_engine(kernels):
+    """Where the compiler does not know that it is one, it asks in a loop over the threads of the warp."""
+    assert [name for name, kernel in kernels.items() if kernel.count("UBLK")]
+    assert not [name for name, kernel in kernels.items() if kernel.count(r"BRA\.U\.ANY")]
 
 
 def test_projections_multiply_by_warp_groups(library):

@@ -12,10 +12,14 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The copy engine takes its operands from registers that a warp has in common. The compiler has to know that they are
+// the same in all threads, and that one thread asks: or it makes a loop over the threads out of each copy, which takes
+// longer than what a product waits for.
+
 // What is the same in all threads of a warp, for the compiler to know it.
 __device__ inline uint32_t uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
 
-// One thread of a warp. The compiler knows that it is one: operands of what it calls need not be looked for in each.
+// Whether this is the one thread of a warp, the same each time, that asks. PTX ISA, "elect.sync".
 __device__ inline bool elect() {
   uint32_t elected;
   asm volatile(
@@ -45,6 +49,7 @@ __device__ inline void barrier_arrive(uint64_t* barrier) {
 __device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+
 __device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   barrier_expect(shared_address(barrier), bytes);
 }
@@ -65,28 +70,10 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   barrier_wait(shared_address(barrier), parity);
 }
 
-// Whether that phase has ended, without a wait.
-__device__ inline bool barrier_passed(uint64_t* barrier, uint32_t parity) {
-  uint32_t passed;
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, done;\n"
-      "}\n"
-      : "=r"(passed)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-  return passed != 0;
-}
-
 __device__ inline void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
                "l"(global), "r"(bytes), "r"(barrier)
                : "memory");
-}
-__device__ inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
-  bulk_load(shared_address(shared), global, bytes, shared_address(barrier));
 }
 
 __device__ inline void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
@@ -131,9 +118,9 @@ struct RingPosition {
   uint32_t round = 0;
 };
 
-// Moves items through shared memory with the copy engine alone: kCopierStages buffers, loads two items ahead of the
+// Moves items through shared memory with the copy engine alone: kCopierStages buffers, loads kAhead items ahead of the
 // stores. A warp drives it. `put(item, buffer)` stores an item with bulk_store; one thread calls it.
-template <typename Item, typename Put>
+template <typename Item, typename Put, int kAhead>
 class BulkMover {
  public:
   __device__ BulkMover(char* buffers, uint64_t* barriers, uint32_t buffer_bytes, Put put)
@@ -150,24 +137,25 @@ class BulkMover {
       bulk_load(buffer(stage), from, bytes, barrier(stage));
     }
     __syncwarp();
-    // The two items in flight are remembered in registers, newest first.
-    if (loaded_ - stored_ == kAhead) store(items_[1]);
-    items_[1] = items_[0];
+    // The items in flight are remembered in registers, newest first.
+    if (loaded_ - stored_ == kAhead) store(items_[kAhead - 1]);
+#pragma unroll
+    for (int i = kAhead - 1; i > 0; --i) items_[i] = items_[i - 1];
     items_[0] = item;
     ++loaded_;
   }
 
   // All items are in global memory when this returns.
   __device__ void flush() {
-    if (loaded_ - stored_ == 2) store(items_[1]);
-    if (loaded_ - stored_ == 1) store(items_[0]);
+#pragma unroll
+    for (int i = kAhead - 1; i >= 0; --i) {
+      if (loaded_ - stored_ == i + 1) store(items_[i]);
+    }
     if (elect()) bulk_wait_all();
     __syncwarp();
   }
 
  private:
-  static constexpr int kAhead = 2;
-
   __device__ void store(const Item& item) {
     const int stage = stored_ % kCopierStages;
     barrier_wait(barrier(stage), stored_ / kCopierStages & 1);
@@ -186,7 +174,7 @@ class BulkMover {
   const uint32_t buffer_bytes_;
   Put put_;
   uint32_t loaded_ = 0, stored_ = 0;
-  Item items_[2] = {};
+  Item items_[kAhead] = {};
 };
 
 struct Run {
@@ -199,7 +187,7 @@ struct PutRun {
 };
 
 // Copies runs of bytes.
-class BulkCopier : public BulkMover<Run, PutRun> {
+class BulkCopier : public BulkMover<Run, PutRun, 2> {
  public:
   __device__ BulkCopier(char* buffers, uint64_t* barriers, uint32_t buffer_bytes)
       : BulkMover(buffers, barriers, buffer_bytes, PutRun{}) {}

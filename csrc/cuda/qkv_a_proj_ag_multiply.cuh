@@ -41,7 +41,7 @@ class ScaleFetcher {
  private:
   static constexpr int kRowsOfLane = Tiles::kRows / 32, kColumnsOfLane = (Tiles::kColumnScales + 31) / 32;
 
-  // And how far it is from there to the next ones.
+  // kBytes of each row's and of each run of columns'; the next ones lie so many further.
   template <int kBytes>
   __device__ void copy(float* to, int64_t row_step, int column_step) {
     const int lane = threadIdx.x % 32;
@@ -52,8 +52,8 @@ class ScaleFetcher {
     }
 #pragma unroll
     for (int i = 0; i < kColumnsOfLane; ++i) {
-      if (i * 32 + lane < Tiles::kColumnScales)
-        copy_async<kBytes>(to + 4 * (Tiles::kRows + i * 32 + lane), columns_[i]);
+      const int column = i * 32 + lane;
+      if (column < Tiles::kColumnScales) copy_async<kBytes>(to + 4 * (Tiles::kRows + column), columns_[i]);
       columns_[i] += column_step;
     }
   }

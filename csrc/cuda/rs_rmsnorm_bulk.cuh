@@ -25,13 +25,16 @@ struct BulkShared {
 };
 
 // While the ranks still look for each other, a rank's input comes to its L2 cache, as far as it is fetched first: a row
-// for every block of every rank. Each lane asks for one owner's.
+// for every block of every rank.
 template <typename T>
-__device__ inline void prefetch_rows(const View<T>& view, int lane) {
-  if (!view.zero_copy || view.complete || lane >= view.world_size || blockIdx.x >= view.rows(lane).count) return;
-  const int64_t row = view.rows(lane).start + blockIdx.x;
-  bulk_prefetch(static_cast<const T*>(view.args.input) + row * view.hidden,
-                static_cast<uint32_t>(view.hidden * sizeof(T)));
+__device__ inline void prefetch_rows(const View<T>& view) {
+  if (!view.zero_copy || view.complete) return;
+  for (int peer = 0; peer < view.world_size; ++peer) {
+    const Rows rows = view.rows(peer);
+    if (blockIdx.x >= rows.count || !elect()) continue;
+    bulk_prefetch(static_cast<const T*>(view.args.input) + (rows.start + blockIdx.x) * view.hidden,
+                  static_cast<uint32_t>(view.hidden * sizeof(T)));
+  }
 }
 
 // The staging warp: lays this rank's rows open to the peers, chunk by chunk; in rs_rmsnorm_ag it then collects theirs.

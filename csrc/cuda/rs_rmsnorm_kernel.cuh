@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kIsSm90) + (kBo
   } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     __shared__ BulkShared shared;
-    if (threadIdx.x >= blockDim.x - 32) prefetch_rows(View<T>(args), threadIdx.x % 32);
+    if (threadIdx.x >= blockDim.x - 32) prefetch_rows(View<T>(args));
     if (threadIdx.x == 0) shared.init(args.stages);
     const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
     const View<T> view(args, round.epoch);
