@@ -15,7 +15,9 @@ struct BulkShared {
 
   // By one thread; a barrier of the block follows.
   __device__ void init(int stages) {
-    for (int stage = 0; stage < stages; ++stage) {
+#pragma unroll  // at constant places
+    for (int stage = 0; stage < kMaxStages; ++stage) {
+      if (stage == stages) break;
       barrier_init(&full[stage], 1);
       barrier_init(&empty[stage], blockDim.x - kHelperThreads);
     }
