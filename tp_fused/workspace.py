@@ -215,7 +215,8 @@ def init(
     max_num_tokens: the largest token count of any later call. hidden_size: columns of the reduced rows.
     latent_size: columns of a projection's output (default: hidden_size). dtype: of the widest rows.
     timeout_s: how long an op waits for a peer before it raises `CollectiveFault`. max_ctas: bounds the grid of every
-    CUDA kernel. device: "cpu" or "cuda" (default: cuda where torch sees one).
+    CUDA kernel; up to half of a card's multiprocessors, a projection's blocks take them in pairs of neighbours.
+    device: "cpu" or "cuda" (default: cuda where torch sees one).
 
     The backend is chosen from what all ranks report, the same everywhere: when all ranks run on one host, `cuda`
     (torch's symmetric memory) or `cpu` (shared memory); otherwise `reference` (torch.distributed).
