@@ -103,6 +103,14 @@ def test_few_rows(pool, device, dtype, rows, world_size):
     assert sums == [sums[0]] * world_size
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_scales_of_four_blocks(pool, device, world_size):
+    """Of 2048 columns fp8 rows have 16 scales, side by side at a multiple of 16 bytes: four are fetched at a time."""
+    num_tokens = (300 if device == "cuda" else 7) * world_size
+    sums = pool.run(project, device, FP8, num_tokens, 2048, WIDTHS[0])
+    assert sums == [sums[0]] * world_size
+
+
 def rows_alone(device: str, dtype: torch.dtype) -> None:
     """Runs on a rank: a row has the same bits among any number of rows. Of fp8, 2000 go through the widest tiles."""
     weight = random("weight", (2112, 1024), torch.float32, 1 / 32).to(device)
