@@ -49,7 +49,6 @@ __device__ inline void barrier_arrive(uint64_t* barrier) {
 __device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-
 __device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   barrier_expect(shared_address(barrier), bytes);
 }

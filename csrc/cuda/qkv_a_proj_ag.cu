@@ -52,8 +52,8 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
     return TPF_UNSUPPORTED;
   }
   Grid grid = {blocks, kProjectionThreads, kProjectionShared<Tiles, false>};
-  // Neighbouring SMs that ask for the same operands at the same time are answered sooner. Of a grid that has the card
-  // to itself most neighbours do; where ranks share it, a rank's blocks would lie among the others'.
+  // Where ranks share a card, a rank's blocks would lie among the others'. In pairs, neighbouring SMs ask for the same
+  // weights, and a call takes less time. A grid that has the card to itself gained nothing.
   if (blocks % 2 == 0 && blocks <= device.processors / 2) grid.cluster = 2;
   tpf_status status = TPF_UNSUPPORTED;
   if (args.call.op != TPF_QKV_A_PROJ_AG_NORM) {

@@ -54,7 +54,7 @@ __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRo
   const auto put = [&](const RowPiece& piece, uint32_t buffer) {
     for_outputs(piece, [&](char* to, uint32_t from, uint32_t bytes) { bulk_store(to, buffer + from, bytes, policy); });
   };
-  // One load ahead: with more of them, the operands of tiles come later.
+  // One load ahead: with two, a call of many rows without norms took longer where ranks share a card.
   BulkMover<RowPiece, decltype(put), 1> mover(buffers, barriers, kCopierBytes, put);
   bool arrived = !round.refused;
   int turn = copier;  // of this warp, in pieces from the row block's first
