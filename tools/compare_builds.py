@@ -1,34 +1,40 @@
-"""Times builds of libtp_fused side by side on one GPU, in seconds:
+"""Times builds of libtp_fused side by side, in seconds:
 
-    python3 -m tools.compare_builds ../before/build/tp_fused/libtp_fused.so tp_fused/libtp_fused.so --cases 64,1024
+    tools/with_mps.sh python3 -m tools.compare_builds ../before/build/tp_fused/libtp_fused.so \\
+        tp_fused/libtp_fused.so --cases 64,1024
 
-For choosing between two ways to write a kernel. Ranks are streams of this one process, with as many blocks each as
-ranks that share a card have, and call the C API (csrc/tp_fused.h). A graph holds several calls of all ranks, and the
-graphs of all builds are replayed in turn. Every result is checked. With one rank (--world-size 1) the last column is
-torch's product of the same operands. What ranks take that are processes, and what else there is to compare with,
-`python -m bench` tells: streams begin together, processes do not, and the two have been seen to differ in which of two
-builds is the faster one.
+For choosing between two ways to write a kernel. Every rank is a process, with a card of its own or, where ranks share
+one, with as many blocks as fit on it beside the others'. The builds' C API (csrc/tp_fused.h) is called directly, and
+timed as `python -m bench` times: graphs of several calls, replayed in turn, of which the slowest rank counts. Every
+result is checked. With one rank (--world-size 1) the last column is torch's product of the same operands. What else
+there is to compare with, the benchmark tells.
 """
 
 import argparse
 import ctypes
 import faulthandler
+import functools
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
 
 from bench.cases import EPS, steps_apart
+from bench.timing import Program, measure
 from tp_fused import reference
+from tp_fused.launch import launch, take_device
 from tp_fused.native import _C, DTYPE_CODES
 
 HIDDEN, WIDTHS = 7168, (1536, 512, 64)  # of DeepSeek-V3
 LATENT = sum(WIDTHS)
 MOST_TOKENS = 16384
+SLOT_BYTES = MOST_TOKENS * HIDDEN * 2
 TIMEOUT_NS = 2_000_000_000
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 Pointer = ctypes.c_void_p
@@ -88,145 +94,201 @@ class Projection(ctypes.Structure):
 
 
 STRUCTS = {"tpf_call": Call, "tpf_team": Team, "tpf_symm": Symm, "tpf_projection": Projection}
+REDUCTION = [
+    *(Pointer, Pointer, Pointer, ctypes.POINTER(Symm), Pointer, Pointer, ctypes.POINTER(Team)),
+    *(ctypes.c_int64, ctypes.c_int32, ctypes.c_int, ctypes.c_float, ctypes.c_uint32, Pointer),
+]
 FUNCTIONS = {
     "tpf_barrier_cuda": [ctypes.POINTER(Team), Pointer],
-    "tpf_rs_rmsnorm_cuda": [
-        *(Pointer, Pointer, Pointer, ctypes.POINTER(Symm), Pointer, Pointer, ctypes.POINTER(Team)),
-        *(ctypes.c_int64, ctypes.c_int32, ctypes.c_int, ctypes.c_float, ctypes.c_uint32, Pointer),
-    ],
+    "tpf_rs_rmsnorm_cuda": REDUCTION,
+    "tpf_rs_rmsnorm_ag_cuda": REDUCTION,
     "tpf_qkv_a_proj_ag_cuda": [
         *(ctypes.POINTER(Pointer), ctypes.POINTER(Projection), ctypes.POINTER(Team), ctypes.POINTER(Call), Pointer)
     ],
 }
 
 
-class Build:
-    """A library with a workspace of its own for every rank."""
+class Ranks:
+    """This process's place among the ranks, and what bench.timing asks of a run."""
 
-    def __init__(self, path: Path, world_size: int, slot_bytes: int):
-        self.path, self.world_size = path, world_size
+    def __init__(self, rounds: int):
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        place = take_device("cuda")
+        self.device, self.sentence = place.device, place.sentence()
+        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.most_ctas = processors // place.ranks_per_card
+        self.options = SimpleNamespace(warmup=1, iters=rounds, budget_s=1.0)
+        self.builds: list[Build] = []
+        self._handles = []
+
+    def symmetric(self, num_bytes: int) -> list[torch.Tensor]:
+        """Every rank's bytes, as they are mapped here. Collective."""
+        own = symm_mem.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        handle = symm_mem.rendezvous(own, dist.group.WORLD.group_name)
+        self._handles.append((own, handle))
+        return [handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(self.world_size)]
+
+    def meet(self) -> None:
+        self.builds[0].barrier()
+
+    def settle(self) -> None:
+        torch.cuda.synchronize()
+        for build in self.builds:
+            build.check()
+
+    def host_barrier(self) -> None:
+        dist.barrier()
+
+    def host_reduce(self, values, operation=dist.ReduceOp.MAX) -> torch.Tensor:
+        total = torch.as_tensor(values, dtype=torch.float64, device="cpu").clone()
+        dist.all_reduce(total, operation)
+        return total
+
+
+class Build:
+    """A library with a workspace of its own."""
+
+    def __init__(self, path: Path, ranks: Ranks):
+        self.path, self.ranks = path, ranks
         self.library = ctypes.CDLL(str(path.resolve()))  # symbols stay apart from those of the other builds
         for name, arguments in FUNCTIONS.items():
             getattr(self.library, name).argtypes = arguments
         self.library.tpf_region_bytes.argtypes = [ctypes.c_int64, ctypes.c_int32]
         self.library.tpf_region_bytes.restype = ctypes.c_int64
-        size = self.library.tpf_region_bytes(slot_bytes, 1)
-        self.regions = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(world_size)]
-        self.mailboxes = [torch.zeros(64, dtype=torch.int32).pin_memory() for _ in range(world_size)]
-        self.slot_bytes = slot_bytes
-        self.most_ctas = torch.cuda.get_device_properties(0).multi_processor_count // world_size
+        regions = ranks.symmetric(self.library.tpf_region_bytes(SLOT_BYTES, 1))
+        regions[ranks.rank].zero_()
+        self.regions = (Pointer * 8)(*(region.data_ptr() for region in regions))
+        self.mailbox = torch.zeros(64, dtype=torch.int32).pin_memory()
 
-    def team(self, rank: int, max_ctas: int | None = None) -> Team:
+    def team(self, max_ctas: int | None = None) -> Team:
         """max_ctas: at most as many blocks as fit on the card with those of all other ranks, the default."""
-        max_ctas = min(max_ctas or self.most_ctas, self.most_ctas)
-        regions = (Pointer * 8)(*(region.data_ptr() for region in self.regions))
-        mailbox = self.mailboxes[rank].data_ptr()
-        return Team(rank, self.world_size, regions, self.slot_bytes, TIMEOUT_NS, max_ctas, -1, 0, mailbox)
+        ranks = self.ranks
+        max_ctas = min(max_ctas or ranks.most_ctas, ranks.most_ctas)
+        place = ranks.rank, ranks.world_size, self.regions, SLOT_BYTES, TIMEOUT_NS
+        return Team(*place, max_ctas, -1, ranks.device.index, self.mailbox.data_ptr())
+
+    def call(self, name: str, *arguments) -> None:
+        """A function of the library, on torch's stream."""
+        status = getattr(self.library, name)(*arguments, torch.cuda.current_stream().cuda_stream)
+        if status:
+            raise RuntimeError(f"{self.path}: {name} returned status {status} on rank {self.ranks.rank}")
+
+    def barrier(self) -> None:
+        self.call("tpf_barrier_cuda", ctypes.byref(self.team()))
 
     def check(self) -> None:
-        torch.cuda.synchronize()
-        faults = [f"rank {rank}: status {mail[0]}" for rank, mail in enumerate(self.mailboxes) if mail[0] != 0]
-        if faults:
-            raise RuntimeError(f"{self.path}: {'; '.join(faults)}")
+        if status := self.mailbox[0].item():
+            raise RuntimeError(f"{self.path}: rank {self.ranks.rank} has met a fault, status {status}")
 
 
 @dataclass
 class Case:
-    """launch(build, rank, stream) calls the op on a rank. clear() and wrong() are about what all ranks have written.
-
-    product() is torch's, of what one rank multiplies.
-    """
+    """launch(build) calls the op. clear() and wrong() are about what it writes. product() is torch's, of one rank."""
 
     name: str
-    launch: Callable[[Build, int, int], int]
+    launch: Callable[[Build], None]
     clear: Callable[[], None]
     wrong: Callable[[], int]
-    calls: int  # of a graph
     product: Callable[[], torch.Tensor] | None = None
 
 
-def reductions(world_size: int) -> list[Case]:
-    """rs_rmsnorm with a residual: T tokens read in place; T-staged; T-ctas8, with at most eight blocks a rank."""
-    *inputs, residual = (torch.randn(MOST_TOKENS, HIDDEN, device="cuda").to(BF16) for _ in range(world_size + 1))
-    weight = (1 + torch.randn(HIDDEN, device="cuda") / 8).to(BF16)
-    outputs = torch.empty(world_size, 2, MOST_TOKENS // world_size, HIDDEN, dtype=BF16, device="cuda")
+def reductions(ranks: Ranks) -> list[Case]:
+    """rs_rmsnorm with a residual: T tokens read in place; T-staged; T-ctas8, with at most eight blocks a rank.
+
+    T-ag: rs_rmsnorm_ag of tokens read in place.
+    """
+    inputs = [
+        memory.view(BF16).view(MOST_TOKENS, HIDDEN) for memory in ranks.symmetric(MOST_TOKENS * HIDDEN * BF16.itemsize)
+    ]
+    input = inputs[ranks.rank]
+    generator = torch.Generator(ranks.device).manual_seed(ranks.rank)
+    input.normal_(generator=generator)
+    residual = torch.randn(MOST_TOKENS, HIDDEN, device=ranks.device, dtype=BF16)
+    weight = (1 + torch.randn(HIDDEN, device=ranks.device) / 8).to(BF16)
+    outputs = torch.empty(MOST_TOKENS, HIDDEN, dtype=BF16, device=ranks.device)
+    residuals_out = torch.empty(MOST_TOKENS // ranks.world_size, HIDDEN, dtype=BF16, device=ranks.device)
     symm = Symm((Pointer * 8)(*(tensor.data_ptr() for tensor in inputs)), 0)
 
-    def case(tokens: int, calls: int, max_ctas: int | None = None, staged: bool = False) -> Case:
-        own = tokens // world_size
+    def clear() -> None:
+        for tensor in (outputs, residuals_out):
+            tensor.fill_(float("nan"))
 
-        def launch(build: Build, rank: int, stream: int) -> int:
-            places = outputs[rank, 0].data_ptr(), outputs[rank, 1].data_ptr(), inputs[rank].data_ptr()
-            source = None if staged else ctypes.byref(symm)
-            rest = residual[own * rank :].data_ptr(), weight.data_ptr(), ctypes.byref(build.team(rank, max_ctas))
-            return build.library.tpf_rs_rmsnorm_cuda(
-                *places, source, *rest, tokens, HIDDEN, DTYPE_CODES[BF16], EPS, _C.RESIDUAL, stream
+    def case(tokens: int, max_ctas: int | None = None, staged: bool = False, gathered: bool = False) -> Case:
+        count = tokens // ranks.world_size
+        own = slice(count * ranks.rank, count * (ranks.rank + 1))
+
+        def launch(build: Build) -> None:
+            build.call(
+                f"tpf_rs_rmsnorm{'_ag' * gathered}_cuda",
+                *(outputs.data_ptr(), residuals_out.data_ptr(), input.data_ptr()),
+                *(None if staged else ctypes.byref(symm), residual[own].data_ptr(), weight.data_ptr()),
+                *(ctypes.byref(build.team(max_ctas)), tokens, HIDDEN, DTYPE_CODES[BF16], EPS, _C.RESIDUAL),
             )
 
         def wrong() -> int:
-            stored = reference.sum_in_rank_order([tensor[:tokens] for tensor in inputs], residual[:tokens])
-            output, residual_out = (outputs[:, i, :own].reshape(tokens, HIDDEN) for i in (0, 1))
+            """Of what rs_rmsnorm_ag gathers, looks at this rank's own rows, and for NaN at the others."""
+            stored = reference.sum_in_rank_order([tensor[own] for tensor in inputs], residual[own])
+            output = outputs[own] if gathered else outputs[:count]
             far = steps_apart(output, reference.rms_norm(stored, weight, EPS)) > 1
-            return int((steps_apart(residual_out, stored) > 0).sum() + far.sum())
+            missing = outputs[: tokens if gathered else count].isnan()
+            return int((steps_apart(residuals_out[:count], stored) > 0).sum() + far.sum() + missing.sum())
 
-        name = f"{tokens}{'-staged' * staged}{f'-ctas{max_ctas}' if max_ctas else ''}"
-        return Case(name, launch, lambda: outputs.fill_(float("nan")), wrong, calls)
+        name = f"{tokens}{'-staged' * staged}{f'-ctas{max_ctas}' if max_ctas else ''}{'-ag' * gathered}"
+        return Case(name, launch, clear, wrong)
 
     return [
-        *(case(tokens, calls) for tokens, calls in ((8, 32), (32, 32), (64, 32), (512, 32), (1024, 24), (16384, 4))),
-        *(case(tokens, calls, staged=True) for tokens, calls in ((64, 32), (16384, 2))),
-        case(16384, 4, max_ctas=8),
+        *(case(tokens) for tokens in (8, 32, 64, 512, 1024, 16384)),
+        *(case(tokens, staged=True) for tokens in (64, 16384)),
+        case(16384, max_ctas=8),
+        *(case(tokens, gathered=True) for tokens in (512, 16384)),
     ]
 
 
-def projections(world_size: int) -> list[Case]:
-    """qkv_a_proj_ag: projT tokens, projT-norm with the latent norms, projT-fp8. Each rank has a weight of its own."""
-    drawn = torch.randn(MOST_TOKENS, HIDDEN, device="cuda")
-    weight = torch.randn(LATENT, HIDDEN, device="cuda")
-    rows = {BF16: drawn.to(BF16), E4M3: drawn.to(E4M3)}
-    weights = {dtype: [weight.to(dtype) for _ in range(world_size)] for dtype in rows}
-    scale = torch.rand(MOST_TOKENS, HIDDEN // 128, device="cuda") + 0.5
-    weight_scale = torch.rand(-(-LATENT // 128), HIDDEN // 128, device="cuda") + 0.5
-    norms = [(1 + torch.randn(width, device="cuda") / 8).to(BF16) for width in WIDTHS[:2]]
-    outputs = torch.empty(world_size, MOST_TOKENS * LATENT, dtype=BF16, device="cuda")
+def projections(ranks: Ranks) -> list[Case]:
+    """qkv_a_proj_ag: projT tokens, projT-norm with the latent norms, projT-fp8."""
+    generator = torch.Generator(ranks.device).manual_seed(0)  # all ranks know all rows
+    random = functools.partial(torch.rand, generator=generator, device=ranks.device)
+    drawn, weight = (
+        torch.randn(rows, HIDDEN, generator=generator, device=ranks.device) for rows in (MOST_TOKENS, LATENT)
+    )
+    rows, weights = ({dtype: tensor.to(dtype) for dtype in (BF16, E4M3)} for tensor in (drawn, weight))
+    scale = random(MOST_TOKENS, HIDDEN // 128) + 0.5
+    weight_scale = random(-(-LATENT // 128), HIDDEN // 128) + 0.5
+    norms = [(0.9 + random(width) / 4).to(BF16) for width in WIDTHS[:2]]
+    outputs = torch.empty(MOST_TOKENS * LATENT, dtype=BF16, device=ranks.device)
 
-    def case(tokens: int, op: int, calls: int) -> Case:
-        own, normed = tokens // world_size, op == _C.QKV_A_PROJ_AG_NORM
+    def case(tokens: int, op: int) -> Case:
+        first, normed = tokens // ranks.world_size * ranks.rank, op == _C.QKV_A_PROJ_AG_NORM
         dtype = E4M3 if op == _C.QKV_A_PROJ_AG_FP8 else BF16
         code = DTYPE_CODES[dtype]
         call = Call(op, code, tokens, HIDDEN, LATENT, WIDTHS[0] * normed, 0, WIDTHS[1] * normed, 0, -1)
         starts = [tokens * sum(WIDTHS[:part]) for part in range(3 if normed else 1)]
+        places = (Pointer * 3)(*(outputs[start:].data_ptr() for start in starts))
+        projection = Projection(
+            *(rows[dtype][first:].data_ptr(), scale[first:].data_ptr(), HIDDEN // 128, 1),
+            *(weights[dtype].data_ptr(), weight_scale.data_ptr(), None),
+            *(norms[0].data_ptr(), norms[1].data_ptr(), *WIDTHS[:2], EPS),
+        )
 
-        def launch(build: Build, rank: int, stream: int) -> int:
-            places = (Pointer * 3)(*(outputs[rank, start:].data_ptr() for start in starts))
-            scales = scale[own * rank :].data_ptr(), HIDDEN // 128, 1
-            projection = Projection(
-                *(rows[dtype][own * rank :].data_ptr(), *scales),
-                *(weights[dtype][rank].data_ptr(), weight_scale.data_ptr(), None),
-                *(norms[0].data_ptr(), norms[1].data_ptr(), *WIDTHS[:2], EPS),
-            )
-            team = ctypes.byref(build.team(rank))
-            return build.library.tpf_qkv_a_proj_ag_cuda(
-                places, ctypes.byref(projection), team, ctypes.byref(call), stream
-            )
+        def launch(build: Build) -> None:
+            team = ctypes.byref(build.team())
+            build.call("tpf_qkv_a_proj_ag_cuda", places, ctypes.byref(projection), team, ctypes.byref(call))
 
         def wrong() -> int:
             """Looks for NaN everywhere, and at the values of some rows."""
-            some = torch.arange(0, tokens, max(1, tokens // 64), device="cuda")
+            some = torch.arange(0, tokens, max(1, tokens // 64), device=ranks.device)
             if dtype == E4M3:
-                exact = reference.project_fp8(rows[E4M3][some], scale[some], weights[E4M3][0], weight_scale)
+                exact = reference.project_fp8(rows[E4M3][some], scale[some], weights[E4M3], weight_scale)
             else:
-                exact = rows[BF16][some].float() @ weights[BF16][0].float().T
+                exact = rows[BF16][some].float() @ weights[BF16].float().T
             parts = reference.split_and_norm(exact, *norms, EPS) if normed else [exact]
-            count = int(outputs[:, : tokens * LATENT].isnan().sum())
+            count = int(outputs[: tokens * LATENT].isnan().sum())
             for start, part in zip(starts, parts, strict=True):
-                width = part.shape[1]
-                for written in outputs[:, start : start + tokens * width]:
-                    off = written.view(tokens, width)[some].float() - part
-                    count += int((off.abs() > part.abs().max() / 64).sum())
+                written = outputs[start : start + tokens * part.shape[1]].view(tokens, -1)[some]
+                count += int(((written.float() - part).abs() > part.abs().max() / 64).sum())
             return count
 
-        operands = rows[dtype][:tokens], weights[dtype][0].t()
+        operands = rows[dtype][:tokens], weights[dtype].t()
         # cuBLAS wants the rows' scales column-major.
         scales = scale[:tokens].t().contiguous().t(), weight_scale.t()
 
@@ -234,89 +296,63 @@ def projections(world_size: int) -> list[Case]:
             return torch._scaled_mm(*operands, *scales, out_dtype=BF16) if dtype == E4M3 else torch.mm(*operands)
 
         name = f"proj{tokens}{'-norm' * normed}{'-fp8' * (dtype == E4M3)}"
-        alone = world_size == 1 and not normed
-        return Case(name, launch, lambda: outputs.fill_(float("nan")), wrong, calls, product if alone else None)
+        alone = ranks.world_size == 1 and not normed
+        return Case(name, launch, lambda: outputs.fill_(float("nan")), wrong, product if alone else None)
 
     return [
-        *(
-            case(tokens, _C.QKV_A_PROJ_AG, calls)
-            for tokens, calls in ((64, 8), (512, 8), (2048, 8), (4096, 6), (8192, 3), (16384, 2))
-        ),
-        case(16384, _C.QKV_A_PROJ_AG_NORM, 2),
-        *(case(tokens, _C.QKV_A_PROJ_AG_FP8, calls) for tokens, calls in ((512, 8), (2048, 8), (4096, 6), (16384, 2))),
+        *(case(tokens, _C.QKV_A_PROJ_AG) for tokens in (64, 512, 2048, 4096, 8192, 16384)),
+        case(16384, _C.QKV_A_PROJ_AG_NORM),
+        *(case(tokens, _C.QKV_A_PROJ_AG_FP8) for tokens in (512, 2048, 4096, 16384)),
     ]
 
 
 def barrier() -> list[Case]:
     """A bare barrier, fenced."""
-
-    def launch(build: Build, rank: int, stream: int) -> int:
-        return build.library.tpf_barrier_cuda(ctypes.byref(build.team(rank)), stream)
-
-    return [Case("barrier", launch, lambda: None, lambda: 0, 32)]
+    return [Case("barrier", Build.barrier, lambda: None, lambda: 0)]
 
 
-def capture(case: Case, build: Build, streams: list[torch.cuda.Stream]) -> torch.cuda.CUDAGraph:
-    """A graph of the case's calls: a branch a rank."""
-
-    def call() -> None:
-        for rank, stream in enumerate(streams):
-            if status := case.launch(build, rank, stream.cuda_stream):
-                raise RuntimeError(f"{build.path}: {case.name} on rank {rank} returned status {status}")
-
-    torch.cuda.synchronize()
-    call()
-    torch.cuda.synchronize()
-    graph, root = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.graph(graph, stream=root, capture_error_mode="relaxed"):
-        for stream in streams:
-            stream.wait_stream(root)
-        for _ in range(case.calls):
-            call()
-        for stream in streams:
-            root.wait_stream(stream)
-    return graph
-
-
-def capture_product(product: Callable[[], torch.Tensor], calls: int) -> torch.cuda.CUDAGraph:
-    product()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            product()
-    return graph
-
-
-def times(case: Case, builds: list[Build], rounds: int) -> tuple[list[float], list[int]]:
-    """The median of each build, in us a call, and what it has got wrong; then torch's, if the case has a product."""
-    streams = [torch.cuda.Stream() for _ in range(builds[0].world_size)]
-    graphs, wrong = [], []
+def count_wrong(case: Case, builds: list[Build], ranks: Ranks) -> list[int]:
+    """The wrong elements of each build, of all ranks."""
+    wrong = []
     for build in builds:
-        graphs.append(capture(case, build, streams))
         case.clear()
-        torch.cuda.synchronize()
-        graphs[-1].replay()
-        build.check()
+        case.launch(build)
+        ranks.settle()
         wrong.append(case.wrong())
-    if case.product is not None:
-        graphs.append(capture_product(case.product, case.calls))
-        wrong.append(0)
-    taken = [[] for _ in graphs]
-    for _ in range(rounds):
-        events = []
-        torch.cuda._sleep(100_000)  # the card is busy until the first graph is queued
-        for graph in graphs:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            events.append((begin, end))
-        torch.cuda.synchronize()
-        for samples, (begin, end) in zip(taken, events, strict=True):
-            samples.append(begin.elapsed_time(end) * 1e3 / case.calls)
-    for build in builds:
-        build.check()
-    return [statistics.median(samples) for samples in taken], wrong
+    return ranks.host_reduce(wrong, dist.ReduceOp.SUM).int().tolist()
+
+
+def run_rank(options: argparse.Namespace) -> None:
+    faulthandler.dump_traceback_later(options.timeout, exit=True)
+    ranks = Ranks(options.rounds)
+    known = [*barrier(), *reductions(ranks), *projections(ranks)]
+    wanted = [name for name in options.cases.split(",") if name]
+    if unknown := set(wanted) - {case.name for case in known}:
+        raise ValueError(f"no case is called {', '.join(sorted(unknown))}: {', '.join(case.name for case in known)}")
+    ranks.builds = builds = [Build(path, ranks) for path in options.libraries]
+    torch.cuda.synchronize()
+    ranks.host_barrier()  # all regions are zeroed
+    show = functools.partial(print, flush=True) if ranks.rank == 0 else lambda text: None
+    where = ranks.sentence or torch.cuda.get_device_name()
+    show(f"# {where}; us a call, and how many times as long as the first; !: wrong elements")
+    total_wrong = 0
+    for case in known:
+        if wanted and case.name not in wanted:
+            continue
+        wrong = count_wrong(case, builds, ranks)
+        programs = {index: Program(functools.partial(case.launch, build)) for index, build in enumerate(builds)}
+        if case.product is not None:
+            programs["torch"], wrong = Program(case.product), [*wrong, 0]
+        medians = [samples.median * 1e6 for samples in measure(ranks, programs).values()]
+        total_wrong += sum(wrong)
+        cells = [
+            f"{median:9.2f} {median / medians[0]:6.3f} x" + (f" !{count}" if count else "")
+            for median, count in zip(medians, wrong, strict=True)
+        ]
+        show(f"{case.name:<16}" + " |".join(cells))
+    ranks.host_barrier()  # nobody takes its memory away while others read it
+    if total_wrong:
+        sys.exit(1)
 
 
 def main() -> None:
@@ -327,32 +363,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="samples of each")
     parser.add_argument("--timeout", type=float, default=120, help="seconds until all is ended")
     options = parser.parse_args()
-    # Streams wait for each other on the card: none may share a queue with another, and no kernel be loaded meanwhile.
-    os.environ |= {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
     if not torch.cuda.is_available():
         parser.error("there is no GPU")
-    faulthandler.dump_traceback_later(options.timeout, exit=True)
-    torch.manual_seed(0)
-    wanted = [name for name in options.cases.split(",") if name]
-    world_size = options.world_size
-    known = [*barrier(), *reductions(world_size), *projections(world_size)]
-    if unknown := set(wanted) - {case.name for case in known}:
-        parser.error(f"no case is called {', '.join(sorted(unknown))}: {', '.join(case.name for case in known)}")
-    slot_bytes = MOST_TOKENS * HIDDEN * BF16.itemsize
-    builds = [Build(path, world_size, slot_bytes) for path in options.libraries]
-    print(f"# {torch.cuda.get_device_name()}; us a call, and how many times as long as the first; !: wrong elements")
-    total_wrong = 0
-    for case in known:
-        if wanted and case.name not in wanted:
-            continue
-        medians, wrong = times(case, builds, options.rounds)
-        total_wrong += sum(wrong)
-        cells = [
-            f"{median:9.2f} {median / medians[0]:6.3f} x" + (f" !{count}" if count else "")
-            for median, count in zip(medians, wrong, strict=True)
-        ]
-        print(f"{case.name:<16}" + " |".join(cells), flush=True)
-    sys.exit(1 if total_wrong else 0)
+    # No kernel is loaded while others wait for each other; and ranks may share a card.
+    os.environ |= {"CUDA_MODULE_LOADING": "EAGER", "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+    launch(run_rank, options.world_size, options)
 
 
 if __name__ == "__main__":
