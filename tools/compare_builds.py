@@ -102,6 +102,9 @@ FUNCTIONS = {
     "tpf_barrier_cuda": [ctypes.POINTER(Team), Pointer],
     "tpf_rs_rmsnorm_cuda": REDUCTION,
     "tpf_rs_rmsnorm_ag_cuda": REDUCTION,
+    "tpf_all_gather_rows_cuda": [
+        *(Pointer, Pointer, ctypes.POINTER(Team), ctypes.c_int64, ctypes.c_int32, ctypes.c_int, Pointer)
+    ],
     "tpf_qkv_a_proj_ag_cuda": [
         *(ctypes.POINTER(Pointer), ctypes.POINTER(Projection), ctypes.POINTER(Team), ctypes.POINTER(Call), Pointer)
     ],
@@ -311,6 +314,28 @@ def barrier() -> list[Case]:
     return [Case("barrier", Build.barrier, lambda: None, lambda: 0)]
 
 
+def gathers(ranks: Ranks) -> list[Case]:
+    """all_gather_rows of latents: gatherT tokens."""
+    generator = torch.Generator(ranks.device).manual_seed(0)  # all ranks know all rows
+    rows = torch.randn(MOST_TOKENS, LATENT, dtype=BF16, generator=generator, device=ranks.device)
+    output = torch.empty_like(rows)
+
+    def case(tokens: int) -> Case:
+        own = rows[tokens // ranks.world_size * ranks.rank :]
+
+        def launch(build: Build) -> None:
+            team = ctypes.byref(build.team())
+            rest = tokens, LATENT, DTYPE_CODES[BF16]
+            build.call("tpf_all_gather_rows_cuda", output.data_ptr(), own.data_ptr(), team, *rest)
+
+        def wrong() -> int:
+            return int((output[:tokens] != rows[:tokens]).sum())
+
+        return Case(f"gather{tokens}", launch, lambda: output.fill_(float("nan")), wrong)
+
+    return [case(tokens) for tokens in (64, 512, 2048, 16384)]
+
+
 def count_wrong(case: Case, builds: list[Build], ranks: Ranks) -> list[int]:
     """The wrong elements of each build, of all ranks."""
     wrong = []
@@ -325,7 +350,7 @@ def count_wrong(case: Case, builds: list[Build], ranks: Ranks) -> list[int]:
 def run_rank(options: argparse.Namespace) -> None:
     faulthandler.dump_traceback_later(options.timeout, exit=True)
     ranks = Ranks(options.rounds)
-    known = [*barrier(), *reductions(ranks), *projections(ranks)]
+    known = [*barrier(), *reductions(ranks), *gathers(ranks), *projections(ranks)]
     wanted = [name for name in options.cases.split(",") if name]
     if unknown := set(wanted) - {case.name for case in known}:
         raise ValueError(f"no case is called {', '.join(sorted(unknown))}: {', '.join(case.name for case in known)}")

@@ -251,6 +251,7 @@ __device__ inline bool gather_directly(const GatherArgs& args, const BlockRound&
 __device__ inline bool copy_in_bulk(const GatherArgs& args, const BlockRound& round, uint64_t* barriers, char* items) {
   const int lane = threadIdx.x % 32, world_size = args.team.world_size;
   BulkCopier copier(items, barriers, kItemBytes);
+  const uint64_t policy = streaming_policy();
   bool arrived = true;
   for (int chunk = 0; chunk < args.num_chunks && arrived; ++chunk) {
     arrived = wait_for_chunk(args, round, chunk, lane);
@@ -267,7 +268,7 @@ __device__ inline bool copy_in_bulk(const GatherArgs& args, const BlockRound& ro
         for (int offset = 1; offset < world_size; ++offset) {
           const Piece piece(args, round.epoch, (args.team.rank + offset) % world_size, chunk, args.parts[p]);
           const uint32_t bytes = static_cast<uint32_t>(min(piece.bytes - at, int64_t{kItemBytes}));
-          if (at < piece.bytes) copier.copy(piece.output + at, piece.open + at, bytes);
+          if (at < piece.bytes) copier.copy(piece.output + at, piece.open + at, bytes, policy);
         }
       }
     }

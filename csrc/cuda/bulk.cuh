@@ -75,8 +75,22 @@ __device__ inline void bulk_load(uint32_t shared, const void* global, uint32_t b
                : "memory");
 }
 
-__device__ inline void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes)
+// How long the L2 cache is to keep what is stored: as usual, or not, where it is not read again soon and shall not
+// drive out what is. PTX ISA, "createpolicy".
+__device__ inline uint64_t normal_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ inline uint64_t streaming_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ inline void bulk_store(void* global, uint32_t shared, uint32_t bytes, uint64_t policy) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(global),
+               "r"(shared), "r"(bytes), "l"(policy)
                : "memory");
 }
 
@@ -179,10 +193,13 @@ class BulkMover {
 struct Run {
   char* to;
   uint32_t bytes;
+  uint64_t policy;
 };
 
 struct PutRun {
-  __device__ void operator()(const Run& run, uint32_t buffer) const { bulk_store(run.to, buffer, run.bytes); }
+  __device__ void operator()(const Run& run, uint32_t buffer) const {
+    bulk_store(run.to, buffer, run.bytes, run.policy);
+  }
 };
 
 // Copies runs of bytes.
@@ -190,7 +207,9 @@ class BulkCopier : public BulkMover<Run, PutRun, 2> {
  public:
   __device__ BulkCopier(char* buffers, uint64_t* barriers, uint32_t buffer_bytes)
       : BulkMover(buffers, barriers, buffer_bytes, PutRun{}) {}
-  __device__ void copy(char* to, const char* from, uint32_t bytes) { move({to, bytes}, from, bytes); }
+  __device__ void copy(char* to, const char* from, uint32_t bytes, uint64_t policy) {
+    move({to, bytes, policy}, from, bytes);
+  }
 };
 
 #endif

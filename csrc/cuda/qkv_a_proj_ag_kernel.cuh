@@ -7,19 +7,6 @@ namespace tpf {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Of what is not read again soon: it shall not drive operands out of the L2 cache.
-__device__ inline uint64_t streaming_policy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-__device__ inline void bulk_store(void* global, uint32_t shared, uint32_t bytes, uint64_t policy) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(global),
-               "r"(shared), "r"(bytes), "l"(policy)
-               : "memory");
-}
-
 // What a copying warp moves at once. Without norms a run of bytes of the latent, `at` its first; with norms some whole
 // rows, `at` the first of them.
 struct RowPiece {

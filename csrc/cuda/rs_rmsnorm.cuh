@@ -230,7 +230,9 @@ __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums
   for (int v = 0; v < kVecs; ++v) {
     const int column = group.vector(v) * kLanes<T>;
     const uint4 rounded = pack(sums[v], T{});
-    if (column < view.hidden) store16(stored + column, rounded);
+    if (column < view.hidden) {
+      kEnding == Ending::kSum ? store16(stored + column, rounded) : store16_streaming(stored + column, rounded);
+    }
     unpack(sums[v], rounded, T{});
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) squares[v] = fmaf(sums[v][i], sums[v][i], squares[v]);
@@ -252,7 +254,7 @@ __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums
       if (inside) store16(static_cast<T*>(args.output) + row * view.hidden + column, rounded);
     } else if constexpr (kEnding == Ending::kGather) {
       if (inside) {
-        store16(static_cast<T*>(args.output) + (view.own.start + row) * view.hidden + column, rounded);
+        store16_streaming(static_cast<T*>(args.output) + (view.own.start + row) * view.hidden + column, rounded);
         // After a fault a peer may still read there what the call before laid open.
         if (arrived) store16(view.gathered_row(view.rank, row) + column, rounded);
       }

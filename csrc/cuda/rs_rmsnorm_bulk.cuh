@@ -64,7 +64,7 @@ __device__ inline bool move_rows(const View<T>& view, const BlockRound& round, B
     for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
       copier.copy(reinterpret_cast<char*>(view.staged_row(peer, view.rank, row)),
                   reinterpret_cast<const char*>(static_cast<const T*>(args.input) + (rows.start + row) * view.hidden),
-                  row_bytes);
+                  row_bytes, normal_policy());
     });
     copier.flush();
     fence_async_global();
@@ -82,7 +82,7 @@ __device__ inline bool move_rows(const View<T>& view, const BlockRound& round, B
       fence_async_global();
       for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
         copier.copy(reinterpret_cast<char*>(static_cast<T*>(args.output) + (rows.start + row) * view.hidden),
-                    reinterpret_cast<const char*>(view.gathered_row(peer, row)), row_bytes);
+                    reinterpret_cast<const char*>(view.gathered_row(peer, row)), row_bytes, streaming_policy());
       });
     }
     copier.flush();

@@ -23,6 +23,9 @@ __device__ inline uint4 load16(const void* address) {
 
 __device__ inline void store16(void* address, uint4 raw) { *static_cast<uint4*>(address) = raw; }
 
+// Of what is not read again soon: it shall not drive out of the L2 cache what is.
+__device__ inline void store16_streaming(void* address, uint4 raw) { __stcs(static_cast<uint4*>(address), raw); }
+
 __device__ inline void unpack(float (&values)[8], uint4 raw, __nv_bfloat16) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
