@@ -21,7 +21,7 @@ namespace py = pybind11;
 
 namespace {
 
-using tpf::Address, tpf::at, tpf::Input, tpf::Team;
+using tpf::Address, tpf::at, tpf::Input, tpf::projection_call, tpf::Team;
 
 void check(tpf_status status, const std::string& what) {
   if (status == TPF_OK) return;
@@ -96,18 +96,6 @@ py::dict to_dict(const tpf_plan& plan) {
   out["tile_rows"] = plan.tile_rows;
   out["few_rows"] = plan.few_rows != 0;
   return out;
-}
-
-tpf_call projection_call(tpf_op op, int64_t num_tokens, int hidden_size, int columns, int dtype, bool bias) {
-  tpf_call call = {};
-  call.op = op;
-  call.dtype = static_cast<uint32_t>(dtype);
-  call.num_tokens = num_tokens;
-  call.hidden_size = static_cast<uint32_t>(hidden_size);
-  call.columns = static_cast<uint32_t>(columns);
-  call.variant = bias ? TPF_BIAS : 0;
-  call.source = -1;
-  return call;
 }
 
 int checked(tpf_status status) {
@@ -276,7 +264,8 @@ PYBIND11_MODULE(_C, m) {
            int64_t scale_group_stride, Address weight, Address weight_scale, Address bias, Address q_a_weight,
            Address kv_a_weight, const Team& team, int64_t num_tokens, int hidden_size, int columns, int dtype,
            int q_columns, int kv_columns, float eps, Address stream) -> std::optional<int> {
-          tpf_call call = projection_call(static_cast<tpf_op>(op), num_tokens, hidden_size, columns, dtype, bias != 0);
+          tpf_call call = projection_call(static_cast<tpf_op>(op), static_cast<tpf_dtype>(dtype), num_tokens,
+                                          hidden_size, columns, bias != 0);
           call.group_size = static_cast<uint32_t>(q_columns);
           call.kv_columns = static_cast<uint32_t>(kv_columns);
           const tpf_projection projection = {at(input),        static_cast<const float*>(at(scale)),
@@ -296,20 +285,22 @@ PYBIND11_MODULE(_C, m) {
   // and `rows` is not looked at.
   m.def("qkv_a_proj_ag", [](Address latent, Address rows, const Team& team, int64_t num_tokens, int hidden_size,
                             int columns, int dtype, bool bias, Address stream) {
-    const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG, num_tokens, hidden_size, columns, dtype, bias);
+    const tpf_call call =
+        projection_call(TPF_QKV_A_PROJ_AG, static_cast<tpf_dtype>(dtype), num_tokens, hidden_size, columns, bias);
     return gather_latent(latent, rows, team, call, stream);
   });
 
   m.def("qkv_a_proj_ag_fp8", [](Address latent, Address rows, const Team& team, int64_t num_tokens, int hidden_size,
                                 int columns, Address stream) {
-    const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_FP8, num_tokens, hidden_size, columns, TPF_E4M3, false);
+    const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_FP8, TPF_E4M3, num_tokens, hidden_size, columns, false);
     return gather_latent(latent, rows, team, call, stream);
   });
 
   m.def("qkv_a_proj_ag_norm", [](Address q_a, Address kv_a, Address k_pe, Address rows, Address q_a_weight,
                                  Address kv_a_weight, const Team& team, int64_t num_tokens, int hidden_size,
                                  int columns, int dtype, int q_columns, int kv_columns, float eps, Address stream) {
-    tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_NORM, num_tokens, hidden_size, columns, dtype, false);
+    tpf_call call =
+        projection_call(TPF_QKV_A_PROJ_AG_NORM, static_cast<tpf_dtype>(dtype), num_tokens, hidden_size, columns, false);
     call.group_size = static_cast<uint32_t>(q_columns);
     call.kv_columns = static_cast<uint32_t>(kv_columns);
     return run(

@@ -127,6 +127,20 @@ inline tpf_call reduce_call(tpf_op op, tpf_dtype dtype, int64_t num_tokens, int3
   return call;
 }
 
+// What the projections announce; qkv_a_proj_ag_norm sets the columns of its parts, too.
+inline tpf_call projection_call(tpf_op op, tpf_dtype dtype, int64_t num_tokens, int64_t hidden_size, int64_t columns,
+                                bool bias) {
+  tpf_call call = {};
+  call.op = op;
+  call.dtype = dtype;
+  call.num_tokens = num_tokens;
+  call.hidden_size = static_cast<uint32_t>(hidden_size);
+  call.columns = static_cast<uint32_t>(columns);
+  call.variant = bias ? TPF_BIAS : 0;
+  call.source = -1;
+  return call;
+}
+
 // What all_gather_rows announces.
 inline tpf_call gather_call(tpf_dtype dtype, int64_t num_tokens, int32_t hidden_size) {
   tpf_call call = {};

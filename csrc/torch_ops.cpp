@@ -6,14 +6,12 @@
 #include <array>
 #include <bit>
 #include <mutex>
-#include <optional>
 #include <string_view>
 #include <utility>
 #include <vector>
 
-#include "partition.h"
-#include "torch_api.h"
-#include "torch_values.h"
+#include "torch_call.h"
+#include "torch_projections.h"
 
 namespace py = pybind11;
 
@@ -25,57 +23,17 @@ namespace {
 std::mutex workspaces_mutex;
 std::vector<std::pair<std::string, Workspace>> workspaces;  // few
 
-std::optional<Workspace> find_workspace(std::string_view group_name, bool on_cuda) {
-  const std::lock_guard lock(workspaces_mutex);
-  for (const auto& [name, workspace] : workspaces) {
-    if (name == group_name && workspace.team->on_cuda() == on_cuda) return workspace;
-  }
-  return std::nullopt;
-}
-
 // ---- calls ----
 
-// What the ops share. `read` says whether all is in order: what checks.py asks, in other words.
-struct Call {
-  bool read(Value tensor, Value group_name, int largest_dtype) {
-    return input.read(handle<AtenTensorOpaque>(tensor)) && input.dim == 2 && input.dtype <= largest_dtype &&
-           find(string(group_name));
-  }
-  bool fits(int64_t num_tokens) const {
-    return num_tokens >= 0 && num_tokens <= workspace.max_num_tokens && input.row_bytes() <= workspace.row_bytes;
-  }
-  Rows own_rows(int64_t num_tokens) const { return rows_of(num_tokens, team()->rank, team()->world_size); }
-  const tpf_team* team() const { return workspace.team->get(); }
-  tpf_dtype dtype() const { return static_cast<tpf_dtype>(input.dtype); }
-  bool on_cuda() const { return workspace.team->on_cuda(); }
-
-  // launch(one of the two, what else it takes). False where nothing was launched or the call has faulted.
-  bool run(auto&& launch, auto* cuda, auto* cpu) const {
-    if (workspace.team->fault_status() != TPF_OK) return false;
-    if (on_cuda()) {
-      void* stream = nullptr;
-      return torch.aoti_torch_get_current_cuda_stream(team()->device, &stream) == 0 && launch(cuda, stream) == TPF_OK;
-    }
-    // Waits for peers, which may be threads of this process: torch has let go of the interpreter's lock.
-    return launch(cpu) == TPF_OK;
-  }
-
-  View input;
-  Workspace workspace;
-
- private:
-  bool find(std::string_view group_name) {
-    auto found = find_workspace(group_name, input.device_type == torch.aoti_torch_device_type_cuda());
-    if (!found) return false;
-    workspace = std::move(*found);
-    return true;
-  }
-};
+// launch(one of the two, what else it takes)
+bool run(const Call& call, auto&& launch, auto* cuda, auto* cpu) {
+  return call.run([&](void* stream) { return launch(cuda, stream); }, [&] { return launch(cpu); });
+}
 
 struct Reduction : Call {
   bool read(Value tensor, Value group_name) {
-    return Call::read(tensor, group_name, TPF_F32) && fits(input.rows) && input.columns <= TPF_MAX_HIDDEN_SIZE &&
-           (!on_cuda() || (input.columns % 8 == 0 && input.aligned()));
+    return Call::read(tensor, group_name, TPF_F32) && fits(input.rows, input.row_bytes()) &&
+           input.columns <= TPF_MAX_HIDDEN_SIZE && (!on_cuda() || (input.columns % 8 == 0 && input.aligned()));
   }
   // With a norm, `residual` being a Tensor?.
   bool read(Value tensor, Value residual, Value weight, Value eps, Value group_name) {
@@ -124,7 +82,7 @@ bool rs_rmsnorm(const Value* arguments, Results* results) {
     return op(output, residual_out, in.input.data, symm.get(), in.residual, in.weight, in.team(), in.input.rows,
               in.input.columns, in.dtype(), in.eps, in.variant, last...);
   };
-  return in.run(launch, tpf_rs_rmsnorm_cuda, tpf_rs_rmsnorm_cpu);
+  return run(in, launch, tpf_rs_rmsnorm_cuda, tpf_rs_rmsnorm_cpu);
 }
 
 bool rs_rmsnorm_fp8(const Value* arguments, Results* results) {
@@ -155,7 +113,7 @@ bool rs_rmsnorm_fp8(const Value* arguments, Results* results) {
               in.team(), in.input.rows, columns, in.dtype(), in.eps, static_cast<int32_t>(group_size),
               column ? 1 : groups, column ? pitch : 1, in.variant, last...);
   };
-  return in.run(launch, tpf_rs_rmsnorm_fp8_cuda, tpf_rs_rmsnorm_fp8_cpu);
+  return run(in, launch, tpf_rs_rmsnorm_fp8_cuda, tpf_rs_rmsnorm_fp8_cpu);
 }
 
 bool rs_rmsnorm_ag(const Value* arguments, Results* results) {
@@ -169,7 +127,7 @@ bool rs_rmsnorm_ag(const Value* arguments, Results* results) {
     return op(output, residual_out, in.input.data, symm.get(), in.residual, in.weight, in.team(), in.input.rows,
               in.input.columns, in.dtype(), in.eps, in.variant, last...);
   };
-  return in.run(launch, tpf_rs_rmsnorm_ag_cuda, tpf_rs_rmsnorm_ag_cpu);
+  return run(in, launch, tpf_rs_rmsnorm_ag_cuda, tpf_rs_rmsnorm_ag_cpu);
 }
 
 bool reduce_scatter_rows(const Value* arguments, Results* results) {
@@ -181,20 +139,20 @@ bool reduce_scatter_rows(const Value* arguments, Results* results) {
   const auto launch = [&](auto* op, auto... last) {
     return op(output, in.input.data, symm.get(), in.team(), in.input.rows, in.input.columns, in.dtype(), last...);
   };
-  return in.run(launch, tpf_reduce_scatter_rows_cuda, tpf_reduce_scatter_rows_cpu);
+  return run(in, launch, tpf_reduce_scatter_rows_cuda, tpf_reduce_scatter_rows_cpu);
 }
 
 bool all_gather_rows(const Value* arguments, Results* results) {
   Call in;
   const auto num_tokens = static_cast<int64_t>(arguments[1]);
-  if (!in.read(arguments[0], arguments[2], TPF_U8) || !in.fits(num_tokens)) return false;
+  if (!in.read(arguments[0], arguments[2], TPF_U8) || !in.fits(num_tokens, in.input.row_bytes())) return false;
   if (in.input.rows != in.own_rows(num_tokens).count) return false;
   void* output;
   if (!results->add(&output, in.input, num_tokens, in.input.columns, in.dtype())) return false;
   const auto launch = [&](auto* op, auto... last) {
     return op(output, in.input.data, in.team(), num_tokens, in.input.columns, in.dtype(), last...);
   };
-  return in.run(launch, tpf_all_gather_rows_cuda, tpf_all_gather_rows_cpu);
+  return run(in, launch, tpf_all_gather_rows_cuda, tpf_all_gather_rows_cpu);
 }
 
 // ---- the dispatcher's side ----
@@ -206,9 +164,14 @@ struct Op {
 };
 
 constexpr Op kOps[] = {
-    {"rs_rmsnorm", "T?Tfsb", rs_rmsnorm},        {"rs_rmsnorm_fp8", "T?Tfsisbb", rs_rmsnorm_fp8},
-    {"rs_rmsnorm_ag", "T?Tfs", rs_rmsnorm_ag},   {"reduce_scatter_rows", "Ts", reduce_scatter_rows},
+    {"rs_rmsnorm", "T?Tfsb", rs_rmsnorm},
+    {"rs_rmsnorm_fp8", "T?Tfsisbb", rs_rmsnorm_fp8},
+    {"rs_rmsnorm_ag", "T?Tfs", rs_rmsnorm_ag},
+    {"reduce_scatter_rows", "Ts", reduce_scatter_rows},
     {"all_gather_rows", "Tis", all_gather_rows},
+    {"qkv_a_proj_ag", "TTis?", qkv_a_proj_ag},
+    {"qkv_a_proj_ag_fp8", "TTTTis", qkv_a_proj_ag_fp8},
+    {"qkv_a_proj_ag_norm", "TTTTfis", qkv_a_proj_ag_norm},
 };
 
 // Frees what is still on the stack, which owns it.
@@ -305,6 +268,14 @@ bool have_python() {
 }
 
 }  // namespace
+
+std::optional<Workspace> find_workspace(std::string_view group_name, bool on_cuda) {
+  const std::lock_guard lock(workspaces_mutex);
+  for (const auto& [name, workspace] : workspaces) {
+    if (name == group_name && workspace.team->on_cuda() == on_cuda) return workspace;
+  }
+  return std::nullopt;
+}
 
 void serve(const std::string& group_name, const Workspace& workspace) {
   const std::lock_guard lock(workspaces_mutex);

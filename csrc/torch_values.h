@@ -34,19 +34,24 @@ inline bool boolean(Value value) { return (value & 0xff) != 0; }
 
 // What a kernel asks of a tensor.
 struct View {
-  // False where torch cannot say.
+  // False where torch cannot say, or the tensor is not contiguous.
   bool read(Tensor tensor) {
-    int64_t* sizes = nullptr;
-    int32_t torch_dtype = -1;
     bool contiguous = false;
+    return read_strided(tensor) && torch.aoti_torch_is_contiguous(tensor, &contiguous) == 0 && contiguous;
+  }
+  // The same of one whose rows and columns may lie apart.
+  bool read_strided(Tensor tensor) {
+    int64_t *sizes = nullptr, *strides = nullptr;
+    int32_t torch_dtype = -1;
     if (torch.aoti_torch_get_dim(tensor, &dim) || torch.aoti_torch_get_sizes(tensor, &sizes) ||
-        torch.aoti_torch_get_dtype(tensor, &torch_dtype) || torch.aoti_torch_get_device_type(tensor, &device_type) ||
-        torch.aoti_torch_get_device_index(tensor, &device_index) ||
-        torch.aoti_torch_is_contiguous(tensor, &contiguous) || !contiguous ||
-        torch.aoti_torch_get_data_ptr(tensor, &data)) {
+        torch.aoti_torch_get_strides(tensor, &strides) || torch.aoti_torch_get_dtype(tensor, &torch_dtype) ||
+        torch.aoti_torch_get_device_type(tensor, &device_type) ||
+        torch.aoti_torch_get_device_index(tensor, &device_index) || torch.aoti_torch_get_data_ptr(tensor, &data)) {
       return false;
     }
     if (dim != 1 && dim != 2) return false;
+    row_stride = dim == 2 ? strides[0] : 0;
+    column_stride = strides[dim - 1];
     rows = dim == 2 ? sizes[0] : 1;
     columns = sizes[dim - 1];
     for (dtype = 0; dtype < 5; ++dtype) {
@@ -61,7 +66,7 @@ struct View {
   int64_t row_bytes() const { return columns * kItemBytes[dtype]; }
 
   void* data = nullptr;
-  int64_t dim = 0, rows = 0, columns = 0;
+  int64_t dim = 0, rows = 0, columns = 0, row_stride = 0, column_stride = 0;
   int dtype = 0;  // a tpf_dtype
   int32_t device_type = 0, device_index = 0;
 };

@@ -3,6 +3,7 @@
 What the Python implementations do is in the other tests, which call the ops as everybody does: through these kernels.
 """
 
+import contextlib
 import functools
 import itertools
 import os
@@ -17,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from programs import REDUCTIONS, Call, same_bits
+from programs import OPS, Call, same_bits
 from ranks import outcome, workspace
 from thread_ranks import ThreadRanks
 
@@ -26,7 +27,6 @@ from tp_fused import ops
 from tp_fused.native import _C
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = (*REDUCTIONS, "all_gather_rows")
 FP8_OPTIONS = [
     {"group_size": size, "scale_layout": layout, "keep_output": keep}
     for size, layout, keep in itertools.product((64, 128), ("row", "column"), (False, True))
@@ -35,7 +35,13 @@ FP8_OPTIONS = [
 
 def options_of(op: str) -> list[dict]:
     complete = {"complete": True}
-    return {"rs_rmsnorm": [{}, complete], "rs_rmsnorm_fp8": [*FP8_OPTIONS, complete]}.get(op, [{}])
+    special = {
+        "rs_rmsnorm": [{}, complete],
+        "rs_rmsnorm_fp8": [*FP8_OPTIONS, complete],
+        "qkv_a_proj_ag": [{}, {"bias": True}],
+        "qkv_a_proj_ag_fp8": [{"scale_layout": "row"}, {"scale_layout": "column"}],
+    }
+    return special.get(op, [{}])
 
 
 def without_python():
@@ -61,10 +67,12 @@ def both_ways(device: str, op: str) -> None:
         for num_tokens, dtype, options in itertools.product((0, 1, 13), dtypes, options_of(op))
         for residual in ((None, "full", "slice") if op.startswith("rs_rmsnorm") else (None,))
     ]
+    # torch has no C function that multiplies block-scaled rows on the CPU.
+    served = contextlib.nullcontext if (op, device) == ("qkv_a_proj_ag_fp8", "cpu") else without_python
     with workspace(device, device):
         for call in calls:
             arguments = call.arguments(rank, world_size)
-            with without_python():
+            with served():
                 results = call.run(rank, world_size, arguments)
             expected = in_python(op, arguments)
             same_bits(results, expected)
@@ -206,11 +214,14 @@ def resident_bytes() -> int:
 def call_often(device: str) -> list[int]:
     """Runs on a rank: by how much the process grows over calls served, handed over and refused."""
     rows, weight = torch.ones(4, 256, device=device), torch.ones(256, device=device)
+    projection = torch.ones(144, 256, device=device)
 
     def served() -> None:
         tp_fused.rs_rmsnorm(rows, rows, weight)
         tp_fused.rs_rmsnorm_fp8(rows, None, weight, scale_layout="column", keep_output=True)
         tp_fused.all_gather_rows(rows, 4)
+        tp_fused.qkv_a_proj_ag(rows, projection, 4, bias=weight[:144])
+        tp_fused.qkv_a_proj_ag_norm(rows, projection, weight[:96], weight[:40], 4)
 
     def handed_over() -> None:
         with mock.patch.dict(ops._BACKENDS, {"reference": SameRows}):
@@ -256,6 +267,8 @@ def test_declarations_are_those_of_torch(tmp_path):
         #define USE_CUDA
         #include <torch/csrc/inductor/aoti_torch/c/shim.h>
         #include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
+        #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+        #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
         #include <torch/csrc/stable/c/shim.h>
         #include <type_traits>
         #include "torch_api.h"

@@ -240,7 +240,7 @@ def _qkv_a_proj_ag_fake(input, weight, num_tokens, group_name, *, bias=None):
     "qkv_a_proj_ag(Tensor input, Tensor weight, SymInt num_tokens, str group_name, *, Tensor? bias=None) -> Tensor",
     _qkv_a_proj_ag_fake,
 )
-def _qkv_a_proj_ag(input, weight, num_tokens, group_name, *, bias=None):
+def _qkv_a_proj_ag(input, weight, num_tokens, group_name, bias=None):
     workspace = get_workspace(group_name, input.device)
     checks.projection(workspace, input, weight, num_tokens)
     if bias is not None:

@@ -1,0 +1,55 @@
+// What a kernel of torch's dispatcher asks of a call before it serves it: what checks.py asks, in other words.
+#pragma once
+#include <optional>
+#include <string_view>
+#include <utility>
+
+#include "partition.h"
+#include "torch_api.h"
+#include "torch_ops.h"
+#include "torch_values.h"
+
+namespace tpf {
+
+// The workspace that serves a group's tensors, on the card or on the host.
+std::optional<Workspace> find_workspace(std::string_view group_name, bool on_cuda);
+
+// What the ops share. `read` says whether all is in order.
+struct Call {
+  bool read(Value tensor, Value group_name, int largest_dtype) {
+    input_tensor = handle<AtenTensorOpaque>(tensor);
+    return input.read(input_tensor) && input.dim == 2 && input.dtype <= largest_dtype && find(string(group_name));
+  }
+  bool fits(int64_t num_tokens, int64_t row_bytes) const {
+    return num_tokens >= 0 && num_tokens <= workspace.max_num_tokens && row_bytes <= workspace.row_bytes;
+  }
+  Rows own_rows(int64_t num_tokens) const { return rows_of(num_tokens, team()->rank, team()->world_size); }
+  const tpf_team* team() const { return workspace.team->get(); }
+  tpf_dtype dtype() const { return static_cast<tpf_dtype>(input.dtype); }
+  bool on_cuda() const { return workspace.team->on_cuda(); }
+
+  // One of the two launches. False where nothing was launched or the call has faulted.
+  bool run(auto&& cuda, auto&& cpu) const {
+    if (workspace.team->fault_status() != TPF_OK) return false;
+    if (on_cuda()) {
+      void* stream = nullptr;
+      return torch.aoti_torch_get_current_cuda_stream(team()->device, &stream) == 0 && cuda(stream) == TPF_OK;
+    }
+    // Waits for peers, which may be threads of this process: torch has let go of the interpreter's lock.
+    return cpu() == TPF_OK;
+  }
+
+  Tensor input_tensor = nullptr;
+  View input;
+  Workspace workspace;
+
+ private:
+  bool find(std::string_view group_name) {
+    auto found = find_workspace(group_name, input.device_type == torch.aoti_torch_device_type_cuda());
+    if (!found) return false;
+    workspace = std::move(*found);
+    return true;
+  }
+};
+
+}  // namespace tpf

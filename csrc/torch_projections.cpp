@@ -1,0 +1,191 @@
+#include "torch_projections.h"
+
+#include <bit>
+#include <optional>
+#include <utility>
+
+#include "protocol.h"
+#include "torch_call.h"
+
+namespace tpf {
+namespace {
+
+// A tensor that a kernel makes for itself.
+class Temporary {
+ public:
+  Temporary() = default;
+  Temporary(const Temporary&) = delete;
+  Temporary& operator=(const Temporary&) = delete;
+  ~Temporary() {
+    if (tensor_ != nullptr) torch.aoti_torch_delete_tensor_object(tensor_);
+  }
+  Tensor get() const { return tensor_; }
+  Tensor* out() { return &tensor_; }
+
+ private:
+  Tensor tensor_ = nullptr;
+};
+
+struct Projection : Call {
+  // Rows of a dtype up to `largest_dtype`, whose latents have `latent_bytes` an element or, where that is 0, as many as
+  // they have.
+  bool read(Value rows, Value weight_value, Value count, Value group_name, int largest_dtype, int64_t latent_bytes) {
+    weight_tensor = handle<AtenTensorOpaque>(weight_value);
+    num_tokens = static_cast<int64_t>(count);
+    if (!Call::read(rows, group_name, largest_dtype)) return false;
+    if (!weight.read(weight_tensor) || weight.dim != 2 || !weight.like(input)) return false;
+    if (weight.columns != input.columns) return false;
+    if (latent_bytes == 0) latent_bytes = kItemBytes[input.dtype];
+    if (!fits(num_tokens, weight.rows * latent_bytes) || input.rows != own_rows(num_tokens).count) return false;
+    return !on_cuda() || (input.aligned() && weight.aligned());
+  }
+  // [columns] of the rows' dtype; none is fine.
+  bool read_bias(Tensor tensor) {
+    bias_tensor = tensor;
+    if (tensor == nullptr) return true;
+    return bias.read(tensor) && bias.dim == 1 && bias.columns == weight.rows && bias.like(input) &&
+           (!on_cuda() || bias.aligned());
+  }
+  tpf_call call(tpf_op op) const {
+    return projection_call(op, dtype(), num_tokens, input.columns, weight.rows, bias_tensor != nullptr);
+  }
+  tpf_projection operands() const {
+    tpf_projection projection = {};
+    projection.input = input.data;
+    projection.weight = weight.data;
+    projection.bias = bias.data;
+    return projection;
+  }
+
+  // Product and gather in one kernel: whether it was launched, or nothing where that kernel does not serve.
+  std::optional<bool> run_fused(void* const outputs[3], const tpf_projection& projection, const tpf_call& call) const {
+    if (!on_cuda()) return std::nullopt;
+    tpf_status status = TPF_OK;
+    const auto fused = [&](void* stream) {
+      return status = tpf_qkv_a_proj_ag_cuda(outputs, &projection, team(), &call, stream);
+    };
+    const bool launched = run(fused, [] { return TPF_UNSUPPORTED; });
+    return status == TPF_UNSUPPORTED ? std::nullopt : std::optional(launched);
+  }
+
+  // torch's product of this rank's rows; on the CPU it lies in this rank's slot of the next round.
+  bool multiply(Temporary* product) const {
+    const int64_t sizes[2] = {input.rows, weight.rows}, strides[2] = {weight.rows, 1};
+    const int32_t dtype = torch_dtypes[input.dtype], type = input.device_type, index = input.device_index;
+    const int32_t made = on_cuda()
+                             ? torch.aoti_torch_empty_strided(2, sizes, strides, dtype, type, index, product->out())
+                             : torch.aoti_torch_create_tensor_from_blob(tpf_next_slot_cpu(team()), 2, sizes, strides, 0,
+                                                                        dtype, type, index, product->out());
+    const int64_t transposed_sizes[2] = {weight.columns, weight.rows}, transposed_strides[2] = {1, weight.columns};
+    int64_t offset = 0;
+    Temporary transposed;
+    if (made != 0 || torch.aoti_torch_get_storage_offset(weight_tensor, &offset) ||
+        torch.aoti_torch__reinterpret_tensor(weight_tensor, 2, transposed_sizes, transposed_strides, offset,
+                                             transposed.out())) {
+      return false;
+    }
+    if (bias_tensor == nullptr) {
+      const auto mm = on_cuda() ? torch.aoti_torch_cuda_mm_out : torch.aoti_torch_cpu_mm_out;
+      return mm(product->get(), input_tensor, transposed.get()) == 0;
+    }
+    const auto addmm = on_cuda() ? torch.aoti_torch_cuda_addmm_out : torch.aoti_torch_cpu_addmm_out;
+    return addmm(product->get(), bias_tensor, input_tensor, transposed.get(), 1, 1) == 0;
+  }
+
+  Tensor weight_tensor = nullptr, bias_tensor = nullptr;
+  View weight, bias;
+  int64_t num_tokens = 0;
+};
+
+// The scales of fp8 rows, row-major or column-major.
+bool read_scale(const View& rows, Tensor tensor, View* scale) {
+  if (!scale->read_strided(tensor) || scale->dim != 2 || scale->dtype != TPF_F32) return false;
+  if (scale->device_type != rows.device_type || scale->device_index != rows.device_index) return false;
+  return scale->rows == rows.rows && scale->columns == (rows.columns + 127) / 128 &&
+         (scale->row_stride == 1 || scale->column_stride == 1 || scale->rows * scale->columns <= 1);
+}
+
+}  // namespace
+
+bool qkv_a_proj_ag(const Value* arguments, Results* results) {
+  Projection in;
+  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], TPF_F32, 0)) return false;
+  if (!in.read_bias(optional_tensor(arguments[4]))) return false;
+  void* latent;
+  if (!results->add(&latent, in.input, in.num_tokens, in.weight.rows, in.dtype())) return false;
+  const tpf_call call = in.call(TPF_QKV_A_PROJ_AG);
+  void* const outputs[3] = {latent};
+  if (const auto launched = in.run_fused(outputs, in.operands(), call)) return *launched;
+  Temporary product;
+  void* rows;
+  if (!in.multiply(&product) || torch.aoti_torch_get_data_ptr(product.get(), &rows)) return false;
+  return in.run([&](void* stream) { return tpf_gather_latent_cuda(latent, rows, in.team(), &call, stream); },
+                [&] { return tpf_qkv_a_proj_ag_cpu(latent, in.team(), &call); });
+}
+
+// By the fused kernel alone: there is no other product of block-scaled rows to call.
+bool qkv_a_proj_ag_fp8(const Value* arguments, Results* results) {
+  Projection in;
+  if (!in.read(arguments[0], arguments[2], arguments[4], arguments[5], TPF_E4M3, kItemBytes[TPF_BF16])) return false;
+  if (!in.on_cuda() || in.dtype() != TPF_E4M3 || in.weight.rows % 8 != 0 || in.weight.columns % 16 != 0) return false;
+  View scale, weight_scale;
+  if (!read_scale(in.input, handle<AtenTensorOpaque>(arguments[1]), &scale)) return false;
+  if (!weight_scale.read(handle<AtenTensorOpaque>(arguments[3])) || weight_scale.dim != 2 ||
+      !weight_scale.like(scale) || weight_scale.rows != (in.weight.rows + 127) / 128 ||
+      weight_scale.columns != scale.columns) {
+    return false;
+  }
+  void* latent;
+  if (!results->add(&latent, in.input, in.num_tokens, in.weight.rows, TPF_BF16)) return false;
+  tpf_projection projection = in.operands();
+  projection.scale = static_cast<const float*>(scale.data);
+  projection.scale_row_stride = scale.row_stride;
+  projection.scale_group_stride = scale.column_stride;
+  projection.weight_scale = static_cast<const float*>(weight_scale.data);
+  void* const outputs[3] = {latent};
+  return in.run_fused(outputs, projection, in.call(TPF_QKV_A_PROJ_AG_FP8)).value_or(false);
+}
+
+bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
+  Projection in;
+  if (!in.read(arguments[0], arguments[1], arguments[5], arguments[6], TPF_F32, 0)) return false;
+  const double eps = std::bit_cast<double>(arguments[4]);
+  View norms[2];
+  int64_t columns[3] = {0, 0, in.weight.rows};
+  for (int i = 0; i < 2; ++i) {
+    if (!norms[i].read(handle<AtenTensorOpaque>(arguments[2 + i])) || norms[i].dim != 1) return false;
+    if (!norms[i].like(in.input) || (in.on_cuda() && !norms[i].aligned())) return false;
+    columns[i] = norms[i].columns;
+    columns[2] -= columns[i];
+  }
+  if (columns[2] < 0 || !(eps > 0)) return false;
+  void* outputs[3];
+  for (int i = 0; i < 3; ++i) {
+    if (!results->add(&outputs[i], in.input, in.num_tokens, columns[i], in.dtype())) return false;
+  }
+  tpf_call call = in.call(TPF_QKV_A_PROJ_AG_NORM);
+  call.group_size = static_cast<uint32_t>(columns[0]);
+  call.kv_columns = static_cast<uint32_t>(columns[1]);
+  tpf_projection projection = in.operands();
+  projection.q_a_weight = norms[0].data;
+  projection.kv_a_weight = norms[1].data;
+  projection.q_columns = static_cast<int32_t>(columns[0]);
+  projection.kv_columns = static_cast<int32_t>(columns[1]);
+  projection.eps = static_cast<float>(eps);
+  if (const auto launched = in.run_fused(outputs, projection, call)) return *launched;
+  Temporary product;
+  void* rows;
+  if (!in.multiply(&product) || torch.aoti_torch_get_data_ptr(product.get(), &rows)) return false;
+  const auto& p = projection;
+  return in.run(
+      [&](void* stream) {
+        return tpf_gather_latent_norm_cuda(outputs[0], outputs[1], outputs[2], rows, p.q_a_weight, p.kv_a_weight,
+                                           in.team(), &call, p.q_columns, p.kv_columns, p.eps, stream);
+      },
+      [&] {
+        return tpf_qkv_a_proj_ag_norm_cpu(outputs[0], outputs[1], outputs[2], p.q_a_weight, p.kv_a_weight, in.team(),
+                                          &call, p.q_columns, p.kv_columns, p.eps);
+      });
+}
+
+}  // namespace tpf
