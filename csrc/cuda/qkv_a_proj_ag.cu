@@ -96,7 +96,7 @@ tpf_status launch_cheapest(ProjectionArgs& args, const Device& device, int block
 // H100 and 2112 columns (docs/performance.md). Of fp8 the product would be Triton's, with which this one has not been
 // compared. By what is the same on all ranks: so not by this rank's multiprocessors.
 bool product_comes_first(const ProjectionArgs& args, int blocks) {
-  constexpr int64_t kFewRows = 1024;
+  constexpr int64_t kFewRows = 128;
   constexpr int kHalfACard = 66;  // of H100
   return args.team.world_size > 1 && args.call.dtype != TPF_E4M3 && blocks > kHalfACard &&
          args.partition.largest() <= kFewRows;

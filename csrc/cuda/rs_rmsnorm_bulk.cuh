@@ -115,7 +115,12 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
         if (item == 0) shared.row[to.stage] = row;
         if (kEnding == Ending::kGather) shared.gave_up[to.stage] = gave_up;
         barrier_expect(full, row_bytes);
-        bulk_load(buffers + to.stage * row_bytes, from, row_bytes, full);
+        if constexpr (kEnding == Ending::kGather) {
+          // The rows that are laid open shall stay in the L2 cache until the peers have copied them.
+          bulk_load(buffers + to.stage * row_bytes, from, row_bytes, full, streaming_policy());
+        } else {
+          bulk_load(buffers + to.stage * row_bytes, from, row_bytes, full);
+        }
       }
       __syncwarp();
     }
