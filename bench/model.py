@@ -23,7 +23,7 @@ from tp_fused import partition
 TOKENS = (64, 512, 1024, 4096, 8192, 16384)
 GROUP = 128  # columns of a scale of fp8 rows
 BF16, FP8 = 2, 1  # bytes of what is multiplied
-FEW_ROWS = 128  # of a rank with a card: cuBLAS, then a gather (product_comes_first in csrc/cuda/qkv_a_proj_ag.cu)
+FEW_ROWS = 256  # of a rank with a card: cuBLAS, then a gather (product_comes_first in csrc/cuda/qkv_a_proj_ag.cu)
 
 
 @dataclass(frozen=True)

@@ -66,19 +66,25 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
   return status;
 }
 
-// Twice the time of the busiest block, in cycles of the tensor cores for 128 bytes of K; and, where there are peers,
-// the time until the first rows can be copied once more. A block reads its operands at so many bytes a cycle and
-// multiplies meanwhile; of fp8 it waits for each part's products. Fitted to the tiles that were fastest on H100, of
-// each kind and of 512 to 16384 tokens, with a rank alone, and with four and eight that share the card.
+// About the time of a call, in cycles. A block reads its operands at so many bytes a cycle and multiplies meanwhile; of
+// fp8 it waits for each part's products. Where there are peers, the rows that are complete before the last turn of
+// tiles are copied meanwhile, and the others after it; or, where copying takes longest, all of them after the first
+// ones are complete. Fitted to the tiles that were fastest on H100: of each kind and of 64 to 16384 tokens, for a rank
+// alone, for four and eight that share the card, and for two with a card each (docs/performance.md).
 template <typename Tiles>
 int64_t cost_of(const ProjectionArgs& args, int blocks) {
-  const int64_t row_blocks = tiles(args.partition.largest(), Tiles::kRows);
-  const auto turns = [&](int64_t rows) { return tiles(rows * tiles(args.call.columns, Tiles::kColumns), blocks); };
-  const int64_t first = args.team.world_size > 1 ? turns(std::min<int64_t>(row_blocks, kGrouped)) : 0;
+  const int64_t row_blocks = std::max(1, tiles(args.partition.largest(), Tiles::kRows));
+  const int64_t column_tiles = tiles(args.call.columns, Tiles::kColumns), group = kGrouped * column_tiles;
+  const int64_t turns = tiles(row_blocks * column_tiles, blocks);
   const int product = Tiles::kRows * Tiles::kColumns / 32;
   const int waits = Tiles::kScaled ? 270 * Tiles::kParts : 0;
-  const int cycles = std::max(product + waits, Tiles::kStageBytes / (Tiles::kScaled ? 35 : 45));
-  return (2 * turns(row_blocks) + first) * cycles;
+  const int64_t turn = args.k_blocks * std::max(product + waits, Tiles::kStageBytes / (Tiles::kScaled ? 35 : 45));
+  if (args.team.world_size == 1) return turns * turn;
+  // 16-bit rows. The bound is of a card: of its links or its memory.
+  const int64_t copying = args.call.num_tokens * args.call.columns * 2 / std::min(12 * blocks, 250);
+  const int64_t first = tiles(std::min<int64_t>(row_blocks, kGrouped) * column_tiles, blocks);
+  const int64_t late = row_blocks - (turns - 1) * blocks / group * kGrouped;
+  return std::max(turns * turn + copying * late / row_blocks, first * turn + copying);
 }
 
 // The cheapest of these tiles, the first of several: by the shape and the grid alone, so that all ranks take the same.
@@ -96,8 +102,7 @@ tpf_status launch_cheapest(ProjectionArgs& args, const Device& device, int block
 // H100 and 2112 columns (docs/performance.md). Of fp8 the product would be Triton's, with which this one has not been
 // compared. By what is the same on all ranks: so not by this rank's multiprocessors.
 bool product_comes_first(const ProjectionArgs& args, int blocks) {
-  constexpr int64_t kFewRows = 128;
-  constexpr int kHalfACard = 66;  // of H100
+  constexpr int64_t kFewRows = 256;
   return args.team.world_size > 1 && args.call.dtype != TPF_E4M3 && blocks > kHalfACard &&
          args.partition.largest() <= kFewRows;
 }

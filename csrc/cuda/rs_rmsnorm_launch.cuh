@@ -100,8 +100,10 @@ struct ReduceLauncher {
     // The grid depends on the call and on what the workspace was made with: the same on all ranks.
     args.partition = partition_of(args.call.num_tokens, args.team.world_size);
     const Blocks blocks = share_out(args.partition.largest(), args.team.max_ctas);
-    // Staged rows that fit no inbox are for the bodies that stage in slots, one row a block or not.
-    const int least = fits_inbox(args) || !is_staged(args) ? std::min(blocks.rows, 2) : 2;
+    // Staged rows that fit no inbox are for the bodies that stage in slots, one row a block or not. Between cards,
+    // gathering a chunk takes long enough for fewer and larger ones to be faster.
+    int least = fits_inbox(args) || !is_staged(args) ? std::min(blocks.rows, 2) : 2;
+    if (kEnding == Ending::kGather && !is_staged(args) && blocks.grid > kHalfACard) least = std::min(blocks.rows, 8);
     args.chunk_rows = std::max((blocks.rows + kMaxChunks - 1) / kMaxChunks, least);
     args.parts = 1;
     if (blocks.rows <= 1) {
