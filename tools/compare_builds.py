@@ -243,7 +243,7 @@ def reductions(ranks: Ranks) -> list[Case]:
         *(case(tokens) for tokens in (8, 32, 64, 512, 1024, 16384)),
         *(case(tokens, staged=True) for tokens in (64, 16384)),
         case(16384, max_ctas=8),
-        *(case(tokens, gathered=True) for tokens in (512, 16384)),
+        *(case(tokens, gathered=True) for tokens in (512, 2048, 4096, 16384)),
     ]
 
 
@@ -303,9 +303,9 @@ def projections(ranks: Ranks) -> list[Case]:
         return Case(name, launch, lambda: outputs.fill_(float("nan")), wrong, product if alone else None)
 
     return [
-        *(case(tokens, _C.QKV_A_PROJ_AG) for tokens in (64, 512, 2048, 4096, 8192, 16384)),
+        *(case(tokens, _C.QKV_A_PROJ_AG) for tokens in (64, 512, 1024, 2048, 4096, 8192, 16384)),
         case(16384, _C.QKV_A_PROJ_AG_NORM),
-        *(case(tokens, _C.QKV_A_PROJ_AG_FP8) for tokens in (512, 2048, 4096, 16384)),
+        *(case(tokens, _C.QKV_A_PROJ_AG_FP8) for tokens in (512, 2048, 4096, 8192, 16384)),
     ]
 
 
@@ -333,7 +333,7 @@ def gathers(ranks: Ranks) -> list[Case]:
 
         return Case(f"gather{tokens}", launch, lambda: output.fill_(float("nan")), wrong)
 
-    return [case(tokens) for tokens in (64, 512, 2048, 16384)]
+    return [case(tokens) for tokens in (64, 512, 2048, 4096, 16384)]
 
 
 def count_wrong(case: Case, builds: list[Build], ranks: Ranks) -> list[int]:
