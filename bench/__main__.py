@@ -185,14 +185,25 @@ _Results = Annotated[
 ]
 
 
+def _launches(named: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """At least one of them."""
+    try:
+        names = run_options.names(named, known, "--launches")
+    except run_options.OptionError as error:
+        raise typer.BadParameter(str(error), param_hint=error.option) from None
+    if not names:
+        raise typer.BadParameter(f"{named!r} names none of {', '.join(known)}", param_hint="--launches")
+    return names
+
+
 @app.command("goals", help=_paragraphs(goals.__doc__))
 def run_goals(
     launches: Annotated[str, typer.Option(help="Only these, of eight, four and one")] = "eight,four,one",
     results: _Results = RESULTS,
 ) -> None:
+    names = _launches(launches, tuple(launch.name for launch in goals.LAUNCHES))
     if tp_fused.launch.choose_device() != "cuda":
         raise typer.BadParameter("there is no card, or no build for it")
-    names = run_options.names(launches, tuple(launch.name for launch in goals.LAUNCHES), "--launches")
     goals.check([launch for launch in goals.LAUNCHES if launch.name in names], results)
 
 
@@ -201,9 +212,9 @@ def run_multi(
     launches: Annotated[str, typer.Option(help="Only these, of ops, blocks and beside")] = ",".join(multi.PARTS),
     results: _Results = RESULTS,
 ) -> None:
+    parts = _launches(launches, multi.PARTS)
     if torch.cuda.device_count() < 2:
         raise typer.BadParameter(f"torch sees {torch.cuda.device_count()} cards; two are the least")
-    parts = run_options.names(launches, multi.PARTS, "--launches")
     multi.check(multi.launches(torch.cuda.device_count(), parts), results)
 
 

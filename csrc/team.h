@@ -1,6 +1,7 @@
 // One rank's team, with the symmetric buffers that its inputs may lie in.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -77,6 +78,12 @@ struct Input {
  private:
   tpf_symm symm_;
   bool found_;
+};
+
+// What the kernels of torch's dispatcher know of a workspace (tp_fused/workspace.py).
+struct Workspace {
+  std::shared_ptr<const Team> team;
+  int64_t max_num_tokens, row_bytes;
 };
 
 }  // namespace tpf

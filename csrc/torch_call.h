@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "partition.h"
+#include "team.h"
 #include "torch_api.h"
-#include "torch_ops.h"
 #include "torch_values.h"
 
 namespace tpf {

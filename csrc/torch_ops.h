@@ -1,20 +1,12 @@
-// The reducing and gathering ops as kernels of torch's dispatcher.
+// The ops as kernels of torch's dispatcher.
 #pragma once
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
-#include <memory>
 #include <string>
 
 #include "team.h"
 
 namespace tpf {
-
-// What the kernels know of a workspace (tp_fused/workspace.py).
-struct Workspace {
-  std::shared_ptr<const Team> team;
-  int64_t max_num_tokens, row_bytes;
-};
 
 // From here on the kernels serve calls on this group with tensors where the team is, until its team is forgotten.
 void serve(const std::string& group_name, const Workspace& workspace);

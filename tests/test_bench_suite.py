@@ -8,7 +8,10 @@ import pytest
 pytest.importorskip("typer", reason="the bench extra is not installed")
 pytest.importorskip("rich", reason="the bench extra is not installed")
 
+from typer.testing import CliRunner
+
 from bench import goals, multi, run, suite, tables
+from bench.__main__ import app
 from bench.options import Options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,3 +133,16 @@ def test_tables_name_what_was_measured(tmp_path):
     assert "| tokens | rs_rmsnorm | of copies | on the CPU | ctas8 | own |" in filled
     assert "| 64 | 10.0 | 0.95 | 9.0 | 12.0 (1.20 x, 0.90 of copies) | 20.0 (2.00 x) |" in filled
     assert tables.fill(filled, tmp_path) == filled
+
+
+@pytest.mark.parametrize(
+    ("command", "launches", "says"),
+    [
+        ("goals", ",", "',' names none of eight, four, one"),
+        ("goals", "eight,nine", "'nine' is none of eight, four, one"),
+        ("multi", " ", "' ' names none of ops, blocks, beside"),
+    ],
+)
+def test_launches_have_to_be_named(command, launches, says):
+    done = CliRunner().invoke(app, [command, "--launches", launches], env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and says in done.output, done.output

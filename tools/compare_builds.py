@@ -352,12 +352,14 @@ def run_rank(options: argparse.Namespace) -> None:
     ranks = Ranks(options.rounds)
     known = [*barrier(), *reductions(ranks), *gathers(ranks), *projections(ranks)]
     wanted = [name for name in options.cases.split(",") if name]
+    show = functools.partial(print, flush=True) if ranks.rank == 0 else lambda *text, **where: None
     if unknown := set(wanted) - {case.name for case in known}:
-        raise ValueError(f"no case is called {', '.join(sorted(unknown))}: {', '.join(case.name for case in known)}")
+        names = ", ".join(case.name for case in known)
+        show(f"no case is called {', '.join(sorted(unknown))}: {names}", file=sys.stderr)
+        sys.exit(2)
     ranks.builds = builds = [Build(path, ranks) for path in options.libraries]
     torch.cuda.synchronize()
     ranks.host_barrier()  # all regions are zeroed
-    show = functools.partial(print, flush=True) if ranks.rank == 0 else lambda text: None
     where = ranks.sentence or torch.cuda.get_device_name()
     show(f"# {where}; us a call, and how many times as long as the first; !: wrong elements")
     total_wrong = 0
@@ -392,7 +394,10 @@ def main() -> None:
         parser.error("there is no GPU")
     # No kernel is loaded while others wait for each other; and ranks may share a card.
     os.environ |= {"CUDA_MODULE_LOADING": "EAGER", "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
-    launch(run_rank, options.world_size, options)
+    try:
+        launch(run_rank, options.world_size, options)
+    except torch.multiprocessing.ProcessExitedException as ended:  # the rank has said why
+        sys.exit(max(ended.exit_code, 1))
 
 
 if __name__ == "__main__":
