@@ -1,4 +1,4 @@
-"""tools/compare_builds.py, which calls the C API without a header: whether it says what csrc/tp_fused.h says."""
+"""tools/compare_builds.py, and whether what it calls without a header (tools/c_api.py) is what csrc/tp_fused.h says."""
 
 import ctypes
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools import compare_builds
+from tools import c_api
 from tp_fused.native import _C
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,8 +16,8 @@ LIBRARY = Path(_C.__file__).with_name("libtp_fused.so")
 
 
 def test_structs_are_laid_out_as_in_the_header(tmp_path):
-    layout = {f"sizeof({name})": ctypes.sizeof(struct) for name, struct in compare_builds.STRUCTS.items()}
-    for name, struct in compare_builds.STRUCTS.items():
+    layout = {f"sizeof({name})": ctypes.sizeof(struct) for name, struct in c_api.STRUCTS.items()}
+    for name, struct in c_api.STRUCTS.items():
         layout |= {f"offsetof({name},{field})": getattr(struct, field).offset for field, _ in struct._fields_}
     prints = "".join(f'  printf("{question} %zu\\n", {question});\n' for question in layout)
     source = tmp_path / "layout.c"
@@ -32,7 +32,7 @@ def test_structs_are_laid_out_as_in_the_header(tmp_path):
 
 def test_the_library_has_the_functions():
     library = ctypes.CDLL(str(LIBRARY))
-    for name in (*compare_builds.FUNCTIONS, "tpf_region_bytes"):
+    for name in (*c_api.FUNCTIONS, "tpf_region_bytes"):
         assert getattr(library, name)
 
 

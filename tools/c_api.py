@@ -1,0 +1,76 @@
+"""The C API of libtp_fused (csrc/tp_fused.h), as far as compare_builds.py calls it.
+
+tests/test_compare_builds.py compares the layouts with the header's.
+"""
+
+import ctypes
+
+Pointer = ctypes.c_void_p
+
+
+class Call(ctypes.Structure):
+    _fields_ = [
+        ("op", ctypes.c_uint32),
+        ("dtype", ctypes.c_uint32),
+        ("num_tokens", ctypes.c_int64),
+        ("hidden_size", ctypes.c_uint32),
+        ("columns", ctypes.c_uint32),
+        ("group_size", ctypes.c_uint32),
+        ("variant", ctypes.c_uint32),
+        ("kv_columns", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
+        ("source", ctypes.c_int64),
+    ]
+
+
+class Team(ctypes.Structure):
+    _fields_ = [
+        ("rank", ctypes.c_int32),
+        ("world_size", ctypes.c_int32),
+        ("region", Pointer * 8),
+        ("slot_bytes", ctypes.c_int64),
+        ("timeout_ns", ctypes.c_int64),
+        ("max_ctas", ctypes.c_int32),
+        ("liveness_fd", ctypes.c_int32),
+        ("device", ctypes.c_int32),
+        ("mailbox", Pointer),
+    ]
+
+
+class Symm(ctypes.Structure):
+    _fields_ = [("base", Pointer * 8), ("offset", ctypes.c_int64)]
+
+
+class Projection(ctypes.Structure):
+    _fields_ = [
+        ("input", Pointer),
+        ("scale", Pointer),
+        ("scale_row_stride", ctypes.c_int64),
+        ("scale_group_stride", ctypes.c_int64),
+        ("weight", Pointer),
+        ("weight_scale", Pointer),
+        ("bias", Pointer),
+        ("q_a_weight", Pointer),
+        ("kv_a_weight", Pointer),
+        ("q_columns", ctypes.c_int32),
+        ("kv_columns", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+    ]
+
+
+STRUCTS = {"tpf_call": Call, "tpf_team": Team, "tpf_symm": Symm, "tpf_projection": Projection}
+REDUCTION = [
+    *(Pointer, Pointer, Pointer, ctypes.POINTER(Symm), Pointer, Pointer, ctypes.POINTER(Team)),
+    *(ctypes.c_int64, ctypes.c_int32, ctypes.c_int, ctypes.c_float, ctypes.c_uint32, Pointer),
+]
+FUNCTIONS = {
+    "tpf_barrier_cuda": [ctypes.POINTER(Team), Pointer],
+    "tpf_rs_rmsnorm_cuda": REDUCTION,
+    "tpf_rs_rmsnorm_ag_cuda": REDUCTION,
+    "tpf_all_gather_rows_cuda": [
+        *(Pointer, Pointer, ctypes.POINTER(Team), ctypes.c_int64, ctypes.c_int32, ctypes.c_int, Pointer)
+    ],
+    "tpf_qkv_a_proj_ag_cuda": [
+        *(ctypes.POINTER(Pointer), ctypes.POINTER(Projection), ctypes.POINTER(Team), ctypes.POINTER(Call), Pointer)
+    ],
+}
