@@ -28,7 +28,6 @@ constexpr uint64_t kTorchVersion = 2ull << 56 | 10ull << 48;  // whose conventio
   X(aoti_torch_get_dim, (tpf::Tensor, int64_t*))                                                                   \
   X(aoti_torch_get_sizes, (tpf::Tensor, int64_t**))                                                                \
   X(aoti_torch_get_strides, (tpf::Tensor, int64_t**))                                                              \
-  X(aoti_torch_get_storage_offset, (tpf::Tensor, int64_t*))                                                        \
   X(aoti_torch_get_dtype, (tpf::Tensor, int32_t*))                                                                 \
   X(aoti_torch_get_device_type, (tpf::Tensor, int32_t*))                                                           \
   X(aoti_torch_get_device_index, (tpf::Tensor, int32_t*))                                                          \

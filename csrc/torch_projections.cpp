@@ -77,11 +77,9 @@ struct Projection : Call {
                              : torch.aoti_torch_create_tensor_from_blob(tpf_next_slot_cpu(team()), 2, sizes, strides, 0,
                                                                         dtype, type, index, product->out());
     const int64_t transposed_sizes[2] = {weight.columns, weight.rows}, transposed_strides[2] = {1, weight.columns};
-    int64_t offset = 0;
-    Temporary transposed;
-    if (made != 0 || torch.aoti_torch_get_storage_offset(weight_tensor, &offset) ||
-        torch.aoti_torch__reinterpret_tensor(weight_tensor, 2, transposed_sizes, transposed_strides, offset,
-                                             transposed.out())) {
+    Temporary transposed;  // begins where the weight does: an offset would be counted from there
+    if (made != 0 || torch.aoti_torch__reinterpret_tensor(weight_tensor, 2, transposed_sizes, transposed_strides, 0,
+                                                          transposed.out())) {
       return false;
     }
     if (bias_tensor == nullptr) {

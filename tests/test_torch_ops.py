@@ -86,6 +86,26 @@ def test_the_kernel_does_what_the_python_implementation_does(pool, device, op):
     pool.run(both_ways, device, op)
 
 
+def parts_of_larger_tensors(device: str, op: str, dtype: torch.dtype) -> None:
+    """Runs on a rank: every argument begins 16 bytes or more into its storage."""
+    call = Call(op, 13, 256, dtype, device=device, options={"bias": True} if op == "qkv_a_proj_ag" else {})
+    arguments = call.arguments(dist.get_rank(), dist.get_world_size())
+    for name, value in arguments.items():
+        if torch.is_tensor(value):
+            larger = torch.cat([torch.full_like(value[:1], float("nan")).expand(16, *value.shape[1:]), value])
+            arguments[name] = larger[16:]
+            assert arguments[name].storage_offset() > 0
+    with workspace(device, device), without_python():
+        call.check(call.run(dist.get_rank(), dist.get_world_size(), arguments), dist.get_rank(), dist.get_world_size())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "qkv_a_proj_ag_fp8"])
+@pytest.mark.parametrize("world_size", [2])
+def test_arguments_may_be_parts_of_larger_tensors(pool, device, op, dtype):
+    pool.run(parts_of_larger_tensors, device, op, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8], ids=str)
 @pytest.mark.parametrize("world_size", [2])
 def test_bytes_are_gathered(pool, device, dtype):
