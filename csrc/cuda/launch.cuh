@@ -30,8 +30,8 @@ tpf_status cuda_failed(cudaError_t error);
 // Makes `ordinal` the current device, as the caller's tensors want, and tells what it can do.
 tpf_status use_device(Device* device, int ordinal);
 
-// A rank with more blocks has a card to itself. Half of H100's multiprocessors, whatever this card has: cards may differ,
-// and all ranks have to choose alike.
+// A rank with more blocks has a card to itself. Half of H100's multiprocessors, whatever this card has: cards may
+// differ, and all ranks have to choose alike.
 constexpr int kHalfACard = 66;
 
 struct Blocks {
