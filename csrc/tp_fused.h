@@ -16,7 +16,7 @@ extern "C" {
 
 #define TPF_MAX_RANKS 8           /* ranks of one workspace: the GPUs of one node */
 #define TPF_MAX_CTAS 256          /* blocks of one grid that synchronise with their peers */
-#define TPF_MAX_ROW_BLOCKS 512    /* of 128 rows, that a rank has in a fused projection */
+#define TPF_MAX_ROW_BLOCKS 512    /* of 64 to 256 rows, that a rank has in a fused projection */
 #define TPF_MAX_STEPS 16          /* synchronisations of one round: staging chunks, closing */
 #define TPF_MAX_HIDDEN_SIZE 16384 /* widest row the reduce kernels take */
 

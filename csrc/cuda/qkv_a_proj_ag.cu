@@ -1,5 +1,7 @@
 #include <cudaTypedefs.h>
 
+#include <limits>
+
 #include "launch.cuh"
 #include "qkv_a_proj_ag_kernel.cuh"
 
@@ -74,6 +76,7 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
 template <typename Tiles>
 int64_t cost_of(const ProjectionArgs& args, int blocks) {
   const int64_t row_blocks = std::max(1, tiles(args.partition.largest(), Tiles::kRows));
+  if (row_blocks > TPF_MAX_ROW_BLOCKS) return std::numeric_limits<int64_t>::max();  // launch would refuse
   const int64_t column_tiles = tiles(args.call.columns, Tiles::kColumns), group = kGrouped * column_tiles;
   const int64_t turns = tiles(row_blocks * column_tiles, blocks);
   const int product = Tiles::kRows * Tiles::kColumns / 32;
