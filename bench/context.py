@@ -24,7 +24,24 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.flo
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Context:
+class Host:
+    """What the ranks tell each other on the host, over the default group, gloo's."""
+
+    def host_barrier(self) -> None:
+        """Waits as long as the process group does: work on the host may take longer than an op's deadline."""
+        dist.barrier(dist.group.WORLD)
+
+    def host_reduce(self, values, operation=dist.ReduceOp.MAX) -> torch.Tensor:
+        """The values of all ranks, element by element, in double."""
+        total = torch.as_tensor(values, dtype=torch.float64, device="cpu").clone()
+        dist.all_reduce(total, operation, group=dist.group.WORLD)
+        return total
+
+    def host_sum(self, value: int) -> int:
+        return int(self.host_reduce([value], dist.ReduceOp.SUM)[0])
+
+
+class Context(Host):
     """Made on every rank of an initialised gloo group; `close` gives the workspace back.
 
     `group` is what the ops and the unfused programs talk over: the default group on CPU tensors, an NCCL group where
@@ -148,19 +165,6 @@ class Context:
             torch.cuda.synchronize()
         for context in (self, *self._variants.values()):
             context.workspace.check()
-
-    def host_barrier(self) -> None:
-        """Waits as long as the process group does: work on the host may take longer than an op's deadline."""
-        dist.barrier(dist.group.WORLD)
-
-    def host_reduce(self, values, operation=dist.ReduceOp.MAX) -> torch.Tensor:
-        """The values of all ranks, element by element, in double."""
-        total = torch.as_tensor(values, dtype=torch.float64, device="cpu").clone()
-        dist.all_reduce(total, operation, group=dist.group.WORLD)
-        return total
-
-    def host_sum(self, value: int) -> int:
-        return int(self.host_reduce([value], dist.ReduceOp.SUM)[0])
 
     def gather_rows(self, rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """All ranks' rows, over gloo: the oracle does not travel by the code it judges."""

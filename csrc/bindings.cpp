@@ -264,10 +264,8 @@ PYBIND11_MODULE(_C, m) {
            int64_t scale_group_stride, Address weight, Address weight_scale, Address bias, Address q_a_weight,
            Address kv_a_weight, const Team& team, int64_t num_tokens, int hidden_size, int columns, int dtype,
            int q_columns, int kv_columns, float eps, Address stream) -> std::optional<int> {
-          tpf_call call = projection_call(static_cast<tpf_op>(op), static_cast<tpf_dtype>(dtype), num_tokens,
-                                          hidden_size, columns, bias != 0);
-          call.group_size = static_cast<uint32_t>(q_columns);
-          call.kv_columns = static_cast<uint32_t>(kv_columns);
+          const tpf_call call = projection_call(static_cast<tpf_op>(op), static_cast<tpf_dtype>(dtype), num_tokens,
+                                                hidden_size, columns, bias != 0, q_columns, kv_columns);
           const tpf_projection projection = {at(input),        static_cast<const float*>(at(scale)),
                                              scale_row_stride, scale_group_stride,
                                              at(weight),       static_cast<const float*>(at(weight_scale)),
@@ -292,17 +290,15 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("qkv_a_proj_ag_fp8", [](Address latent, Address rows, const Team& team, int64_t num_tokens, int hidden_size,
                                 int columns, Address stream) {
-    const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_FP8, TPF_E4M3, num_tokens, hidden_size, columns, false);
+    const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_FP8, TPF_E4M3, num_tokens, hidden_size, columns);
     return gather_latent(latent, rows, team, call, stream);
   });
 
   m.def("qkv_a_proj_ag_norm", [](Address q_a, Address kv_a, Address k_pe, Address rows, Address q_a_weight,
                                  Address kv_a_weight, const Team& team, int64_t num_tokens, int hidden_size,
                                  int columns, int dtype, int q_columns, int kv_columns, float eps, Address stream) {
-    tpf_call call =
-        projection_call(TPF_QKV_A_PROJ_AG_NORM, static_cast<tpf_dtype>(dtype), num_tokens, hidden_size, columns, false);
-    call.group_size = static_cast<uint32_t>(q_columns);
-    call.kv_columns = static_cast<uint32_t>(kv_columns);
+    const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_NORM, static_cast<tpf_dtype>(dtype), num_tokens,
+                                          hidden_size, columns, false, q_columns, kv_columns);
     return run(
         team,
         [&] {

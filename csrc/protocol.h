@@ -127,15 +127,17 @@ inline tpf_call reduce_call(tpf_op op, tpf_dtype dtype, int64_t num_tokens, int3
   return call;
 }
 
-// What the projections announce; qkv_a_proj_ag_norm sets the columns of its parts, too.
+// What the projections announce; q_columns and kv_columns are qkv_a_proj_ag_norm's.
 inline tpf_call projection_call(tpf_op op, tpf_dtype dtype, int64_t num_tokens, int64_t hidden_size, int64_t columns,
-                                bool bias) {
+                                bool bias = false, int64_t q_columns = 0, int64_t kv_columns = 0) {
   tpf_call call = {};
   call.op = op;
   call.dtype = dtype;
   call.num_tokens = num_tokens;
   call.hidden_size = static_cast<uint32_t>(hidden_size);
   call.columns = static_cast<uint32_t>(columns);
+  call.group_size = static_cast<uint32_t>(q_columns);
+  call.kv_columns = static_cast<uint32_t>(kv_columns);
   call.variant = bias ? TPF_BIAS : 0;
   call.source = -1;
   return call;

@@ -27,16 +27,14 @@ class Temporary {
 };
 
 struct Projection : Call {
-  // Rows of a dtype up to `largest_dtype`, whose latents have `latent_bytes` an element or, where that is 0, as many as
-  // they have.
-  bool read(Value rows, Value weight_value, Value count, Value group_name, int largest_dtype, int64_t latent_bytes) {
+  bool read(Value rows, Value weight_value, Value count, Value group_name, int largest_dtype) {
     weight_tensor = handle<AtenTensorOpaque>(weight_value);
     num_tokens = static_cast<int64_t>(count);
     if (!Call::read(rows, group_name, largest_dtype)) return false;
     if (!weight.read(weight_tensor) || weight.dim != 2 || !weight.like(input)) return false;
     if (weight.columns != input.columns) return false;
-    if (latent_bytes == 0) latent_bytes = kItemBytes[input.dtype];
-    if (!fits(num_tokens, weight.rows * latent_bytes) || input.rows != own_rows(num_tokens).count) return false;
+    if (!fits(num_tokens, weight.rows * kItemBytes[latent_dtype()]) || input.rows != own_rows(num_tokens).count)
+      return false;
     return !on_cuda() || (input.aligned() && weight.aligned());
   }
   // [columns] of the rows' dtype; none is fine.
@@ -46,8 +44,10 @@ struct Projection : Call {
     return bias.read(tensor) && bias.dim == 1 && bias.columns == weight.rows && bias.like(input) &&
            (!on_cuda() || bias.aligned());
   }
-  tpf_call call(tpf_op op) const {
-    return projection_call(op, dtype(), num_tokens, input.columns, weight.rows, bias_tensor != nullptr);
+  int latent_dtype() const { return input.dtype == TPF_E4M3 ? TPF_BF16 : input.dtype; }
+  tpf_call call(tpf_op op, int64_t q_columns = 0, int64_t kv_columns = 0) const {
+    return projection_call(op, dtype(), num_tokens, input.columns, weight.rows, bias_tensor != nullptr, q_columns,
+                           kv_columns);
   }
   tpf_projection operands() const {
     tpf_projection projection = {};
@@ -68,8 +68,8 @@ struct Projection : Call {
     return status == TPF_UNSUPPORTED ? std::nullopt : std::optional(launched);
   }
 
-  // torch's product of this rank's rows; on the CPU it lies in this rank's slot of the next round.
-  bool multiply(Temporary* product) const {
+  // torch's product of this rank's rows, which begins at `data`; on the CPU in this rank's slot of the next round.
+  bool multiply(Temporary* product, void** data) const {
     const int64_t sizes[2] = {input.rows, weight.rows}, strides[2] = {weight.rows, 1};
     const int32_t dtype = torch_dtypes[input.dtype], type = input.device_type, index = input.device_index;
     const int32_t made = on_cuda()
@@ -78,8 +78,9 @@ struct Projection : Call {
                                                                         dtype, type, index, product->out());
     const int64_t transposed_sizes[2] = {weight.columns, weight.rows}, transposed_strides[2] = {1, weight.columns};
     Temporary transposed;  // begins where the weight does: an offset would be counted from there
-    if (made != 0 || torch.aoti_torch__reinterpret_tensor(weight_tensor, 2, transposed_sizes, transposed_strides, 0,
-                                                          transposed.out())) {
+    if (made != 0 || torch.aoti_torch_get_data_ptr(product->get(), data) ||
+        torch.aoti_torch__reinterpret_tensor(weight_tensor, 2, transposed_sizes, transposed_strides, 0,
+                                             transposed.out())) {
       return false;
     }
     if (bias_tensor == nullptr) {
@@ -107,7 +108,7 @@ bool read_scale(const View& rows, Tensor tensor, View* scale) {
 
 bool qkv_a_proj_ag(const Value* arguments, Results* results) {
   Projection in;
-  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], TPF_F32, 0)) return false;
+  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], TPF_F32)) return false;
   if (!in.read_bias(optional_tensor(arguments[4]))) return false;
   void* latent;
   if (!results->add(&latent, in.input, in.num_tokens, in.weight.rows, in.dtype())) return false;
@@ -116,7 +117,7 @@ bool qkv_a_proj_ag(const Value* arguments, Results* results) {
   if (const auto launched = in.run_fused(outputs, in.operands(), call)) return *launched;
   Temporary product;
   void* rows;
-  if (!in.multiply(&product) || torch.aoti_torch_get_data_ptr(product.get(), &rows)) return false;
+  if (!in.multiply(&product, &rows)) return false;
   return in.run([&](void* stream) { return tpf_gather_latent_cuda(latent, rows, in.team(), &call, stream); },
                 [&] { return tpf_qkv_a_proj_ag_cpu(latent, in.team(), &call); });
 }
@@ -124,7 +125,7 @@ bool qkv_a_proj_ag(const Value* arguments, Results* results) {
 // By the fused kernel alone: there is no other product of block-scaled rows to call.
 bool qkv_a_proj_ag_fp8(const Value* arguments, Results* results) {
   Projection in;
-  if (!in.read(arguments[0], arguments[2], arguments[4], arguments[5], TPF_E4M3, kItemBytes[TPF_BF16])) return false;
+  if (!in.read(arguments[0], arguments[2], arguments[4], arguments[5], TPF_E4M3)) return false;
   if (!in.on_cuda() || in.dtype() != TPF_E4M3 || in.weight.rows % 8 != 0 || in.weight.columns % 16 != 0) return false;
   View scale, weight_scale;
   if (!read_scale(in.input, handle<AtenTensorOpaque>(arguments[1]), &scale)) return false;
@@ -134,7 +135,7 @@ bool qkv_a_proj_ag_fp8(const Value* arguments, Results* results) {
     return false;
   }
   void* latent;
-  if (!results->add(&latent, in.input, in.num_tokens, in.weight.rows, TPF_BF16)) return false;
+  if (!results->add(&latent, in.input, in.num_tokens, in.weight.rows, in.latent_dtype())) return false;
   tpf_projection projection = in.operands();
   projection.scale = static_cast<const float*>(scale.data);
   projection.scale_row_stride = scale.row_stride;
@@ -146,7 +147,7 @@ bool qkv_a_proj_ag_fp8(const Value* arguments, Results* results) {
 
 bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
   Projection in;
-  if (!in.read(arguments[0], arguments[1], arguments[5], arguments[6], TPF_F32, 0)) return false;
+  if (!in.read(arguments[0], arguments[1], arguments[5], arguments[6], TPF_F32)) return false;
   const double eps = std::bit_cast<double>(arguments[4]);
   View norms[2];
   int64_t columns[3] = {0, 0, in.weight.rows};
@@ -161,9 +162,7 @@ bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
   for (int i = 0; i < 3; ++i) {
     if (!results->add(&outputs[i], in.input, in.num_tokens, columns[i], in.dtype())) return false;
   }
-  tpf_call call = in.call(TPF_QKV_A_PROJ_AG_NORM);
-  call.group_size = static_cast<uint32_t>(columns[0]);
-  call.kv_columns = static_cast<uint32_t>(columns[1]);
+  const tpf_call call = in.call(TPF_QKV_A_PROJ_AG_NORM, columns[0], columns[1]);
   tpf_projection projection = in.operands();
   projection.q_a_weight = norms[0].data;
   projection.kv_a_weight = norms[1].data;
@@ -173,7 +172,7 @@ bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
   if (const auto launched = in.run_fused(outputs, projection, call)) return *launched;
   Temporary product;
   void* rows;
-  if (!in.multiply(&product) || torch.aoti_torch_get_data_ptr(product.get(), &rows)) return false;
+  if (!in.multiply(&product, &rows)) return false;
   const auto& p = projection;
   return in.run(
       [&](void* stream) {

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from bench.cases import EPS, steps_apart
+from bench.context import Host
 from bench.timing import Program, measure
 from tp_fused import reference
 from tp_fused.launch import launch, take_device
@@ -41,7 +42,7 @@ TIMEOUT_NS = 2_000_000_000
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 
 
-class Ranks:
+class Ranks(Host):
     """This process's place among the ranks, and what bench.timing asks of a run."""
 
     def __init__(self, rounds: int):
@@ -68,14 +69,6 @@ class Ranks:
         torch.cuda.synchronize()
         for build in self.builds:
             build.check()
-
-    def host_barrier(self) -> None:
-        dist.barrier()
-
-    def host_reduce(self, values, operation=dist.ReduceOp.MAX) -> torch.Tensor:
-        total = torch.as_tensor(values, dtype=torch.float64, device="cpu").clone()
-        dist.all_reduce(total, operation)
-        return total
 
 
 class Build:

@@ -2,8 +2,8 @@
 
 Each op is registered as `torch.ops.tp_fused.<name>` (what engines and compiled graphs call) and wrapped as
 `tp_fused.<name>` (what people call: a ProcessGroup instead of a name, defaults). `torch.library.Library` registers
-them: the `custom_op` decorator would cost several times more a call. Ops that have a kernel in csrc/torch_ops.cpp are
-served there, and what is written here gets the calls that it does not take.
+them: the `custom_op` decorator would cost several times more a call. Calls are served in csrc/torch_ops.cpp, and what
+is written here gets those that it does not take.
 
 In all of them rows are split as `torch.tensor_split` splits them; a rank may own none and still takes part. Inputs are
 never written. Ops that meet trouble between ranks raise `CollectiveFault`; on bad arguments they raise ValueError or

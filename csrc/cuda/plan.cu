@@ -25,13 +25,6 @@ tpf_status project_and_gather(const tpf_call& call, const tpf_team* team) {
 tpf_status call(tpf_op op, const tpf_symm* symm, const tpf_team* team, int64_t num_tokens, int32_t hidden_size,
                 int32_t columns, tpf_dtype dtype) {
   constexpr int32_t kGroupSize = 128;
-  tpf_call projection = {};
-  projection.op = op;
-  projection.dtype = dtype;
-  projection.num_tokens = num_tokens;
-  projection.hidden_size = static_cast<uint32_t>(hidden_size);
-  projection.columns = static_cast<uint32_t>(columns);
-  projection.source = -1;
   switch (op) {
     case TPF_RS_RMSNORM:
       return tpf_rs_rmsnorm_cuda(nullptr, nullptr, nullptr, symm, nullptr, nullptr, team, num_tokens, hidden_size,
@@ -49,7 +42,7 @@ tpf_status call(tpf_op op, const tpf_symm* symm, const tpf_team* team, int64_t n
     case TPF_QKV_A_PROJ_AG:
     case TPF_QKV_A_PROJ_AG_FP8:
     case TPF_QKV_A_PROJ_AG_NORM:
-      return project_and_gather(projection, team);
+      return project_and_gather(tpf::projection_call(op, dtype, num_tokens, hidden_size, columns), team);
     default:
       return TPF_UNSUPPORTED;
   }
