@@ -58,8 +58,8 @@ tpf_status launch_kernel(void (*kernel)(Args), const Args& args, const Device& d
     *plan = {grid.blocks, grid.threads, grid.cluster, static_cast<int64_t>(grid.shared_bytes), args.call.source};
     return TPF_OK;
   }
-  if (grid.shared_bytes > 48 * 1024) {
-    // Once a kernel and process would do; asking each time costs less than a lock.
+  if (grid.shared_bytes + kStaticSharedBytes > 48 * 1024) {
+    // More than a kernel has unasked. Once a kernel and process would do; asking each time costs less than a lock.
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(device.shared_bytes - kStaticSharedBytes));
     if (error != cudaSuccess) return cuda_failed(error);

@@ -1,0 +1,51 @@
+"""Rows of every size that the kernels take, read in place and staged, one a block and several: what a block holds of
+them in registers and in shared memory depends on it.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from programs import EPS, random, same_bits, within_one_rounding
+from ranks import workspace
+
+import tp_fused
+from tp_fused import partition, reference
+
+LARGEST = 16384
+MAX_CTAS = 2
+COUNTS = {2: (2, 13), 5: (4, 31)}  # tokens, by world size: of the first at most one a rank
+
+
+def reduce_rows(device: str, dtype: torch.dtype, step: int) -> None:
+    """Runs on a rank: rows of 8, 8 + step, ... columns."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    most = max(COUNTS[world_size])
+    samples = [random(f"rank {peer}", (most * LARGEST,), dtype).to(device) for peer in range(world_size)]
+    residual, weight = samples[0].flip(0), 1 + samples[0][:LARGEST] / 8
+    sizes = {"max_num_tokens": most, "hidden_size": LARGEST, "max_ctas": MAX_CTAS}
+    with workspace(device, device, dtype=dtype, **sizes):
+        memory = tp_fused.symm_empty((most * LARGEST,), dtype=dtype, device=device).copy_(samples[rank])
+        for hidden_size in range(8, LARGEST + 1, step):
+            for num_tokens in COUNTS[world_size]:
+
+                def rows(sample, num_tokens=num_tokens, hidden_size=hidden_size):
+                    return sample[: num_tokens * hidden_size].view(num_tokens, hidden_size)
+
+                stored = reference.sum_in_rank_order([rows(sample) for sample in samples], rows(residual))
+                normed = reference.rms_norm(stored, weight[:hidden_size], EPS)
+                own = partition.row_slice(num_tokens, rank, world_size)
+                for input in (samples[rank], memory):
+                    arguments = rows(input), rows(residual), weight[:hidden_size], EPS
+                    try:
+                        outputs = [*tp_fused.rs_rmsnorm(*arguments), *tp_fused.rs_rmsnorm_ag(*arguments)]
+                        within_one_rounding(outputs[::2], (normed[own], normed), dtype)
+                        same_bits(outputs[1::2], (stored[own], stored[own]))
+                    except Exception as error:
+                        where = "in place" if input is memory else "staged"
+                        raise AssertionError(f"{num_tokens} rows of {hidden_size}, {where}: {error}") from error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_rows_of_any_size(pool, device, dtype, world_size):
+    pool.run(reduce_rows, device, dtype, 8 if device == "cuda" and dtype == torch.bfloat16 else 616)
