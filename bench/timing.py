@@ -181,9 +181,10 @@ def measure(context, programs: dict[str, Program], tick=lambda done, total: None
 
 
 def host_time(context, program: Program, calls: int = 200) -> float:
-    """Seconds that an eager call keeps the CPU, its launches included: the median of the slowest rank.
+    """Seconds that an eager call keeps the CPU until it returns, its launches included: the median of the slowest rank.
 
-    The queue is kept short, or a launch would wait for the card to take it.
+    What the caller does with the results is not its own: they are let go of off the clock. The queue is kept short, or
+    a launch would wait for the card to take it.
     """
     seconds = []
     gc.disable()
@@ -192,8 +193,9 @@ def host_time(context, program: Program, calls: int = 200) -> float:
             if call % 8 == 0:
                 context.settle()
             start = time.perf_counter()
-            program.call()
+            results = program.call()
             seconds.append(time.perf_counter() - start)
+            del results
     finally:
         gc.enable()
     context.settle()

@@ -94,6 +94,7 @@ py::dict to_dict(const tpf_plan& plan) {
   out["shared_bytes"] = plan.shared_bytes;
   out["source"] = plan.source;
   out["tile_rows"] = plan.tile_rows;
+  out["tile_columns"] = plan.tile_columns;
   out["few_rows"] = plan.few_rows != 0;
   return out;
 }

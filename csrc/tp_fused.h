@@ -230,7 +230,8 @@ typedef struct tpf_plan {
   int64_t shared_bytes; /* that the copy engine moves rows through; 0: threads move them */
   int64_t source;       /* as in tpf_call */
   int32_t tile_rows;    /* of a projection that multiplies by itself; 0: a product is made first */
-  int32_t few_rows;     /* then: whether since that takes less time; 0: no kernel here does both */
+  int32_t tile_columns;
+  int32_t few_rows; /* then: whether since that takes less time; 0: no kernel here does both */
 } tpf_plan;
 
 /* For an op on a hidden_size wide input; columns: of a projection. */

@@ -2,6 +2,7 @@
 error of torch's own product as the measure. The CPU runs the same program on few rows.
 """
 
+import re
 import zlib
 
 import pytest
@@ -135,3 +136,26 @@ def rows_alone(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("world_size", [1])
 def test_a_row_does_not_depend_on_the_others(pool, device, world_size, dtype):
     pool.run(rows_alone, device, dtype)
+
+
+def tiles(device: str, num_tokens: int) -> dict[str, str]:
+    """Runs on a rank: what 16 blocks would multiply in, by op."""
+    sizes = {"max_num_tokens": num_tokens, "hidden_size": 7168, "latent_size": 2112, "max_ctas": 16}
+    with workspace(device, device, dtype=torch.bfloat16, **sizes):
+        told = {op: tp_fused.explain(op, num_tokens) for op in ("qkv_a_proj_ag", "qkv_a_proj_ag_fp8")}
+        return {op: re.search(r"tiles of (\d+ x \d+)", text)[1] for op, text in told.items()}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("num_tokens", "bf16", "fp8"),
+    [(2048, "256 x 176", "128 x 264"), (4096, "128 x 192", None), (16384, "256 x 176", "128 x 192")],
+)
+@pytest.mark.parametrize("world_size", [8])
+def test_tiles_are_the_fastest_ones(pool, device, world_size, num_tokens, bf16, fp8):
+    """As measured with eight ranks on an H100, each kind of tile forced; None: two were as fast."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("those of Hopper's kernel")
+    for chosen in pool.run(tiles, device, num_tokens):
+        assert chosen["qkv_a_proj_ag"] == bf16
+        assert fp8 in (None, chosen["qkv_a_proj_ag_fp8"])

@@ -1,7 +1,4 @@
-"""What tools/sanitize.py watches: two ranks, small calls of every kernel of libtp_fused in every form, faults too.
-
-Of the projections there is the one whose gather normalises.
-"""
+"""What tools/sanitize.py watches: two ranks, small calls of every kernel of libtp_fused in every form, faults too."""
 
 import dataclasses
 import faulthandler
@@ -45,12 +42,18 @@ def calls(device: str) -> list[Call]:
     complete = [Call(op, 29, 256, BF16, device=device, options={"complete": True}) for op in REDUCTIONS[:2]]
     # Rows of whole 16 bytes, few and more than a few for the copy engine, and others.
     gathers = [Call("all_gather_rows", 29, columns, torch.uint8, device=device) for columns in (4096, 16384, 1001)]
-    norms = [
-        Call("qkv_a_proj_ag_norm", count, 256, dtype, device=device)
+    projections = [
+        Call(op, count, 256, dtype, device=device)
+        for op in ("qkv_a_proj_ag", "qkv_a_proj_ag_norm")
         for count in (29, 300)
         for dtype in (BF16, FP16, FP32)
     ]
-    return [*reductions, *complete, *gathers, *norms]
+    # Scales of four blocks of K that lie together, and others.
+    fp8 = [
+        Call("qkv_a_proj_ag_fp8", 300, hidden_size, FP32, device=device, options={"scale_layout": layout})
+        for hidden_size, layout in ((512, "row"), (256, "column"))
+    ]
+    return [*reductions, *complete, *gathers, *projections, *fp8]
 
 
 def run(call: Call, memory: torch.Tensor | None) -> None:

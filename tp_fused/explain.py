@@ -59,7 +59,8 @@ def _on_cuda(workspace: Workspace, op: str, num_tokens: int, input: torch.Tensor
 
     if plan["tile_rows"]:
         return [
-            f"one kernel multiplies, in tiles of {plan['tile_rows']} rows, and gathers finished rows meanwhile",
+            f"one kernel multiplies, in tiles of {plan['tile_rows']} x {plan['tile_columns']}, and gathers finished "
+            "rows meanwhile",
             f"{plan['blocks']} blocks (max_ctas={workspace.max_ctas}) of {plan['threads']} threads",
         ]
     lines = []

@@ -32,7 +32,7 @@ tpf_status launch_gather(GatherArgs& args, tpf_stream stream) {
   const Blocks blocks = share_out(args.partition.largest(), args.team.max_ctas);
   const int64_t row_bytes = std::max<int64_t>(args.row_bytes, 1);
   const int64_t rows_of_chunk =
-      std::max<int64_t>((blocks.rows + kGatherChunks - 1) / kGatherChunks, (kItemBytes + row_bytes - 1) / row_bytes);
+      std::max<int64_t>((blocks.rows + kGatherChunks - 1) / kGatherChunks, kChunkBytes / row_bytes);
   args.block_rows = blocks.rows;
   args.chunk_rows = static_cast<int32_t>(std::min<int64_t>(blocks.rows, rows_of_chunk));
   args.num_chunks = std::max(1, (blocks.rows + args.chunk_rows - 1) / std::max(1, args.chunk_rows));
@@ -41,8 +41,9 @@ tpf_status launch_gather(GatherArgs& args, tpf_stream stream) {
   args.vectors = places % 16 == 0;
   Grid grid = {blocks.grid, kGatherThreads};
   grid.early = true;
-  // A few items are sooner there with all threads of the block than one after the other.
-  if (device.is_sm90 && args.vectors && blocks.rows * row_bytes > 2 * kItemBytes) {
+  // A few items are sooner there with all threads of the block than one after the other. So are many where all of the
+  // card's multiprocessors copy; where ranks share them, it is the copy engine that takes less time.
+  if (device.is_sm90 && args.vectors && blocks.grid <= kHalfACard && blocks.rows * row_bytes > 2 * kItemBytes) {
     grid.shared_bytes = size_t{kCopierStages} * kItemBytes;
     return launch_kernel(all_gather_rows_kernel<T, true>, args, device, grid, stream);
   }

@@ -21,7 +21,8 @@
 namespace tpf {
 
 constexpr int kGatherThreads = 512;
-constexpr int kGatherChunks = 8;
+constexpr int kGatherChunks = 8;        // of a block, at most
+constexpr int kChunkBytes = 34 * 1024;  // of a rank's chunk, at least: eight rows of DeepSeek-V3's latent
 constexpr int kGatherParts = 3;
 constexpr int kItemBytes = 16 * 1024;  // of one bulk copy, at most
 constexpr int kHeldVectors = 8;        // of a lane, in a part to be normalised

@@ -64,7 +64,10 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
     grid.shared_bytes = kProjectionShared<Tiles, true>;
     status = launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, true>, args, device, grid, stream);
   }
-  if (tpf_plan* plan = plan_instead()) plan->tile_rows = Tiles::kRows;
+  if (tpf_plan* plan = plan_instead()) {
+    plan->tile_rows = Tiles::kRows;
+    plan->tile_columns = Tiles::kColumns;
+  }
   return status;
 }
 
