@@ -117,11 +117,11 @@ template <typename In>
 tpf_status launch_16_bits(ProjectionArgs& args, const Device& device, int blocks, const tpf_projection& projection,
                           tpf_stream stream) {
   if (args.team.world_size == 1) {
-    return launch_cheapest<LargeTiles<In>, LargeNarrowTiles<In>, MediumTiles<In>, SmallTiles<In>, FewRows<In>,
-                           FewRowsManyBlocks<In>>(args, device, blocks, projection, stream);
+    return launch_cheapest<LargeTiles<In>, LargeNarrowTiles<In>, MediumTiles<In>, MediumNarrowTiles<In>, SmallTiles<In>,
+                           FewRows<In>, FewRowsManyBlocks<In>>(args, device, blocks, projection, stream);
   }
-  return launch_cheapest<LargeTiles<In>, MediumTiles<In>, SmallTiles<In>, FewRows<In>, FewRowsManyBlocks<In>>(
-      args, device, blocks, projection, stream);
+  return launch_cheapest<LargeTiles<In>, MediumTiles<In>, MediumNarrowTiles<In>, SmallTiles<In>, FewRows<In>,
+                         FewRowsManyBlocks<In>>(args, device, blocks, projection, stream);
 }
 
 }  // namespace

@@ -70,6 +70,8 @@ using WideTiles = Tiling<In, 128, 264, 3, 3>;
 template <typename In>
 using MediumTiles = Tiling<In, 128, 192, 4>;
 template <typename In>
+using MediumNarrowTiles = Tiling<In, 128, 144, 4>;
+template <typename In>
 using SmallTiles = Tiling<In, 128, 96, 5>;
 // Few rows of fp8: as many tiles as there are blocks on a card.
 template <typename In>
