@@ -27,6 +27,7 @@ class Kernel:
 
     stack_bytes: int
     local_bytes: int
+    shared_bytes: int  # static
     opcodes: collections.Counter  # of accesses to memory, products, reducing barriers, loops over threads: "LDG.E.128"
 
     def count(self, pattern: str) -> int:
@@ -58,9 +59,12 @@ def run(tool: str, *arguments, folder: Path | None = None) -> str:
 def read_cubin(cubin: Path) -> dict[str, Kernel]:
     """The kernels of one cubin, by mangled name."""
     resources = re.findall(
-        r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", run("cuobjdump", "-res-usage", cubin)
+        r"Function (\S+):\s+REG:\d+ STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", run("cuobjdump", "-res-usage", cubin)
     )
-    kernels = {name: Kernel(int(stack), int(local), collections.Counter()) for name, stack, local in resources}
+    kernels = {
+        name: Kernel(int(stack), int(local), int(shared), collections.Counter())
+        for name, stack, shared, local in resources
+    }
     # An instruction is `/*0070*/  @P0 LDG.E.128 R4, ...`; the predicate may be absent.
     counted = r"(?:LDL|STL|LDG|STG|UBLK|UTMA|[HQ]GMMA|WARPGROUP|BAR\.RED|BRA\.U\.ANY)[\w.]*"
     token = re.compile(rf"^\.text\.(\S+):|\*/ +(?:@!?\w+ )?({counted}) ", re.MULTILINE)
@@ -123,6 +127,15 @@ def gathers(kernels: dict[str, Kernel], bulk: bool) -> dict[str, Kernel]:
     return {
         name: kernels[name] for name in (f"all_gather_rows_kernel<{t}, {str(bulk).lower()}>" for t in ("void", *DTYPES))
     }
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_static_shared_memory_is_what_launches_leave_for_it(kernels, architecture):
+    header = Path(__file__).parents[1] / "csrc" / "cuda" / "launch.cuh"
+    left = int(re.search(r"kStaticSharedBytes = (\d+);", header.read_text())[1])
+    reserved = 0 if architecture == "sm_80" else 1024  # counted in, but not of what a block may have
+    over = {name: kernel.shared_bytes for name, kernel in kernels.items() if kernel.shared_bytes - reserved > left}
+    assert not over, f"more than {left} bytes: {over}"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
