@@ -58,12 +58,12 @@ def test_latents_have_the_same_bits_on_all_ranks(pool, device, dtype, widths, wo
     assert sums == [sums[0]] * world_size
 
 
-def gather(device: str, columns: int, shift: int) -> None:
+def gather(device: str, counts: list[int], columns: int, shift: int, max_ctas: int | None) -> None:
     """Runs on a rank: six rounds. shift: bytes by which this rank's rows miss a multiple of 16."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    with workspace(device, device, max_num_tokens=300, hidden_size=columns, max_ctas=2):
+    with workspace(device, device, max_num_tokens=max(counts), hidden_size=columns, max_ctas=max_ctas):
         for i in range(6):
-            call = Call("all_gather_rows", (300, 299)[i % 2], columns, torch.uint8, seed=i, device=device)
+            call = Call("all_gather_rows", counts[i % len(counts)], columns, torch.uint8, seed=i, device=device)
             arguments = call.arguments(rank, world_size)
             rows = arguments["input"]
             memory = torch.empty(rows.numel() + shift, dtype=rows.dtype, device=device)
@@ -74,4 +74,10 @@ def gather(device: str, columns: int, shift: int) -> None:
 @pytest.mark.parametrize(("columns", "shift"), [(4096, 0), (4096, 1), (1001, 0)])
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_rows_of_any_width_and_place(pool, device, columns, shift, world_size):
-    pool.run(gather, device, columns, shift)
+    pool.run(gather, device, [300, 299], columns, shift, 2)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_many_rows_in_many_blocks(pool, device, world_size):
+    """Several chunks a block of all that there may be: where ranks have cards of their own, not by the copy engine."""
+    pool.run(gather, device, [1300 * world_size, 1300 * world_size - 1], 4096, 0, None)
