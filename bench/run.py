@@ -11,7 +11,7 @@ import tp_fused
 from . import cases, projections
 from .context import Context
 from .report import Report, result_row
-from .timing import copy_bandwidth, host_time, link_bandwidth, measure
+from .timing import copy_bandwidth, host_calls, host_time, link_bandwidth, measure
 
 CASES = {
     case.op: case
@@ -85,7 +85,9 @@ def _run_case(context, case, report, bandwidths, first: bool) -> dict:
     samples = measure(context, programs, _ticker(report, label))
     if context.options.check:  # the timed calls have to be right too, not only the first ones
         wrong += context.host_sum(case.count_wrong(samples["fused"].last))
-    host = host_time(context, programs["fused"]) if context.device.type == "cuda" else None
+    host = None
+    if context.device.type == "cuda":
+        host = host_time(context, programs["fused"], host_calls(samples["fused"].median))
     row = result_row(case, programs, samples, wrong, host, bandwidths)
     if report:
         report.stage(label, advance=1)

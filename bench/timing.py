@@ -180,7 +180,12 @@ def measure(context, programs: dict[str, Program], tick=lambda done, total: None
     return {name: Samples(slowest[i], last[name]) for i, name in enumerate(loaded)}
 
 
-def host_time(context, program: Program, calls: int = 200) -> float:
+def host_calls(seconds: float) -> int:
+    """For `host_time`, of calls of so many seconds: some 100 ms of them, so that what came before weighs little."""
+    return int(min(max(0.1 / seconds, 200), 3000))
+
+
+def host_time(context, program: Program, calls: int) -> float:
     """Seconds that an eager call keeps the CPU until it returns, its launches included: the median of the slowest rank.
 
     What the caller does with the results is not its own: they are let go of off the clock. The queue is kept short, or

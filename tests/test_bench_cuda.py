@@ -167,6 +167,11 @@ def test_host_time_is_that_of_a_call(context):
     assert 0 < bench.timing.host_time(context, program, calls=20) < 1
 
 
+@pytest.mark.parametrize(("seconds", "calls"), [(8e-6, 3000), (2e-4, 500), (9e-4, 200)])
+def test_more_calls_are_timed_of_short_ones(seconds, calls):
+    assert bench.timing.host_calls(seconds) == calls
+
+
 class Graphs:
     """CUDA graphs without a card: what is captured is called, and a replay takes as long as it would there."""
 
