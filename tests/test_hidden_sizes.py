@@ -16,6 +16,10 @@ MAX_CTAS = 2
 COUNTS = {2: (2, 13), 5: (4, 31)}  # tokens, by world size: of the first at most one a rank
 
 
+def rows(sample: torch.Tensor, *shape: int) -> torch.Tensor:
+    return sample[: shape[0] * shape[1]].view(shape)
+
+
 def reduce_rows(device: str, dtype: torch.dtype, step: int) -> None:
     """Runs on a rank: rows of 8, 8 + step, ... columns."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -27,15 +31,13 @@ def reduce_rows(device: str, dtype: torch.dtype, step: int) -> None:
         memory = tp_fused.symm_empty((most * LARGEST,), dtype=dtype, device=device).copy_(samples[rank])
         for hidden_size in range(8, LARGEST + 1, step):
             for num_tokens in COUNTS[world_size]:
-
-                def rows(sample, num_tokens=num_tokens, hidden_size=hidden_size):
-                    return sample[: num_tokens * hidden_size].view(num_tokens, hidden_size)
-
-                stored = reference.sum_in_rank_order([rows(sample) for sample in samples], rows(residual))
+                shape = num_tokens, hidden_size
+                parts = [rows(sample, *shape) for sample in samples]
+                stored = reference.sum_in_rank_order(parts, rows(residual, *shape))
                 normed = reference.rms_norm(stored, weight[:hidden_size], EPS)
                 own = partition.row_slice(num_tokens, rank, world_size)
                 for input in (samples[rank], memory):
-                    arguments = rows(input), rows(residual), weight[:hidden_size], EPS
+                    arguments = rows(input, *shape), rows(residual, *shape), weight[:hidden_size], EPS
                     try:
                         outputs = [*tp_fused.rs_rmsnorm(*arguments), *tp_fused.rs_rmsnorm_ag(*arguments)]
                         within_one_rounding(outputs[::2], (normed[own], normed), dtype)

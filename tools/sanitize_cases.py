@@ -1,4 +1,7 @@
-"""What tools/sanitize.py watches: two ranks, small calls of every kernel of libtp_fused in every form, faults too."""
+"""What tools/sanitize.py watches: two ranks, small calls of every kernel of libtp_fused in every form, faults too.
+
+Of the projections' tiles there are those that so small calls take.
+"""
 
 import dataclasses
 import faulthandler
