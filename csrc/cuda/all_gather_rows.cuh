@@ -5,8 +5,9 @@
 // lie one after the other. In qkv_a_proj_ag_norm the owner of a row normalises its parts on their way into the slot:
 // once, where all ranks would do it after the gather.
 //
-// Block b handles rows b * block_rows and following of every rank's share, in chunks; chunk c is published at step c,
-// and may be copied while chunk c + 1 is being laid open. So block b hears from the peers' blocks b alone.
+// A share is dealt out in chunks: the first ones of all blocks side by side, then the second ones, ... So all blocks
+// are in the same few pages at a time. Chunk c of a block is published at step c, and may be copied while chunk c + 1
+// is being laid open. So block b hears from the peers' blocks b alone.
 //
 // Two bodies. Direct: all threads lay a chunk open, then copy the peers', some warps for each peer. Bulk, with the copy
 // engine of sm_90 and newer: the last warp copies while the others lay open.
@@ -53,9 +54,9 @@ struct GatherArgs {
 
 // The rows of this block's chunk `chunk` in a share of `count` rows.
 __device__ inline Rows chunk_of(const GatherArgs& args, int64_t count, int chunk) {
-  const int64_t first = int64_t{blockIdx.x} * args.block_rows, start = first + int64_t{chunk} * args.chunk_rows;
-  const int64_t end = min(min(start + args.chunk_rows, first + args.block_rows), count);
-  return {start, max(end - start, int64_t{0})};
+  const int done = chunk * args.chunk_rows, rows = min(args.chunk_rows, args.block_rows - done);  // of each block
+  const int64_t start = int64_t{done} * gridDim.x + int64_t{blockIdx.x} * rows;
+  return {start, max(min(int64_t{rows}, count - start), int64_t{0})};
 }
 
 // One part of them: where its owner lays it open, where it goes, and how long it is.
