@@ -116,6 +116,7 @@ bool product_comes_first(const ProjectionArgs& args, int blocks) {
 template <typename In>
 tpf_status launch_16_bits(ProjectionArgs& args, const Device& device, int blocks, const tpf_projection& projection,
                           tpf_stream stream) {
+  // Of tiles of 256 x 144 beside peers cost_of promises too much: up to 1.1 of the others' time (docs/performance.md).
   if (args.team.world_size == 1) {
     return launch_cheapest<LargeTiles<In>, LargeNarrowTiles<In>, MediumTiles<In>, MediumNarrowTiles<In>, SmallTiles<In>,
                            FewRows<In>, FewRowsManyBlocks<In>>(args, device, blocks, projection, stream);
