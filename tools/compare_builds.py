@@ -227,7 +227,7 @@ def projections(ranks: Ranks) -> list[Case]:
 
     return [
         *(case(tokens, _C.QKV_A_PROJ_AG) for tokens in (64, 512, 1024, 2048, 4096, 8192, 16384)),
-        case(16384, _C.QKV_A_PROJ_AG_NORM),
+        *(case(tokens, _C.QKV_A_PROJ_AG_NORM) for tokens in (4096, 8192, 16384)),
         *(case(tokens, _C.QKV_A_PROJ_AG_FP8) for tokens in (512, 2048, 4096, 8192, 16384)),
     ]
 

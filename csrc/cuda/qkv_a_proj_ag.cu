@@ -72,10 +72,11 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
 }
 
 // About the time of a call, in cycles. A block reads its operands at so many bytes a cycle and multiplies meanwhile; of
-// fp8 it waits for each part's products. Where there are peers, the rows that are complete before the last turn of
-// tiles are copied meanwhile, and the others after it; or, where copying takes longest, all of them after the first
-// ones are complete. Fitted to the tiles that were fastest on H100: of each kind and of 64 to 16384 tokens, for a rank
-// alone, for four and eight that share the card, and for two with a card each (docs/performance.md).
+// fp8 it waits for each part's products. Ranks that share a card read a weight each, so fewer bytes, and what they copy
+// goes the same way: the two add up. Where a rank has a card to itself, the rows that are complete before the last turn
+// of tiles are copied meanwhile, and the others after it; or, where copying takes longest, all of them after the first
+// ones are complete. Fitted to times on H100 of 64 to 16384 tokens, each kind of tile forced: of a rank alone, of four
+// and eight that share the card, and of two with a card each (docs/performance.md).
 template <typename Tiles>
 int64_t cost_of(const ProjectionArgs& args, int blocks) {
   const int64_t row_blocks = std::max(1, tiles(args.partition.largest(), Tiles::kRows));
@@ -84,10 +85,14 @@ int64_t cost_of(const ProjectionArgs& args, int blocks) {
   const int64_t turns = tiles(row_blocks * column_tiles, blocks);
   const int product = Tiles::kRows * Tiles::kColumns / 32;
   const int waits = Tiles::kScaled ? 270 * Tiles::kParts : 0;
-  const int64_t turn = args.k_blocks * std::max(product + waits, Tiles::kStageBytes / (Tiles::kScaled ? 35 : 45));
+  const bool shares_card = blocks <= kHalfACard;
+  const int64_t turn = args.k_blocks * std::max(product + waits, Tiles::kStageBytes / (Tiles::kScaled ? 35
+                                                                                       : shares_card  ? 49
+                                                                                                      : 60));
   if (args.team.world_size == 1) return turns * turn;
   // 16-bit rows. The bound is of a card: of its links or its memory.
   const int64_t copying = args.call.num_tokens * args.call.columns * 2 / std::min(12 * blocks, 250);
+  if (shares_card) return turns * turn + copying;
   const int64_t first = tiles(std::min<int64_t>(row_blocks, kGrouped) * column_tiles, blocks);
   const int64_t late = row_blocks - (turns - 1) * blocks / group * kGrouped;
   return std::max(turns * turn + copying * late / row_blocks, first * turn + copying);
@@ -118,11 +123,12 @@ tpf_status launch_16_bits(ProjectionArgs& args, const Device& device, int blocks
                           tpf_stream stream) {
   // Of tiles of 256 x 144 beside peers cost_of promises too much: up to 1.1 of the others' time (docs/performance.md).
   if (args.team.world_size == 1) {
-    return launch_cheapest<LargeTiles<In>, LargeNarrowTiles<In>, MediumTiles<In>, MediumNarrowTiles<In>, SmallTiles<In>,
-                           FewRows<In>, FewRowsManyBlocks<In>>(args, device, blocks, projection, stream);
+    return launch_cheapest<LargeTiles<In>, LargeNarrowTiles<In>, HalfLargeTiles<In>, MediumTiles<In>,
+                           MediumNarrowTiles<In>, SmallTiles<In>, FewRows<In>, FewRowsManyBlocks<In>>(
+        args, device, blocks, projection, stream);
   }
-  return launch_cheapest<LargeTiles<In>, MediumTiles<In>, MediumNarrowTiles<In>, SmallTiles<In>, FewRows<In>,
-                         FewRowsManyBlocks<In>>(args, device, blocks, projection, stream);
+  return launch_cheapest<LargeTiles<In>, HalfLargeTiles<In>, MediumTiles<In>, MediumNarrowTiles<In>, SmallTiles<In>,
+                         FewRows<In>, FewRowsManyBlocks<In>>(args, device, blocks, projection, stream);
 }
 
 }  // namespace

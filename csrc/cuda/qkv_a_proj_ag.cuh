@@ -68,6 +68,8 @@ using LargeNarrowTiles = Tiling<In, 256, 144, 3>;
 template <typename In>
 using WideTiles = Tiling<In, 128, 264, 3, 3>;
 template <typename In>
+using HalfLargeTiles = Tiling<In, 128, 176, 4>;
+template <typename In>
 using MediumTiles = Tiling<In, 128, 192, 4>;
 template <typename In>
 using MediumNarrowTiles = Tiling<In, 128, 144, 4>;
@@ -85,6 +87,7 @@ using FewRowsManyBlocks = Tiling<In, 64, 16, 14>;
 constexpr int kMaxProductStages = 14;
 constexpr int kCopiers = 2;         // of the other warps
 constexpr int kCopierBytes = 7168;  // of a buffer
+constexpr int kNormedRun = 4;       // rows one behind the other that a counting warp normalises
 constexpr int kGrouped = 4;         // row blocks whose tiles are neighbours in the order: they share operands in the L2
 constexpr int kProjectionThreads = 32 * (kProductWarps + kOtherWarps);
 constexpr int kQVectors = 8, kKvVectors = 3;  // of a lane, in the two normed parts of a row

@@ -98,8 +98,8 @@ __device__ inline void finish_row_blocks(const ProjectionArgs& args, const Block
   const int rows = kNorm ? min(first_late_row_block(args) * Tiles::kRows,
                                static_cast<int>(args.partition.rows(args.team.rank).count))
                          : 0;
-  int index = blockIdx.x, row = blockIdx.x, complete = -1;  // the row block that is being normalised
-  uint32_t expected = kProductWarps, normed = 0;            // this block's rows of it
+  int index = blockIdx.x, row = blockIdx.x * kNormedRun, complete = -1;  // the row block that is being normalised
+  uint32_t expected = kProductWarps, normed = 0;                         // this block's rows of it
   while (index < end || row < rows) {
     const int row_block = index < end ? tile_of(index, args).row_block : own;
     if (index < end && (row_block >= own || has_come_to(stored, expected))) {
@@ -110,7 +110,8 @@ __device__ inline void finish_row_blocks(const ProjectionArgs& args, const Block
       // One row at a time: the next finished tile shall not wait for many.
       complete = row / Tiles::kRows;
       norm_row<Out>(args, round, row, weights);
-      row += gridDim.x, ++normed;
+      ++row, ++normed;
+      if (row % kNormedRun == 0) row += (gridDim.x - 1) * kNormedRun;
       if (row < rows && row / Tiles::kRows == complete) continue;
       count<Tiles, true>(args, round, complete, normed);
       normed = 0;
