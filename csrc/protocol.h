@@ -10,8 +10,8 @@
 //
 //   1. announces its call in its own Control, writes its rows to its own slot (epoch & 1) or to its peers',
 //   2. publishes: stores `epoch (32) | contract (32)` with release order into its word in every peer's signals,
-//   3. observes: loads its own words with acquire order until every peer's epoch is `>= mine` (signed difference: a
-//      fast peer may be one round ahead),
+//   3. observes: loads its own words with acquire order until every peer's epoch is mine, or a little later: a fast
+//      peer may be a round ahead,
 //   4. reads what the peers wrote, and 5. sets its epoch.
 //
 // What is ordered. The rows and the announced call are written before the release and read after the acquire. A slot is
@@ -186,7 +186,10 @@ TPF_HD inline uint32_t contract_of(const tpf_call& call) {
 
 TPF_HD constexpr uint64_t signal_word(uint32_t epoch, uint32_t contract) { return uint64_t{epoch} << 32 | contract; }
 TPF_HD constexpr uint32_t epoch_of(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
-TPF_HD constexpr bool reached(uint32_t seen, uint32_t mine) { return static_cast<int32_t>(seen - mine) >= 0; }
+// Epochs begin again after 2^32 rounds. A peer is a round or two ahead at most; what seems further ahead is a word that
+// no call has used for so long.
+constexpr uint32_t kMostAhead = 16;
+TPF_HD constexpr bool reached(uint32_t seen, uint32_t mine) { return seen - mine <= kMostAhead; }
 
 TPF_HD inline void publish(uint64_t* word, uint32_t epoch, uint32_t contract) {
   shared_ref<uint64_t>(*word).store(signal_word(epoch, contract), order::memory_order_release);

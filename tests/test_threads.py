@@ -128,13 +128,19 @@ def test_fp8_of_every_magnitude(group_size):
     same_bits([q, scale], reference.quantize_e4m3(reference.rms_norm(rows, weight, EPS), group_size))
 
 
+def set_rounds(ranks: ThreadRanks, finished: int, signalled: int) -> torch.Tensor:
+    """As if each rank had finished so many rounds, and all signals were of one that long ago. Returns the former."""
+    memory = torch.frombuffer(ranks.segment, dtype=torch.int64).view(ranks.world_size, -1)
+    memory[:, _C.CONTROL_BYTES // 8 : _C.region_bytes(0) // 8] = signalled << 32
+    epochs = memory.view(torch.int32)[:, _C.EPOCH_OFFSET // 4]
+    epochs.fill_(finished)
+    return epochs
+
+
 def test_epochs_wrap_around():
-    """After 2^32 rounds epochs begin again at 0: they are compared by their signed difference."""
+    """After 2^32 rounds epochs begin again at 0."""
     ranks, rows = ThreadRanks(2), torch.ones(3, 8)
-    before = -3
-    words = torch.frombuffer(ranks.segment, dtype=torch.int64).view(2, -1)
-    words[:, _C.CONTROL_BYTES // 8 : _C.region_bytes(0) // 8] = before << 32  # the last signals that came
-    words.view(torch.int32)[:, _C.EPOCH_OFFSET // 4] = before
+    epochs = set_rounds(ranks, -3, -3)
 
     def six_rounds(workspace) -> None:
         for i in range(6):
@@ -143,4 +149,27 @@ def test_epochs_wrap_around():
             assert torch.equal(output, torch.full_like(output, 2 * i))
 
     ranks.run(six_rounds)
-    assert words.view(torch.int32)[:, _C.EPOCH_OFFSET // 4].tolist() == [3, 3]
+    assert epochs.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("finished", [5, 2**31 - 10, 10 - 2**31, -20])
+def test_signals_that_nobody_has_sent_for_long_are_waited_for(finished):
+    """A call may use signals that no call before it has, however many rounds there were."""
+    ranks = ThreadRanks(2, timeout_s=0.2)
+    set_rounds(ranks, finished, 0)
+    with pytest.raises(faults.CollectiveFault, match="rank 1 never arrived"):
+        native.reduce_scatter_rows(ranks.workspaces[0], torch.ones(3, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_fp8_of_the_smallest_numbers(dtype):
+    """448 over the largest of a group is not finite there, and zeros times that would not be zeros."""
+    rows = torch.zeros(2, 256, dtype=dtype)
+    rows[0, 0] = 1e-39
+
+    def quantize(workspace):
+        return native.rs_rmsnorm_fp8(workspace, rows, None, torch.ones(256, dtype=dtype), EPS, 128, "row", True, False)
+
+    ((q, scale, _, output),) = ThreadRanks(1).run(quantize)
+    assert output[0, 0] > 0 and not q.float().isnan().any()
+    same_bits([q, scale], reference.quantize_e4m3(output))

@@ -64,7 +64,8 @@ def quantize_e4m3(rows: torch.Tensor, group_size: int = 128, layout: str = "row"
     amax = grouped.abs().amax(-1)
     largest = torch.full_like(amax, E4M3_MAX)  # a tensor: torch turns division by or of a number into a product
     scale.copy_(amax / largest)
-    inverse = torch.where(amax > 0, largest / amax, 0.0)
+    # Finite for the smallest numbers, too: zeros beside them stay zeros.
+    inverse = torch.where(amax > 0, (largest / amax).clamp(max=torch.finfo(torch.float32).max), 0.0)
     q = (grouped * inverse[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return q.view(num_rows, groups * group_size)[:, :hidden_size].contiguous(), scale
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "../tp_fused.h"
@@ -188,7 +189,8 @@ void quantize_row(uint8_t* q, float* scale, int64_t scale_group_stride, const T*
     for (int lane = 0; lane < kLanes; ++lane) amax_bits = std::max(amax_bits, largest[lane]);
     const float amax = std::bit_cast<float>(amax_bits);
     *scale = amax / 448.0f;
-    const float inverse = amax_bits != 0 ? 448.0f / amax : 0.0f;
+    // Finite for the smallest numbers, too: zeros beside them stay zeros. A NaN stays one.
+    const float inverse = amax_bits != 0 ? std::min(448.0f / amax, std::numeric_limits<float>::max()) : 0.0f;
     for_columns(columns, [&](int column, auto count) {
       store_e4m3(q + begin + column, load(row + begin + column, count) * inverse, count);
     });

@@ -10,6 +10,8 @@
 // warp fetches rows into a ring of shared-memory buffers, and the others add them up from there. kDirect, everywhere
 // else: every thread loads and stores 16 bytes at a time.
 #pragma once
+#include <cfloat>
+
 #include "bulk.cuh"
 #include "signal.cuh"
 #include "vec.cuh"
@@ -272,7 +274,9 @@ __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums
         amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, offset));
       }
       if (inside) {
-        store_e4m3(args.q + row * view.hidden + column, scaled, amax > 0 ? __fdiv_rn(448.0f, amax) : 0.0f);
+        // Finite for the smallest numbers, too: zeros beside them stay zeros.
+        const float inverse = amax > 0 ? fminf(__fdiv_rn(448.0f, amax), FLT_MAX) : 0.0f;
+        store_e4m3(args.q + row * view.hidden + column, scaled, inverse);
         if (group.thread % lanes == 0) {
           args.scale[row * args.scale_row_stride + column / args.call.group_size * args.scale_group_stride] =
               __fdiv_rn(amax, 448.0f);
