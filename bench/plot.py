@@ -22,7 +22,7 @@ def load(path: Path) -> dict | None:
     """A run's JSON file; None for what `goals` or `multi` has made of several, ValueError where it is neither."""
     try:
         document = json.loads(path.read_text())
-        if "goals" in document:
+        if "goals" in document or "blocks" in document:
             return None
         if document["machine"]["copy_gb_s"] <= 0 or not {"results", "options"} <= document.keys():
             raise KeyError("results, options or machine")

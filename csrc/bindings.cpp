@@ -147,7 +147,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_CTAS") = TPF_MAX_CTAS;
   m.attr("MAX_HIDDEN_SIZE") = TPF_MAX_HIDDEN_SIZE;
 
-  py::class_<Segment>(m, "Segment", py::buffer_protocol())
+  py::class_<Segment, std::shared_ptr<Segment>>(m, "Segment", py::buffer_protocol())
       .def(py::init<const std::string&, int64_t, bool>(), py::arg("name"), py::arg("bytes"), py::arg("create"))
       .def_property_readonly("base", &Segment::base)
       .def_property_readonly("fd", &Segment::fd)
@@ -160,6 +160,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<int, const std::vector<Address>&, int64_t, int64_t, int, int, int, Address>(), py::arg("rank"),
            py::arg("regions"), py::arg("slot_bytes"), py::arg("timeout_ns"), py::arg("max_ctas") = 0,
            py::arg("liveness_fd") = -1, py::arg("device") = -1, py::arg("mailbox") = 0)
+      .def("keep", [](Team& team, std::shared_ptr<Segment> segment) { team.keep(std::move(segment)); })
       .def("add_symmetric_buffer", &Team::add_symmetric_buffer)
       .def("is_symmetric",
            [](const Team& team, Address input) {

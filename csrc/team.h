@@ -39,6 +39,13 @@ class Team {
     return on_cuda() ? static_cast<const volatile tpf_fault*>(team_.mailbox)->status : TPF_OK;
   }
 
+  // Memory that addresses of the team point into: it stays mapped for an op that another thread is in while the
+  // workspace is closed.
+  void keep(std::shared_ptr<void> memory) {
+    const std::lock_guard lock(mutex_);
+    kept_.push_back(std::move(memory));
+  }
+
   // Makes known that [bases[r], bases[r] + bytes) are one symmetric buffer: inputs inside it are read in place.
   void add_symmetric_buffer(const std::vector<Address>& bases, int64_t bytes) {
     Buffer buffer = {{}, bytes};
@@ -67,7 +74,8 @@ class Team {
   };
   tpf_team team_;
   std::vector<Buffer> buffers_;
-  mutable std::mutex mutex_;  // of buffers_: ops run without the interpreter's lock
+  std::vector<std::shared_ptr<void>> kept_;
+  mutable std::mutex mutex_;  // of both: ops run without the interpreter's lock
 };
 
 // Where an op's input lies in symmetric memory; null where it does not.

@@ -21,7 +21,8 @@ struct Call {
     return input.read(input_tensor) && input.dim == 2 && input.dtype <= largest_dtype && find(string(group_name));
   }
   bool fits(int64_t num_tokens, int64_t row_bytes) const {
-    return num_tokens >= 0 && num_tokens <= workspace.max_num_tokens && row_bytes <= workspace.row_bytes;
+    return num_tokens >= 0 && num_tokens <= workspace.max_num_tokens && row_bytes > 0 &&
+           row_bytes <= workspace.row_bytes;
   }
   Rows own_rows(int64_t num_tokens) const { return rows_of(num_tokens, team()->rank, team()->world_size); }
   const tpf_team* team() const { return workspace.team->get(); }
@@ -48,7 +49,7 @@ struct Call {
     auto found = find_workspace(group_name, input.device_type == torch.aoti_torch_device_type_cuda());
     if (!found) return false;
     workspace = std::move(*found);
-    return true;
+    return !on_cuda() || input.device_index == team()->device;
   }
 };
 

@@ -100,9 +100,10 @@ def test_plot(all_ops, tmp_path):
     runs, picture = [tmp_path / "one.json", tmp_path / "other.json"], tmp_path / "both.png"
     for path in runs:
         path.write_text(json.dumps(document))
-    goals = tmp_path / "goals.json"  # lies beside the runs that it sums up
-    goals.write_text(json.dumps({"machine": document["machine"], "goals": []}))
-    done = CliRunner().invoke(app, ["plot", *map(str, runs), str(goals), "-o", str(picture)])
+    for kind in ("goals", "blocks"):  # lie beside the runs that they sum up
+        runs.append(tmp_path / f"{kind}.json")
+        runs[-1].write_text(json.dumps({"machine": document["machine"], kind: []}))
+    done = CliRunner().invoke(app, ["plot", *map(str, runs), "-o", str(picture)])
     assert done.exit_code == 0, done.output
     assert picture.read_bytes().startswith(b"\x89PNG")
 

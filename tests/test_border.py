@@ -55,6 +55,11 @@ BAD_CALLS = {
         *("rs_rmsnorm_fp8", {"weight": torch.Tensor.bfloat16}, TypeError),
         r"weight is torch.bfloat16, expected torch.float32",
     ),
+    "no weight": ("rs_rmsnorm", {"weight": None}, TypeError, "weight must be a tensor, got None"),
+    "weight on another device": (
+        *("rs_rmsnorm_fp8", {"weight": lambda tensor: tensor.to("meta")}, ValueError),
+        r"a tensor of shape \(256,\) is on meta, the input on ",
+    ),
     "weight strided": (
         *("rs_rmsnorm_ag", {"weight": lambda tensor: tensor.repeat_interleave(2)[::2]}, ValueError),
         r"weight of shape \(256,\) has strides \(2,\): it must be contiguous",
@@ -96,6 +101,7 @@ BAD_CALLS = {
         *("all_gather_rows", {"input": torch.Tensor.int}, TypeError),
         r"input must be one of .*torch.float8_e4m3fn, torch.uint8, got torch.int32",
     ),
+    "no projection": ("qkv_a_proj_ag", {"weight": None}, TypeError, "weight must be a tensor, got None"),
     "projection of another width": (
         *("qkv_a_proj_ag", {"weight": ones(COLUMNS, 255)}, ValueError),
         rf"weight is \({COLUMNS}, 255\), but the input has 256 columns",
@@ -120,6 +126,7 @@ BAD_CALLS = {
         *("qkv_a_proj_ag_fp8", {"q": torch.Tensor.float}, TypeError),
         r"input must be one of torch.float8_e4m3fn, got torch.float32",
     ),
+    "no scales": ("qkv_a_proj_ag_fp8", {"scale": None}, TypeError, "scale must be a tensor, got None"),
     "scales of other rows": (
         *("qkv_a_proj_ag_fp8", {"scale": ones(3, 2)}, ValueError),
         r"scale must be \(2, 2\) for a \(2, 256\) input, got \(3, 2\)",
@@ -135,6 +142,12 @@ BAD_CALLS = {
     "weight scales of other blocks": (
         *("qkv_a_proj_ag_fp8", {"weight_scale": ones(1, 2)}, ValueError),
         r"weight_scale must have shape \(2, 2\), got \(1, 2\)",
+    ),
+    "no latent norm": (
+        "qkv_a_proj_ag_norm",
+        {"kv_a_weight": None},
+        TypeError,
+        "kv_a_weight must be a tensor, got None",
     ),
     "latent norm of two dimensions": (
         *("qkv_a_proj_ag_norm", {"kv_a_weight": ones(40, 1)}, ValueError),
@@ -189,7 +202,14 @@ def shifted(tensor: torch.Tensor) -> torch.Tensor:
 # In the form of BAD_CALLS.
 ADDRESS = r"must begin at a multiple of 16 bytes, got one at address 0x[0-9a-f]+4$"
 BAD_CALLS_ON_CUDA = {
-    "odd width": ("reduce_scatter_rows", {"input": ones(4, 252)}, ValueError, r"must be a multiple of 8, got 252"),
+    "odd width": (
+        "reduce_scatter_rows",
+        {"input": ones(4, 252)},
+        ValueError,
+        r"must be a positive multiple of 8, got 252",
+    ),
+    "no width": ("reduce_scatter_rows", {"input": ones(4, 0)}, ValueError, r"must be a positive multiple of 8, got 0"),
+    "no columns": ("qkv_a_proj_ag", {"weight": ones(0, 256)}, ValueError, r"a weight must have rows, got \(0, 256\)"),
     "input between vectors": ("rs_rmsnorm", {"input": shifted}, ValueError, rf"input {ADDRESS}"),
     "residual between vectors": ("rs_rmsnorm_fp8", {"residual": shifted}, ValueError, rf"residual {ADDRESS}"),
     "weight between vectors": ("rs_rmsnorm_ag", {"weight": shifted}, ValueError, rf"weight {ADDRESS}"),

@@ -135,3 +135,27 @@ def fake_shapes(device: str) -> list:
 @pytest.mark.parametrize("world_size", [3])
 def test_fake_kernels_of_a_rank_without_rows(pool, device, world_size):
     pool.run(fake_shapes, device)
+
+
+def only_one_rank_uses_it(device: str) -> None:
+    """Runs on a rank."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    call = Call("rs_rmsnorm_ag", 4, hidden_size=256, device=device)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(input, weight):
+        output, _ = tp_fused.rs_rmsnorm_ag(input, None, weight, EPS)
+        return output.sum() if rank == 0 else (input * 2).sum()
+
+    with workspace(device, device, timeout_s=5.0, **SIZES) as made:
+        given = call.arguments(rank, world_size)
+        step(given["input"], given["weight"])
+        if device == "cuda":
+            torch.cuda.synchronize()
+        made.check()
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_compiler_keeps_a_call_whose_results_are_unused(pool, device):
+    """As with any collective, the peers wait for it."""
+    pool.run(only_one_rank_uses_it, device)

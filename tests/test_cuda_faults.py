@@ -142,7 +142,7 @@ def test_ranks_that_wait_in_vain_have_nan(pool, device, op, form, world_size):
 
 def signals(made) -> torch.Tensor:
     """The words in this rank's region, [step, block, rank that writes]."""
-    memory = made._segments[0][0]
+    memory = made._symmetric[0][0]
     words = memory[_C.CONTROL_BYTES : _C.region_bytes(0)].view(torch.int64)
     return words.view(-1, _C.MAX_CTAS, _C.MAX_RANKS)
 
@@ -189,7 +189,7 @@ def mistake_the_rows_of_a_peer(device: str, form: str) -> bool:
         if rank == 0:
             time.sleep(0.2)  # until the others wait for it
             signals(made)[:, :, ODD].bitwise_xor_(1)  # another contract
-            made._segments[0][0][_C.region_bytes(0) :].fill_(42)
+            made._symmetric[0][0][_C.region_bytes(0) :].fill_(42)
         graph.replay()
         torch.cuda.synchronize()
         for output, wanted in zip(outputs, right, strict=True):

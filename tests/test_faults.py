@@ -2,6 +2,7 @@
 CUDA: test_cuda_faults.py.
 """
 
+import concurrent.futures
 import os
 import pickle
 import signal
@@ -113,6 +114,24 @@ def test_ranks_that_disagree_over_torch_distributed(pool, name, world_size):
         assert f"{mine} #2: rank {1 - rank} called {theirs}(num_tokens=" in str(error)
 
 
+def disagree_in_a_chain(device: str):
+    """Runs on a rank: rank 2 has met rank 0's other call, and left, when rank 1 comes and rank 0 looks at that one."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with workspace(device, device, **SIZES) as made:
+        call = call_of("reduce_scatter_rows", device, num_tokens=5 if rank == 0 else 4)
+        time.sleep(0.3 * (rank == 1))
+        error, _ = outcome(settled, made, call.run, rank, world_size)
+        dist.barrier()
+    return error
+
+
+@pytest.mark.parametrize("world_size", [3])
+def test_first_cause_is_told(pool, device):
+    for error in pool.run(disagree_in_a_chain, device):
+        with pytest.raises(CollectiveFault, match=r"rank \d called with num_tokens=\d, rank \d with num_tokens=\d"):
+            raise error
+
+
 # ---- ranks that do not come ----
 
 
@@ -207,6 +226,47 @@ def test_rank_that_dies_in_every_op(fresh_pool, device, op, world_size):
         assert seconds < 5
         with pytest.raises(CollectiveFault, match=rf"{op} #3: .*{DIED}"):
             raise error
+
+
+def fork_a_child() -> None:
+    """Runs on a rank: a forked child ends as Python programs do."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with workspace("cpu"):
+        if rank == ODD:
+            child = os.fork()
+            if child == 0:
+                tp_fused.workspace._close_all()  # what runs at exit
+                os._exit(0)
+            os.waitpid(child, 0)
+        dist.barrier()
+        time.sleep(0.3 * (rank == ODD))  # long enough for the others to look whether it has closed
+        call = call_of("rs_rmsnorm", "cpu")
+        call.check(call.run(rank, world_size), rank, world_size)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_end_of_a_forked_child_is_not_the_rank_s(pool):
+    pool.run(fork_a_child)
+
+
+def close_beside_a_call() -> None:
+    """Runs on a rank: the odd rank closes while a thread of it is in an op, where it waits for the others."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with workspace("cpu", timeout_s=5.0) as made, concurrent.futures.ThreadPoolExecutor(1) as executor:
+        call = call_of("reduce_scatter_rows", "cpu")
+        if rank != ODD:
+            time.sleep(1)
+        called = executor.submit(call.run, rank, world_size)
+        if rank == ODD:
+            time.sleep(0.3)
+            made.close()
+        call.check(called.result(), rank, world_size)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_close_beside_a_call(fresh_pool):
+    """The memory is there until the call has ended, which the others can still answer."""
+    fresh_pool.run(close_beside_a_call)
 
 
 def die_over_torch_distributed() -> tuple:

@@ -8,8 +8,15 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 E4M3 = torch.float8_e4m3fn
 
 
+def given(name: str, tensor: torch.Tensor | None) -> None:
+    """torch takes None for any tensor."""
+    if tensor is None:
+        raise TypeError(f"{name} must be a tensor, got None")
+
+
 def rows(name: str, tensor: torch.Tensor, dtypes=FLOATS, device: torch.device | None = None) -> None:
     """`tensor` is a contiguous [rows, columns] of one of `dtypes`, on `device`."""
+    given(name, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"{name} must be [rows, columns], got shape {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
@@ -25,6 +32,7 @@ def rows(name: str, tensor: torch.Tensor, dtypes=FLOATS, device: torch.device | 
 
 def like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """`tensor` is contiguous and has this shape, dtype and device."""
+    given(name, tensor)
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype != dtype:
@@ -44,8 +52,8 @@ def kernel_vectors(workspace, hidden_size: int, **tensors: torch.Tensor | None) 
     """What the CUDA kernels want beyond that: 16-byte vectors."""
     if workspace.backend != "cuda":
         return
-    if hidden_size % 8:
-        raise ValueError(f"on cuda, hidden_size must be a multiple of 8, got {hidden_size}")
+    if hidden_size % 8 or hidden_size == 0:
+        raise ValueError(f"on cuda, hidden_size must be a positive multiple of 8, got {hidden_size}")
     kernel_starts(workspace, **tensors)
 
 
@@ -60,9 +68,15 @@ def kernel_starts(workspace, **tensors: torch.Tensor | None) -> None:
             )
 
 
-def capacity(workspace, num_tokens: int, columns: int, dtype: torch.dtype, columns_name: str = "hidden_size") -> None:
-    """The workspace is open and was made for calls of this size."""
+def capacity(workspace, input: torch.Tensor, num_tokens: int, columns: int, dtype=None, name="hidden_size") -> None:
+    """The workspace is open, on the input's card, and made for calls of this size; `dtype`: if not the input's."""
     workspace.require_open()
+    if workspace.device_index not in (None, input.device.index):
+        raise ValueError(
+            f"the input is on {input.device}, the workspace on cuda:{workspace.device_index}: call "
+            f"torch.cuda.set_device({input.device.index}) before tp_fused.init"
+        )
+    dtype = dtype or input.dtype
     if num_tokens < 0:
         raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
     if num_tokens > workspace.max_num_tokens:
@@ -72,7 +86,7 @@ def capacity(workspace, num_tokens: int, columns: int, dtype: torch.dtype, colum
         )
     if columns * dtype.itemsize > workspace.row_bytes:
         raise ValueError(
-            f"{columns_name}={columns} of {dtype} ({columns * dtype.itemsize} bytes a row) does not fit the "
+            f"{name}={columns} of {dtype} ({columns * dtype.itemsize} bytes a row) does not fit the "
             f"workspace, made for hidden_size={workspace.hidden_size}, latent_size={workspace.latent_size} of "
             f"{workspace.dtype} ({workspace.row_bytes} bytes a row); call tp_fused.init again, on all ranks"
         )
@@ -106,17 +120,22 @@ def residual_rows(workspace, residual: torch.Tensor | None, input: torch.Tensor)
     )
 
 
-def reduction(workspace, input: torch.Tensor, residual, weight=None, epsilon: float = 1.0) -> torch.Tensor | None:
+def reduction(workspace, input: torch.Tensor, residual=None, **others: torch.Tensor) -> torch.Tensor | None:
     """The inputs of an op that reduces; returns this rank's rows of the residual."""
     rows("input", input)
-    capacity(workspace, input.shape[0], input.shape[1], input.dtype)
+    capacity(workspace, input, *input.shape)
     workspace.require_kernel_width(input.shape[1])
-    if weight is not None:
-        like("weight", weight, (input.shape[1],), input.dtype, input.device)
-        eps(epsilon)
     residual = residual_rows(workspace, residual, input)
-    kernel_vectors(workspace, input.shape[1], input=input, residual=residual, weight=weight)
+    kernel_vectors(workspace, input.shape[1], input=input, residual=residual, **others)
     return residual
+
+
+def normed_reduction(workspace, input: torch.Tensor, residual, weight, epsilon: float) -> torch.Tensor | None:
+    """The same of one that norms what it has reduced."""
+    rows("input", input)
+    like("weight", weight, (input.shape[1],), input.dtype, input.device)
+    eps(epsilon)
+    return reduction(workspace, input, residual, weight=weight)
 
 
 def projection(workspace, input, weight, num_tokens: int, input_dtypes=FLOATS, output_dtype=None) -> None:
@@ -125,9 +144,11 @@ def projection(workspace, input, weight, num_tokens: int, input_dtypes=FLOATS, o
     rows("weight", weight, (input.dtype,), input.device)
     if weight.shape[1] != input.shape[1]:
         raise ValueError(f"weight is {tuple(weight.shape)}, but the input has {input.shape[1]} columns")
-    capacity(workspace, num_tokens, weight.shape[0], output_dtype or input.dtype, "weight.shape[0]")
+    capacity(workspace, input, num_tokens, weight.shape[0], output_dtype, "weight.shape[0]")
     local_rows(workspace, "input", input, num_tokens)
     kernel_starts(workspace, input=input, weight=weight)
+    if workspace.backend == "cuda" and weight.shape[0] == 0:
+        raise ValueError(f"on cuda, a weight must have rows, got {tuple(weight.shape)}")
     if workspace.backend == "cuda" and input.dtype == E4M3 and (weight.shape[0] % 8 or weight.shape[1] % 16):
         raise ValueError(
             f"on cuda, an fp8 weight must have a multiple of 8 rows and of 16 columns, got {tuple(weight.shape)}"
@@ -136,6 +157,7 @@ def projection(workspace, input, weight, num_tokens: int, input_dtypes=FLOATS, o
 
 def fp8_scales(scale: torch.Tensor, q: torch.Tensor, group_size: int = 128) -> None:
     """`scale` is fp32, one for each row and `group_size` columns of `q`, row-major or column-major."""
+    given("scale", scale)
     expected = (q.shape[0], -(-q.shape[1] // group_size))
     if scale.shape != expected:
         raise ValueError(f"scale must be {expected} for a {tuple(q.shape)} input, got {tuple(scale.shape)}")
@@ -150,6 +172,7 @@ def fp8_scales(scale: torch.Tensor, q: torch.Tensor, group_size: int = 128) -> N
 def latent_norms(q_a_weight: torch.Tensor, kv_a_weight: torch.Tensor, weight: torch.Tensor) -> None:
     """The weights of the two latent norms fit into the projection's columns."""
     for name, norm in (("q_a_weight", q_a_weight), ("kv_a_weight", kv_a_weight)):
+        given(name, norm)
         if norm.dim() != 1:
             raise ValueError(f"{name} must be one-dimensional, got shape {tuple(norm.shape)}")
         like(name, norm, norm.shape, weight.dtype, weight.device)

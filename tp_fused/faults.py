@@ -56,8 +56,8 @@ def _differences(expected: dict, seen: dict) -> tuple[str, str]:
     return tuple(", ".join(words(call, key) for key in keys) for call in (expected, seen))
 
 
-def fault_from(record: dict, peer_record: dict | None = None) -> CollectiveFault:
-    """The exception for a record; `peer_record` is the awaited peer's own, where it gave up first."""
+def fault_from(record: dict, *others: dict) -> CollectiveFault:
+    """The exception for a record. `others`: where the awaited peer gave up first, its own, and so on."""
     op = OPS.get(record["expected"]["op"], f"op {record['expected']['op']}")
     rank, peer, status = record["rank"], record["peer"], record["status"]
     call = f"{op} #{record['call_number']}"
@@ -68,7 +68,7 @@ def fault_from(record: dict, peer_record: dict | None = None) -> CollectiveFault
         waited = f"rank {rank} waited {record['waited_s']:.3g} s"
         reason, message = "never arrived", f"{call}: rank {peer} never arrived; {waited}"
     elif status == PEER_FAULTED:
-        because = f" ({fault_from(peer_record)})" if peer_record and peer_record["status"] else ""
+        because = f" ({fault_from(*others)})" if others and others[0]["status"] else ""
         reason, message = "gave up", f"{call}: rank {peer} has given up on this workspace{because}"
     elif status == PEER_CLOSED:
         reason, message = "closed", f"{call}: rank {peer} closed its workspace before it arrived"

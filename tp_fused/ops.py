@@ -10,6 +10,8 @@ never written. Ops that meet trouble between ranks raise `CollectiveFault`; on b
 TypeError before anything is launched.
 """
 
+import functools
+
 import torch
 
 from . import checks, native, partition, reference
@@ -30,10 +32,27 @@ def _define(schema: str, fake):
         for key in ("CPU", "CUDA"):
             if not _C.register_kernel(name, key, function):
                 _library.impl(name, function, key)
-        torch.library.register_fake(f"tp_fused::{name}", fake, lib=_library)
+        torch.library.register_fake(f"tp_fused::{name}", _on_one_device(fake), lib=_library)
+        # A compiler must not drop it on a rank that does not use what it returns: the others wait for that rank.
+        torch.fx.node.has_side_effect(getattr(_ops, name).default)
         return function
 
     return register
+
+
+def _on_one_device(fake):
+    """torch calls the fake kernel, too, where the input is real and another tensor is on the meta device."""
+
+    @functools.wraps(fake)
+    def checked(input, *rest, **options):
+        for tensor in (*rest, *options.values()):
+            if isinstance(tensor, torch.Tensor) and tensor.device != input.device:
+                raise ValueError(
+                    f"a tensor of shape {tuple(tensor.shape)} is on {tensor.device}, the input on {input.device}"
+                )
+        return fake(input, *rest, **options)
+
+    return checked
 
 
 def _own_rows(tensor: torch.Tensor, num_tokens, group_name: str):
@@ -56,7 +75,7 @@ def _rs_rmsnorm_fake(input, residual, weight, eps, group_name, *, complete=False
 )
 def _rs_rmsnorm(input, residual, weight, eps, group_name, complete=False):
     workspace = get_workspace(group_name, input.device)
-    residual = checks.reduction(workspace, input, residual, weight, eps)
+    residual = checks.normed_reduction(workspace, input, residual, weight, eps)
     return _BACKENDS[workspace.backend].rs_rmsnorm(workspace, input, residual, weight, eps, complete)
 
 
@@ -110,7 +129,7 @@ def _rs_rmsnorm_fp8(
         raise ValueError(f"group_size must be positive, got {group_size}")
     if workspace.backend == "cuda" and group_size not in (64, 128):
         raise ValueError(f"on cuda, group_size must be 64 or 128, got {group_size}")
-    residual = checks.reduction(workspace, input, residual, weight, eps)
+    residual = checks.normed_reduction(workspace, input, residual, weight, eps)
     return _BACKENDS[workspace.backend].rs_rmsnorm_fp8(
         workspace, input, residual, weight, eps, group_size, scale_layout, keep_output, complete
     )
@@ -166,7 +185,7 @@ def _rs_rmsnorm_ag_fake(input, residual, weight, eps, group_name):
 )
 def _rs_rmsnorm_ag(input, residual, weight, eps, group_name):
     workspace = get_workspace(group_name, input.device)
-    residual = checks.reduction(workspace, input, residual, weight, eps)
+    residual = checks.normed_reduction(workspace, input, residual, weight, eps)
     return _BACKENDS[workspace.backend].rs_rmsnorm_ag(workspace, input, residual, weight, eps)
 
 
@@ -191,7 +210,7 @@ def _reduce_scatter_rows_fake(input, group_name):
 @_define("reduce_scatter_rows(Tensor input, str group_name) -> Tensor", _reduce_scatter_rows_fake)
 def _reduce_scatter_rows(input, group_name):
     workspace = get_workspace(group_name, input.device)
-    checks.reduction(workspace, input, None)
+    checks.reduction(workspace, input)
     return _BACKENDS[workspace.backend].reduce_scatter_rows(workspace, input)
 
 
@@ -214,7 +233,7 @@ def _all_gather_rows_fake(input, num_tokens, group_name):
 def _all_gather_rows(input, num_tokens, group_name):
     workspace = get_workspace(group_name, input.device)
     checks.rows("input", input, (*checks.FLOATS, checks.E4M3, torch.uint8))
-    checks.capacity(workspace, num_tokens, input.shape[1], input.dtype, "input.shape[1]")
+    checks.capacity(workspace, input, num_tokens, input.shape[1], name="input.shape[1]")
     checks.local_rows(workspace, "input", input, num_tokens)
     return _BACKENDS[workspace.backend].all_gather_rows(workspace, input, num_tokens)
 

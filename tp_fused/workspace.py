@@ -38,9 +38,10 @@ class Workspace:
         self.row_bytes = max(self.hidden_size, self.latent_size) * self.dtype.itemsize
         self.device_index = torch.cuda.current_device() if device_type == "cuda" else None
         self.closed = False
+        self._pid = os.getpid()
         self.calls, self.fault = 0, None  # the reference backend's; the others keep theirs in the region
         self.team = None
-        self._segments: list = []  # what the team's addresses point into
+        self._symmetric: list = []  # torch's, that the team's addresses point into
         if backend == "cpu":
             self._make_cpu_team()
         elif backend == "cuda":
@@ -68,8 +69,11 @@ class Workspace:
             return
         record = self.team.fault(self.rank)
         if record["status"]:
-            gave_up = record["status"] == faults.PEER_FAULTED
-            raise faults.fault_from(record, self.team.fault(record["peer"]) if gave_up else None)
+            # A rank that gave up because another one had says so: the first cause is that other one's.
+            records = [record]
+            while records[-1]["status"] == faults.PEER_FAULTED and len(records) < self.world_size:
+                records.append(self.team.fault(records[-1]["peer"]))
+            raise faults.fault_from(*records)
 
     def symm_empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """An uninitialised tensor in symmetric memory. Collective: all ranks call it with the same shape and dtype.
@@ -94,6 +98,7 @@ class Workspace:
             return tensor.view(dtype).view(shape)
         stride = -(-numel * dtype.itemsize // 4096) * 4096
         segment = self._shared_segment(stride)
+        self.team.keep(segment)
         self.team.add_symmetric_buffer([segment.base + r * stride for r in range(self.world_size)], stride)
         return torch.frombuffer(segment, dtype=dtype, count=numel, offset=self.rank * stride).view(shape)
 
@@ -102,9 +107,9 @@ class Workspace:
         if self.closed:
             return
         self.closed = True
-        if self.team is not None:
+        if self.team is not None and self._pid == os.getpid():  # a forked child's end is not this rank's
             self.team.close()
-        self._segments.clear()
+        self._symmetric.clear()
         self.team = None
         key = (self.group_name, self.device_type)
         if _workspaces.get(key) is self:
@@ -142,6 +147,7 @@ class Workspace:
             max_ctas=self.max_ctas or 0,
             liveness_fd=segment.fd if held else -1,
         )
+        self.team.keep(segment)
 
     def _make_cuda_team(self) -> None:
         slot_bytes = self._slot_bytes()
@@ -164,7 +170,7 @@ class Workspace:
         """torch's symmetric memory: this rank's tensor of bytes, and where every rank's is mapped here."""
         tensor = symm_mem.empty(num_bytes, dtype=torch.uint8, device=f"cuda:{self.device_index}")
         handle = symm_mem.rendezvous(tensor, self.group_name)
-        self._segments.append((tensor, handle))
+        self._symmetric.append((tensor, handle))
         return tensor, list(handle.buffer_ptrs)
 
     def _shared_segment(self, bytes_per_rank: int):
@@ -194,7 +200,6 @@ class Workspace:
                     f"{_free_bytes('/dev/shm') / 2**20:.1f} MiB free: ask for fewer tokens, enlarge it (docker run "
                     f"--shm-size), or use TP_FUSED_BACKEND=reference"
                 )
-        self._segments.append(segment)
         return segment
 
 
