@@ -9,6 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
+from .report import short_commit
+
 LABELS = {
     "fused": "tp_fused",
     "dist": "unfused, torch.distributed",
@@ -94,5 +96,5 @@ def _title(run: dict) -> str:
     device = (
         f"{machine['gpus']} x {machine['gpu']}" if machine["gpu"] else f"{machine['cpu']}, {machine['cores']} cores"
     )
-    commit = (machine["commit"] or "unknown")[:12]
-    return f"{device}; {_name(run)}, hidden {run['options']['hidden']}; torch {machine['torch']}; commit {commit}"
+    what = f"{_name(run)}, hidden {run['options']['hidden']}"
+    return f"{device}; {what}; torch {machine['torch']}; commit {short_commit(machine)}"

@@ -50,6 +50,12 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+def short_commit(machine: dict) -> str:
+    """What a table or a picture calls it."""
+    commit, *dirty = (machine["commit"] or "unknown").split("-")
+    return "-".join([commit[:12], *dirty])
+
+
 def _commit() -> str | None:
     """TP_FUSED_COMMIT where it is set; the checkout's commit, "-dirty" where files differ from it; else None."""
     if named := os.environ.get("TP_FUSED_COMMIT"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import model
 from .baselines import BASELINES
-from .report import variant_meaning
+from .report import short_commit, variant_meaning
 from .suite import RESULTS
 
 _PLACE = re.compile(r"(<!-- (results|model): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -52,7 +52,7 @@ def _caption(document: dict) -> str:
         device = f"{machine['gpus']} x {machine['gpu']}"
     else:
         device = f"{machine['cpu']}, {machine['cores']} cores"
-    words = [device, f"torch {machine['torch']}", f"commit {(machine['commit'] or 'unknown')[:12]}"]
+    words = [device, f"torch {machine['torch']}", f"commit {short_commit(machine)}"]
     words.append(f"copies {machine['copy_gb_s']:.0f} GB/s")
     if machine.get("link_gb_s"):
         words.append(f"between cards {machine['link_gb_s']:.0f} GB/s")

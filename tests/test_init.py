@@ -31,7 +31,7 @@ def init_on_each(device: str, arguments_of: list[dict], backend_of: list[str | N
     os.environ.pop("TP_FUSED_BACKEND", None)
     if backend_of[rank] is not None:
         os.environ["TP_FUSED_BACKEND"] = backend_of[rank]
-    error, _ = outcome(tp_fused.init, device=device, **{**GOOD, **arguments_of[rank]})
+    error, _ = outcome(tp_fused.init, **{**GOOD, "device": device, **arguments_of[rank]})
     call = Call("rs_rmsnorm", 5, device=device)
     with workspace(None, device):
         call.check(call.run(rank, dist.get_world_size()), rank, dist.get_world_size())
@@ -67,11 +67,18 @@ def test_backends_that_differ_are_named(pool, device, world_size):
 @pytest.mark.parametrize(
     ("argument", "value", "kind", "message"),
     [
-        ("max_num_tokens", 0, ValueError, "max_num_tokens must be a positive integer, got 0"),
-        ("hidden_size", -7, ValueError, "hidden_size must be a positive integer, got -7"),
-        ("hidden_size", "7168", ValueError, "hidden_size must be a positive integer, got '7168'"),
-        ("latent_size", 0, ValueError, "latent_size must be a positive integer, got 0"),
-        ("max_ctas", 2.5, ValueError, "max_ctas must be a positive integer, got 2.5"),
+        ("max_num_tokens", 0, ValueError, "max_num_tokens must be a positive integer below 2**31, got 0"),
+        ("hidden_size", -7, ValueError, "hidden_size must be a positive integer below 2**31, got -7"),
+        ("hidden_size", "7168", ValueError, "hidden_size must be a positive integer below 2**31, got '7168'"),
+        ("latent_size", 0, ValueError, "latent_size must be a positive integer below 2**31, got 0"),
+        ("max_ctas", 2.5, ValueError, "max_ctas must be a positive integer below 2**31, got 2.5"),
+        (
+            "max_num_tokens",
+            2**60,
+            ValueError,
+            "max_num_tokens must be a positive integer below 2**31, got 1152921504606",
+        ),
+        ("timeout_s", "30", ValueError, "timeout_s must be positive seconds, got '30'"),
         ("timeout_s", 0, ValueError, "timeout_s must be positive seconds, got 0"),
         ("timeout_s", float("inf"), ValueError, "timeout_s must be positive seconds, got inf"),
         ("dtype", torch.int8, TypeError, "dtype must be one of torch.bfloat16, torch.float16, torch.float32, got tor"),
@@ -82,6 +89,14 @@ def test_arguments_out_of_range(pool, device, world_size, argument, value, kind,
     for error in pool.run(init_on_each, device, [{argument: value}] * 2, [None] * 2):
         assert type(error) is kind, repr(error)
         assert f"tp_fused.init: {message}" in str(error)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_device_of_one_rank_that_torch_does_not_know(pool, device):
+    """All ranks are told: none waits for the one that cannot go on."""
+    for error in pool.run(init_on_each, device, [{}, {"device": "gpu"}], [None] * 2):
+        assert isinstance(error, ValueError)
+        assert "tp_fused.init: rank 1: device 'gpu' cannot be used: Expected one of cpu, cuda" in str(error)
 
 
 def test_no_process_group():
@@ -183,7 +198,7 @@ def too_large(arguments: dict, narrow_rank: int):
 @pytest.mark.parametrize(
     ("arguments", "narrow_rank", "message"),
     [
-        ({"max_num_tokens": 1 << 34, "hidden_size": 1 << 16}, -1, "rank 0: cannot create shared memory"),
+        ({"max_num_tokens": 1 << 30, "hidden_size": 1 << 20}, -1, "rank 0: cannot create shared memory"),
         ({"max_num_tokens": 1 << 14, "hidden_size": 1 << 11}, 1, "rank 1: cannot map shared memory"),
     ],
     ids=["no space", "no address space on rank 1"],

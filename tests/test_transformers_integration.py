@@ -157,6 +157,9 @@ def embeds(device: str, way: str) -> None:
     expected = whole(inputs_embeds=inputs.contiguous()).logits
     torch.testing.assert_close(model(inputs_embeds=inputs).logits, expected, atol=1e-4, rtol=0)
     assert torch.equal(inputs, before)
+    hidden = model.model(None, None, None, None, inputs).last_hidden_state
+    torch.testing.assert_close(model.lm_head(hidden), expected, atol=1e-4, rtol=0)
+    assert torch.equal(model.get_input_embeddings()(make_ids((5, 2), device)), inputs.transpose(0, 1))
 
 
 @pytest.mark.parametrize("way", WAYS)

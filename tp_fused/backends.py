@@ -21,9 +21,10 @@ class Report:
     gpu: str | None  # which card this rank computes on
     num_sms: int
     capability: tuple[int, int]
+    error: str | None = None  # why this rank cannot use the device
 
 
-def report(arguments: dict, device_type: str) -> Report:
+def report(arguments: dict, device: str) -> Report:
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
@@ -31,11 +32,22 @@ def report(arguments: dict, device_type: str) -> Report:
     except OSError:
         boot, mount = "unknown", "none"
     host = f"{socket.gethostname()}/{boot}/{mount}"
-    if device_type != "cuda":
-        return Report(arguments, host, _C.cpu_supported(), None, 0, (0, 0))
-    card = torch.cuda.get_device_properties(torch.cuda.current_device())
-    capability = (card.major, card.minor)
-    return Report(arguments, host, _C.cpu_supported(), str(card.uuid), card.multi_processor_count, capability)
+    made = Report(arguments, host, _C.cpu_supported(), None, 0, (0, 0))
+    try:
+        asked = torch.device(device)
+        if asked.type == "cuda":
+            current = torch.cuda.current_device()
+            card = torch.cuda.get_device_properties(current)
+            made.gpu, made.num_sms, made.capability = (
+                str(card.uuid),
+                card.multi_processor_count,
+                (card.major, card.minor),
+            )
+            if asked.index not in (None, current):
+                made.error = f"{device} is not torch's current device, cuda:{current}: call torch.cuda.set_device first"
+    except (RuntimeError, AssertionError) as error:  # torch's, of a device that it does not know or was not built for
+        made.error = f"device {device!r} cannot be used: {error}"
+    return made
 
 
 def choose_backend(reports, device_type: str, world_size: int, asked: str | None) -> tuple[str, str]:

@@ -89,6 +89,8 @@ class Workspace:
         for rank, request in enumerate(requests):
             if request != requests[0]:
                 raise ValueError(f"symm_empty: rank {rank} asked for {request}, rank 0 for {requests[0]}")
+        if any(size < 0 for size in shape):
+            raise ValueError(f"symm_empty: sizes must not be negative, got {shape}")
         numel = torch.Size(shape).numel()
         if self.backend == "reference" or numel == 0:
             return torch.empty(shape, dtype=dtype, device=self.device_type)
@@ -219,9 +221,10 @@ def init(
 
     max_num_tokens: the largest token count of any later call. hidden_size: columns of the reduced rows.
     latent_size: columns of a projection's output (default: hidden_size). dtype: of the widest rows.
-    timeout_s: how long an op waits for a peer before it raises `CollectiveFault`. max_ctas: bounds the grid of every
-    CUDA kernel; up to half of a card's multiprocessors, a projection's blocks take them in pairs of neighbours.
-    device: "cpu" or "cuda" (default: cuda where torch sees one).
+    timeout_s: how long an op waits for a peer before it raises `CollectiveFault`; the reference backend waits as long
+    as the process group does. max_ctas: bounds the grid of every CUDA kernel; up to half of a card's multiprocessors, a
+    projection's blocks take them in pairs of neighbours.
+    device: "cpu" or "cuda", which is torch's current one (default: cuda where torch sees one).
 
     The backend is chosen from what all ranks report, the same everywhere: when all ranks run on one host, `cuda`
     (torch's symmetric memory) or `cpu` (shared memory); otherwise `reference` (torch.distributed).
@@ -234,7 +237,10 @@ def init(
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("tp_fused.init needs torch.distributed: call torch.distributed.init_process_group first")
     group = group if group is not None else dist.group.WORLD
-    device_type = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("tp_fused.init: this rank is not in the group")
+    device = str(device) if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    device_type = device.split(":")[0]
     arguments = {
         "max_num_tokens": max_num_tokens,
         "hidden_size": hidden_size,
@@ -246,7 +252,10 @@ def init(
         "TP_FUSED_BACKEND": os.environ.get("TP_FUSED_BACKEND") or None,
     }
     # Exchanged before any of them is judged: a rank that raised alone would leave the others waiting.
-    reports = _gather_objects(group, backends.report(arguments, device_type))
+    reports = _gather_objects(group, backends.report(arguments, device))
+    for rank, report in enumerate(reports):
+        if report.error is not None:
+            raise ValueError(f"tp_fused.init: rank {rank}: {report.error}")
     for rank, report in enumerate(reports):
         for name, value in report.arguments.items():
             if value != reports[0].arguments[name]:
@@ -304,12 +313,13 @@ def _check_arguments(arguments: dict, world_size: int) -> None:
     for name in ("max_num_tokens", "hidden_size", "latent_size", "max_ctas"):
         value = arguments[name]
         optional = name in ("latent_size", "max_ctas")
-        if not (optional and value is None) and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"tp_fused.init: {name} must be a positive integer, got {value!r}")
+        if not (optional and value is None) and (not isinstance(value, int) or not 0 < value < 2**31):
+            raise ValueError(f"tp_fused.init: {name} must be a positive integer below 2**31, got {value!r}")
     if arguments["dtype"] not in DTYPES:
         raise TypeError(f"tp_fused.init: dtype must be one of {', '.join(map(str, DTYPES))}, got {arguments['dtype']}")
-    if not 0 < arguments["timeout_s"] < 1e9:
-        raise ValueError(f"tp_fused.init: timeout_s must be positive seconds, got {arguments['timeout_s']}")
+    timeout_s = arguments["timeout_s"]
+    if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
+        raise ValueError(f"tp_fused.init: timeout_s must be positive seconds, got {timeout_s!r}")
 
 
 def _free_bytes(path: str) -> int:

@@ -10,6 +10,8 @@ a partial sum and the residual travel instead of the hidden states.
 """
 
 import contextlib
+import functools
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -74,7 +76,8 @@ def parallelize(
     for index, layer in enumerate(decoder.layers):
         decoder.layers[index] = _DecoderLayer(tp, layer)
     decoder.norm = _FinalNorm(tp, decoder.norm)
-    decoder.register_forward_pre_hook(tp.admit, with_kwargs=True)
+    parameters = list(inspect.signature(decoder.forward).parameters)
+    decoder.register_forward_pre_hook(functools.partial(tp.admit, parameters), with_kwargs=True)
     return tp
 
 
@@ -120,23 +123,29 @@ class TensorParallel:
         own = partition.row_slice(size, self.rank, self.world_size)
         return slice(own.start * unit, own.stop * unit)
 
-    def admit(self, decoder, args, kwargs):
+    def admit(self, parameters: list[str], decoder, args, kwargs):
         """Forward pre-hook of the decoder: what cannot run raises here, on all ranks alike."""
         if kwargs.get("output_hidden_states") or getattr(decoder.config, "output_hidden_states", False):
             raise ValueError("output_hidden_states: a parallelized model has no whole hidden states between layers")
-        embeds = kwargs.get("inputs_embeds")
-        tokens = embeds[..., 0] if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        embeds, ids = given.get("inputs_embeds"), given.get("input_ids")
+        tokens = embeds[..., 0] if embeds is not None else ids
         limit = get_workspace(self.group.group_name, self.device).max_num_tokens
         if tokens is not None and tokens.numel() > limit:
             raise ValueError(
                 f"a forward of {tokens.numel()} tokens {tuple(tokens.shape)} is over max_num_tokens={limit}; "
                 f"parallelize with a larger one, or prefill in chunks"
             )
+        if (embeds is None) == (ids is None):
+            return None  # transformers says what is wrong
+        # The first layer adds up what the ranks bring. Embeddings of the caller are whole on every rank.
         if embeds is None:
-            return None
-        # Embeddings of the caller are whole on every rank, and the first layer adds up what the ranks bring.
-        whole = embeds.detach().clone(memory_format=torch.contiguous_format)
-        return args, {**kwargs, "inputs_embeds": whole if self.rank == 0 else whole.zero_()}
+            partial = decoder.embed_tokens.partial(ids)
+        else:
+            partial = embeds.detach().clone(memory_format=torch.contiguous_format)
+            if self.rank != 0:
+                partial.zero_()
+        return (), {**given, "input_ids": None, "inputs_embeds": partial}
 
     def _all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(partial, group=self.group)
@@ -224,15 +233,22 @@ class _Stream(NamedTuple):
 
 
 class _VocabParallelEmbedding(nn.Module):
-    """The rows of this rank's part of the vocabulary, zero for other tokens: a partial sum."""
+    """This rank's part of the vocabulary. Called from outside of a forward, on all ranks, it returns whole rows."""
 
     def __init__(self, tp: TensorParallel, embedding: nn.Embedding):
         super().__init__()
+        self.tp = tp
         self.vocab_size = embedding.num_embeddings
         self.own = tp.share(self.vocab_size)
         self.weight = _cut(embedding.weight, self.own)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        rows = self.partial(input_ids)
+        dist.all_reduce(rows, group=self.tp.group)
+        return rows
+
+    def partial(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The rows of this rank's tokens, zero for others."""
         below = (input_ids >= 0) & (input_ids < self.own.start)
         above = (input_ids >= self.own.stop) & (input_ids < self.vocab_size)
         others = below | above  # not the ids outside of the vocabulary: those shall raise, on every rank
