@@ -72,11 +72,11 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
 }
 
 // About the time of a call, in cycles. A block reads its operands at so many bytes a cycle and multiplies meanwhile; of
-// fp8 it waits for each part's products. Ranks that share a card read a weight each, so fewer bytes, and what they copy
-// goes the same way: the two add up. Where a rank has a card to itself, the rows that are complete before the last turn
-// of tiles are copied meanwhile, and the others after it; or, where copying takes longest, all of them after the first
-// ones are complete. Fitted to times on H100 of 64 to 16384 tokens, each kind of tile forced: of a rank alone, of four
-// and eight that share the card, and of two with a card each (docs/performance.md).
+// fp8 it waits for each part's products. Ranks that share a card read a weight each, so fewer bytes a cycle, and what
+// they copy goes the same way: the two add up. Where a rank has a card to itself, the rows that are complete before the
+// last turn of tiles are copied meanwhile, and the others after it; or, where copying takes longest, all of them after
+// the first ones are complete. Fitted to times on H100 of 64 to 16384 tokens, each kind of tile forced: of a rank
+// alone, of four and eight that share the card, and of two with a card each (docs/performance.md).
 template <typename Tiles>
 int64_t cost_of(const ProjectionArgs& args, int blocks) {
   const int64_t row_blocks = std::max(1, tiles(args.partition.largest(), Tiles::kRows));
@@ -86,9 +86,8 @@ int64_t cost_of(const ProjectionArgs& args, int blocks) {
   const int product = Tiles::kRows * Tiles::kColumns / 32;
   const int waits = Tiles::kScaled ? 270 * Tiles::kParts : 0;
   const bool shares_card = blocks <= kHalfACard;
-  const int64_t turn = args.k_blocks * std::max(product + waits, Tiles::kStageBytes / (Tiles::kScaled ? 35
-                                                                                       : shares_card  ? 49
-                                                                                                      : 60));
+  const int bytes_a_cycle = Tiles::kScaled ? 35 : shares_card ? 49 : 60;
+  const int64_t turn = args.k_blocks * std::max(product + waits, Tiles::kStageBytes / bytes_a_cycle);
   if (args.team.world_size == 1) return turns * turn;
   // 16-bit rows. The bound is of a card: of its links or its memory.
   const int64_t copying = args.call.num_tokens * args.call.columns * 2 / std::min(12 * blocks, 250);

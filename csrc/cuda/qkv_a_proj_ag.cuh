@@ -87,7 +87,7 @@ using FewRowsManyBlocks = Tiling<In, 64, 16, 14>;
 constexpr int kMaxProductStages = 14;
 constexpr int kCopiers = 2;         // of the other warps
 constexpr int kCopierBytes = 7168;  // of a buffer
-constexpr int kNormedRun = 4;       // rows one behind the other that a counting warp normalises
+constexpr int kNormedRun = 4;       // rows that a counting warp norms one after the other: it looks and counts for all
 constexpr int kGrouped = 4;         // row blocks whose tiles are neighbours in the order: they share operands in the L2
 constexpr int kProjectionThreads = 32 * (kProductWarps + kOtherWarps);
 constexpr int kQVectors = 8, kKvVectors = 3;  // of a lane, in the two normed parts of a row
