@@ -229,7 +229,7 @@ def init(
     The backend is chosen from what all ranks report, the same everywhere: when all ranks run on one host, `cuda`
     (torch's symmetric memory) or `cpu` (shared memory); otherwise `reference` (torch.distributed).
     TP_FUSED_BACKEND=cpu|cuda|reference asks for one; if it cannot run, this raises. A workspace that the group already
-    has is closed and replaced.
+    has is closed and replaced. Close it before `destroy_process_group`: a later group of the same name would find it.
 
     Raises ValueError on every rank when an argument is out of range or differs between ranks, and names the rank and
     the argument; MemoryError when /dev/shm is too small.
