@@ -129,7 +129,7 @@ def test_fp8_of_every_magnitude(group_size):
 
 
 def set_rounds(ranks: ThreadRanks, finished: int, signalled: int) -> torch.Tensor:
-    """As if each rank had finished so many rounds, and all signals were of one that long ago. Returns the former."""
+    """As if each rank had finished round `finished`, and all signals were those of round `signalled`; the epochs."""
     memory = torch.frombuffer(ranks.segment, dtype=torch.int64).view(ranks.world_size, -1)
     memory[:, _C.CONTROL_BYTES // 8 : _C.region_bytes(0) // 8] = signalled << 32
     epochs = memory.view(torch.int32)[:, _C.EPOCH_OFFSET // 4]

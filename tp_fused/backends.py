@@ -38,11 +38,8 @@ def report(arguments: dict, device: str) -> Report:
         if asked.type == "cuda":
             current = torch.cuda.current_device()
             card = torch.cuda.get_device_properties(current)
-            made.gpu, made.num_sms, made.capability = (
-                str(card.uuid),
-                card.multi_processor_count,
-                (card.major, card.minor),
-            )
+            made.gpu, made.num_sms = str(card.uuid), card.multi_processor_count
+            made.capability = (card.major, card.minor)
             if asked.index not in (None, current):
                 made.error = f"{device} is not torch's current device, cuda:{current}: call torch.cuda.set_device first"
     except (RuntimeError, AssertionError) as error:  # torch's, of a device that it does not know or was not built for

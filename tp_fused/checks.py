@@ -132,10 +132,10 @@ def reduction(workspace, input: torch.Tensor, residual=None, **others: torch.Ten
 
 def normed_reduction(workspace, input: torch.Tensor, residual, weight, epsilon: float) -> torch.Tensor | None:
     """The same of one that norms what it has reduced."""
-    rows("input", input)
+    residual = reduction(workspace, input, residual, weight=weight)
     like("weight", weight, (input.shape[1],), input.dtype, input.device)
     eps(epsilon)
-    return reduction(workspace, input, residual, weight=weight)
+    return residual
 
 
 def projection(workspace, input, weight, num_tokens: int, input_dtypes=FLOATS, output_dtype=None) -> None:

@@ -22,6 +22,7 @@ from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 
 from .. import ops, partition
 from ..workspace import get_workspace, init
+from . import sharding
 
 # ---- what callers see ----
 
@@ -67,7 +68,7 @@ def parallelize(
             latent_size=latent_size,
             dtype=dtype,
             timeout_s=timeout_s,
-            device=device.type,
+            device=device,
         )
     tp = TensorParallel(group, device, way)
     decoder = model.model
@@ -240,7 +241,7 @@ class _VocabParallelEmbedding(nn.Module):
         self.tp = tp
         self.vocab_size = embedding.num_embeddings
         self.own = tp.share(self.vocab_size)
-        self.weight = _cut(embedding.weight, self.own)
+        self.weight = sharding.cut(embedding.weight, self.own)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         rows = self.partial(input_ids)
@@ -262,8 +263,8 @@ class _LatentProjection(nn.Module):
     def __init__(self, attention: nn.Module):
         super().__init__()
         projections = [p for p in (attention.q_a_proj, attention.kv_a_proj_with_mqa) if p is not None]
-        self.weight = _frozen(torch.cat([p.weight for p in projections]))
-        self.bias = None if projections[0].bias is None else _frozen(torch.cat([p.bias for p in projections]))
+        self.weight = sharding.frozen(torch.cat([p.weight for p in projections]))
+        self.bias = None if projections[0].bias is None else sharding.frozen(torch.cat([p.bias for p in projections]))
         self.q_norm, self.kv_norm = attention.q_a_layernorm, attention.kv_a_layernorm
         norms = [norm for norm in (self.q_norm, self.kv_norm) if norm is not None]
         self.norms_fuse = self.bias is None and len({norm.variance_epsilon for norm in norms}) == 1
@@ -297,12 +298,12 @@ class _DecoderLayer(nn.Module):
         self.self_attn, self.mlp = layer.self_attn, layer.mlp
         self.latent = _LatentProjection(self.self_attn)
         self.handed = _Handed()
-        _shard_attention(tp, self.self_attn, self.handed)
+        sharding.shard_attention(tp, self.self_attn, self.handed)
         if hasattr(self.mlp, "experts"):
-            _shard_experts(tp, self.mlp.experts)
-            _shard_mlp(tp, self.mlp.shared_experts)
+            sharding.shard_experts(tp, self.mlp.experts)
+            sharding.shard_mlp(tp, self.mlp.shared_experts)
         else:
-            _shard_mlp(tp, self.mlp)
+            sharding.shard_mlp(tp, self.mlp)
 
     def forward(self, hidden_states: torch.Tensor | _Stream, **kwargs) -> _Stream:
         first = not isinstance(hidden_states, _Stream)
@@ -328,64 +329,7 @@ class _FinalNorm(nn.Module):
         return rows.unflatten(0, stream.partial.shape[:2])
 
 
-# ---- sharding ----
-
-
-def _frozen(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-def _cut(parameter: torch.Tensor, *index) -> nn.Parameter:
-    """A part as memory of its own, so that the whole can be freed."""
-    return _frozen(parameter[index].clone(memory_format=torch.contiguous_format))
-
-
-def _column_parallel(linear: nn.Linear, own: slice) -> None:
-    linear.weight = _cut(linear.weight, own)
-    if linear.bias is not None:
-        linear.bias = _cut(linear.bias, own)
-    linear.out_features = own.stop - own.start
-
-
-def _row_parallel(tp: TensorParallel, linear: nn.Linear, own: slice) -> None:
-    """Leaves the partial sum; the bias is rank 0's to add."""
-    linear.weight = _cut(linear.weight, slice(None), own)
-    if tp.rank != 0:
-        linear.bias = None
-    linear.in_features = own.stop - own.start
-
-
-def _shard_attention(tp: TensorParallel, attention: nn.Module, handed: _Handed) -> None:
-    queries = attention.q_proj if attention.q_a_proj is None else attention.q_b_proj
-    num_heads = attention.num_heads
-    _column_parallel(queries, tp.share(num_heads, attention.qk_head_dim))
-    _column_parallel(attention.kv_b_proj, tp.share(num_heads, attention.qk_nope_head_dim + attention.v_head_dim))
-    _row_parallel(tp, attention.o_proj, tp.share(num_heads, attention.v_head_dim))
-    own = tp.share(num_heads)
-    attention.num_heads = own.stop - own.start
-    # The latents come in computed and normalised; the attention's own steps to them fall away.
-    if attention.q_a_proj is not None:
-        attention.q_a_proj, attention.q_a_layernorm = nn.Identity(), nn.Identity()
-    attention.kv_a_proj_with_mqa, attention.kv_a_layernorm = handed, nn.Identity()
-
-
-def _shard_mlp(tp: TensorParallel, mlp: nn.Module) -> None:
-    own = tp.share(mlp.intermediate_size)
-    _column_parallel(mlp.gate_proj, own)
-    _column_parallel(mlp.up_proj, own)
-    _row_parallel(tp, mlp.down_proj, own)
-    mlp.intermediate_size = own.stop - own.start
-
-
-def _shard_experts(tp: TensorParallel, experts: nn.Module) -> None:
-    """By intermediate columns, padded with zeros, which add nothing: grouped GEMMs take rows of whole 16 bytes only."""
-    size = experts.intermediate_dim
-    own = tp.share(size)
-    padding = -(own.stop - own.start) % (16 // experts.down_proj.element_size())
-    gate_up = experts.gate_up_proj.unflatten(1, (2, size))[:, :, own]
-    experts.gate_up_proj = _frozen(F.pad(gate_up, (0, 0, 0, padding)).flatten(1, 2))
-    experts.down_proj = _frozen(F.pad(experts.down_proj[..., own], (0, padding)))
-    experts.intermediate_dim = own.stop - own.start + padding
+# ---- what is refused ----
 
 
 def _check_model(model, world_size: int) -> tuple[torch.dtype, torch.device]:
