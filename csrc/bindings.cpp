@@ -67,7 +67,7 @@ py::dict to_dict(const tpf_call& call) {
   out["group_size"] = call.group_size;
   out["kv_columns"] = call.kv_columns;
   out["variant"] = call.variant;
-  out["source"] = call.source;
+  out["source"] = py::make_tuple(call.buffer, call.source);
   return out;
 }
 
@@ -125,6 +125,7 @@ int gather_latent(Address latent, Address rows, const Team& team, const tpf_call
 
 PYBIND11_MODULE(_C, m) {
   m.def("cuda_compiled", [] { return tpf_cuda_compiled() != 0; });
+  m.def("cuda_has_code", [](int device) { return tpf_cuda_has_code(device) != 0; });
   m.def("cpu_supported", [] { return tpf_cpu_supported() != 0; });
   m.def("region_bytes", &tpf_region_bytes, py::arg("slot_bytes"), py::arg("on_cuda") = false);
   m.def("rows_of", [](int64_t num_tokens, int rank, int world_size) {

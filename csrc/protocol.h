@@ -123,6 +123,7 @@ inline tpf_call reduce_call(tpf_op op, tpf_dtype dtype, int64_t num_tokens, int3
   call.num_tokens = num_tokens;
   call.hidden_size = static_cast<uint32_t>(hidden_size);
   call.variant = variant;
+  call.buffer = symm == nullptr ? 0 : symm->buffer;
   call.source = symm == nullptr ? -1 : symm->offset;
   return call;
 }
@@ -180,6 +181,7 @@ TPF_HD inline uint32_t contract_of(const tpf_call& call) {
   hash = mix(hash, call.group_size);
   hash = mix(hash, call.variant);
   hash = mix(hash, call.kv_columns);
+  hash = mix(hash, call.buffer);
   hash = mix(hash, static_cast<uint32_t>(call.source));
   return mix(hash, static_cast<uint32_t>(call.source >> 32));
 }

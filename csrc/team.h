@@ -46,11 +46,13 @@ class Team {
     kept_.push_back(std::move(memory));
   }
 
-  // Makes known that [bases[r], bases[r] + bytes) are one symmetric buffer: inputs inside it are read in place.
+  // Makes known that [bases[r], bases[r] + bytes) are one symmetric buffer: inputs inside it are read in place. All
+  // ranks add theirs in the same order, which numbers them.
   void add_symmetric_buffer(const std::vector<Address>& bases, int64_t bytes) {
     Buffer buffer = {{}, bytes};
     for (size_t r = 0; r < bases.size(); ++r) buffer.symm.base[r] = at(bases[r]);
     const std::lock_guard lock(mutex_);
+    buffer.symm.buffer = static_cast<uint32_t>(buffers_.size() + 1);
     buffers_.push_back(buffer);
   }
 

@@ -67,8 +67,8 @@ typedef struct tpf_call {
   uint32_t group_size;  /* columns that share an fp8 scale; columns of q_a in qkv_a_proj_ag_norm; 0 elsewhere */
   uint32_t variant;
   uint32_t kv_columns; /* of kv_a in qkv_a_proj_ag_norm; 0 elsewhere */
-  uint32_t reserved;
-  int64_t source; /* -1: input staged; else its offset in symmetric memory, read there in place */
+  uint32_t buffer;     /* the symmetric buffer that the input is read in; 0 where it is staged */
+  int64_t source;      /* -1: input staged; else its offset in that buffer, read there in place */
 } tpf_call;
 
 typedef struct tpf_fault {
@@ -101,6 +101,7 @@ typedef struct tpf_team {
 typedef struct tpf_symm {
   void* base[TPF_MAX_RANKS];
   int64_t offset;
+  uint32_t buffer; /* which of the workspace's symmetric buffers, from 1; the same number on all ranks */
 } tpf_symm;
 
 /* ---- the row rule and the layout of a region ---- */
@@ -171,7 +172,8 @@ tpf_fault tpf_team_fault_cuda(const tpf_team* team, int32_t rank);
 /* ---- ops (CUDA): as above, on a stream (a cudaStream_t). Outputs of a call that faults are filled with NaN ---- */
 typedef void* tpf_stream;
 int32_t tpf_cuda_compiled(void);
-const char* tpf_cuda_error_string(void); /* of this thread's last TPF_CUDA_ERROR */
+int32_t tpf_cuda_has_code(int32_t device); /* whether this build was compiled for that card */
+const char* tpf_cuda_error_string(void);   /* of this thread's last TPF_CUDA_ERROR */
 
 tpf_status tpf_rs_rmsnorm_cuda(void* output, void* residual_out, const void* input, const tpf_symm* input_symm,
                                const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,

@@ -149,6 +149,43 @@ def test_backend_that_was_asked_for_and_cannot_run(reports, device_type, asked, 
     assert message in str(raised.value)
 
 
+def on_card(gpu: str, **changes) -> backends.Report:
+    reaches = {"a": True, "b": True}
+    return report(**{"gpu": gpu, "num_sms": 132, "capability": (9, 0), "has_code": True, "reaches": reaches, **changes})
+
+
+@pytest.mark.parametrize(
+    ("reports", "choice", "reason"),
+    [
+        ([on_card("a"), on_card("b")], "cuda", "all ranks share one host's memory"),
+        ([on_card("a"), on_card("a")], "cuda", "all ranks share one host's memory; 2 ranks share a GPU"),
+        # Each sees its own card only, and cannot tell.
+        ([on_card("a", reaches={"a": True}), on_card("b", reaches={"b": True})], "cuda", "all ranks share one host's"),
+        (
+            [on_card("a"), on_card("b", reaches={"a": False, "b": True})],
+            "reference",
+            "the GPU of rank 1 cannot read the memory of rank 0's: there is no peer access",
+        ),
+        (
+            [on_card("a"), on_card("b", capability=(12, 0), has_code=False)],
+            "reference",
+            "this build has no code for the GPU of rank 1, of compute capability (12, 0)",
+        ),
+        ([on_card("a"), on_card("b", capability=(7, 5))], "reference", "rank 1 has compute capability (7, 5); 8.0 is"),
+    ],
+)
+def test_choice_of_backend_on_cards(monkeypatch, reports, choice, reason):
+    monkeypatch.setattr(backends._C, "cuda_compiled", lambda: True)  # what else there is to choose by
+    chosen, why = backends.choose_backend(reports, "cuda", len(reports), None)
+    assert chosen == choice and reason in why
+
+
+@pytest.mark.cuda
+def test_what_a_rank_reports_of_its_card(device):
+    found = backends.report({}, device)
+    assert found.has_code and found.reaches[found.gpu] and len(found.reaches) == torch.cuda.device_count()
+
+
 def nine_ranks() -> tuple:
     """Runs on a rank."""
     rank, world_size = dist.get_rank(), dist.get_world_size()

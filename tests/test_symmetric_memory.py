@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from programs import REDUCTIONS, Call
-from ranks import outcome, workspace
+from ranks import outcome, settled, workspace
 
 import tp_fused
 
@@ -93,25 +93,32 @@ def test_shapes_that_differ_are_named(pool, backend, device, world_size):
 
 
 def places_that_differ(device: str, place_of: list):
-    """Runs on a rank: the input lies in place from that row on, or outside of symmetric memory."""
-    with workspace(device, device):
+    """Runs on a rank: the input lies in that buffer from that row on, or outside of symmetric memory."""
+    with workspace(
+        device, device, max_ctas=4, **SIZES
+    ) as made:  # few, for calls to be large enough to be read in place
         place = place_of[dist.get_rank()]
-        memory = tp_fused.symm_empty((16, 256), dtype=torch.float32, device=device)
-        input = torch.zeros(4, 256, device=device) if place is None else memory[place : place + 4].zero_()
-        return outcome(tp_fused.reduce_scatter_rows, input)[0]
+        buffers = [tp_fused.symm_empty((304, 256), dtype=torch.float32, device=device) for _ in range(2)]
+        input = torch.zeros(300, 256, device=device)
+        if place is not None:
+            buffer, row = place
+            input = buffers[buffer][row : row + 300].zero_()
+        return outcome(settled, made, tp_fused.reduce_scatter_rows, input)[0]
 
 
 @pytest.mark.parametrize(
     ("place_of", "message"),
     [
-        ([0, None], "rank 1 called with an ordinary input, rank 0 with an input at byte 0 of symmetric memory"),
-        ([0, 4], "rank 1 called with an input at byte 4096 of symmetric memory, rank 0 with an input at byte 0 of"),
+        ([(0, 0), None], "rank 1 called with an ordinary input, rank 0 with an input at byte 0 of symmetric buffer 1"),
+        ([(0, 0), (0, 4)], "an input at byte 4096 of symmetric buffer 1, rank 0 with an input at byte 0 of symmetric"),
+        (
+            [(0, 4), (1, 4)],
+            "at byte 4096 of symmetric buffer 2, rank 0 with an input at byte 4096 of symmetric buffer 1",
+        ),
     ],
 )
 @pytest.mark.parametrize("world_size", [2])
 def test_places_that_differ_are_a_fault(pool, device, world_size, place_of, message):
-    if device == "cuda":
-        pytest.skip("on cuda, calls this small are staged wherever the input lies")
     errors = pool.run(places_that_differ, device, place_of)
     assert all(isinstance(error, tp_fused.CollectiveFault) for error in errors), errors
     assert message in str(errors[0])

@@ -18,7 +18,7 @@ class Call(ctypes.Structure):
         ("group_size", ctypes.c_uint32),
         ("variant", ctypes.c_uint32),
         ("kv_columns", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("buffer", ctypes.c_uint32),
         ("source", ctypes.c_int64),
     ]
 
@@ -38,7 +38,7 @@ class Team(ctypes.Structure):
 
 
 class Symm(ctypes.Structure):
-    _fields_ = [("base", Pointer * 8), ("offset", ctypes.c_int64)]
+    _fields_ = [("base", Pointer * 8), ("offset", ctypes.c_int64), ("buffer", ctypes.c_uint32)]
 
 
 class Projection(ctypes.Structure):

@@ -133,7 +133,7 @@ def reductions(ranks: Ranks) -> list[Case]:
     weight = (1 + torch.randn(HIDDEN, device=ranks.device) / 8).to(BF16)
     outputs = torch.empty(MOST_TOKENS, HIDDEN, dtype=BF16, device=ranks.device)
     residuals_out = torch.empty(MOST_TOKENS // ranks.world_size, HIDDEN, dtype=BF16, device=ranks.device)
-    symm = Symm((Pointer * 8)(*(tensor.data_ptr() for tensor in inputs)), 0)
+    symm = Symm((Pointer * 8)(*(tensor.data_ptr() for tensor in inputs)), 0, 1)
 
     def clear() -> None:
         for tensor in (outputs, residuals_out):

@@ -21,6 +21,8 @@ class Report:
     gpu: str | None  # which card this rank computes on
     num_sms: int
     capability: tuple[int, int]
+    has_code: bool  # whether this build was compiled for it
+    reaches: dict[str, bool]  # the cards that this rank sees, and whether its own can read their memory
     error: str | None = None  # why this rank cannot use the device
 
 
@@ -32,7 +34,7 @@ def report(arguments: dict, device: str) -> Report:
     except OSError:
         boot, mount = "unknown", "none"
     host = f"{socket.gethostname()}/{boot}/{mount}"
-    made = Report(arguments, host, _C.cpu_supported(), None, 0, (0, 0))
+    made = Report(arguments, host, _C.cpu_supported(), None, 0, (0, 0), False, {})
     try:
         asked = torch.device(device)
         if asked.type == "cuda":
@@ -40,6 +42,10 @@ def report(arguments: dict, device: str) -> Report:
             card = torch.cuda.get_device_properties(current)
             made.gpu, made.num_sms = str(card.uuid), card.multi_processor_count
             made.capability = (card.major, card.minor)
+            made.has_code = _C.cuda_has_code(current)
+            for other in range(torch.cuda.device_count()):
+                uuid = str(torch.cuda.get_device_properties(other).uuid)
+                made.reaches[uuid] = other == current or torch.cuda.can_device_access_peer(current, other)
             if asked.index not in (None, current):
                 made.error = f"{device} is not torch's current device, cuda:{current}: call torch.cuda.set_device first"
     except (RuntimeError, AssertionError) as error:  # torch's, of a device that it does not know or was not built for
@@ -82,6 +88,12 @@ def _obstacle(reports, device_type: str, world_size: int, asked: str | None) -> 
             return f"the processor of rank {rank} lacks AVX2"
         if device_type == "cuda" and report.capability < (8, 0):
             return f"the GPU of rank {rank} has compute capability {report.capability}; 8.0 is the least"
+        if device_type == "cuda" and not report.has_code:
+            return f"this build has no code for the GPU of rank {rank}, of compute capability {report.capability}"
+        for peer, other in enumerate(reports):
+            # A rank may see its own card only: then torch finds out, and raises, where memory cannot be shared.
+            if device_type == "cuda" and not report.reaches.get(other.gpu, True):
+                return f"the GPU of rank {rank} cannot read the memory of rank {peer}'s: there is no peer access"
     return None
 
 

@@ -47,7 +47,8 @@ def _differences(expected: dict, seen: dict) -> tuple[str, str]:
             names = [name for bit, name in VARIANTS.items() if value & bit]
             return " and ".join(names) if names else "no option set"
         if key == "source":
-            return "an ordinary input" if value < 0 else f"an input at byte {value} of symmetric memory"
+            buffer, offset = value
+            return f"an input at byte {offset} of symmetric buffer {buffer}" if buffer else "an ordinary input"
         return f"{key}={value}"
 
     keys = [key for key in expected if expected[key] != seen[key]]

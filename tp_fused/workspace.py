@@ -79,7 +79,8 @@ class Workspace:
         """An uninitialised tensor in symmetric memory. Collective: all ranks call it with the same shape and dtype.
 
         An op whose input lies in it, at the same place on all ranks, lets the peers read it there instead of staging
-        it. It lives until the workspace is closed or the last tensor on it is gone, whichever is later. The
+        it; from another place on some rank it is a `CollectiveFault`, which numbers the buffers in the order they were
+        made in. It lives until the workspace is closed or the last tensor on it is gone, whichever is later. The
         reference backend has no symmetric memory and returns an ordinary tensor.
         """
         self.require_open()

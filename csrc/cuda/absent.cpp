@@ -2,6 +2,7 @@
 #include "../tp_fused.h"
 
 int32_t tpf_cuda_compiled(void) { return 0; }
+int32_t tpf_cuda_has_code(int32_t) { return 0; }
 const char* tpf_cuda_error_string(void) { return "this build has no CUDA kernels"; }
 
 void tpf_team_close_cuda(const tpf_team*) {}

@@ -16,6 +16,9 @@ void ask(Device* device, int ordinal) {
   const bool is_sm90 = major == 9 ? TPF_CODE_FOR_90 != 0 : major > 9 && TPF_CODE_FOR_100;
   *device = {shared, is_sm90, major == 9 && TPF_CODE_FOR_90A, processors};
 }
+
+// Compiled for what all others are.
+__global__ void any_kernel() {}
 }  // namespace
 
 tpf_status cuda_failed(cudaError_t error) {
@@ -41,6 +44,15 @@ tpf_status use_device(Device* device, int ordinal) {
 }  // namespace tpf
 
 int32_t tpf_cuda_compiled(void) { return 1; }
+
+int32_t tpf_cuda_has_code(int32_t device) {
+  tpf::Device unused;
+  cudaFuncAttributes attributes;
+  const bool found =
+      tpf::use_device(&unused, device) == TPF_OK && cudaFuncGetAttributes(&attributes, tpf::any_kernel) == cudaSuccess;
+  cudaGetLastError();  // is not for whoever asks next
+  return found;
+}
 
 const char* tpf_cuda_error_string(void) { return cudaGetErrorString(tpf::last_error); }
 

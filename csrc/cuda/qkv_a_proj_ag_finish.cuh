@@ -46,6 +46,7 @@ __device__ inline auto count_of(const ProjectionArgs& args, int row_block) {
 template <typename Counter>
 __device__ inline bool has_come_to(const Counter& counter, uint32_t wanted) {
   const bool ready = threadIdx.x % 32 == 0 && counter.load(cuda::memory_order_acquire) >= wanted;
+  __syncwarp();  // which orders memory, as a shuffle does not: what one lane has acquired, all may read
   return __shfl_sync(0xffffffffu, ready, 0) != 0;
 }
 
@@ -58,6 +59,7 @@ __device__ inline void count(const ProjectionArgs& args, const BlockRound& round
   __syncwarp();
   bool last =
       lane == 0 && count_of(args, row_block).fetch_add(finished, cuda::memory_order_acq_rel) + finished == complete;
+  __syncwarp();  // what lane 0 has acquired, every lane releases to its peer
   last = __shfl_sync(0xffffffffu, last, 0);
   if (!last) return;
   if (lane == 0) count_of(args, row_block).store(0, cuda::memory_order_relaxed);

@@ -136,6 +136,7 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
     if (step % args.chunk_rows == 0) {
       if (view.staged() && step > 0) arrived &= wait_for_peers(view, round, step / args.chunk_rows, lane);
       gave_up = __any_sync(0xffffffffu, gave_up || !arrived);
+      __syncwarp();  // a vote does not order memory: one lane fetches what each has acquired from its peer
       fence_async_global();
     }
     fetch(row, [&](int item) { return step > 0 || !is_own(item); });

@@ -109,7 +109,7 @@ struct ReduceLauncher {
     if (blocks.rows <= 1) {
       args.parts = row_parts(args, device, blocks.grid);
       // A small piece of a row is posted: one way between cards, where an input read in place takes two.
-      if (args.parts >= kPartsToPost && fits_inbox(args)) args.call.source = -1;
+      if (args.parts >= kPartsToPost && fits_inbox(args)) args.call.source = -1, args.call.buffer = 0;
     }
     args.contract = contract_of(args.call);
     args.num_chunks = std::max(1, (blocks.rows + args.chunk_rows - 1) / std::max(1, args.chunk_rows));
