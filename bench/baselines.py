@@ -47,6 +47,8 @@ BASELINES = {
     "dist": Baseline("unfused over torch.distributed", _over_torch),
     "allreduce": Baseline("torch.distributed's all-reduce, then every rank adds and norms all rows", _over_torch),
     "own": Baseline("unfused over tp_fused's transport", empty=True),
+    "dist-rs": Baseline("the scattered program, nothing fused, over torch.distributed", _over_torch),
+    "own-rs": Baseline("the scattered program, nothing fused, over tp_fused's transport", empty=True),
     "symm": Baseline("torch's symm_mem.reduce_scatter_out alone, which neither adds nor norms", _symm_mem),
     "twoshot": Baseline("torch's symm_mem.two_shot_all_reduce_, then all rows on every rank", _symm_mem),
     "oneshot": Baseline("torch's symm_mem.one_shot_all_reduce, then all rows on every rank", _symm_mem),

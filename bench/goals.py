@@ -116,7 +116,7 @@ LAUNCHES = [
             "rs_rmsnorm_fp8": section(8, "rs_rmsnorm_fp8", 16384, baselines=("rs_rmsnorm",)),
             "qkv_a_proj_ag": section(8, "qkv_a_proj_ag", 64, 512, 4096, 16384, baselines=("own", "copies", "gemm")),
             "qkv_a_proj_ag_norm": section(8, "qkv_a_proj_ag_norm", 16384, baselines=("ag+norm",)),
-            "chain": section(8, "chain", 16384, baselines=ENGINES),
+            "chain": section(8, "chain", 16384, baselines=(*ENGINES, "own-rs")),
             "qkv_a_proj_ag_fp8": section(
                 8, "qkv_a_proj_ag_fp8", 16384, baselines=("scaled_mm", "copies", "gemm", "barrier")
             ),

@@ -29,7 +29,7 @@ def _ops(world_size: int) -> Launch:
         "rs_rmsnorm": timed("rs_rmsnorm", "dist", "own", "symm", "barrier", variants=("staged",)),
         "rs_rmsnorm_ag": timed("rs_rmsnorm_ag", "dist", "allreduce", "twoshot", "oneshot", variants=("staged",)),
         "qkv_a_proj_ag": timed("qkv_a_proj_ag", "dist", "own", "copies", "gemm"),
-        "chain": timed("chain", *ENGINES, variants=("staged",)),
+        "chain": timed("chain", *ENGINES, "dist-rs", "own-rs", variants=("staged",)),
     }
     return Launch(f"ops-{world_size}", 150 if world_size == 8 else 90, sections)
 

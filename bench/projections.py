@@ -10,7 +10,7 @@ from tp_fused import reference
 from .baselines import BASELINES
 from .cases import EPS, OPS, Case, RsRmsnorm, add_norm, rms_norm, steps_apart
 from .timing import Program
-from .transports import OverTpFused, PeerCopies
+from .transports import OverTorch, OverTpFused, PeerCopies
 
 # How the fused result may differ from the exact one, in units of what the unfused program of the same dtype does.
 ERROR_BOUND = 2.0
@@ -229,14 +229,14 @@ class QkvAProjAgNorm(QkvAProjAg):
 class Chain(QkvAProjAgNorm):
     """rs_rmsnorm, then qkv_a_proj_ag_norm, against what engines do today.
 
-    Today: all-reduce, then every rank adds, norms and projects all rows, and norms the latents. The baselines differ in
-    who reduces.
+    Today: all-reduce, then every rank adds, norms and projects all rows, and norms the latents. These baselines differ
+    in who reduces. What scattering gains without fusing, the scattered ones tell.
 
     bytes: those of both ops. Right: residual_out has the oracle's bits, the latents are as in qkv_a_proj_ag_norm.
     """
 
     op = "chain"
-    baselines = ("dist", "twoshot", "oneshot", "own")
+    baselines = ("dist", "twoshot", "oneshot", "own", "dist-rs", "own-rs")
 
     def __init__(self, context, num_tokens: int):
         super().__init__(context, num_tokens)
@@ -258,7 +258,16 @@ class Chain(QkvAProjAgNorm):
             output, residual_out = norm(rows, residual, self.reduction.weight)
             return (*latents(self.project(output)), residual_out)
 
-        return self.reduction.all_reduce_baseline(name, finish)
+        if not name.endswith("-rs"):
+            return self.reduction.all_reduce_baseline(name, finish)
+        via = {"dist-rs": OverTorch, "own-rs": OverTpFused}[name](self.context, self.num_tokens, self.input)
+        residual = via.pad_rows(self.reduction.residual)
+
+        def scattered():
+            output, residual_out = norm(via.reduce_scatter(), residual, self.reduction.weight)
+            return (*latents(via.all_gather(self.project(output))), residual_out)
+
+        return Program(scattered)
 
     def count_wrong(self, outputs):
         *latents, residual_out = outputs

@@ -4,11 +4,13 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -18,6 +20,9 @@ from .baselines import BASELINES
 from .options import ctas_of
 
 FORMAT = 1  # of the JSON file: raised when a key changes its meaning
+
+
+_SETTINGS = ("NCCL_", "TORCH_SYMM_MEM_", "NVSHMEM_", "CUDA_DEVICE_MAX_CONNECTIONS")  # that what is timed depends on
 
 
 def machine(context, copy_bytes_per_s: float, link_bytes_per_s: float | None) -> dict:
@@ -30,6 +35,9 @@ def machine(context, copy_bytes_per_s: float, link_bytes_per_s: float | None) ->
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "gpus": min(torch.cuda.device_count(), context.world_size) if cuda else 0,
         "ranks_per_gpu": context.ranks_per_card,
+        "driver": _driver() if cuda else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None,
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)},
         "torch": torch.__version__,
         "python": platform.python_version(),
         "tp_fused": tp_fused.__version__,
@@ -48,6 +56,14 @@ def _cpu_name() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _driver() -> str | None:
+    try:
+        version = re.search(r"\d+\.\d+[\d.]*", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return version and version.group()
 
 
 def short_commit(machine: dict) -> str:
@@ -70,10 +86,11 @@ def _commit() -> str | None:
         return None
 
 
-def result_row(case, programs: dict, samples: dict, wrong: int | None, host_s: float | None, bandwidths) -> dict:
+def result_row(case, programs: dict, samples: dict, wrong: int | None, host_s, bandwidths) -> dict:
     """One line of the table, as the JSON file holds it.
 
-    bandwidths: of copies on all cards together, and between two cards or None, in bytes a second.
+    host_s: of an eager call, the slowest rank's and the fastest's; or None. bandwidths: of copies on all cards
+    together, and between two cards or None, in bytes a second.
     """
     copy, link = bandwidths
     fused = samples["fused"].median
@@ -90,7 +107,8 @@ def result_row(case, programs: dict, samples: dict, wrong: int | None, host_s: f
         "memory_bytes": case.memory_bytes,
         "iterations": len(samples["fused"].seconds),
         "programs": results,
-        "host_us": None if host_s is None else host_s * 1e6,
+        "host_us": None if host_s is None else host_s[0] * 1e6,
+        "host_us_fastest": None if host_s is None else host_s[1] * 1e6,
         "algbw_gb_s": algbw,
         "busbw_gb_s": busbw,
         "link_share": None if link is None else busbw * 1e9 / link,

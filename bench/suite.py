@@ -28,7 +28,8 @@ import tp_fused.launch
 from .options import Options
 from .run import FAULT, run_rank
 
-# NVLink multicast is another machine feature than the one measured here, and not every host has it in order.
+# Unless the environment says otherwise: NVLink multicast is another machine feature than the one measured here, and not
+# every host has it in order.
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -95,7 +96,7 @@ def _run_ranks(launch: Launch, folder: Path, deadline: float) -> str:
     job = folder / "launch.pickle"
     job.write_bytes(pickle.dumps((launch, deadline)))
     command = [sys.executable, "-m", "bench.suite", str(job)]
-    process = subprocess.Popen(command, env={**os.environ, **NO_MULTICAST}, start_new_session=True)
+    process = subprocess.Popen(command, env={**NO_MULTICAST, **os.environ}, start_new_session=True)
     try:
         code = process.wait(max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:

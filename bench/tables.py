@@ -72,11 +72,17 @@ def _results(op: str, rows: list[dict]) -> str:
     for row, share in zip(rows, shown, strict=True):
         line = [row["tokens"], f"{row['programs']['fused']['median_us']:.1f}"]
         line += [f"{share:.2f}"] if any(shown) else []
-        line += [f"{row['host_us']:.1f}"] if "on the CPU" in head else []
+        line += [_on_the_cpu(row)] if "on the CPU" in head else []
         cells.append(line + [_other(row, name) for name in others])
     legend = [f"*{name}*: {BASELINES[name].meaning}" for name in others if name in BASELINES]
     legend += [f"*{name}*: {variant_meaning(name)}" for name in others if name not in BASELINES]
     return _table([*head, *others], cells) + ("\n" + "; ".join(legend) + ".\n" if legend else "")
+
+
+def _on_the_cpu(row: dict) -> str:
+    """The slowest rank's time and, where ranks differ, the fastest's."""
+    slowest, fastest = f"{row['host_us']:.1f}", row.get("host_us_fastest")
+    return slowest if fastest is None or slowest == f"{fastest:.1f}" else f"{fastest:.1f} to {slowest}"
 
 
 def _other(row: dict, name: str) -> str:

@@ -185,8 +185,9 @@ def host_calls(seconds: float) -> int:
     return int(min(max(0.1 / seconds, 200), 3000))
 
 
-def host_time(context, program: Program, calls: int) -> float:
-    """Seconds that an eager call keeps the CPU until it returns, its launches included: the median of the slowest rank.
+def host_time(context, program: Program, calls: int) -> tuple[float, float]:
+    """Seconds that an eager call keeps the CPU until it returns, its launches included: the slowest rank's median, and
+    the fastest's.
 
     What the caller does with the results is not its own: they are let go of off the clock. The queue is kept short, or
     a launch would wait for the card to take it.
@@ -204,7 +205,9 @@ def host_time(context, program: Program, calls: int) -> float:
     finally:
         gc.enable()
     context.settle()
-    return context.host_reduce([statistics.median(seconds)])[0].item()
+    median = statistics.median(seconds)
+    slowest, fastest = context.host_reduce([median, -median]).tolist()
+    return slowest, -fastest
 
 
 def link_bandwidth(context) -> float | None:

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--hidden", "64", "--latent", "96", "--kv-lora", "32", "--rope", "32", "--iters", "2", "--warmup", "1"]
 RANKS = 3
 TOKENS = [0, 1, 7]
-ON_A_CPU = {"dist", "allreduce", "own", "rs_rmsnorm", "gemm", "ag+norm"}
+ON_A_CPU = {"dist", "allreduce", "own", "dist-rs", "own-rs", "rs_rmsnorm", "gemm", "ag+norm"}
 
 
 def bench(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
@@ -243,7 +243,8 @@ def test_variants_run_beside_the_op(one_rank, tmp_path):
     )
     run.run_rank(options)
     row = json.loads(path.read_text())["results"][0]
-    assert set(row["programs"]) == {"fused", "zero-copy", "ctas2", "dist", "own"} and row["wrong"] == 0
+    assert set(row["programs"]) == {"fused", "zero-copy", "ctas2", "dist", "own", "dist-rs", "own-rs"}
+    assert row["wrong"] == 0
     assert all(row["programs"][name]["copy_share"] > 0 for name in ("fused", "zero-copy", "ctas2"))
     assert "copy_share" not in row["programs"]["own"]
 

@@ -164,7 +164,8 @@ def test_copies_of_fp8_products_where_torch_writes_them_in_place(context, monkey
 
 def test_host_time_is_that_of_a_call(context):
     program = cases.RsRmsnorm(context, 6).programs()["fused"]
-    assert 0 < bench.timing.host_time(context, program, calls=20) < 1
+    slowest, fastest = bench.timing.host_time(context, program, calls=20)
+    assert 0 < fastest <= slowest < 1
 
 
 @pytest.mark.parametrize(("seconds", "calls"), [(8e-6, 3000), (2e-4, 500), (9e-4, 200)])
