@@ -139,9 +139,9 @@ struct RingPosition {
   uint32_t round = 0;
 };
 
-// Moves items through shared memory with the copy engine alone: kCopierStages buffers, loads kAhead items ahead of the
+// Moves items through shared memory with the copy engine alone: kBuffers buffers, loads kAhead items ahead of the
 // stores. A warp drives it. `put(item, buffer)` stores an item with bulk_store; one thread calls it.
-template <typename Item, typename Put, int kAhead>
+template <typename Item, typename Put, int kAhead, int kBuffers = kCopierStages>
 class BulkMover {
  public:
   __device__ BulkMover(char* buffers, uint64_t* barriers, uint32_t buffer_bytes, Put put)
@@ -151,9 +151,9 @@ class BulkMover {
         put_(put) {}
 
   __device__ void move(const Item& item, const char* from, uint32_t bytes) {
-    const int stage = loaded_ % kCopierStages;
+    const int stage = loaded_ % kBuffers;
     if (elect()) {
-      bulk_wait_read<kCopierStages - kAhead - 1>();
+      bulk_wait_read<kBuffers - kAhead - 1>();
       barrier_expect(barrier(stage), bytes);
       bulk_load(buffer(stage), from, bytes, barrier(stage));
     }
@@ -178,8 +178,8 @@ class BulkMover {
 
  private:
   __device__ void store(const Item& item) {
-    const int stage = stored_ % kCopierStages;
-    barrier_wait(barrier(stage), stored_ / kCopierStages & 1);
+    const int stage = stored_ % kBuffers;
+    barrier_wait(barrier(stage), stored_ / kBuffers & 1);
     if (elect()) {
       put_(item, buffer(stage));
       bulk_commit();

@@ -69,8 +69,12 @@ __device__ inline void hold(float (&sums)[kSums]) {
   TPF_SUMS_36, TPF_SUM_4(36), TPF_SUM_4(40)
 #define TPF_SUMS_48 \
   TPF_SUMS_44, TPF_SUM_4(44)
+#define TPF_SUMS_64 \
+  TPF_SUMS_48, TPF_SUM_4(48), TPF_SUM_4(52), TPF_SUM_4(56), TPF_SUM_4(60)
+#define TPF_SUMS_68 \
+  TPF_SUMS_64, TPF_SUM_4(64)
 #define TPF_SUMS_72 \
-  TPF_SUMS_48, TPF_SUM_4(48), TPF_SUM_4(52), TPF_SUM_4(56), TPF_SUM_4(60), TPF_SUM_4(64), TPF_SUM_4(68)
+  TPF_SUMS_68, TPF_SUM_4(68)
 #define TPF_SUMS_88 \
   TPF_SUMS_72, TPF_SUM_4(72), TPF_SUM_4(76), TPF_SUM_4(80), TPF_SUM_4(84)
 #define TPF_SUMS_96 \
@@ -85,9 +89,12 @@ __device__ inline void hold(float (&sums)[kSums]) {
   TPF_REGISTERS_36 ", %36, %37, %38, %39, %40, %41, %42, %43"
 #define TPF_REGISTERS_48 \
   TPF_REGISTERS_44 ", %44, %45, %46, %47"
+#define TPF_REGISTERS_64 \
+  TPF_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TPF_REGISTERS_68 \
+  TPF_REGISTERS_64 ", %64, %65, %66, %67"
 #define TPF_REGISTERS_72 \
-  TPF_REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, " \
-  "%66, %67, %68, %69, %70, %71"
+  TPF_REGISTERS_68 ", %68, %69, %70, %71"
 #define TPF_REGISTERS_88 \
   TPF_REGISTERS_72 ", %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87"
 #define TPF_REGISTERS_96 \
@@ -108,6 +115,8 @@ __device__ inline void hold(float (&sums)[kSums]) {
 TPF_MULTIPLY_16_BITS(8, 4, "%4", "%5", "%6")
 TPF_MULTIPLY_16_BITS(72, 36, "%36", "%37", "%38")
 TPF_MULTIPLY_16_BITS(96, 48, "%48", "%49", "%50")
+TPF_MULTIPLY_16_BITS(128, 64, "%64", "%65", "%66")
+TPF_MULTIPLY_16_BITS(136, 68, "%68", "%69", "%70")
 TPF_MULTIPLY_16_BITS(144, 72, "%72", "%73", "%74")
 TPF_MULTIPLY_16_BITS(176, 88, "%88", "%89", "%90")
 TPF_MULTIPLY_16_BITS(192, 96, "%96", "%97", "%98")
@@ -123,6 +132,8 @@ TPF_MULTIPLY(__nv_fp8_e4m3, 192, 96, "%96", "%97", "%98", "k32.f32.e4m3.e4m3", "
 #undef TPF_REGISTERS_36
 #undef TPF_REGISTERS_44
 #undef TPF_REGISTERS_48
+#undef TPF_REGISTERS_64
+#undef TPF_REGISTERS_68
 #undef TPF_REGISTERS_72
 #undef TPF_REGISTERS_88
 #undef TPF_REGISTERS_96
@@ -130,6 +141,8 @@ TPF_MULTIPLY(__nv_fp8_e4m3, 192, 96, "%96", "%97", "%98", "k32.f32.e4m3.e4m3", "
 #undef TPF_SUMS_36
 #undef TPF_SUMS_44
 #undef TPF_SUMS_48
+#undef TPF_SUMS_64
+#undef TPF_SUMS_68
 #undef TPF_SUMS_72
 #undef TPF_SUMS_88
 #undef TPF_SUMS_96

@@ -41,19 +41,32 @@ int tiles(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / 
 bool begins_at_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <typename Tiles>
+int64_t row_blocks_of(const ProjectionArgs& args) {
+  return std::max(1, tiles(args.partition.largest(), Tiles::kRows));
+}
+
+// What tiles of this kind can do: rows that are normed are copied whole.
+template <typename Tiles>
+bool serve(const ProjectionArgs& args) {
+  using Bytes = SharedBytes<Tiles, true>;
+  const bool whole_rows = args.call.op == TPF_QKV_A_PROJ_AG_NORM;
+  return row_blocks_of<Tiles>(args) <= TPF_MAX_ROW_BLOCKS &&
+         !(whole_rows && args.call.columns * 2 > Bytes::buffer_bytes(Bytes::kBuffers));
+}
+
+template <typename Tiles>
 tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const tpf_projection& projection,
                   tpf_stream stream) {
   using Out = std::conditional_t<Tiles::kScaled, __nv_bfloat16, typename Tiles::In>;
   const int64_t rows = args.partition.rows(args.team.rank).count;
-  const int64_t row_blocks = tiles(args.partition.largest(), Tiles::kRows);
-  if (row_blocks > TPF_MAX_ROW_BLOCKS || args.call.columns * sizeof(Out) > kCopierBytes) return TPF_UNSUPPORTED;
-  args.row_blocks = static_cast<int32_t>(std::max<int64_t>(1, row_blocks));
+  if (!serve<Tiles>(args)) return TPF_UNSUPPORTED;
+  args.row_blocks = static_cast<int32_t>(row_blocks_of<Tiles>(args));
   args.column_tiles = tiles(args.call.columns, Tiles::kColumns);
   if (!encode(&args.weight_map, args.call, projection.weight, args.call.columns, Tiles::kWeightBox) ||
       (rows > 0 && !encode(&args.input_map, args.call, projection.input, rows, Tiles::kRows))) {
     return TPF_UNSUPPORTED;
   }
-  Grid grid = {blocks, kProjectionThreads, kProjectionShared<Tiles, false>};
+  Grid grid = {blocks, kProjectionThreads, SharedBytes<Tiles, false>::kAll};
   // Where ranks share a card, a rank's blocks would lie among the others'. In pairs, neighbouring SMs ask for the same
   // weights, and a call takes less time. A grid that has the card to itself gained nothing.
   if (blocks % 2 == 0 && blocks <= device.processors / 2) grid.cluster = 2;
@@ -61,7 +74,7 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
   if (args.call.op != TPF_QKV_A_PROJ_AG_NORM) {
     status = launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, false>, args, device, grid, stream);
   } else if constexpr (!Tiles::kScaled) {
-    grid.shared_bytes = kProjectionShared<Tiles, true>;
+    grid.shared_bytes = SharedBytes<Tiles, true>::kAll;
     status = launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, true>, args, device, grid, stream);
   }
   if (tpf_plan* plan = plan_instead()) {
@@ -79,8 +92,8 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
 // alone, of four and eight that share the card, and of two with a card each (docs/performance.md).
 template <typename Tiles>
 int64_t cost_of(const ProjectionArgs& args, int blocks) {
-  const int64_t row_blocks = std::max(1, tiles(args.partition.largest(), Tiles::kRows));
-  if (row_blocks > TPF_MAX_ROW_BLOCKS) return std::numeric_limits<int64_t>::max();  // launch would refuse
+  if (!serve<Tiles>(args)) return std::numeric_limits<int64_t>::max();
+  const int64_t row_blocks = row_blocks_of<Tiles>(args);
   const int64_t column_tiles = tiles(args.call.columns, Tiles::kColumns), group = kGrouped * column_tiles;
   const int64_t turns = tiles(row_blocks * column_tiles, blocks);
   const int product = Tiles::kRows * Tiles::kColumns / 32;
@@ -122,12 +135,12 @@ tpf_status launch_16_bits(ProjectionArgs& args, const Device& device, int blocks
                           tpf_stream stream) {
   // Of tiles of 256 x 144 beside peers cost_of promises too much: up to 1.1 of the others' time (docs/performance.md).
   if (args.team.world_size == 1) {
-    return launch_cheapest<LargeTiles<In>, LargeNarrowTiles<In>, HalfLargeTiles<In>, MediumTiles<In>,
+    return launch_cheapest<WideTiles<In>, LargeTiles<In>, LargeNarrowTiles<In>, HalfLargeTiles<In>, MediumTiles<In>,
                            MediumNarrowTiles<In>, SmallTiles<In>, FewRows<In>, FewRowsManyBlocks<In>>(
         args, device, blocks, projection, stream);
   }
-  return launch_cheapest<LargeTiles<In>, HalfLargeTiles<In>, MediumTiles<In>, MediumNarrowTiles<In>, SmallTiles<In>,
-                         FewRows<In>, FewRowsManyBlocks<In>>(args, device, blocks, projection, stream);
+  return launch_cheapest<WideTiles<In>, LargeTiles<In>, HalfLargeTiles<In>, MediumTiles<In>, MediumNarrowTiles<In>,
+                         SmallTiles<In>, FewRows<In>, FewRowsManyBlocks<In>>(args, device, blocks, projection, stream);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@
 #include <numeric>
 
 #include "gemm.cuh"
+#include "launch.cuh"
 #include "signal.cuh"
 
 namespace tpf {
@@ -59,14 +60,16 @@ struct Tiling {
       staged_pitch(kPartColumns) * 32 <= kStagedBytes ? kPartColumns : kPartColumns / 2;
   static_assert(staged_pitch(kStagedColumns) * 32 <= kStagedBytes && kStagedBytes % 16 == 0);
 };
-// Many rows. The larger a tile, the fewer operands are read; the largest one's sums just find room in registers. fp8
-// sums are held twice until they are promoted: of a wide tile a part at a time.
+// Many rows. The larger a tile, the fewer operands are read; the largest one's sums just find room in registers. The
+// wide one reads more and has a stage more of it on its way, at the copying warps' expense: it takes as little time,
+// and less where it needs fewer turns. fp8 sums are held twice until they are promoted: of a wide tile a part at a
+// time.
 template <typename In>
 using LargeTiles = Tiling<In, 256, 176, 3>;
 template <typename In>
 using LargeNarrowTiles = Tiling<In, 256, 144, 3>;
 template <typename In>
-using WideTiles = Tiling<In, 128, 264, 3, 3>;
+using WideTiles = Tiling<In, 128, 264, sizeof(In) == 2 ? 4 : 3, 3>;
 template <typename In>
 using HalfLargeTiles = Tiling<In, 128, 176, 4>;
 template <typename In>
@@ -85,17 +88,26 @@ template <typename In>
 using FewRowsManyBlocks = Tiling<In, 64, 16, 14>;
 
 constexpr int kMaxProductStages = 14;
-constexpr int kCopiers = 2;         // of the other warps
-constexpr int kCopierBytes = 7168;  // of a buffer
-constexpr int kNormedRun = 4;       // rows that a counting warp norms one after the other: it looks and counts for all
-constexpr int kGrouped = 4;         // row blocks whose tiles are neighbours in the order: they share operands in the L2
+constexpr int kCopiers = 2;    // of the other warps
+constexpr int kNormedRun = 4;  // rows that a counting warp norms one after the other: it looks and counts for all
+constexpr int kGrouped = 4;    // row blocks whose tiles are neighbours in the order: they share operands in the L2
 constexpr int kProjectionThreads = 32 * (kProductWarps + kOtherWarps);
 constexpr int kQVectors = 8, kKvVectors = 3;  // of a lane, in the two normed parts of a row
+// A block's shared memory. What the operands leave, the copying warps share: more or larger buffers are no gain.
 template <typename Tiles, bool kNorm>
-constexpr int kProjectionShared =
-    1024  // to begin at a multiple of it, as the swizzle's pattern wants
-    + Tiles::kStages * Tiles::kStageBytes + kCopiers * kCopierStages * kCopierBytes + Tiles::kScales * sizeof(float) +
-    (kNorm ? (kQVectors + kKvVectors) * 32 * sizeof(uint4) : 0);
+struct SharedBytes {
+  static constexpr int kMost = 232448 - kStaticSharedBytes;  // sm_90
+  static constexpr int kOperands = Tiles::kStages * Tiles::kStageBytes;
+  static constexpr int kOthers = 1024  // for the stages to begin at a multiple of it, as the swizzle's pattern wants
+                                 + kOperands + Tiles::kScales * int{sizeof(float)} +
+                                 (kNorm ? (kQVectors + kKvVectors) * 32 * int{sizeof(uint4)} : 0);
+  static constexpr int kMostBuffers = kCopierStages, kMostBufferBytes = 7168;
+  static constexpr int kLeft = (kMost - kOthers) / kCopiers / 16 * 16;
+  static constexpr int kCopierBytes = std::min(kMostBuffers * kMostBufferBytes, kLeft);
+  static constexpr int kBuffers = kCopierBytes == kMostBuffers * kMostBufferBytes ? kMostBuffers : 2;
+  static constexpr int kAll = kOthers + kCopiers * kCopierBytes;
+  static constexpr int buffer_bytes(int buffers) { return kCopierBytes / buffers / 16 * 16; }
+};
 // Registers of a thread that multiplies, and of the others. They share what the kernel is launched with: 384 times 168.
 template <typename Tiles>
 constexpr int multiply_registers(bool norm) {

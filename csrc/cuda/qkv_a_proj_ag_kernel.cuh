@@ -15,13 +15,14 @@ struct RowPiece {
 };
 
 // Copies finished rows of all ranks to the outputs. Pieces of a row block go round the grid's copying warps.
-template <typename Tiles, typename Out, bool kNorm>
+template <typename Tiles, typename Out, bool kNorm, int kBuffers>
 __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRound& round, int copier, char* buffers,
                                        uint64_t* barriers) {
   const int lane = threadIdx.x % 32, world_size = args.team.world_size, copiers = gridDim.x * kCopiers;
   if (is_output<kNorm>(args)) return;
+  constexpr int kBufferBytes = SharedBytes<Tiles, kNorm>::buffer_bytes(kBuffers);
   const int row_bytes = args.call.columns * sizeof(Out);
-  const int piece_bytes = kNorm ? kCopierBytes / row_bytes * row_bytes : kCopierBytes;
+  const int piece_bytes = kNorm ? kBufferBytes / row_bytes * row_bytes : kBufferBytes;
   // store(where a piece of an output lies, the same in the piece of rows, bytes) for all there are
   const auto for_outputs = [&](const RowPiece& piece, auto&& store) {
     if constexpr (!kNorm) {
@@ -42,7 +43,7 @@ __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRo
     for_outputs(piece, [&](char* to, uint32_t from, uint32_t bytes) { bulk_store(to, buffer + from, bytes, policy); });
   };
   // One load ahead: with two, a call of many rows without norms took longer where ranks share a card.
-  BulkMover<RowPiece, decltype(put), 1> mover(buffers, barriers, kCopierBytes, put);
+  BulkMover<RowPiece, decltype(put), 1, kBuffers> mover(buffers, barriers, kBufferBytes, put);
   bool arrived = !round.refused;
   int turn = copier;  // of this warp, in pieces from the row block's first
   for (int row_block = 0; row_block < args.row_blocks; ++row_block) {
@@ -93,8 +94,9 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   extern __shared__ char unaligned[];
   __shared__ ProjectionShared shared;
   char* stages = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
-  char* buffers = stages + Tiles::kStages * Tiles::kStageBytes;
-  char* rest = buffers + kCopiers * kCopierStages * kCopierBytes;
+  using Bytes = SharedBytes<Tiles, kNorm>;
+  char* buffers = stages + Bytes::kOperands;
+  char* rest = buffers + kCopiers * Bytes::kCopierBytes;
   float* scales = reinterpret_cast<float*>(rest);
   uint4* norm_weights = reinterpret_cast<uint4*>(rest);  // of 16-bit rows: there are no scales
   if (threadIdx.x == 0) {
@@ -115,8 +117,18 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   }
   give_registers<other_registers<Tiles>(kNorm)>();
   if (warp < kCopiers) {
-    copy_row_blocks<Tiles, Out, kNorm>(args, round, blockIdx.x * kCopiers + warp,
-                                       buffers + warp * kCopierStages * kCopierBytes, shared.copied[warp]);
+    const int copier = blockIdx.x * kCopiers + warp;
+    char* own = buffers + warp * Bytes::kCopierBytes;
+    // Of what is too little for four buffers, two larger ones are best when nothing is left to multiply. While
+    // something is, three of less take less time: a load need not wait for the last store. Rows that are normed want
+    // the larger.
+    constexpr bool kHasChoice = Bytes::kBuffers < 3 && !kNorm;
+    if (kHasChoice && first_late_row_block(args) > 0) {
+      copy_row_blocks<Tiles, Out, kNorm, kHasChoice ? 3 : Bytes::kBuffers>(args, round, copier, own,
+                                                                           shared.copied[warp]);
+    } else {
+      copy_row_blocks<Tiles, Out, kNorm, Bytes::kBuffers>(args, round, copier, own, shared.copied[warp]);
+    }
   } else if (round.refused) {
     return;
   } else if (warp == kCopiers) {

@@ -136,6 +136,20 @@ __device__ inline Operands operands_of(const char* stages, Share share) {
   return {operand(first + share.row * kSwizzleBytes), operand(first + (Tiles::kRows + share.column) * kSwizzleBytes)};
 }
 
+// 64 rows of 16-bit operands by all columns of a warp group's share. A product has 256 columns at most: two are faster
+// than three, each of which reads the rows from shared memory again.
+template <typename In, int kSums>
+__device__ inline void multiply_columns(float (&sums)[kSums], uint64_t a, uint64_t b) {
+  if constexpr (kSums <= 128) {
+    multiply(sums, a, b, true, In{});
+  } else {
+    constexpr int kFirst = (kSums / 2 + 3) / 4 * 4;  // 8 columns have 4 sums
+    multiply(reinterpret_cast<float (&)[kFirst]>(sums), a, b, true, In{});
+    multiply(reinterpret_cast<float (&)[kSums - kFirst]>(sums[kFirst]), a, b + 2 * kFirst * (kSwizzleBytes >> 4), true,
+             In{});
+  }
+}
+
 // Products of 16-bit operands: one stage's stay in flight. Like multiply_scaled_tile it does not give the last stage
 // back, and returns its number.
 template <typename Tiles>
@@ -157,11 +171,11 @@ __device__ inline int multiply_tile(const ProjectionArgs& args, ProjectionShared
 #pragma unroll
     for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
 #pragma unroll
-      for (int part = 0; part < Tiles::kParts; ++part) {
-        const Share place = place_of<Tiles>(part);
-        multiply(sums[part], operands.a + stage + step * kOperandStep + place.row * (kSwizzleBytes >> 4),
-                 operands.b + stage + step * kOperandStep + place.column * (kSwizzleBytes >> 4), true,
-                 typename Tiles::In{});
+      for (int part = 0; part < Tiles::kParts; part += Tiles::kAcross) {
+        auto& side_by_side = reinterpret_cast<float (&)[Tiles::kAcross * Tiles::kSums]>(sums[part]);
+        multiply_columns<typename Tiles::In>(
+            side_by_side, operands.a + stage + step * kOperandStep + place_of<Tiles>(part).row * (kSwizzleBytes >> 4),
+            operands.b + stage + step * kOperandStep);
       }
     }
     product_commit();
