@@ -38,13 +38,13 @@ struct Reduction : Call {
   // With a norm, `residual` being a Tensor?.
   bool read(Value tensor, Value residual, Value weight, Value eps, Value group_name) {
     return read(tensor, group_name) && read_residual(optional_tensor(residual)) &&
-           read_weight(handle<AtenTensorOpaque>(weight)) && (this->eps = std::bit_cast<double>(eps)) > 0;
+           read_weight(handle<AtenTensorOpaque>(weight)) && read_eps(eps, &this->eps);
   }
   Rows own_rows() const { return Call::own_rows(input.rows); }
 
   const void* residual = nullptr;
   const void* weight = nullptr;
-  double eps = 0;
+  float eps = 0;
   uint32_t variant = 0;
 
  private:

@@ -1,6 +1,5 @@
 #include "torch_projections.h"
 
-#include <bit>
 #include <optional>
 #include <utility>
 
@@ -148,7 +147,7 @@ bool qkv_a_proj_ag_fp8(const Value* arguments, Results* results) {
 bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
   Projection in;
   if (!in.read(arguments[0], arguments[1], arguments[5], arguments[6], TPF_F32)) return false;
-  const double eps = std::bit_cast<double>(arguments[4]);
+  float eps = 0;
   View norms[2];
   int64_t columns[3] = {0, 0, in.weight.rows};
   for (int i = 0; i < 2; ++i) {
@@ -157,7 +156,7 @@ bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
     columns[i] = norms[i].columns;
     columns[2] -= columns[i];
   }
-  if (columns[2] < 0 || !(eps > 0)) return false;
+  if (columns[2] < 0 || !read_eps(arguments[4], &eps)) return false;
   void* outputs[3];
   for (int i = 0; i < 3; ++i) {
     if (!results->add(&outputs[i], in.input, in.num_tokens, columns[i], in.dtype())) return false;
@@ -168,7 +167,7 @@ bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
   projection.kv_a_weight = norms[1].data;
   projection.q_columns = static_cast<int32_t>(columns[0]);
   projection.kv_columns = static_cast<int32_t>(columns[1]);
-  projection.eps = static_cast<float>(eps);
+  projection.eps = eps;
   if (const auto launched = in.run_fused(outputs, projection, call)) return *launched;
   Temporary product;
   void* rows;

@@ -1,6 +1,8 @@
 // Arguments and results as the dispatcher has them on its stack. Only with torch at hand (torch_api.h: have_torch).
 #pragma once
 #include <array>
+#include <bit>
+#include <cmath>
 #include <cstdint>
 #include <string_view>
 
@@ -28,6 +30,12 @@ inline std::string_view string(Value value) {
   torch.torch_string_c_str(handle<StringOpaque>(value), &characters);
   torch.torch_string_length(handle<StringOpaque>(value), &length);
   return {characters, length};
+}
+
+// What is added to a mean of squares: False where that would be nothing, or too much, in fp32.
+inline bool read_eps(Value value, float* eps) {
+  *eps = static_cast<float>(std::bit_cast<double>(value));
+  return *eps > 0 && std::isfinite(*eps);
 }
 
 inline bool boolean(Value value) { return (value & 0xff) != 0; }

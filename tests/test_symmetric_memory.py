@@ -92,6 +92,20 @@ def test_shapes_that_differ_are_named(pool, backend, device, world_size):
         )
 
 
+def on_another_card(device: str):
+    """Runs on a rank."""
+    with workspace(device, device):
+        index = torch.cuda.current_device() + dist.get_rank()
+        return outcome(tp_fused.symm_empty, (8, 8), torch.float32, device=f"cuda:{index}")[0]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("world_size", [2])
+def test_memory_on_another_card_is_refused(pool, device, world_size):
+    for error in pool.run(on_another_card, device):
+        assert isinstance(error, ValueError) and "symm_empty: rank 1 asked for memory on cuda:" in str(error)
+
+
 def places_that_differ(device: str, place_of: list):
     """Runs on a rank: the input lies in that buffer from that row on, or outside of symmetric memory."""
     with workspace(

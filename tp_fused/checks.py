@@ -1,5 +1,8 @@
 """What is checked at the border, before anything is launched. Kernels trust it."""
 
+import ctypes
+import math
+
 import torch
 
 from . import partition
@@ -44,8 +47,8 @@ def like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.d
 
 
 def eps(value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"eps must be positive, got {value}")
+    if not 0 < ctypes.c_float(value).value < math.inf:
+        raise ValueError(f"eps must be positive and finite in fp32, got {value}")
 
 
 def kernel_vectors(workspace, hidden_size: int, **tensors: torch.Tensor | None) -> None:

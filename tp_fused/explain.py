@@ -3,7 +3,7 @@
 import torch
 
 from . import faults, native, partition
-from .workspace import Workspace, get_workspace, resolve_group_name
+from .workspace import Workspace, get_workspace, resolve_group_name, type_of
 
 
 def explain(op: str, num_tokens: int, group=None, *, device=None, input: torch.Tensor | None = None) -> str:
@@ -17,8 +17,7 @@ def explain(op: str, num_tokens: int, group=None, *, device=None, input: torch.T
         raise ValueError(f"unknown op {op!r}")
     if input is not None:
         device = input.device
-    device_type = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    workspace = get_workspace(resolve_group_name(group), torch.device(device_type))
+    workspace = get_workspace(resolve_group_name(group), type_of(device))
     rows = partition.row_slice(num_tokens, workspace.rank, workspace.world_size)
     lines = [
         f"{op}: backend {workspace.backend} ({workspace.reason})",

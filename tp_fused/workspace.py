@@ -75,21 +75,28 @@ class Workspace:
                 records.append(self.team.fault(records[-1]["peer"]))
             raise faults.fault_from(*records)
 
-    def symm_empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def symm_empty(self, *shape: int, dtype: torch.dtype | None = None, device=None) -> torch.Tensor:
         """An uninitialised tensor in symmetric memory. Collective: all ranks call it with the same shape and dtype.
 
         An op whose input lies in it, at the same place on all ranks, lets the peers read it there instead of staging
         it; from another place on some rank it is a `CollectiveFault`, which numbers the buffers in the order they were
         made in. It lives until the workspace is closed or the last tensor on it is gone, whichever is later. The
-        reference backend has no symmetric memory and returns an ordinary tensor.
+        reference backend has no symmetric memory and returns an ordinary tensor. device: none but the workspace's own.
         """
         self.require_open()
         dtype = dtype or self.dtype
         shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        requests = _gather_objects(self.group, (shape, dtype))
-        for rank, request in enumerate(requests):
-            if request != requests[0]:
-                raise ValueError(f"symm_empty: rank {rank} asked for {request}, rank 0 for {requests[0]}")
+        index = torch.device(device).index if device is not None else None
+        elsewhere = None
+        if self.device_type == "cuda" and index not in (None, self.device_index):
+            elsewhere = f"{device}, its workspace is on cuda:{self.device_index}"
+        # Exchanged before any of them is judged: a rank that raised alone would leave the others waiting.
+        requests = _gather_objects(self.group, ((shape, dtype), elsewhere))
+        for rank, (request, elsewhere) in enumerate(requests):
+            if elsewhere is not None:
+                raise ValueError(f"symm_empty: rank {rank} asked for memory on {elsewhere}")
+            if request != requests[0][0]:
+                raise ValueError(f"symm_empty: rank {rank} asked for {request}, rank 0 for {requests[0][0]}")
         if any(size < 0 for size in shape):
             raise ValueError(f"symm_empty: sizes must not be negative, got {shape}")
         numel = torch.Size(shape).numel()
@@ -240,7 +247,7 @@ def init(
     group = group if group is not None else dist.group.WORLD
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("tp_fused.init: this rank is not in the group")
-    device = str(device) if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(device) if device is not None else default_type()
     device_type = device.split(":")[0]
     arguments = {
         "max_num_tokens": max_num_tokens,
@@ -304,10 +311,18 @@ def resolve_group_name(group: dist.ProcessGroup | str | None) -> str:
     return group.group_name
 
 
+def type_of(device: str | torch.device | None) -> torch.device:
+    """The kind of device that is asked for; by default a GPU, where torch sees one."""
+    return torch.device(torch.device(device).type if device is not None else default_type())
+
+
+def default_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def symm_empty(shape, dtype: torch.dtype | None = None, group=None, device: str | torch.device | None = None):
     """`Workspace.symm_empty` on the workspace of `group`: see there. Collective."""
-    device_type = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    return get_workspace(resolve_group_name(group), torch.device(device_type)).symm_empty(shape, dtype=dtype)
+    return get_workspace(resolve_group_name(group), type_of(device)).symm_empty(shape, dtype=dtype, device=device)
 
 
 def _check_arguments(arguments: dict, world_size: int) -> None:
