@@ -20,8 +20,6 @@ from .baselines import BASELINES
 from .options import ctas_of
 
 FORMAT = 1  # of the JSON file: raised when a key changes its meaning
-
-
 _SETTINGS = ("NCCL_", "TORCH_SYMM_MEM_", "NVSHMEM_", "CUDA_DEVICE_MAX_CONNECTIONS")  # that what is timed depends on
 
 
