@@ -108,9 +108,8 @@ def test_memory_on_another_card_is_refused(pool, device, world_size):
 
 def places_that_differ(device: str, place_of: list):
     """Runs on a rank: the input lies in that buffer from that row on, or outside of symmetric memory."""
-    with workspace(
-        device, device, max_ctas=4, **SIZES
-    ) as made:  # few, for calls to be large enough to be read in place
+    # Few blocks, for the call to be large enough to be read in place.
+    with workspace(device, device, max_ctas=4, **SIZES) as made:
         place = place_of[dist.get_rank()]
         buffers = [tp_fused.symm_empty((304, 256), dtype=torch.float32, device=device) for _ in range(2)]
         input = torch.zeros(300, 256, device=device)
