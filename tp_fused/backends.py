@@ -2,7 +2,7 @@
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,11 +18,11 @@ class Report:
     arguments: dict
     host: str
     cpu_supported: bool
-    gpu: str | None  # which card this rank computes on
-    num_sms: int
-    capability: tuple[int, int]
-    has_code: bool  # whether this build was compiled for it
-    reaches: dict[str, bool]  # the cards that this rank sees, and whether its own can read their memory
+    gpu: str | None = None  # which card this rank computes on
+    num_sms: int = 0
+    capability: tuple[int, int] = (0, 0)
+    has_code: bool = False  # whether this build was compiled for it
+    reaches: dict[str, bool] = field(default_factory=dict)  # cards that this rank sees: can its own read their memory?
     error: str | None = None  # why this rank cannot use the device
 
 
@@ -34,7 +34,7 @@ def report(arguments: dict, device: str) -> Report:
     except OSError:
         boot, mount = "unknown", "none"
     host = f"{socket.gethostname()}/{boot}/{mount}"
-    made = Report(arguments, host, _C.cpu_supported(), None, 0, (0, 0), False, {})
+    made = Report(arguments, host, _C.cpu_supported())
     try:
         asked = torch.device(device)
         if asked.type == "cuda":
@@ -86,13 +86,15 @@ def _obstacle(reports, device_type: str, world_size: int, asked: str | None) -> 
             return f"ranks {rank} and 0 run on one machine, but each with its own /dev/shm"
         if device_type == "cpu" and not report.cpu_supported:
             return f"the processor of rank {rank} lacks AVX2"
-        if device_type == "cuda" and report.capability < (8, 0):
+        if device_type == "cpu":
+            continue
+        if report.capability < (8, 0):
             return f"the GPU of rank {rank} has compute capability {report.capability}; 8.0 is the least"
-        if device_type == "cuda" and not report.has_code:
+        if not report.has_code:
             return f"this build has no code for the GPU of rank {rank}, of compute capability {report.capability}"
         for peer, other in enumerate(reports):
             # A rank may see its own card only: then torch finds out, and raises, where memory cannot be shared.
-            if device_type == "cuda" and not report.reaches.get(other.gpu, True):
+            if not report.reaches.get(other.gpu, True):
                 return f"the GPU of rank {rank} cannot read the memory of rank {peer}'s: there is no peer access"
     return None
 

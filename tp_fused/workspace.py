@@ -235,7 +235,8 @@ def init(
     device: "cpu" or "cuda", which is torch's current one (default: cuda where torch sees one).
 
     The backend is chosen from what all ranks report, the same everywhere: when all ranks run on one host, `cuda`
-    (torch's symmetric memory) or `cpu` (shared memory); otherwise `reference` (torch.distributed).
+    (torch's symmetric memory; the build has to have code for their cards, and these peer access) or `cpu` (shared
+    memory); otherwise `reference` (torch.distributed).
     TP_FUSED_BACKEND=cpu|cuda|reference asks for one; if it cannot run, this raises. A workspace that the group already
     has is closed and replaced. Close it before `destroy_process_group`: a later group of the same name would find it.
 

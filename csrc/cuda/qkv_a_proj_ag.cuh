@@ -35,7 +35,7 @@ struct Tiling {
   static constexpr bool kByRows = kRows >= 128;
   static constexpr int kGroupRows = kByRows ? kRows / 2 : kRows;
   static constexpr int kGroupColumns = kByRows ? kColumns : kColumns / 2;
-  static constexpr int kAcross = kPartsAcross;  // parts side by side
+  static constexpr int kAcross = kPartsAcross;  // parts side by side: promoted, stored and fetched one by one
   static constexpr int kPartColumns = kGroupColumns / kAcross;
   static constexpr int kParts = kGroupRows / 64 * kAcross;  // a product has 64 rows
   static constexpr int kSums = kPartColumns / 2;            // that a thread holds of a part

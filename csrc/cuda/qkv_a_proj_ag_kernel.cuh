@@ -122,10 +122,9 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
     // Of what is too little for four buffers, two larger ones are best when nothing is left to multiply. While
     // something is, three of less take less time: a load need not wait for the last store. Rows that are normed want
     // the larger.
-    constexpr bool kHasChoice = Bytes::kBuffers < 3 && !kNorm;
-    if (kHasChoice && first_late_row_block(args) > 0) {
-      copy_row_blocks<Tiles, Out, kNorm, kHasChoice ? 3 : Bytes::kBuffers>(args, round, copier, own,
-                                                                           shared.copied[warp]);
+    constexpr int kBesideProducts = Bytes::kBuffers == 2 && !kNorm ? 3 : Bytes::kBuffers;
+    if (kBesideProducts != Bytes::kBuffers && first_late_row_block(args) > 0) {
+      copy_row_blocks<Tiles, Out, kNorm, kBesideProducts>(args, round, copier, own, shared.copied[warp]);
     } else {
       copy_row_blocks<Tiles, Out, kNorm, Bytes::kBuffers>(args, round, copier, own, shared.copied[warp]);
     }
