@@ -11,6 +11,10 @@ namespace tpf {
 
 constexpr int kSwizzleBytes = 128;  // of K, in a row of an operand
 
+// A product has 256 columns at most, which are 128 sums of a thread: more are two products, and how many sums the first
+// one has. Two are faster than three, each of which reads the rows from shared memory again.
+constexpr int first_product(int sums) { return sums <= 128 ? sums : sums / 8 * 4; }
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // A box of the tensor, `x` along its rows (elements), `y` down, into shared memory.
@@ -33,6 +37,11 @@ __device__ inline uint64_t operand(uint32_t address) {
 }
 constexpr int kProductBytes = 32;  // of K, in one product
 constexpr uint64_t kOperandStep = kProductBytes >> 4;
+
+// An operand of columns, from those on that the `sums`'th sum of a thread belongs to.
+__device__ inline uint64_t columns_further(uint64_t operand, int sums) {
+  return operand + 2 * sums * (kSwizzleBytes >> 4);
+}
 
 // All threads of the block's two warp groups that multiply.
 __device__ inline void products_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
@@ -121,7 +130,8 @@ TPF_MULTIPLY_16_BITS(144, 72, "%72", "%73", "%74")
 TPF_MULTIPLY_16_BITS(176, 88, "%88", "%89", "%90")
 TPF_MULTIPLY_16_BITS(192, 96, "%96", "%97", "%98")
 TPF_MULTIPLY(__nv_fp8_e4m3, 64, 32, "%32", "%33", "%34", "k32.f32.e4m3.e4m3", "1, 1")
-TPF_MULTIPLY(__nv_fp8_e4m3, 88, 44, "%44", "%45", "%46", "k32.f32.e4m3.e4m3", "1, 1")
+TPF_MULTIPLY(__nv_fp8_e4m3, 128, 64, "%64", "%65", "%66", "k32.f32.e4m3.e4m3", "1, 1")
+TPF_MULTIPLY(__nv_fp8_e4m3, 136, 68, "%68", "%69", "%70", "k32.f32.e4m3.e4m3", "1, 1")
 TPF_MULTIPLY(__nv_fp8_e4m3, 192, 96, "%96", "%97", "%98", "k32.f32.e4m3.e4m3", "1, 1")
 // clang-format on
 

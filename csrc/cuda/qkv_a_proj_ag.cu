@@ -63,6 +63,7 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
   args.row_blocks = static_cast<int32_t>(row_blocks_of<Tiles>(args));
   args.column_tiles = tiles(args.call.columns, Tiles::kColumns);
   if (!encode(&args.weight_map, args.call, projection.weight, args.call.columns, Tiles::kWeightBox) ||
+      (Tiles::kSpare > 0 && !encode(&args.spare_map, args.call, projection.weight, args.call.columns, Tiles::kSpare)) ||
       (rows > 0 && !encode(&args.input_map, args.call, projection.input, rows, Tiles::kRows))) {
     return TPF_UNSUPPORTED;
   }
@@ -98,7 +99,7 @@ int64_t cost_of(const ProjectionArgs& args, int blocks) {
   const int64_t column_tiles = tiles(args.call.columns, Tiles::kColumns), group = kGrouped * column_tiles;
   const int64_t turns = tiles(row_blocks * column_tiles, blocks);
   const int product = Tiles::kRows * Tiles::kColumns / 32;
-  const int waits = Tiles::kScaled ? 270 * Tiles::kParts : 0;
+  const int waits = Tiles::kScaled ? 270 * (first_product(Tiles::kSums) < Tiles::kSums ? 2 : 1) : 0;
   const bool shares_card = blocks <= kHalfACard;
   const int bytes_a_cycle = Tiles::kScaled ? 35 : shares_card ? 49 : 60;
   const int64_t turn = args.k_blocks * std::max(product + waits, Tiles::kStageBytes / bytes_a_cycle);

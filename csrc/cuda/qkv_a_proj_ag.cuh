@@ -26,39 +26,52 @@ constexpr int kProductWarps = 8, kOtherWarps = 4;  // of a block, the others bef
 // lie in different banks.
 constexpr int staged_pitch(int columns) { return (columns / 8 | 1) * 8; }
 
+constexpr int most_staged(int bytes) {
+  int columns = 8;
+  while (staged_pitch(columns + 8) * 32 <= bytes) columns += 8;
+  return columns;
+}
+
+// Columns in as few parts as there can be of at most so many, alike and of whole patterns of 8.
+constexpr int divided(int columns, int most) {
+  int parts = 1;
+  while (columns % (8 * parts) != 0 || columns / parts > most) ++parts;
+  return columns / parts;
+}
+
 // A block's tile, and its two warp groups' shares of it: half of the rows each or, where rows are few, half of the
 // columns. Column counts in use are multiples of 64 and not of 128.
-template <typename Input, int kTileRows, int kTileColumns, int kTileStages, int kPartsAcross = 1>
+template <typename Input, int kTileRows, int kTileColumns, int kTileStages>
 struct Tiling {
   using In = Input;
   static constexpr int kRows = kTileRows, kColumns = kTileColumns, kStages = kTileStages;
   static constexpr bool kByRows = kRows >= 128;
   static constexpr int kGroupRows = kByRows ? kRows / 2 : kRows;
   static constexpr int kGroupColumns = kByRows ? kColumns : kColumns / 2;
-  static constexpr int kAcross = kPartsAcross;  // parts side by side: promoted, stored and fetched one by one
-  static constexpr int kPartColumns = kGroupColumns / kAcross;
-  static constexpr int kParts = kGroupRows / 64 * kAcross;  // a product has 64 rows
-  static constexpr int kSums = kPartColumns / 2;            // that a thread holds of a part
-  static constexpr int kWeightBox = kColumns / kAcross;     // rows of the weight that are fetched at once
-  static_assert(kWeightBox <= 256 && kWeightBox % 8 == 0);  // the copy engine's limit; the swizzle's pattern
+  static constexpr int kParts = kGroupRows / 64;   // a product has 64 rows
+  static constexpr int kSums = kGroupColumns / 2;  // that a thread holds of a part
   static constexpr int kStageBytes = (kRows + kColumns) * kSwizzleBytes;
   static constexpr bool kScaled = sizeof(In) == 1;
+  // Where columns have scales, 128 have one, and no tile's are more than 256 that follow one another: what a tile has
+  // beyond that lies behind all tiles' runs. So 264 columns have three scales, whichever tile it is.
+  static constexpr int kRun = kScaled ? std::min(kColumns, 256) : kColumns, kSpare = kColumns - kRun;
+  static constexpr int kWeightBox = divided(kRun, 256);  // rows of the weight that are fetched at once: at most so many
   // Whether one warp group promotes while the other multiplies. It costs the way from one to the other each time, which
   // is little where the products themselves wait longest for their beginning and their end.
   static constexpr bool kInTurns = kScaled && kColumns <= 64;
-  // Scales, each for 128 of K: of the tile's rows, and of its columns. 128 columns have one, and a tile may begin among
-  // them: these are runs of columns that surely have the same.
-  static constexpr int kScaledColumns = std::gcd(kColumns, 128), kColumnScales = kColumns / kScaledColumns;
+  // Scales, each for 128 of K: of the tile's rows, and of its columns. A tile may begin among 128 columns that have the
+  // same: these are columns that surely have.
+  static constexpr int kScaledColumns = std::gcd(kRun, 128);
+  static constexpr int kColumnScales = (kColumns + kScaledColumns - 1) / kScaledColumns;
   // Those of four blocks of K lie together. When the first of the four is fetched, all but kStages - 1 blocks of K
   // before it have been multiplied: so many fours are kept that those stages' scales are not overwritten.
   static constexpr int kScaleFours = (kStages + 3 + 3) / 4;
   static constexpr int kScales = kScaled ? kScaleFours * 4 * (kRows + kColumnScales) : 0;
   // A finished tile leaves through the stage that was multiplied last, of which each warp has a share: 16 rows at a
-  // time of a part's columns or, if these do not fit, of half of them.
+  // time of so many columns.
   static constexpr int kStagedBytes = kStageBytes / kProductWarps;
-  static constexpr int kStagedColumns =
-      staged_pitch(kPartColumns) * 32 <= kStagedBytes ? kPartColumns : kPartColumns / 2;
-  static_assert(staged_pitch(kStagedColumns) * 32 <= kStagedBytes && kStagedBytes % 16 == 0);
+  static constexpr int kStagedColumns = divided(std::min(kGroupColumns, kRun), most_staged(kStagedBytes));
+  static_assert(kStagedBytes % 16 == 0);
 };
 // Many rows. The larger a tile, the fewer operands are read; the largest one's sums just find room in registers. The
 // wide one reads more and has a stage more of it on its way, at the copying warps' expense: it takes as little time,
@@ -69,7 +82,7 @@ using LargeTiles = Tiling<In, 256, 176, 3>;
 template <typename In>
 using LargeNarrowTiles = Tiling<In, 256, 144, 3>;
 template <typename In>
-using WideTiles = Tiling<In, 128, 264, sizeof(In) == 2 ? 4 : 3, 3>;
+using WideTiles = Tiling<In, 128, 264, sizeof(In) == 2 ? 4 : 3>;
 template <typename In>
 using HalfLargeTiles = Tiling<In, 128, 176, 4>;
 template <typename In>
@@ -93,7 +106,9 @@ constexpr int kNormedRun = 4;  // rows that a counting warp norms one after the 
 constexpr int kGrouped = 4;    // row blocks whose tiles are neighbours in the order: they share operands in the L2
 constexpr int kProjectionThreads = 32 * (kProductWarps + kOtherWarps);
 constexpr int kQVectors = 8, kKvVectors = 3;  // of a lane, in the two normed parts of a row
-// A block's shared memory. What the operands leave, the copying warps share: more or larger buffers are no gain.
+// A block's shared memory. What the operands leave, the copying warps share: more or larger buffers are no gain. Nor
+// are as large ones where three stages of wide tiles are all that is on its way: these wait behind what is being
+// copied.
 template <typename Tiles, bool kNorm>
 struct SharedBytes {
   static constexpr int kMost = 232448 - kStaticSharedBytes;  // sm_90
@@ -101,7 +116,7 @@ struct SharedBytes {
   static constexpr int kOthers = 1024  // for the stages to begin at a multiple of it, as the swizzle's pattern wants
                                  + kOperands + Tiles::kScales * int{sizeof(float)} +
                                  (kNorm ? (kQVectors + kKvVectors) * 32 * int{sizeof(uint4)} : 0);
-  static constexpr int kMostBuffers = kCopierStages, kMostBufferBytes = 7168;
+  static constexpr int kMostBuffers = kCopierStages, kMostBufferBytes = Tiles::kSpare > 0 ? 6144 : 7168;
   static constexpr int kLeft = (kMost - kOthers) / kCopiers / 16 * 16;
   static constexpr int kCopierBytes = std::min(kMostBuffers * kMostBufferBytes, kLeft);
   static constexpr int kBuffers = kCopierBytes == kMostBuffers * kMostBufferBytes ? kMostBuffers : 2;
@@ -119,9 +134,9 @@ constexpr int other_registers(bool norm) {
 }
 
 struct ProjectionArgs {
-  CUtensorMap input_map, weight_map;
-  char* outputs[3];     // latent; or q_a, kv_a, k_pe
-  uint32_t columns[3];  // of each; 0 where there is none
+  CUtensorMap input_map, weight_map, spare_map;  // spare_map: the weight in boxes of the tiles' spare columns
+  char* outputs[3];                              // latent; or q_a, kv_a, k_pe
+  uint32_t columns[3];                           // of each; 0 where there is none
   const float* scale;
   int64_t scale_row_stride, scale_group_stride;
   const float* weight_scale;
@@ -190,6 +205,13 @@ __device__ inline Tile tile_of(int index, const ProjectionArgs& args) {
   const int group = index / (kGrouped * args.column_tiles), at = index % (kGrouped * args.column_tiles);
   const int row_blocks = min(kGrouped, args.row_blocks - group * kGrouped);
   return {group * kGrouped + at % row_blocks, at / row_blocks};
+}
+
+// Where a tile's column lies in a row of the output.
+template <typename Tiles>
+__device__ inline int column_of(const ProjectionArgs& args, int column_tile, int column) {
+  if (Tiles::kSpare == 0 || column < Tiles::kRun) return column_tile * Tiles::kRun + column;
+  return args.column_tiles * Tiles::kRun + column_tile * Tiles::kSpare + column - Tiles::kRun;
 }
 
 __device__ inline int own_row_blocks(const ProjectionArgs& args, int tile_rows) {

@@ -103,6 +103,7 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
     shared.init<Tiles>();
     if (args.partition.rows(args.team.rank).count > 0) prefetch_map(&args.input_map);
     prefetch_map(&args.weight_map);
+    if (Tiles::kSpare > 0) prefetch_map(&args.spare_map);
   }
   if constexpr (kNorm) keep_norm_weights<Out>(args, norm_weights);
   const BlockRound round = begin_op(args.team, args.call, args.contract, 1);

@@ -23,7 +23,7 @@ class ScaleFetcher {
     }
 #pragma unroll
     for (int i = 0; i < kColumnsOfLane; ++i) {
-      const int column = tile.column_tile * Tiles::kColumns + (i * 32 + threadIdx.x % 32) * Tiles::kScaledColumns;
+      const int column = column_of<Tiles>(args, tile.column_tile, (i * 32 + threadIdx.x % 32) * Tiles::kScaledColumns);
       columns_[i] = args.weight_scale + min(column, args.call.columns - 1) / 128 * args.k_blocks;
     }
   }
@@ -90,9 +90,13 @@ __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShar
         barrier_expect(full, Tiles::kStageBytes);
         tensor_load(stage, &args.input_map, k * kElements, tile.row_block * Tiles::kRows, full);
 #pragma unroll
-        for (int column = 0; column < Tiles::kColumns; column += Tiles::kWeightBox) {
+        for (int column = 0; column < Tiles::kRun; column += Tiles::kWeightBox) {
           tensor_load(stage + (Tiles::kRows + column) * kSwizzleBytes, &args.weight_map, k * kElements,
-                      tile.column_tile * Tiles::kColumns + column, full);
+                      column_of<Tiles>(args, tile.column_tile, column), full);
+        }
+        if constexpr (Tiles::kSpare > 0) {
+          tensor_load(stage + (Tiles::kRows + Tiles::kRun) * kSwizzleBytes, &args.spare_map, k * kElements,
+                      column_of<Tiles>(args, tile.column_tile, Tiles::kRun), full);
         }
       }
       __syncwarp();
@@ -119,12 +123,6 @@ __device__ inline Share share_of(int group) {
   return Tiles::kByRows ? Share{group * Tiles::kGroupRows, 0} : Share{0, group * Tiles::kGroupColumns};
 }
 
-// Where a part of it begins in it.
-template <typename Tiles>
-__device__ constexpr Share place_of(int part) {
-  return {part / Tiles::kAcross * 64, part % Tiles::kAcross * Tiles::kPartColumns};
-}
-
 // Its operands in the first stage.
 struct Operands {
   uint64_t a, b;
@@ -136,17 +134,13 @@ __device__ inline Operands operands_of(const char* stages, Share share) {
   return {operand(first + share.row * kSwizzleBytes), operand(first + (Tiles::kRows + share.column) * kSwizzleBytes)};
 }
 
-// 64 rows of 16-bit operands by all columns of a warp group's share. A product has 256 columns at most: two are faster
-// than three, each of which reads the rows from shared memory again.
+// 64 rows of 16-bit operands by all columns of a warp group's share.
 template <typename In, int kSums>
 __device__ inline void multiply_columns(float (&sums)[kSums], uint64_t a, uint64_t b) {
-  if constexpr (kSums <= 128) {
-    multiply(sums, a, b, true, In{});
-  } else {
-    constexpr int kFirst = (kSums / 2 + 3) / 4 * 4;  // 8 columns have 4 sums
-    multiply(reinterpret_cast<float (&)[kFirst]>(sums), a, b, true, In{});
-    multiply(reinterpret_cast<float (&)[kSums - kFirst]>(sums[kFirst]), a, b + 2 * kFirst * (kSwizzleBytes >> 4), true,
-             In{});
+  constexpr int kFirst = first_product(kSums);
+  multiply(reinterpret_cast<float (&)[kFirst]>(sums), a, b, true, In{});
+  if constexpr (kFirst < kSums) {
+    multiply(reinterpret_cast<float (&)[kSums - kFirst]>(sums[kFirst]), a, columns_further(b, kFirst), true, In{});
   }
 }
 
@@ -171,10 +165,9 @@ __device__ inline int multiply_tile(const ProjectionArgs& args, ProjectionShared
 #pragma unroll
     for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
 #pragma unroll
-      for (int part = 0; part < Tiles::kParts; part += Tiles::kAcross) {
-        auto& side_by_side = reinterpret_cast<float (&)[Tiles::kAcross * Tiles::kSums]>(sums[part]);
+      for (int part = 0; part < Tiles::kParts; ++part) {
         multiply_columns<typename Tiles::In>(
-            side_by_side, operands.a + stage + step * kOperandStep + place_of<Tiles>(part).row * (kSwizzleBytes >> 4),
+            sums[part], operands.a + stage + step * kOperandStep + part * 64 * (kSwizzleBytes >> 4),
             operands.b + stage + step * kOperandStep);
       }
     }
@@ -193,86 +186,107 @@ __device__ inline int multiply_tile(const ProjectionArgs& args, ProjectionShared
 // The row of a warp group's share that this thread's first sums belong to; the others' lies 8 below.
 __device__ inline int row_of_thread() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 
-// Products of e4m3 operands with their scales. Parts come one after the other: one set of registers holds their
-// products until they are promoted.
+// Multiplies a block of K of e4m3 operands and adds the products, times their scales, to the sums from the kFirst'th
+// on. read() is called when operands and scales have been read.
+template <typename Tiles, int kFirst, int kProducts, typename Read>
+__device__ inline void multiply_and_promote(float (&products)[kProducts], float (&sums)[Tiles::kSums], uint64_t a,
+                                            uint64_t b, float upper, float lower, const float* column_scale, int group,
+                                            const Read& read) {
+  hold(products);
+  if constexpr (Tiles::kInTurns) take_turn(group);
+  product_fence();
+#pragma unroll
+  for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
+    multiply(products, a + step * kOperandStep, b + step * kOperandStep, step > 0, __nv_fp8_e4m3{});
+  }
+  product_commit();
+  constexpr int kFirstScale = kFirst * 2 / Tiles::kScaledColumns;
+  constexpr int kScales = ((kFirst + kProducts) * 2 - 1) / Tiles::kScaledColumns + 1 - kFirstScale;
+  float scale[kScales];
+#pragma unroll
+  for (int i = 0; i < kScales; ++i) scale[i] = column_scale[4 * (kFirstScale + i)];
+  product_wait<0>();
+  if constexpr (Tiles::kInTurns) pass_turn(1 - group);
+  hold(products);
+  read();
+#pragma unroll
+  for (int i = 0; i < kProducts; i += 4) {  // 8 columns of two rows
+    const float of_columns = scale[(kFirst + i) * 2 / Tiles::kScaledColumns - kFirstScale];
+    const float high = upper * of_columns, low = lower * of_columns;
+    float* to = sums + kFirst + i;
+    to[0] = fmaf(products[i], high, to[0]);
+    to[1] = fmaf(products[i + 1], high, to[1]);
+    to[2] = fmaf(products[i + 2], low, to[2]);
+    to[3] = fmaf(products[i + 3], low, to[3]);
+  }
+}
+
+// Products of e4m3 operands with their scales. Where there are two, one is promoted before the other is begun: there
+// are no registers for both. They are the same ones, by name and never undefined, and the larger comes last: or the
+// compiler begins the second one sooner, and for want of registers waits after each of its steps.
 template <typename Tiles>
 __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, ProjectionShared& shared,
                                            const Operands& operands, const float* scales, int group, RingPosition& at,
                                            ScalePosition<Tiles>& scales_at,
                                            float (&sums)[Tiles::kParts][Tiles::kSums]) {
   static_assert(Tiles::kGroupRows == 64);
+  // Sums of the product that comes before the last one, if there are two, and of the last one.
+  constexpr int kFirst = first_product(Tiles::kSums) % Tiles::kSums, kLast = Tiles::kSums - kFirst;
   const bool leads = threadIdx.x % 32 == 0;
   const int row = group * Tiles::kGroupRows + row_of_thread();
 #pragma unroll
-  for (auto& part : sums) {
-#pragma unroll
-    for (float& sum : part) sum = 0;
-  }
+  for (float& sum : sums[0]) sum = 0;
   const uint32_t full_barriers = uniform(shared_address(shared.full));
   int last = 0;
   for (int k = 0; k < args.k_blocks; ++k) {
     barrier_wait(full_barriers + at.stage * sizeof(uint64_t), at.round & 1);
-    const uint64_t stage = at.stage * (Tiles::kStageBytes >> 4);
+    float products[kLast] = {};
+    const uint64_t stage = at.stage * (Tiles::kStageBytes >> 4), a = operands.a + stage, b = operands.b + stage;
     const float* row_scale = scales + scales_at.first();
     const float* column_scale = row_scale + 4 * Tiles::kRows;
     const float upper = row_scale[4 * row], lower = row_scale[4 * (row + 8)];
-#pragma unroll
-    for (int part = 0; part < Tiles::kParts; ++part) {
-      const uint64_t b = operands.b + stage + place_of<Tiles>(part).column * (kSwizzleBytes >> 4);
-      float products[Tiles::kSums];
-      hold(products);
-      if constexpr (Tiles::kInTurns) take_turn(group);
-      product_fence();
-#pragma unroll
-      for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
-        multiply(products, operands.a + stage + step * kOperandStep, b + step * kOperandStep, step > 0,
-                 __nv_fp8_e4m3{});
-      }
-      product_commit();
-      constexpr int kScales = Tiles::kPartColumns / Tiles::kScaledColumns;
-      float scale[kScales];
-#pragma unroll
-      for (int i = 0; i < kScales; ++i) scale[i] = column_scale[4 * (part * kScales + i)];
-      product_wait<0>();
-      if constexpr (Tiles::kInTurns) pass_turn(1 - group);
-      hold(products);
-      if (part + 1 == Tiles::kParts) {
-        __syncwarp();  // all lanes have read their scales
-        if (leads && k + 1 < args.k_blocks) barrier_arrive(&shared.empty[at.stage]);
-        last = at.stage;
-        next_stage<Tiles>(at);
-        scales_at.advance();
-      }
-#pragma unroll
-      for (int j = 0; j < Tiles::kPartColumns / 8; ++j) {
-        const float high = upper * scale[j * 8 / Tiles::kScaledColumns],
-                    low = lower * scale[j * 8 / Tiles::kScaledColumns];
-        float* to = sums[part] + 4 * j;
-        to[0] = fmaf(products[4 * j], high, to[0]);
-        to[1] = fmaf(products[4 * j + 1], high, to[1]);
-        to[2] = fmaf(products[4 * j + 2], low, to[2]);
-        to[3] = fmaf(products[4 * j + 3], low, to[3]);
-      }
+    if constexpr (kFirst > 0) {
+      multiply_and_promote<Tiles, 0>(reinterpret_cast<float (&)[kFirst]>(products), sums[0], a, b, upper, lower,
+                                     column_scale, group, [] {});
     }
+    multiply_and_promote<Tiles, kFirst>(products, sums[0], a, columns_further(b, kFirst), upper, lower, column_scale,
+                                        group, [&] {
+                                          __syncwarp();  // all lanes have read their scales
+                                          if (leads && k + 1 < args.k_blocks) barrier_arrive(&shared.empty[at.stage]);
+                                          last = at.stage;
+                                          next_stage<Tiles>(at);
+                                          scales_at.advance();
+                                        });
   }
   return last;
 }
 
-// The bias of these columns, of which `columns` are there.
-template <typename Out, int kSums>
-__device__ inline void add_bias(const Out* bias, int columns, float (&sums)[kSums]) {
-#pragma unroll
-  for (int j = 0; j < kSums / 4; ++j) {
-    const int column = j * 8 + threadIdx.x % 4 * 2;
-    if (column >= columns) break;
-    const float left = static_cast<float>(bias[column]), right = static_cast<float>(bias[column + 1]);
-    sums[4 * j] += left, sums[4 * j + 1] += right;
-    sums[4 * j + 2] += left, sums[4 * j + 3] += right;
+// run(std::integral_constant) for kFirst, kFirst + kStep, ... below kEnd.
+template <int kFirst, int kEnd, int kStep, typename Run>
+__device__ inline void for_constants(const Run& run) {
+  if constexpr (kFirst < kEnd) {
+    run(std::integral_constant<int, kFirst>{});
+    for_constants<kFirst + kStep, kEnd, kStep>(run);
   }
 }
 
-// Rounds a warp's 16 rows of sums, kColumns of them from kFirst on, to where `to` points. `rows` rows and `columns`
-// columns are there from that point on. Through `staged` in shared memory, for whole rows to be written at once.
+// The bias of kColumns columns, of which `columns` are there, to the sums from the kFirst'th on.
+template <int kFirst, int kColumns, typename Out, int kSums>
+__device__ inline void add_bias(const Out* bias, int columns, float (&sums)[kSums]) {
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; ++j) {
+    const int column = j * 8 + threadIdx.x % 4 * 2;
+    if (column >= columns) break;
+    const float left = static_cast<float>(bias[column]), right = static_cast<float>(bias[column + 1]);
+    float* to = sums + kFirst + 4 * j;
+    to[0] += left, to[1] += right;
+    to[2] += left, to[3] += right;
+  }
+}
+
+// Rounds a warp's 16 rows of sums, kColumns columns from the kFirst'th sum on, to where `to` points. `rows` rows and
+// `columns` columns are there from that point on. Through `staged` in shared memory, for whole rows to be written at
+// once.
 template <int kFirst, int kColumns, typename Out, int kSums>
 __device__ inline void store_sums(const ProjectionArgs& args, Out* to, int64_t rows, int columns, Out* staged,
                                   const float (&sums)[kSums], bool last) {
@@ -283,7 +297,7 @@ __device__ inline void store_sums(const ProjectionArgs& args, Out* to, int64_t r
   Out* const pair = staged + lane % 16 * kPitch + lane / 16 * 8;
 #pragma unroll
   for (int column = 0; column < kColumns; column += 16) {
-    const float* sum = sums + (kFirst + column) / 2;
+    const float* sum = sums + kFirst + column / 2;
     const uint32_t upper = pack2(sum[0], sum[1], Out{}), lower = pack2(sum[2], sum[3], Out{});
     if (column + 8 < kColumns) {
       store_matrices(pair + column, {upper, lower, pack2(sum[4], sum[5], Out{}), pack2(sum[6], sum[7], Out{})});
@@ -313,22 +327,23 @@ __device__ inline void store_tile(const ProjectionArgs& args, const BlockRound& 
   const int warp = threadIdx.x / 32 - kOtherWarps;
   Out* const staged = reinterpret_cast<Out*>(stage + warp * Tiles::kStagedBytes);
   const int64_t row = int64_t{tile.row_block} * Tiles::kRows + share.row + warp % 4 * 16;
-  const int column = tile.column_tile * Tiles::kColumns + share.column;
   const int64_t rows = args.partition.rows(args.team.rank).count;
   products_sync();
 #pragma unroll
   for (int part = 0; part < Tiles::kParts; ++part) {
-    const int64_t first_row = row + place_of<Tiles>(part).row;
-    const int first = column + place_of<Tiles>(part).column, left = args.call.columns - first;
-    if (args.bias != nullptr) add_bias(static_cast<const Out*>(args.bias) + first, left, sums[part]);
-    Out* const to = rows_at<Out, kNorm>(args, round) + first_row * args.call.columns + first;
-    constexpr int kColumns = Tiles::kStagedColumns;
-    constexpr bool kHalves = kColumns < Tiles::kPartColumns;
-    const bool last = part + 1 == Tiles::kParts;
-    store_sums<0, kColumns>(args, to, rows - first_row, left, staged, sums[part], last && !kHalves);
-    if constexpr (kHalves) {
-      store_sums<kColumns, kColumns>(args, to + kColumns, rows - first_row, left - kColumns, staged, sums[part], last);
-    }
+    const int64_t first_row = row + part * 64;
+    for_constants<0, Tiles::kGroupColumns, Tiles::kStagedColumns>([&](auto first) {
+      constexpr int kFirst = decltype(first)::value;
+      constexpr int kColumns = std::min(Tiles::kStagedColumns, Tiles::kGroupColumns - kFirst);
+      const int column = column_of<Tiles>(args, tile.column_tile, share.column + kFirst);
+      const int left = args.call.columns - column;
+      if (args.bias != nullptr) {
+        add_bias<kFirst / 2, kColumns>(static_cast<const Out*>(args.bias) + column, left, sums[part]);
+      }
+      Out* const to = rows_at<Out, kNorm>(args, round) + first_row * args.call.columns + column;
+      const bool last = part + 1 == Tiles::kParts && kFirst + kColumns == Tiles::kGroupColumns;
+      store_sums<kFirst / 2, kColumns>(args, to, rows - first_row, left, staged, sums[part], last);
+    });
   }
 }
 
