@@ -86,12 +86,12 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
 }
 
 // About the time of a call, in cycles. A block reads its operands at so many bytes a cycle and multiplies meanwhile; of
-// fp8 it waits for each part's products. Ranks that share a card read a weight each, so fewer bytes a cycle, and what
-// they copy goes the same way: the two add up. Where a rank has a card to itself, the rows that are complete before the
-// last turn of tiles are copied meanwhile, and the others after it; or, where copying takes longest, all of them after
-// the first ones are complete. Fitted to times on H100 of 64 to 16384 tokens, each kind of tile forced: of a rank
-// alone, of four and eight that share the card, and of two with a card each; 16-bit WideTiles came later, and take what
-// this says where ranks share a card (docs/performance.md).
+// fp8 it waits for each product. Ranks that share a card read a weight each, so fewer bytes a cycle, and what they copy
+// goes the same way: the two add up. Where a rank has a card to itself, the rows that are complete before the last turn
+// of tiles are copied meanwhile, which fp8 products are not long enough to hide all of, and the others after it; or,
+// where copying takes longest, all of them after the first ones are complete. Fitted to times on H100 of 64 to 16384
+// tokens, each kind of tile forced: of a rank alone, of four and eight that share the card, and of two with a card
+// each; 16-bit WideTiles came later, and take what this says where ranks share a card (docs/performance.md).
 template <typename Tiles>
 int64_t cost_of(const ProjectionArgs& args, int blocks) {
   if (!serve<Tiles>(args)) return std::numeric_limits<int64_t>::max();
@@ -99,7 +99,7 @@ int64_t cost_of(const ProjectionArgs& args, int blocks) {
   const int64_t column_tiles = tiles(args.call.columns, Tiles::kColumns), group = kGrouped * column_tiles;
   const int64_t turns = tiles(row_blocks * column_tiles, blocks);
   const int product = Tiles::kRows * Tiles::kColumns / 32;
-  const int waits = Tiles::kScaled ? 270 * (first_product(Tiles::kSums) < Tiles::kSums ? 2 : 1) : 0;
+  const int waits = Tiles::kScaled ? 260 * (first_product(Tiles::kSums) < Tiles::kSums ? 2 : 1) : 0;
   const bool shares_card = blocks <= kHalfACard;
   const int bytes_a_cycle = Tiles::kScaled ? 35 : shares_card ? 49 : 60;
   const int64_t turn = args.k_blocks * std::max(product + waits, Tiles::kStageBytes / bytes_a_cycle);
@@ -109,7 +109,8 @@ int64_t cost_of(const ProjectionArgs& args, int blocks) {
   if (shares_card) return turns * turn + copying;
   const int64_t first = tiles(std::min<int64_t>(row_blocks, kGrouped) * column_tiles, blocks);
   const int64_t late = row_blocks - (turns - 1) * blocks / group * kGrouped;
-  return std::max(turns * turn + copying * late / row_blocks, first * turn + copying);
+  const int64_t seen = 100 * late + (Tiles::kScaled ? 23 : 0) * (row_blocks - late);  // percent, of row blocks
+  return std::max(turns * turn + copying * seen / (100 * row_blocks), first * turn + copying);
 }
 
 // The cheapest of these tiles, the first of several: by the shape and the grid alone, so that all ranks take the same.
