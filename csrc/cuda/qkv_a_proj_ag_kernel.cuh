@@ -121,9 +121,9 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
     const int copier = blockIdx.x * kCopiers + warp;
     char* own = buffers + warp * Bytes::kCopierBytes;
     // Of what is too little for four buffers, two larger ones are best when nothing is left to multiply. While
-    // something is, three of less take less time: a load need not wait for the last store. Rows that are normed want
-    // the larger.
-    constexpr int kBesideProducts = Bytes::kBuffers == 2 && !kNorm ? 3 : Bytes::kBuffers;
+    // something is, four of less take less time: a load need not wait for the last store, nor operands for a large one.
+    // Rows that are normed want the larger.
+    constexpr int kBesideProducts = kNorm ? Bytes::kBuffers : Bytes::kMostBuffers;
     if (kBesideProducts != Bytes::kBuffers && first_late_row_block(args) > 0) {
       copy_row_blocks<Tiles, Out, kNorm, kBesideProducts>(args, round, copier, own, shared.copied[warp]);
     } else {
