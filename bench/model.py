@@ -52,7 +52,7 @@ class Shares:
     memory: float = 0.9
     link: float = 0.83
     bf16: float = 0.7
-    fp8: float = 0.55
+    fp8: float = 0.6
 
 
 @dataclass(frozen=True)

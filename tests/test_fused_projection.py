@@ -94,13 +94,14 @@ def test_many_rows(pool, device, dtype, widths, world_size):
     assert sums == [sums[0]] * world_size
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
 @pytest.mark.parametrize("widths", [WIDTHS[0], (2048, 512, 1024), (2048, 512, 2048)], ids=str)
 @pytest.mark.parametrize("world_size", [1, 8])
-def test_several_turns_of_tiles(pool, device, widths, world_size):
+def test_several_turns_of_tiles(pool, device, dtype, widths, world_size):
     """Rows are copied while later ones are multiplied. Wide ones: where normed rows need other tiles, or another
     kernel than the rest."""
     num_tokens, hidden_size = (21, 144) if device == "cpu" else (700 * world_size + 5, 1040)
-    sums = pool.run(project, device, torch.bfloat16, num_tokens, hidden_size, widths)
+    sums = pool.run(project, device, dtype, num_tokens, hidden_size, widths)
     assert sums == [sums[0]] * world_size
 
 

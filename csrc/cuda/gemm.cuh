@@ -11,8 +11,8 @@ namespace tpf {
 
 constexpr int kSwizzleBytes = 128;  // of K, in a row of an operand
 
-// A product has 256 columns at most, which are 128 sums of a thread: more are two products, and how many sums the first
-// one has. Two are faster than three, each of which reads the rows from shared memory again.
+// How many of a thread's sums the first product has. A product has 256 columns at most, which are 128 sums: more are
+// two products, the larger one last. Two are faster than three, each of which reads the rows from shared memory again.
 constexpr int first_product(int sums) { return sums <= 128 ? sums : sums / 8 * 4; }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -38,7 +38,7 @@ __device__ inline uint64_t operand(uint32_t address) {
 constexpr int kProductBytes = 32;  // of K, in one product
 constexpr uint64_t kOperandStep = kProductBytes >> 4;
 
-// An operand of columns, from those on that the `sums`'th sum of a thread belongs to.
+// From the columns on that a thread's sum number `sums` belongs to.
 __device__ inline uint64_t columns_further(uint64_t operand, int sums) {
   return operand + 2 * sums * (kSwizzleBytes >> 4);
 }

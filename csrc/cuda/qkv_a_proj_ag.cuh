@@ -26,6 +26,7 @@ constexpr int kProductWarps = 8, kOtherWarps = 4;  // of a block, the others bef
 // lie in different banks.
 constexpr int staged_pitch(int columns) { return (columns / 8 | 1) * 8; }
 
+// How many columns find room for 16 rows.
 constexpr int most_staged(int bytes) {
   int columns = 8;
   while (staged_pitch(columns + 8) * 32 <= bytes) columns += 8;
@@ -75,8 +76,8 @@ struct Tiling {
 };
 // Many rows. The larger a tile, the fewer operands are read; the largest one's sums just find room in registers. The
 // wide one reads more and has a stage more of it on its way, at the copying warps' expense: it takes as little time,
-// and less where it needs fewer turns. fp8 sums are held twice until they are promoted: of a wide tile a part at a
-// time.
+// and less where it needs fewer turns. fp8 sums are held twice until they are promoted: of a wide
+// tile a product at a time.
 template <typename In>
 using LargeTiles = Tiling<In, 256, 176, 3>;
 template <typename In>
@@ -106,9 +107,8 @@ constexpr int kNormedRun = 4;  // rows that a counting warp norms one after the 
 constexpr int kGrouped = 4;    // row blocks whose tiles are neighbours in the order: they share operands in the L2
 constexpr int kProjectionThreads = 32 * (kProductWarps + kOtherWarps);
 constexpr int kQVectors = 8, kKvVectors = 3;  // of a lane, in the two normed parts of a row
-// A block's shared memory. What the operands leave, the copying warps share: more or larger buffers are no gain. Nor
-// are as large ones where three stages of wide tiles are all that is on its way: these wait behind what is being
-// copied.
+// A block's shared memory. What the operands leave, the copying warps share: more or larger buffers are no gain. Beside
+// the three stages of wide fp8 tiles smaller ones are: an operand waits behind what is being copied.
 template <typename Tiles, bool kNorm>
 struct SharedBytes {
   static constexpr int kMost = 232448 - kStaticSharedBytes;  // sm_90
