@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <bit>
+#include <type_traits>
 
 #include "qkv_a_proj_ag.cuh"
 
@@ -249,14 +250,15 @@ __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, Projectio
       multiply_and_promote<Tiles, 0>(reinterpret_cast<float (&)[kFirst]>(products), sums[0], a, b, upper, lower,
                                      column_scale, group, [] {});
     }
+    const auto give_back = [&] {
+      __syncwarp();  // all lanes have read their scales
+      if (leads && k + 1 < args.k_blocks) barrier_arrive(&shared.empty[at.stage]);
+      last = at.stage;
+      next_stage<Tiles>(at);
+      scales_at.advance();
+    };
     multiply_and_promote<Tiles, kFirst>(products, sums[0], a, columns_further(b, kFirst), upper, lower, column_scale,
-                                        group, [&] {
-                                          __syncwarp();  // all lanes have read their scales
-                                          if (leads && k + 1 < args.k_blocks) barrier_arrive(&shared.empty[at.stage]);
-                                          last = at.stage;
-                                          next_stage<Tiles>(at);
-                                          scales_at.advance();
-                                        });
+                                        group, give_back);
   }
   return last;
 }
