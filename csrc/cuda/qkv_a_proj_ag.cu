@@ -91,7 +91,8 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
 // of tiles are copied meanwhile, which fp8 products are not long enough to hide all of, and the others after it; or,
 // where copying takes longest, all of them after the first ones are complete. Fitted to times on H100 of 64 to 16384
 // tokens, each kind of tile forced: of a rank alone, of four and eight that share the card, and of two with a card
-// each; 16-bit WideTiles came later, and take what this says where ranks share a card (docs/performance.md).
+// each; 16-bit WideTiles came later, and take what this says where ranks share a card. fp8's were fitted anew, alone
+// and on two H200 (docs/performance.md).
 template <typename Tiles>
 int64_t cost_of(const ProjectionArgs& args, int blocks) {
   if (!serve<Tiles>(args)) return std::numeric_limits<int64_t>::max();

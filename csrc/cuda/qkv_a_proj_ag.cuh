@@ -56,6 +56,7 @@ struct Tiling {
   // Where columns have scales, 128 have one, and no tile's are more than 256 that follow one another: what a tile has
   // beyond that lies behind all tiles' runs. So 264 columns have three scales, whichever tile it is.
   static constexpr int kRun = kScaled ? std::min(kColumns, 256) : kColumns, kSpare = kColumns - kRun;
+  static_assert(kSpare == 0 || (kByRows && 128 % kSpare == 0));  // so that the spare ones have one scale
   static constexpr int kWeightBox = divided(kRun, 256);  // rows of the weight that are fetched at once: at most so many
   // Whether one warp group promotes while the other multiplies. It costs the way from one to the other each time, which
   // is little where the products themselves wait longest for their beginning and their end.
