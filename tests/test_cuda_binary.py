@@ -84,17 +84,21 @@ def demangle(names: list[str]) -> list[str]:
     return [match[0] if match else line for line, match in short.items()]
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory) -> dict[str, dict[str, Kernel]]:
-    """The kernels of libtp_fused, by architecture and name. About ten seconds."""
+def extract_cubins(folder: Path) -> list[Path]:
+    """libtp_fused's cubins, one for each source and architecture: libtp_fused.12.sm_90a.cubin."""
     if not _C.cuda_compiled():
         left_out = os.environ.get("TP_FUSED_CUDA") == "0"
         assert left_out or find_nvcc() is None, f"there is {find_nvcc()}, but libtp_fused has no CUDA kernels"
         why = "TP_FUSED_CUDA=0 leaves them out" if left_out else "there was no nvcc"
         pytest.skip(f"libtp_fused was built without its CUDA kernels: {why}")
-    folder = tmp_path_factory.mktemp("cubins")
     run("cuobjdump", "-xelf", "all", Path(_C.__file__).with_name("libtp_fused.so"), folder=folder)
-    cubins = sorted(folder.glob("*.cubin"))  # libtp_fused.12.sm_90a.cubin
+    return sorted(folder.glob("*.cubin"))
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> dict[str, dict[str, Kernel]]:
+    """The kernels of libtp_fused, by architecture and name. About ten seconds."""
+    cubins = extract_cubins(tmp_path_factory.mktemp("cubins"))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
         contents = list(executor.map(read_cubin, cubins))
     kernels = collections.defaultdict(dict)

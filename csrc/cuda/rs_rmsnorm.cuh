@@ -46,8 +46,9 @@ struct ReduceArgs {
   Partition partition;
   int32_t chunk_rows;  // rows of one chunk, for one block
   int32_t num_chunks;
-  int32_t stages;  // kBulk: row buffers of the ring
-  int32_t parts;   // kOneRow: blocks of a cluster that share a row
+  int32_t stages;    // kBulk: row buffers of the ring
+  int32_t parts;     // kOneRow: blocks of a cluster that share a row
+  uint32_t no_bits;  // 0, which the compiler does not know: see barrier_arrive_having
 };
 
 // What the threads of a block derive from the arguments once.

@@ -188,7 +188,7 @@ __device__ inline void add_rows(const View<T>& view, const BlockRound& round, Bu
   // The first item that is a peer's: none is fetched before all peers have been heard.
   const int first_of_peers = view.rank == 0 ? 1 : 0;
   bool gave_up = false;
-  // Takes the next row buffer out of the ring and into registers.
+  // Takes the next row buffer of the ring into registers.
   const auto take = [&](uint4(&raw)[kVecs], int item) {
     barrier_wait(&shared.full[at.stage], at.round & 1);
     if (kEnding == Ending::kGather && item == first_of_peers) gave_up |= shared.gave_up[at.stage];
@@ -198,9 +198,19 @@ __device__ inline void add_rows(const View<T>& view, const BlockRound& round, Bu
       const int byte = group.vector(v) * 16;
       raw[v] = byte < row_bytes ? *reinterpret_cast<const uint4*>(from + byte) : uint4{};
     }
-    // Every thread for what it has read: one lane for its warp, after a __syncwarp, would be no faster.
-    barrier_arrive(&shared.empty[at.stage]);
     at.advance(1, args.stages);
+  };
+  // Gives the oldest row buffer that was taken back to the fetching warp. An arrival does not wait for loads that were
+  // issued before it, and the bulk copy that overwrites the buffer may overtake them: so the arrival is made to depend
+  // on the values, which have just been added anyway. Every thread for what it has read: one lane for its warp, after a
+  // __syncwarp, would be no faster.
+  int oldest = 0;
+  const auto give_back = [&](const uint4(&raw)[kVecs]) {
+    uint32_t loaded = gave_up;
+#pragma unroll
+    for (int v = 0; v < kVecs; ++v) loaded |= raw[v].x;
+    barrier_arrive_having(&shared.empty[oldest], loaded & args.no_bits);
+    if (++oldest == args.stages) oldest = 0;
   };
   int chunk = 0;
   const auto lay_open = [&] {
@@ -223,6 +233,7 @@ __device__ inline void add_rows(const View<T>& view, const BlockRound& round, Bu
     take(raw[0], 0);
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) unpack(sums[v], raw[0][v], T{});
+    give_back(raw[0]);
     if (items > 1) take(raw[0], 1);
 #pragma unroll 1
     for (int item = 1; item < items; item += 2) {
@@ -232,6 +243,7 @@ __device__ inline void add_rows(const View<T>& view, const BlockRound& round, Bu
         if (item + half + 1 < items) take(raw[1 - half], item + half + 1);
 #pragma unroll
         for (int v = 0; v < kVecs; ++v) add_vector<T>(sums[v], raw[half][v]);
+        give_back(raw[half]);
       }
     }
     finish_row<T, kVecs, kEnding>(view, row, sums, weight, group, step % 2, !gave_up);
