@@ -21,7 +21,7 @@ namespace py = pybind11;
 
 namespace {
 
-using tpf::Address, tpf::at, tpf::Input, tpf::projection_call, tpf::Team;
+using tpf::Address, tpf::at, tpf::Caller, tpf::Input, tpf::projection_call, tpf::Team;
 
 void check(tpf_status status, const std::string& what) {
   if (status == TPF_OK) return;
@@ -48,13 +48,13 @@ class Segment {
   Address base() const { return reinterpret_cast<Address>(segment_.base); }
   int fd() const { return segment_.fd; }
   // False where the file system knows no locks: peers then find a dead rank by the deadline alone.
-  bool hold(int rank) const { return tpf_segment_hold(&segment_, rank) == TPF_OK; }
+  bool hold(int rank) { return tpf_segment_hold(&segment_, rank) == TPF_OK; }
   py::buffer_info buffer() {
     return py::buffer_info(static_cast<uint8_t*>(segment_.base), static_cast<py::ssize_t>(segment_.bytes));
   }
 
  private:
-  tpf_segment segment_ = {nullptr, 0, -1};
+  tpf_segment segment_ = {nullptr, 0, -1, -1};
 };
 
 py::dict to_dict(const tpf_call& call) {
@@ -65,6 +65,7 @@ py::dict to_dict(const tpf_call& call) {
   out["dtype"] = call.dtype;
   out["columns"] = call.columns;
   out["group_size"] = call.group_size;
+  out["q_columns"] = call.q_columns;
   out["kv_columns"] = call.kv_columns;
   out["variant"] = call.variant;
   out["source"] = py::make_tuple(call.buffer, call.source);
@@ -105,19 +106,33 @@ int checked(tpf_status status) {
   return status;
 }
 
+// Whether a signal has come of which Python makes an exception, Ctrl-C for one. It is left to be raised.
+int32_t interrupted() {
+  const py::gil_scoped_acquire locked;
+  return PyErr_CheckSignals() != 0;
+}
+
 // Launches for `team`, unless it has faulted. Without the interpreter's lock where the call itself waits for peers:
 // ranks may be threads of one process.
 template <typename Cuda, typename Cpu>
-int run(const Team& team, Cuda&& cuda, Cpu&& cpu) {
+int run(const Team& team, Address stream, Cuda&& cuda, Cpu&& cpu) {
   if (const int status = team.fault_status()) return status;
-  if (team.on_cuda()) return checked(cuda());
-  py::gil_scoped_release release;
-  return cpu();
+  if (team.on_cuda()) {
+    checked(team.follow_stream(at(stream)));
+    return checked(cuda());
+  }
+  int status = TPF_OK;
+  {
+    py::gil_scoped_release release;
+    status = cpu();
+  }
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return status;
 }
 
 int gather_latent(Address latent, Address rows, const Team& team, const tpf_call& call, Address stream) {
   return run(
-      team, [&] { return tpf_gather_latent_cuda(at(latent), at(rows), team.get(), &call, at(stream)); },
+      team, stream, [&] { return tpf_gather_latent_cuda(at(latent), at(rows), team.get(), &call, at(stream)); },
       [&] { return tpf_qkv_a_proj_ag_cpu(at(latent), team.get(), &call); });
 }
 
@@ -157,10 +172,24 @@ PYBIND11_MODULE(_C, m) {
                   [](const std::string& name) { check(tpf_segment_unlink(name.c_str()), "cannot unlink " + name); })
       .def_buffer(&Segment::buffer);
 
+  // Who may call: see Caller. The verdicts are "", "forked" and "other thread".
+  py::class_<Caller, std::shared_ptr<Caller>>(m, "Caller")
+      .def(py::init<>())
+      .def("admit",
+           [](Caller& caller) {
+             const Caller::Verdict verdict = caller.admit();
+             return verdict == Caller::Verdict::kFine     ? ""
+                    : verdict == Caller::Verdict::kForked ? "forked"
+                                                          : "other thread";
+           })
+      .def("attach", &Caller::attach)
+      .def_property_readonly("thread_id", &Caller::thread_id);
+
   py::class_<Team, std::shared_ptr<Team>>(m, "Team")
       .def(py::init<int, const std::vector<Address>&, int64_t, int64_t, int, int, int, Address>(), py::arg("rank"),
            py::arg("regions"), py::arg("slot_bytes"), py::arg("timeout_ns"), py::arg("max_ctas") = 0,
            py::arg("liveness_fd") = -1, py::arg("device") = -1, py::arg("mailbox") = 0)
+      .def("captured", &Team::captured)
       .def("keep", [](Team& team, std::shared_ptr<Segment> segment) { team.keep(std::move(segment)); })
       .def("add_symmetric_buffer", &Team::add_symmetric_buffer)
       .def("is_symmetric",
@@ -184,8 +213,12 @@ PYBIND11_MODULE(_C, m) {
            [](const Team& team, py::ssize_t bytes) {
              return py::memoryview::from_memory(tpf_next_slot_cpu(team.get()), bytes);
            })
-      .def("serve", [](const std::shared_ptr<Team>& team, const std::string& group_name, int64_t max_num_tokens,
-                       int64_t row_bytes) { tpf::serve(group_name, {team, max_num_tokens, row_bytes}); })
+      .def("serve",
+           [](const std::shared_ptr<Team>& team, const std::shared_ptr<Caller>& caller, const std::string& group_name,
+              int64_t max_num_tokens, int64_t row_bytes) {
+             team->set_interrupted(interrupted);
+             tpf::serve(group_name, {team, caller, max_num_tokens, row_bytes});
+           })
       .def("close", [](const Team& team) {
         tpf::forget(team);
         team.on_cuda() ? tpf_team_close_cuda(team.get()) : tpf_team_close_cpu(team.get());
@@ -193,17 +226,18 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("register_kernel", &tpf::register_kernel);
 
-  m.def("rs_rmsnorm", [](Address output, Address residual_out, Address input, Address residual, Address weight,
-                         const Team& team, int64_t num_tokens, int hidden_size, int dtype, float eps, uint32_t variant,
-                         Address stream) {
-    const Input symm(team, at(input));
-    const auto launch = [&](auto op, auto... last) {
-      return op(at(output), at(residual_out), at(input), symm.get(), at(residual), at(weight), team.get(), num_tokens,
-                hidden_size, static_cast<tpf_dtype>(dtype), eps, variant, last...);
-    };
-    return run(
-        team, [&] { return launch(tpf_rs_rmsnorm_cuda, at(stream)); }, [&] { return launch(tpf_rs_rmsnorm_cpu); });
-  });
+  m.def("rs_rmsnorm",
+        [](Address output, Address residual_out, Address input, Address residual, Address weight, const Team& team,
+           int64_t num_tokens, int hidden_size, int dtype, float eps, uint32_t variant, Address stream) {
+          const Input symm(team, at(input));
+          const auto launch = [&](auto op, auto... last) {
+            return op(at(output), at(residual_out), at(input), symm.get(), at(residual), at(weight), team.get(),
+                      num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, variant, last...);
+          };
+          return run(
+              team, stream, [&] { return launch(tpf_rs_rmsnorm_cuda, at(stream)); },
+              [&] { return launch(tpf_rs_rmsnorm_cpu); });
+        });
 
   m.def("rs_rmsnorm_fp8",
         [](Address q, Address scale, Address residual_out, Address output, Address input, Address residual,
@@ -216,7 +250,7 @@ PYBIND11_MODULE(_C, m) {
                       scale_row_stride, scale_group_stride, variant, last...);
           };
           return run(
-              team, [&] { return launch(tpf_rs_rmsnorm_fp8_cuda, at(stream)); },
+              team, stream, [&] { return launch(tpf_rs_rmsnorm_fp8_cuda, at(stream)); },
               [&] { return launch(tpf_rs_rmsnorm_fp8_cpu); });
         });
 
@@ -229,7 +263,7 @@ PYBIND11_MODULE(_C, m) {
                       num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, variant, last...);
           };
           return run(
-              team, [&] { return launch(tpf_rs_rmsnorm_ag_cuda, at(stream)); },
+              team, stream, [&] { return launch(tpf_rs_rmsnorm_ag_cuda, at(stream)); },
               [&] { return launch(tpf_rs_rmsnorm_ag_cpu); });
         });
 
@@ -241,7 +275,7 @@ PYBIND11_MODULE(_C, m) {
                 last...);
     };
     return run(
-        team, [&] { return launch(tpf_reduce_scatter_rows_cuda, at(stream)); },
+        team, stream, [&] { return launch(tpf_reduce_scatter_rows_cuda, at(stream)); },
         [&] { return launch(tpf_reduce_scatter_rows_cpu); });
   });
 
@@ -251,13 +285,14 @@ PYBIND11_MODULE(_C, m) {
       return op(at(output), at(input), team.get(), num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), last...);
     };
     return run(
-        team, [&] { return launch(tpf_all_gather_rows_cuda, at(stream)); },
+        team, stream, [&] { return launch(tpf_all_gather_rows_cuda, at(stream)); },
         [&] { return launch(tpf_all_gather_rows_cpu); });
   });
 
   // A round without rows, on CUDA: the least that any op costs. For benchmarks.
   m.def("barrier", [](const Team& team, Address stream) {
     if (const int status = team.fault_status()) return status;
+    checked(team.follow_stream(at(stream)));
     return checked(tpf_barrier_cuda(team.get(), at(stream)));
   });
 
@@ -277,6 +312,7 @@ PYBIND11_MODULE(_C, m) {
                                              kv_columns,       eps};
           void* const pointers[3] = {at(outputs[0]), at(outputs[1]), at(outputs[2])};
           if (const int status = team.fault_status()) return status;
+          checked(team.follow_stream(at(stream)));
           const tpf_status status = tpf_qkv_a_proj_ag_cuda(pointers, &projection, team.get(), &call, at(stream));
           if (status == TPF_UNSUPPORTED) return std::nullopt;
           return checked(status);
@@ -303,7 +339,7 @@ PYBIND11_MODULE(_C, m) {
     const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_NORM, static_cast<tpf_dtype>(dtype), num_tokens,
                                           hidden_size, columns, false, q_columns, kv_columns);
     return run(
-        team,
+        team, stream,
         [&] {
           return tpf_gather_latent_norm_cuda(at(q_a), at(kv_a), at(k_pe), at(rows), at(q_a_weight), at(kv_a_weight),
                                              team.get(), &call, q_columns, kv_columns, eps, at(stream));

@@ -33,9 +33,12 @@
 //
 // What is bounded. Every wait has a deadline. A rank that gives up writes a record into its Control and sets `faulted`;
 // whoever waits for it looks there (and at `closed`) from time to time, so that one rank's fault ends the others'
-// waits.
+// waits. It also writes `notified` in every peer's Control: a rank that comes after the others have given up finds all
+// their words, and would complete alone what they did not.
 //
-// What stays with the caller: calls of one workspace are issued in one order (one stream), the same on all ranks.
+// What stays with the caller: calls of one workspace are issued in one order, the same on all ranks. CUDA: they follow
+// each other on the device, too. Every block knows how many blocks the calls before it had, and `ended` counts those
+// that have ended: a block that begins before all of them have gives up (TPF_OVERLAP).
 #pragma once
 #include <cstdint>
 
@@ -60,19 +63,24 @@ using shared_ref = std::atomic_ref<T>;
 namespace order = std;
 #endif
 
-// How far a rank has come. On CUDA every block reads the entry of its own number, and the blocks of a grid together
-// advance all entries: no block waits for another to know the epoch, whatever grids follow each other. On the CPU there
-// is entry 0.
-struct Progress {
-  uint32_t epoch;  // rounds this rank has finished
-  uint32_t reserved;
-  uint64_t calls;  // ops this rank has begun
+// How far a rank has come; all counts are modulo 2^32. On CUDA every block reads the entry of its own number, and the
+// blocks of a grid together advance all entries: no block waits for another to know the epoch, whatever grids follow
+// each other. On the CPU there is entry 0.
+struct alignas(8) Progress {
+  uint32_t epoch;   // rounds this rank has finished
+  uint32_t blocks;  // CUDA: of all ops this rank has begun
+  uint32_t calls;   // ops this rank has begun
+  uint32_t begun;   // CUDA: the same, unless two ops began at the same time
 };
 
 struct Control {
-  uint32_t faulted;  // set once `fault` is valid
-  uint32_t claimed;  // CUDA: the first thread to meet a fault writes the record
+  // What an op looks at when it begins: 16 bytes, read at once.
+  uint32_t faulted;   // set once `fault` is valid
+  uint32_t notified;  // 1 + the rank that has given up and says so; 0: none has
   uint32_t closed;
+  uint32_t ended;  // CUDA: blocks that have ended
+
+  uint32_t claimed;       // CUDA: the first thread to meet a fault writes the record
   uint32_t fetched;       // CUDA: tiles whose operands a projection has asked for. The last one sets it back to 0.
   tpf_call announced[2];  // what the owner calls in round e, at e & 1
   uint32_t claims[2];     // CUDA: rows that blocks have taken one by one in call c, at c & 1
@@ -81,6 +89,21 @@ struct Control {
   tpf_fault fault;
   Progress progress[TPF_MAX_CTAS];  // only its owner touches it
 };
+
+// The record of a rank that has none, where there ought to be one: peers have told it that they gave up, or two of its
+// calls began at the same time. TPF_OK: neither.
+inline tpf_fault unrecorded_fault(const Control& own, int rank) {
+  tpf_fault fault = {};
+  const Progress& now = own.progress[0];
+  if (own.notified == 0 && (now.begun == 0 || now.begun == now.calls)) return fault;
+  fault.status = own.notified != 0 ? TPF_PEER_FAULTED : TPF_OVERLAP;
+  fault.rank = rank;
+  fault.peer = own.notified != 0 ? static_cast<int32_t>(own.notified) - 1 : rank;
+  fault.epoch = now.epoch;
+  fault.call_number = now.calls;
+  fault.expected = own.announced[fault.epoch & 1];
+  return fault;
+}
 
 constexpr int64_t kControlBytes = 8192;
 constexpr int64_t kSignalBytes = int64_t{TPF_MAX_STEPS} * TPF_MAX_CTAS * TPF_MAX_RANKS * sizeof(uint64_t);
@@ -137,7 +160,7 @@ inline tpf_call projection_call(tpf_op op, tpf_dtype dtype, int64_t num_tokens, 
   call.num_tokens = num_tokens;
   call.hidden_size = static_cast<uint32_t>(hidden_size);
   call.columns = static_cast<uint32_t>(columns);
-  call.group_size = static_cast<uint32_t>(q_columns);
+  call.q_columns = static_cast<uint32_t>(q_columns);
   call.kv_columns = static_cast<uint32_t>(kv_columns);
   call.variant = bias ? TPF_BIAS : 0;
   call.source = -1;
@@ -180,6 +203,7 @@ TPF_HD inline uint32_t contract_of(const tpf_call& call) {
   hash = mix(hash, call.columns);
   hash = mix(hash, call.group_size);
   hash = mix(hash, call.variant);
+  hash = mix(hash, call.q_columns);
   hash = mix(hash, call.kv_columns);
   hash = mix(hash, call.buffer);
   hash = mix(hash, static_cast<uint32_t>(call.source));

@@ -5,6 +5,7 @@
 #include <mutex>
 #include <vector>
 
+#include "caller.h"
 #include "tp_fused.h"
 
 namespace tpf {
@@ -33,11 +34,18 @@ class Team {
   }
 
   const tpf_team* get() const { return &team_; }
+  // Called by a wait now and then; where it does not return 0 the wait ends.
+  void set_interrupted(int32_t (*interrupted)()) { team_.interrupted = interrupted; }
   bool on_cuda() const { return team_.device >= 0; }
   // What a kernel of an earlier call has run into; nothing is launched on a workspace that has faulted.
   int fault_status() const {
     return on_cuda() ? static_cast<const volatile tpf_fault*>(team_.mailbox)->status : TPF_OK;
   }
+
+  // Before a launch on `stream`, a CUDA stream.
+  tpf_status follow_stream(void* stream) const { return tpf_follow_stream_cuda(&stream_order_, &team_, stream); }
+  // Whether a CUDA graph has a call of this team.
+  bool captured() const { return stream_order_.captured != 0; }
 
   // Memory that addresses of the team point into: it stays mapped for an op that another thread is in while the
   // workspace is closed.
@@ -75,6 +83,7 @@ class Team {
     int64_t bytes;
   };
   tpf_team team_;
+  mutable tpf_stream_order stream_order_ = {};  // one thread calls: see Caller
   std::vector<Buffer> buffers_;
   std::vector<std::shared_ptr<void>> kept_;
   mutable std::mutex mutex_;  // of both: ops run without the interpreter's lock
@@ -93,6 +102,7 @@ struct Input {
 // What the kernels of torch's dispatcher know of a workspace (tp_fused/workspace.py).
 struct Workspace {
   std::shared_ptr<const Team> team;
+  std::shared_ptr<Caller> caller;
   int64_t max_num_tokens, row_bytes;
 };
 

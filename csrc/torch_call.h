@@ -18,7 +18,8 @@ std::optional<Workspace> find_workspace(std::string_view group_name, bool on_cud
 struct Call {
   bool read(Value tensor, Value group_name, int largest_dtype) {
     input_tensor = handle<AtenTensorOpaque>(tensor);
-    return input.read(input_tensor) && input.dim == 2 && input.dtype <= largest_dtype && find(string(group_name));
+    return input.read(input_tensor) && input.dim == 2 && input.dtype <= largest_dtype && find(string(group_name)) &&
+           workspace.caller->admit() == Caller::Verdict::kFine;
   }
   bool fits(int64_t num_tokens, int64_t row_bytes) const {
     return num_tokens >= 0 && num_tokens <= workspace.max_num_tokens && row_bytes > 0 &&
@@ -34,7 +35,8 @@ struct Call {
     if (workspace.team->fault_status() != TPF_OK) return false;
     if (on_cuda()) {
       void* stream = nullptr;
-      return torch.aoti_torch_get_current_cuda_stream(team()->device, &stream) == 0 && cuda(stream) == TPF_OK;
+      return torch.aoti_torch_get_current_cuda_stream(team()->device, &stream) == 0 &&
+             workspace.team->follow_stream(stream) == TPF_OK && cuda(stream) == TPF_OK;
     }
     // Waits for peers, which may be threads of this process: torch has let go of the interpreter's lock.
     return cpu() == TPF_OK;

@@ -210,6 +210,10 @@ py::list take_tensors(std::string_view kinds, Value* stack) {
 // raises leaves here as pybind11's error_already_set, and torch, which uses pybind11 as well, raises it to its caller.
 void hand_over(size_t index, Value* stack) {
   const py::gil_scoped_acquire locked;
+  if (PyErr_Occurred()) {  // what ended a wait: see interrupted
+    release(kOps[index].arguments, stack);
+    throw py::error_already_set();
+  }
   const std::string_view kinds = kOps[index].arguments;
   const py::list tensors = take_tensors(kinds, stack);
   py::list arguments;

@@ -28,6 +28,9 @@ typedef enum tpf_status {
   TPF_PEER_FAULTED = 3,  /* a peer has given up a call: its own record says why */
   TPF_PEER_CLOSED = 4,   /* a peer closed its workspace */
   TPF_PEER_DIED = 5,     /* a peer's process has ended */
+  TPF_INTERRUPTED = 6,   /* a signal ended this rank's wait: tpf_team.interrupted */
+  TPF_OVERLAP = 7,       /* CUDA: a call began before the workspace's call before it had ended: two streams */
+  TPF_CLOSED = 8,        /* CUDA: this rank's workspace was closed, and a graph of that time is replayed */
   /* Errors of set-up. errno says more. */
   TPF_NO_SPACE = 16,
   TPF_SYSTEM = 17,
@@ -64,11 +67,13 @@ typedef struct tpf_call {
   int64_t num_tokens;
   uint32_t hidden_size; /* columns of the input */
   uint32_t columns;     /* columns of a projection, 0 elsewhere */
-  uint32_t group_size;  /* columns that share an fp8 scale; columns of q_a in qkv_a_proj_ag_norm; 0 elsewhere */
+  uint32_t group_size;  /* columns that share an fp8 scale; 0 elsewhere */
   uint32_t variant;
   uint32_t kv_columns; /* of kv_a in qkv_a_proj_ag_norm; 0 elsewhere */
   uint32_t buffer;     /* the symmetric buffer that the input is read in; 0 where it is staged */
   int64_t source;      /* -1: input staged; else its offset in that buffer, read there in place */
+  uint32_t q_columns;  /* of q_a in qkv_a_proj_ag_norm; 0 elsewhere */
+  uint32_t reserved;
 } tpf_call;
 
 typedef struct tpf_fault {
@@ -95,6 +100,7 @@ typedef struct tpf_team {
   int32_t liveness_fd; /* CPU: the segment's descriptor, whose locks tell who lives; -1: unknown */
   int32_t device;      /* CUDA: the ordinal; -1: the CPU backend */
   tpf_fault* mailbox;  /* CUDA: pinned host memory, zeroed; the kernel's fault record arrives there, status last */
+  int32_t (*interrupted)(void); /* CPU: a wait asks it some times a second, and ends where it is not 0; may be NULL */
 } tpf_team;
 
 /* An input that lies in symmetric memory: at `offset` in every rank's base[r]. */
@@ -113,6 +119,7 @@ typedef struct tpf_segment {
   void* base;
   int64_t bytes;
   int32_t fd;
+  int32_t lock_fd; /* of tpf_segment_hold; -1: not held */
 } tpf_segment;
 
 int32_t tpf_cpu_supported(void);
@@ -121,11 +128,12 @@ tpf_status tpf_segment_open(tpf_segment* segment, const char* name, int64_t byte
 tpf_status tpf_segment_unlink(const char* name);
 void tpf_segment_close(tpf_segment* segment);
 /* Says, until this process ends or closes the segment, that `rank` lives. */
-tpf_status tpf_segment_hold(const tpf_segment* segment, int32_t rank);
+tpf_status tpf_segment_hold(tpf_segment* segment, int32_t rank);
 
 /* ---- a rank's own state (CPU) ---- */
 void tpf_team_close_cpu(const tpf_team* team);
-/* The caller's own record; status is TPF_OK where nothing has gone wrong. */
+/* A rank's record; status is TPF_OK where nothing has gone wrong. The caller's own is TPF_PEER_FAULTED from the moment
+ * on at which a peer gives up, whether or not the caller has called anything since. */
 tpf_fault tpf_team_fault_cpu(const tpf_team* team, int32_t rank);
 /* Where the next round's staging rows of this rank begin: ops that compute into the slot write there first. */
 void* tpf_next_slot_cpu(const tpf_team* team);
@@ -166,8 +174,22 @@ tpf_status tpf_qkv_a_proj_ag_norm_cpu(void* q_a, void* kv_a, void* k_pe, const v
 
 /* ---- CUDA ---- */
 void tpf_team_close_cuda(const tpf_team* team);
-/* The caller's own record comes from the mailbox, without a wait; a peer's is copied from its region. */
+/* As tpf_team_fault_cpu. The caller's own record comes from the mailbox or, where that is empty, from its region; a
+ * peer's is copied from the peer's region. Waits for none of the kernels. */
 tpf_fault tpf_team_fault_cuda(const tpf_team* team, int32_t rank);
+
+/* The streams that a workspace's calls were issued on. Zeroed at first. */
+typedef struct tpf_stream_order {
+  void* last;          /* of the last call that ran */
+  void* last_captured; /* of the last call that was captured, in the capture of this number */
+  uint64_t capture;
+  int32_t any;      /* there is a last one */
+  int32_t captured; /* some call was captured in a graph */
+} tpf_stream_order;
+
+/* Makes the next call, on `stream`, follow the last one: where the streams differ, `stream` waits for the work that the
+ * other one has been given so far. Before every launch. */
+tpf_status tpf_follow_stream_cuda(tpf_stream_order* order, const tpf_team* team, void* stream);
 
 /* ---- ops (CUDA): as above, on a stream (a cudaStream_t). Outputs of a call that faults are filled with NaN ---- */
 typedef void* tpf_stream;

@@ -20,6 +20,8 @@ class Call(ctypes.Structure):
         ("kv_columns", ctypes.c_uint32),
         ("buffer", ctypes.c_uint32),
         ("source", ctypes.c_int64),
+        ("q_columns", ctypes.c_uint32),
+        ("reserved", ctypes.c_uint32),
     ]
 
 
@@ -34,6 +36,7 @@ class Team(ctypes.Structure):
         ("liveness_fd", ctypes.c_int32),
         ("device", ctypes.c_int32),
         ("mailbox", Pointer),
+        ("interrupted", Pointer),
     ]
 
 

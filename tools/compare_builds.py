@@ -187,7 +187,7 @@ def projections(ranks: Ranks) -> list[Case]:
         first, normed = tokens // ranks.world_size * ranks.rank, op == _C.QKV_A_PROJ_AG_NORM
         dtype = E4M3 if op == _C.QKV_A_PROJ_AG_FP8 else BF16
         code = DTYPE_CODES[dtype]
-        call = Call(op, code, tokens, HIDDEN, LATENT, WIDTHS[0] * normed, 0, WIDTHS[1] * normed, 0, -1)
+        call = Call(op, code, tokens, HIDDEN, LATENT, 0, 0, WIDTHS[1] * normed, 0, -1, WIDTHS[0] * normed)
         starts = [tokens * sum(WIDTHS[:part]) for part in range(3 if normed else 1)]
         places = (Pointer * 3)(*(outputs[start:].data_ptr() for start in starts))
         projection = Projection(

@@ -74,6 +74,7 @@ def kernel_starts(workspace, **tensors: torch.Tensor | None) -> None:
 def capacity(workspace, input: torch.Tensor, num_tokens: int, columns: int, dtype=None, name="hidden_size") -> None:
     """The workspace is open, on the input's card, and made for calls of this size; `dtype`: if not the input's."""
     workspace.require_open()
+    workspace.require_caller()
     if workspace.device_index not in (None, input.device.index):
         raise ValueError(
             f"the input is on {input.device}, the workspace on cuda:{workspace.device_index}: call "

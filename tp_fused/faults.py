@@ -1,6 +1,6 @@
 """What goes wrong between ranks, told in words. The record is `tpf_fault` of csrc/tp_fused.h."""
 
-NEVER_ARRIVED, DISAGREE, PEER_FAULTED, PEER_CLOSED, PEER_DIED = 1, 2, 3, 4, 5
+NEVER_ARRIVED, DISAGREE, PEER_FAULTED, PEER_CLOSED, PEER_DIED, INTERRUPTED, OVERLAP, CLOSED = range(1, 9)
 
 OPS = {
     1: "rs_rmsnorm",
@@ -23,7 +23,7 @@ class CollectiveFault(RuntimeError):
     `tp_fused.init` makes a new one. The process and its other work are not affected.
 
     Attributes: `op`, `call_number` (calls on this workspace, from 1), `rank` (whose report this is), `peer` (about
-    whom), `reason` ("never arrived", "disagrees", "gave up", "closed", "died").
+    whom), `reason` ("never arrived", "disagrees", "gave up", "closed", "died", "interrupted", "overlaps").
     """
 
     def __init__(self, message: str, op: str, call_number: int, rank: int, peer: int, reason: str):
@@ -73,6 +73,17 @@ def fault_from(record: dict, *others: dict) -> CollectiveFault:
         reason, message = "gave up", f"{call}: rank {peer} has given up on this workspace{because}"
     elif status == PEER_CLOSED:
         reason, message = "closed", f"{call}: rank {peer} closed its workspace before it arrived"
+    elif status == INTERRUPTED:
+        reason, message = "interrupted", f"{call}: a signal ended rank {rank}'s wait for rank {peer}"
+    elif status == OVERLAP:
+        reason = "overlaps"
+        message = (
+            f"{call}: it began on rank {rank} before the workspace's call before it had ended: graphs and calls of one "
+            f"workspace must follow each other, on one stream or by events"
+        )
+    elif status == CLOSED:
+        reason = "closed"
+        message = f"{call}: rank {rank} replayed a CUDA graph captured on a workspace closed since: capture it again"
     else:
         reason, message = "died", f"{call}: the process of rank {peer} ended before it arrived"
     return CollectiveFault(message, op, record["call_number"], rank, peer, reason)

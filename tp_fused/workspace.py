@@ -4,6 +4,7 @@ import atexit
 import os
 import secrets
 import shutil
+import threading
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,7 @@ class Workspace:
         self.device_index = torch.cuda.current_device() if device_type == "cuda" else None
         self.closed = False
         self._pid = os.getpid()
+        self.caller = _C.Caller()
         self.calls, self.fault = 0, None  # the reference backend's; the others keep theirs in the region
         self.team = None
         self._symmetric: list = []  # torch's, that the team's addresses point into
@@ -54,6 +56,31 @@ class Workspace:
             raise ValueError(
                 f"the workspace of group {self.group_name!r} is closed; call tp_fused.init(...) on all ranks"
             )
+
+    def require_caller(self) -> None:
+        """Raises where this thread, or this process, is not the one that calls the ops of this workspace."""
+        verdict = self.caller.admit()
+        if verdict == "forked":
+            raise ValueError(
+                f"the workspace of group {self.group_name!r} was made by process {self._pid}; process {os.getpid()} was "
+                f"forked from it and is no rank of that group: call the ops in process {self._pid}"
+            )
+        if verdict == "other thread":
+            raise ValueError(
+                f"the workspace of group {self.group_name!r} is used by thread {self.caller.thread_id}, this is thread "
+                f"{threading.get_native_id()}: calls of two threads would come in another order on every rank. Make a "
+                f"group and a workspace for each thread, or hand this one over with Workspace.attach_thread()"
+            )
+
+    def attach_thread(self) -> None:
+        """From here on this thread calls the ops of this workspace, and no other may.
+
+        The first thread that calls an op is the one that may, until it ends: call this to go on in another one. The
+        ranks' calls must have one order, so the thread before must have made its last call, on every rank at the same
+        place in that order.
+        """
+        self.require_open()
+        self.caller.attach()
 
     def require_kernel_width(self, hidden_size: int) -> None:
         limit = _C.MAX_HIDDEN_SIZE
@@ -284,7 +311,7 @@ def init(
     workspace = Workspace(group, device_type, backend, reason, arguments)
     _workspaces[key] = workspace
     if workspace.team is not None:
-        workspace.team.serve(workspace.group_name, workspace.max_num_tokens, workspace.row_bytes)
+        workspace.team.serve(workspace.caller, workspace.group_name, workspace.max_num_tokens, workspace.row_bytes)
     return workspace
 
 

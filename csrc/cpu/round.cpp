@@ -1,28 +1,20 @@
 #include "round.h"
 
-#include <fcntl.h>
 #include <sched.h>
 #include <time.h>
 
 #include <algorithm>
 #include <chrono>
 
+#include "liveness.h"
+
 namespace tpf {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-bool flag(uint32_t& word) { return shared_ref<uint32_t>(word).load(std::memory_order_acquire) != 0; }
-
-bool died(const tpf_team& team, int peer) {
-  if (team.liveness_fd < 0) return false;
-  struct flock lock = {};
-  lock.l_type = F_WRLCK;
-  lock.l_whence = SEEK_SET;
-  lock.l_start = peer;
-  lock.l_len = 1;
-  return fcntl(team.liveness_fd, F_OFD_GETLK, &lock) == 0 && lock.l_type == F_UNLCK;
-}
+uint32_t word(uint32_t& shared) { return shared_ref<uint32_t>(shared).load(std::memory_order_acquire); }
+bool flag(uint32_t& shared) { return word(shared) != 0; }
 
 // What a rank does between two looks at a peer's word. Ranks may outnumber cores: after a short spin the core is given
 // away, first by sched_yield and then, when the peer is clearly busy elsewhere, by sleeping.
@@ -42,10 +34,13 @@ class Patience {
     if (waited > team_.timeout_ns) return verdict_ = TPF_NEVER_ARRIVED, TPF_OK;
     if (waited > next_check_ns_) {
       next_check_ns_ = waited + 2'000'000;
-      Control* peer = control(team_.region[peer_]);
-      if (flag(peer->faulted)) return verdict_ = TPF_PEER_FAULTED, TPF_OK;
-      if (flag(peer->closed)) return verdict_ = TPF_PEER_CLOSED, TPF_OK;
-      if (died(team_, peer_)) return verdict_ = TPF_PEER_DIED, TPF_OK;
+      if (flag(control(team_.region[team_.rank])->notified)) return verdict_ = TPF_PEER_FAULTED, TPF_OK;
+      if (flag(control(team_.region[peer_])->closed)) return verdict_ = TPF_PEER_CLOSED, TPF_OK;
+      if (team_.liveness_fd >= 0 && died(team_.liveness_fd, peer_)) return verdict_ = TPF_PEER_DIED, TPF_OK;
+    }
+    if (waited > next_interrupt_ns_) {
+      next_interrupt_ns_ = waited + 100'000'000;
+      if (team_.interrupted != nullptr && team_.interrupted() != 0) return TPF_INTERRUPTED;
     }
     const timespec nap = {0, static_cast<long>(std::min<int64_t>(waited / 8, 1'000'000))};
     nanosleep(&nap, nullptr);
@@ -61,7 +56,7 @@ class Patience {
   const int peer_;
   const Clock::time_point start_ = Clock::now();
   int looks_ = 0;
-  int64_t next_check_ns_ = 1'000'000;
+  int64_t next_check_ns_ = 1'000'000, next_interrupt_ns_ = 100'000'000;
   tpf_status verdict_ = TPF_OK;
 };
 
@@ -80,10 +75,7 @@ tpf_status Round::begin() {
   ++own_->progress[0].calls;
   announce();
   // A rank that comes after its peers have given up would find all their words and go on alone.
-  for (int peer = 0; peer < world_size(); ++peer) {
-    if (peer != rank() && flag(control(team_.region[peer])->faulted)) return fail(TPF_PEER_FAULTED, peer, 0, 0, 0);
-  }
-  return TPF_OK;
+  return flag(own_->notified) ? fail(TPF_PEER_FAULTED, rank(), 0, 0, 0) : TPF_OK;
 }
 
 tpf_status Round::begin_next() {
@@ -114,6 +106,7 @@ tpf_status Round::end(bool zero_copy) {
 }
 
 tpf_status Round::fail(tpf_status status, int peer, int step, uint64_t seen, int64_t waited_ns) {
+  if (status == TPF_PEER_FAULTED) peer = static_cast<int>(word(own_->notified)) - 1;  // and not who is waited for
   tpf_fault& fault = own_->fault;
   fault = {};
   fault.status = status;
@@ -127,6 +120,10 @@ tpf_status Round::fail(tpf_status status, int peer, int step, uint64_t seen, int
   fault.expected = call_;
   if (status == TPF_DISAGREE) fault.seen = control(team_.region[peer])->announced[epoch_ & 1];
   shared_ref<uint32_t>(own_->faulted).store(1, std::memory_order_release);
+  for (int other = 0; other < world_size(); ++other) {
+    if (other == rank()) continue;
+    shared_ref<uint32_t>(control(team_.region[other])->notified).store(1 + rank(), std::memory_order_release);
+  }
   return status;
 }
 
@@ -138,7 +135,8 @@ void tpf_team_close_cpu(const tpf_team* team) {
 
 tpf_fault tpf_team_fault_cpu(const tpf_team* team, int32_t rank) {
   tpf::Control* control = tpf::control(team->region[rank]);
-  return tpf::flag(control->faulted) ? control->fault : tpf_fault{};
+  if (tpf::flag(control->faulted)) return control->fault;
+  return rank == team->rank && tpf::flag(control->notified) ? tpf::unrecorded_fault(*control, rank) : tpf_fault{};
 }
 
 void* tpf_next_slot_cpu(const tpf_team* team) {

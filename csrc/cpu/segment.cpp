@@ -6,6 +6,7 @@
 #include <cerrno>
 
 #include "../protocol.h"
+#include "liveness.h"
 
 namespace {
 
@@ -15,7 +16,7 @@ tpf_status map(tpf_segment* segment, int fd, int64_t bytes) {
     close(fd);
     return errno == ENOMEM ? TPF_NO_SPACE : TPF_SYSTEM;
   }
-  *segment = {base, bytes, fd};
+  *segment = {base, bytes, fd, -1};
   return TPF_OK;
 }
 
@@ -63,17 +64,7 @@ tpf_status tpf_segment_unlink(const char* name) { return shm_unlink(name) == 0 ?
 void tpf_segment_close(tpf_segment* segment) {
   if (segment->base == nullptr) return;
   munmap(segment->base, static_cast<size_t>(segment->bytes));
+  tpf::release_lock(segment->lock_fd);
   close(segment->fd);
-  *segment = {nullptr, 0, -1};
-}
-
-// A lock of the open file description: the kernel drops it when the process ends, however it ends, and it is not
-// mistaken, as a pid would be, for a zombie or for a later process.
-tpf_status tpf_segment_hold(const tpf_segment* segment, int32_t rank) {
-  struct flock lock = {};
-  lock.l_type = F_WRLCK;
-  lock.l_whence = SEEK_SET;
-  lock.l_start = rank;
-  lock.l_len = 1;
-  return fcntl(segment->fd, F_OFD_SETLK, &lock) == 0 ? TPF_OK : TPF_SYSTEM;
+  *segment = {nullptr, 0, -1, -1};
 }

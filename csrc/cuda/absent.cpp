@@ -7,6 +7,7 @@ const char* tpf_cuda_error_string(void) { return "this build has no CUDA kernels
 
 void tpf_team_close_cuda(const tpf_team*) {}
 tpf_fault tpf_team_fault_cuda(const tpf_team*, int32_t) { return {}; }
+tpf_status tpf_follow_stream_cuda(tpf_stream_order*, const tpf_team*, void*) { return TPF_UNSUPPORTED; }
 
 tpf_status tpf_rs_rmsnorm_cuda(void*, void*, const void*, const tpf_symm*, const void*, const void*, const tpf_team*,
                                int64_t, int32_t, tpf_dtype, float, uint32_t, tpf_stream) {

@@ -16,10 +16,13 @@ __global__ void barrier_kernel(const __grid_constant__ BarrierArgs args) {
   wait_for_last_kernel();
   const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
   const int peer = threadIdx.x;
-  if (round.refused || peer >= args.team.world_size || peer == args.team.rank) return;
-  publish_step(args.team, round, 0, peer);
-  wait_step(args.team, args.call, round, 0, peer);
+  if (!round.refused && peer < args.team.world_size && peer != args.team.rank) {
+    publish_step(args.team, round, 0, peer);
+    wait_step(args.team, args.call, round, 0, peer);
+  }
   let_next_kernel_in();
+  __syncwarp();
+  if (threadIdx.x == 0) end_op(args.team, args.call, round);
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
+#include <chrono>
 #include <mutex>
+#include <thread>
 
 #include "launch.cuh"
 
@@ -19,6 +21,30 @@ void ask(Device* device, int ordinal) {
 
 // Compiled for what all others are.
 __global__ void any_kernel() {}
+
+// `next` waits for the work that `last` has been given.
+tpf_status join(cudaStream_t last, cudaStream_t next) {
+  cudaEvent_t event = nullptr;
+  cudaError_t error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+  if (error == cudaSuccess) error = cudaEventRecord(event, last);
+  if (error == cudaSuccess) error = cudaStreamWaitEvent(next, event, 0);
+  if (event != nullptr) cudaEventDestroy(event);  // once it is over
+  return cuda_failed(error);
+}
+
+// Beside kernels that run, and captures that are made: on a stream of its own.
+bool read_control(Control* seen, const tpf_team& team, int rank) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  cudaStream_t stream = nullptr;
+  const bool read =
+      cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess &&
+      cudaMemcpyAsync(seen, team.region[rank], sizeof(*seen), cudaMemcpyDeviceToHost, stream) == cudaSuccess &&
+      cudaStreamSynchronize(stream) == cudaSuccess;
+  if (stream != nullptr) cudaStreamDestroy(stream);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  return read;
+}
 }  // namespace
 
 tpf_status cuda_failed(cudaError_t error) {
@@ -62,11 +88,47 @@ void tpf_team_close_cuda(const tpf_team* team) {
 }
 
 tpf_fault tpf_team_fault_cuda(const tpf_team* team, int32_t rank) {
-  if (rank == team->rank) {
-    const volatile tpf_fault* mail = team->mailbox;
-    return mail->status != TPF_OK ? *team->mailbox : tpf_fault{};
+  const volatile tpf_fault* mail = team->mailbox;
+  if (rank == team->rank && mail->status != TPF_OK) return *team->mailbox;
+  tpf::Device unused;
+  tpf::Control seen;
+  if (tpf::use_device(&unused, team->device) != TPF_OK) return {};
+  if (!tpf::read_control(&seen, *team, rank)) return {};
+  if (seen.faulted != 0) return seen.fault;
+  if (rank != team->rank) return {};
+  const tpf_fault fault = tpf::unrecorded_fault(seen, rank);
+  if (fault.status != TPF_OVERLAP) return fault;
+  // A kernel may be about to count its call: what is wrong stays so.
+  const tpf::Progress before = seen.progress[0];
+  std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  if (!tpf::read_control(&seen, *team, rank)) return {};
+  const tpf::Progress& after = seen.progress[0];
+  return after.calls == before.calls && after.begun == before.begun ? fault : tpf_fault{};
+}
+
+tpf_status tpf_follow_stream_cuda(tpf_stream_order* order, const tpf_team* team, void* stream) {
+  tpf::Device device;
+  if (const tpf_status status = tpf::use_device(&device, team->device); status != TPF_OK) return status;
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+  unsigned long long capture = 0;
+  const auto next = static_cast<cudaStream_t>(stream);
+  // An error says that another stream is captured and this, the legacy one, must not be asked: it is not captured.
+  if (cudaStreamIsCapturing(next, &capturing) != cudaSuccess) cudaGetLastError(), capturing = {};
+  if (capturing != cudaStreamCaptureStatusActive) {
+    const bool follows = order->any == 0 || order->last == stream;
+    const tpf_status status = follows ? TPF_OK : tpf::join(static_cast<cudaStream_t>(order->last), next);
+    order->last = stream;
+    order->any = 1;
+    return status;
   }
-  tpf_fault fault = {};
-  cudaMemcpy(&fault, &tpf::control(team->region[rank])->fault, sizeof(fault), cudaMemcpyDeviceToHost);
-  return fault;
+  // What is captured runs later: it follows what the same capture has of this workspace.
+  if (const cudaError_t error = cudaStreamGetCaptureInfo(next, &capturing, &capture); error != cudaSuccess) {
+    return tpf::cuda_failed(error);
+  }
+  const bool follows = order->captured == 0 || order->capture != capture || order->last_captured == stream;
+  const tpf_status status = follows ? TPF_OK : tpf::join(static_cast<cudaStream_t>(order->last_captured), next);
+  order->last_captured = stream;
+  order->capture = capture;
+  order->captured = 1;
+  return status;
 }

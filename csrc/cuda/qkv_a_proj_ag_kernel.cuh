@@ -85,6 +85,10 @@ __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRo
   mover.flush();
 }
 
+// A warp that has done its part leaves; the last one waits until all others have.
+__device__ inline void leave_block() { asm volatile("bar.arrive 4, %0;" ::"n"(kProjectionThreads) : "memory"); }
+__device__ inline void leave_block_last() { asm volatile("bar.sync 4, %0;" ::"n"(kProjectionThreads) : "memory"); }
+
 #endif
 
 template <typename Tiles, typename Out, bool kNorm>
@@ -111,9 +115,11 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp >= kOtherWarps) {
     take_registers<multiply_registers<Tiles>(kNorm)>();
-    if (round.refused) return;
-    multiply_tiles<Tiles, Out, kNorm>(args, round, shared, (warp - kOtherWarps) / 4, stages, scales);
-    if constexpr (kNorm) norm_late_rows<Tiles, Out>(args, round, norm_weights);
+    if (!round.refused) {
+      multiply_tiles<Tiles, Out, kNorm>(args, round, shared, (warp - kOtherWarps) / 4, stages, scales);
+      if constexpr (kNorm) norm_late_rows<Tiles, Out>(args, round, norm_weights);
+    }
+    leave_block();
     return;
   }
   give_registers<other_registers<Tiles>(kNorm)>();
@@ -129,13 +135,18 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
     } else {
       copy_row_blocks<Tiles, Out, kNorm, Bytes::kBuffers>(args, round, copier, own, shared.copied[warp]);
     }
-  } else if (round.refused) {
-    return;
-  } else if (warp == kCopiers) {
+    if (warp == 0) {
+      leave_block_last();
+      // Here, and not in code that all warps share: there it costs the products the registers of their pipeline.
+      if (elect()) end_op(args.team, args.call, round);
+      return;
+    }
+  } else if (!round.refused && warp == kCopiers) {
     fetch_operands<Tiles>(args, shared, stages, scales);
-  } else {
+  } else if (!round.refused) {
     finish_row_blocks<Tiles, Out, kNorm>(args, round, shared, norm_weights);
   }
+  leave_block();
 #endif
 }
 

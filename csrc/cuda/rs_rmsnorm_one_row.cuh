@@ -12,15 +12,6 @@ __device__ inline void post16(void* address, uint4 raw) {
                : "memory");
 }
 
-__device__ inline uint4 look16(const void* address) {
-  uint4 posted;
-  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(posted.x), "=r"(posted.y), "=r"(posted.z), "=r"(posted.w)
-               : "l"(address)
-               : "memory");
-  return posted;
-}
-
 __device__ inline bool has_come(uint4 posted) { return min(min(posted.x, posted.y), min(posted.z, posted.w)) != 0; }
 
 __device__ inline uint4 posted_value(uint4 posted) { return {~posted.x, ~posted.y, ~posted.z, ~posted.w}; }
@@ -104,7 +95,7 @@ struct OneRow {
 #pragma unroll
       for (int source = 0; source < TPF_MAX_RANKS; ++source) {
         if (comes_from(view, source) && !has_come(vectors[source])) {
-          vectors[source] = look16(first_row + source * bytes);
+          vectors[source] = load16_relaxed(first_row + source * bytes);
         }
       }
       bool all = true;

@@ -1,7 +1,10 @@
 // One block's part in a round of the protocol (csrc/protocol.h), on the GPU. Block b of every rank meets block b of all
 // others: the grids are equal, so no block waits for one that does not exist.
 #pragma once
+#include <cstddef>
+
 #include "../protocol.h"
+#include "vec.cuh"
 
 namespace tpf {
 
@@ -31,8 +34,8 @@ __device__ inline void let_next_kernel_in() {
 struct BlockRound {
   uint32_t epoch;
   uint32_t contract;
-  uint64_t call_number;
-  bool refused;  // this workspace has faulted before: nothing is to be done
+  uint32_t call_number;
+  bool refused;  // this call, or one before it, has faulted: nothing is to be done
 };
 
 __device__ inline bool has_faulted(const tpf_team& team) {
@@ -57,7 +60,7 @@ __device__ inline void report(const tpf_team& team, const tpf_call& call, const 
   for (int i = 0; i < 2; ++i) {
     tpf_fault* record = records[i];
     record->rank = team.rank;
-    record->peer = peer;
+    record->peer = status == TPF_PEER_FAULTED ? static_cast<int>(own->notified) - 1 : peer;  // or who is waited for
     record->step = step;
     record->epoch = round.epoch;
     record->seen_epoch = epoch_of(seen);
@@ -69,26 +72,64 @@ __device__ inline void report(const tpf_team& team, const tpf_call& call, const 
     record->status = status;
   }
   shared_ref<uint32_t>(own->faulted).store(1, order::memory_order_release);
+  if (status == TPF_CLOSED) return;  // the peers' memory may be gone
+  for (int other = 0; other < team.world_size; ++other) {
+    if (other == team.rank) continue;
+    shared_ref<uint32_t>(control(team.region[other])->notified).store(1 + team.rank, order::memory_order_release);
+  }
+}
+
+// Whether the call may begin, after calls of which `now` tells: nobody has given up or closed, and these have ended.
+__device__ inline bool may_begin(const Control* own, const Progress& now) {
+  static_assert(offsetof(Control, faulted) == 0 && offsetof(Control, notified) == 4 && offsetof(Control, closed) == 8 &&
+                offsetof(Control, ended) == 12);
+  const uint2* const head = reinterpret_cast<const uint2*>(own);
+  const uint2 faults = head[0], rest = head[1];
+  return (faults.x | faults.y | rest.x) == 0 && now.begun == now.calls &&
+         static_cast<int32_t>(rest.y - now.blocks) >= 0;
 }
 
 // Opens the op: reads this block's progress, announces the call, and advances all blocks' progress by `rounds` for the
-// next call on the stream. All threads of the block call it.
+// next call. All threads of the block call it.
 __device__ inline BlockRound begin_op(const tpf_team& team, const tpf_call& call, uint32_t contract, int rounds) {
   Control* own = control(team.region[team.rank]);
   const Progress now = own->progress[blockIdx.x];
-  const bool faulted = own->faulted != 0;
+  const bool admitted = may_begin(own, now);
   // Every block announces the same; the barrier below orders it before any thread's signal.
   if (threadIdx.x == 0) {
-    if (!faulted) own->announced[(now.epoch + 1) & 1] = call;  // what a refused call is, no peer wants to know
+    if (admitted) own->announced[(now.epoch + 1) & 1] = call;  // a refused call is not announced
     own->claims[now.calls & 1] = 0;                            // the next call's
   }
   // All threads have read the entry that one of them is about to write; and they agree, should a fault come up
   // meanwhile.
-  const bool refused = __syncthreads_or(faulted);
-  for (int block = blockIdx.x + threadIdx.x * gridDim.x; block < TPF_MAX_CTAS; block += blockDim.x * gridDim.x) {
-    own->progress[block] = {now.epoch + rounds, 0, now.calls + 1};
+  const bool refused = __syncthreads_or(!admitted);
+  const Progress next = {now.epoch + rounds, now.blocks + gridDim.x, now.calls + 1, now.calls + 1};
+  const int step = blockDim.x * gridDim.x;
+  for (int block = blockIdx.x + (threadIdx.x + 1) * gridDim.x; block < TPF_MAX_CTAS; block += step) {
+    own->progress[block] = next;
+  }
+  if (threadIdx.x == 0) {
+    // `begun` is added to: two calls that began at the very same time leave more in it than in `calls`.
+    Progress& entry = own->progress[blockIdx.x];
+    entry.epoch = next.epoch, entry.blocks = next.blocks, entry.calls = next.calls;
+    atomicAdd(&entry.begun, 1u);
   }
   return {now.epoch + 1, contract, now.calls + 1, refused};
+}
+
+// By one thread of a block that was refused: why.
+__device__ inline void report_refusal(const tpf_team& team, const tpf_call& call, const BlockRound& round) {
+  const Control* own = control(team.region[team.rank]);
+  const tpf_status status = own->closed != 0 ? TPF_CLOSED : own->notified != 0 ? TPF_PEER_FAULTED : TPF_OVERLAP;
+  report(team, call, round, status, team.rank, 0, 0, 0);
+}
+
+__device__ inline void count_ended(const tpf_team& team) { atomicAdd(&control(team.region[team.rank])->ended, 1u); }
+
+// Closes the op: by one thread of each block, when all others have done their work.
+__device__ inline void end_op(const tpf_team& team, const tpf_call& call, const BlockRound& round) {
+  if (round.refused) report_refusal(team, call, round);
+  count_ended(team);
 }
 
 __device__ inline void publish_step(const tpf_team& team, const BlockRound& round, int step, int cta, int peer) {
@@ -123,10 +164,10 @@ class Patience {
     }
     const uint64_t now = now_ns();
     if (start_ == 0) start_ = now;
-    Control* other = control(team.region[missing()]);
+    Control *own = control(team.region[team.rank]), *other = control(team.region[missing()]);
     if (now - start_ > static_cast<uint64_t>(team.timeout_ns)) {
       verdict_ = TPF_NEVER_ARRIVED;
-    } else if (shared_ref<uint32_t>(other->faulted).load(order::memory_order_acquire) != 0) {
+    } else if (shared_ref<uint32_t>(own->notified).load(order::memory_order_acquire) != 0) {
       verdict_ = TPF_PEER_FAULTED;
     } else if (shared_ref<uint32_t>(other->closed).load(order::memory_order_acquire) != 0) {
       verdict_ = TPF_PEER_CLOSED;

@@ -21,6 +21,16 @@ __device__ inline uint4 load16(const void* address) {
   return raw;
 }
 
+// Of words that others write meanwhile: each is read once, and not out of a cache that knows nothing of it.
+__device__ inline uint4 load16_relaxed(const void* address) {
+  uint4 raw;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+               : "l"(address)
+               : "memory");
+  return raw;
+}
+
 __device__ inline void store16(void* address, uint4 raw) { *static_cast<uint4*>(address) = raw; }
 
 // Of what is not read again soon: it shall not drive out of the L2 cache what is.
