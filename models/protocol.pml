@@ -23,12 +23,13 @@
 #define MISTAKES 0  // how many calls may be another op than the other ranks'
 #endif
 
-#define EPOCHS 8  // 2^32 in csrc
-#define AHEAD 2   // kMostAhead
+#define EPOCHS 4  // 2^32 in csrc
+#define AHEAD 1   // kMostAhead, which is 16: more than any word ever is
 #define TAG(e) ((e) + 1)
 #define GARBAGE (EPOCHS + 1)
 #define AFTER(e) (((e) + 1) % EPOCHS)
 #define BEHIND(e, f) (((e) + EPOCHS - (f)) % EPOCHS)  // how many rounds f is before e
+#define PEER(k) ((me + (k)) % N)
 
 // The ops, which are the fingerprints too. STAGE .. AG_STAGE: see README.md.
 #define STAGE 1
@@ -91,38 +92,43 @@ bool faulted[N], dead[N];
 #define BOX(owner, half, source) (((owner) * 2 + (half)) * N + (source))
 
 // What no rank looks at: the op that the ranks call in a round, how many have ended it, what each has called.
-byte op_of[4], ended[4], called[N * 4];
+byte op_of[EPOCHS], ended[EPOCHS];
+#if MISTAKES > 0
+byte called[N * EPOCHS];
+#endif
+#ifdef LIVE
 bool odd[N];  // calls finished
+#endif
 byte timeouts = TIMEOUTS, deaths = DEATHS, mistakes = MISTAKES;
 
-#define some_op(k) op_of[e & 3] == 0 && IN_OPS(k) -> op_of[e & 3] = k
+#define some_op(k) op_of[e] == 0 && IN_OPS(k) -> op_of[e] = k
 #define other_op(k) mistakes > 0 && IN_OPS(k) && k != op -> op = k; mistakes--
 
-// Epochs go round after EPOCHS rounds and not after 2^32. So a word or a row that has not been written for three rounds
-// is kept three rounds old: in csrc none comes to be 2^32 rounds old.
+// Epochs go round after EPOCHS rounds and not after 2^32. So a word that has not been written for two rounds is kept two
+// rounds old: csrc relies on none coming to be 2^32 rounds old. Nobody may read rows as old as that any more.
 inline keep_young() {
-#ifndef NEVER_YOUNG
+#ifndef BUG_UNUSED_WORD
   for (i : 0 .. STEPS * N * N - 1) {
     if
-    :: BEHIND(e, word_epoch[i]) >= 3 && BEHIND(e, word_epoch[i]) <= 5 ->
-      word_epoch[i] = (e + EPOCHS - 3) % EPOCHS; word_op[i] = 0
+    :: BEHIND(e, word_epoch[i]) == 2 -> word_epoch[i] = (e + 2) % EPOCHS
     :: else
     fi
   }
 #endif
   for (i : 0 .. N * 2 * N * CHUNKS - 1) {
     if
-    :: slot[i] != GARBAGE && BEHIND(TAG(e), slot[i]) >= 3 && BEHIND(TAG(e), slot[i]) <= 5 -> slot[i] = 0
+    :: slot[i] != 0 && slot[i] != GARBAGE && BEHIND(TAG(e), slot[i]) == 2 -> slot[i] = 0
     :: else
     fi
   }
+  i = 0
 }
 
 inline begin() {
   atomic {
     e = AFTER(epoch[me]);
     if
-    :: op_of[e & 3] != 0
+    :: op_of[e] != 0
     :: some_op(STAGE)
     :: some_op(POST)
     :: some_op(PLACE)
@@ -131,120 +137,178 @@ inline begin() {
     :: some_op(AG_POST)
     :: some_op(AG_PLACE)
     fi;
-    op = op_of[e & 3];
+    op = op_of[e];
+#if MISTAKES > 0
     if
     :: true
     :: other_op(STAGE)
+    :: other_op(POST)
     :: other_op(PLACE)
     :: other_op(GATHER)
     :: other_op(AG_STAGE)
     fi;
+    called[me * EPOCHS + e] = op;
+#endif
     d_step {
       keep_young();
-      called[me * 4 + (e & 3)] = op;
-      input[me] = (in_place(op) -> TAG(e) : 0);
-      assert(!faulted[me]);
-      i = 0
+      input[me] = (in_place(op) -> TAG(e) : 0)
     }
   }
 }
 
-inline stage(chunk) {
+// Both rounds of a call in one kernel, or one after the other.
+inline begin_next() {
+  d_step { e = AFTER(e); keep_young(); op_of[e] = op }
+}
+
+inline stage(c) {
   d_step {
     for (i : 0 .. N - 1) {
-      if
 #ifdef CPU
-      :: slot[CELL(me, SLOT(e), chunk, i)] = TAG(e)
+      slot[CELL(me, SLOT(e), c, i)] = TAG(e)
 #else
-      :: i != me -> slot[CELL(i, SLOT(e), chunk, me)] = TAG(e)
+      if
+      :: i != me -> slot[CELL(i, SLOT(e), c, me)] = TAG(e)
       :: else
-#endif
       fi
+#endif
     }
     i = 0
   }
 }
 
-// Rows go into the inboxes one after the other.
-inline post() {
-  for (i : 0 .. N - 1) {
-    if
-    :: i != me -> assert(inbox[BOX(i, INBOX(e), me)] == 0 || mistakes < MISTAKES); inbox[BOX(i, INBOX(e), me)] = TAG(e)
-    :: else
-    fi
-  }
-}
-
-inline lay_open(chunk) {
+inline lay_open(c) {
   d_step {
-    for (i : 0 .. N - 1) { slot[CELL(me, GATHER_SLOT(e), chunk, i)] = (wrong -> GARBAGE : TAG(e)) }
+    for (i : 0 .. N - 1) { slot[CELL(me, GATHER_SLOT(e), c, i)] = (wrong -> GARBAGE : TAG(e)) }
     i = 0
   }
 }
 
-inline publish(step) {
-#ifdef PUBLISH_AT_ONCE
+// A row is posted into an inbox that has been cleared.
+inline post_to(k) {
   d_step {
-#endif
-  for (i : 0 .. N - 1) {
-    if
-    :: i == me
+    assert(inbox[BOX(PEER(k), INBOX(e), me)] == 0 || mistakes < MISTAKES);
+    inbox[BOX(PEER(k), INBOX(e), me)] = TAG(e)
+  }
+}
+
+inline publish_to(k, step) {
 #if DEATHS > 0
-    :: i != me && deaths > 0 -> atomic { deaths--; dead[me] = true; goto died }
+  if
+  :: atomic { deaths > 0 -> deaths--; dead[me] = true; goto died }
+  :: true
+  fi;
 #endif
-    :: i != me -> d_step { word_epoch[AT(step, i, me)] = e; word_op[AT(step, i, me)] = op }
-    fi
+  d_step {
+    word_epoch[AT(step, PEER(k), me)] = e;
+#if MISTAKES > 0
+    word_op[AT(step, PEER(k), me)] = op
+#endif
   }
-#ifdef PUBLISH_AT_ONCE
-  ; i = 0 }
-#endif
 }
 
-#define SEEN word_epoch[AT(step, me, i)]
+#if MISTAKES > 0
+#define AGREES(k, step) (word_epoch[AT(step, me, PEER(k))] != e || word_op[AT(step, me, PEER(k))] == op)
+#else
+#define AGREES(k, step) true
+#endif
+#define HERE(k, step) REACHED(word_epoch[AT(step, me, PEER(k))], e)
+#define GONE(k) (faulted[PEER(k)] || dead[PEER(k)])
 
-// Waits for each peer's word. A deadline, and a peer that has faulted or died, end the wait after one more look.
-inline observe(step) {
-  for (i : 0 .. N - 1) {
-    if
-    :: i == me
-    :: i != me && REACHED(SEEN, e)
-    :: i != me && !REACHED(SEEN, e) && (faulted[i] || dead[i])
+// Waits for a peer's word. A deadline, and a peer that has faulted or died, end the wait after one more look.
+inline observe_from(k, step) {
+#if TIMEOUTS + DEATHS + MISTAKES == 0
+  HERE(k, step)
+#else
+  if
+  :: atomic { HERE(k, step) && AGREES(k, step) -> skip }
+  :: atomic { HERE(k, step) && !AGREES(k, step) -> goto fault }
+  :: !HERE(k, step) && GONE(k) -> one_more_look(k, step)
 #if TIMEOUTS > 0
-    :: i != me && !REACHED(SEEN, e) && timeouts > 0 -> timeouts--
+  :: !HERE(k, step) && timeouts > 0 -> timeouts--; one_more_look(k, step)
 #endif
-    fi;
-    if
-    :: i != me && (!REACHED(SEEN, e) || (SEEN == e && word_op[AT(step, me, i)] != op)) -> goto fault
-    :: else
-    fi
-  }
+  fi
+#endif
 }
 
-inline expect(cell) {
+inline one_more_look(k, step) {
+  if
+  :: atomic { HERE(k, step) && AGREES(k, step) -> skip }
+  :: atomic { else -> goto fault }
+  fi
+}
+
+// The row itself says that it has come. Cleared is what has been read, in the same round.
+#define BOX_FROM(k) inbox[BOX(me, INBOX(e), PEER(k))]
+inline take_from(k) {
+  if
+  :: d_step {
+       BOX_FROM(k) != 0 -> check(BOX_FROM(k)); right();
+#ifndef BUG_CLEAR_LATE
+       BOX_FROM(k) = 0
+#endif
+     }
+#if TIMEOUTS + DEATHS + MISTAKES > 0
+  :: BOX_FROM(k) == 0 && GONE(k) ->
+    if
+    :: atomic { BOX_FROM(k) == 0 -> goto fault }
+    :: d_step { else -> check(BOX_FROM(k)); BOX_FROM(k) = 0 }
+    fi
+#endif
+#if TIMEOUTS > 0
+  :: atomic { BOX_FROM(k) == 0 && timeouts > 0 -> timeouts--; goto fault }
+#endif
+  fi
+}
+
+// One after the other, and no peer's before the last one's: as the loops and lanes of csrc may come to it.
+#if N == 2
+#define EACH(f) f(1)
+#define EACH_STEP(f, step) f(1, step)
+#elif N == 3
+#define EACH(f) f(1); f(2)
+#define EACH_STEP(f, step) f(1, step); f(2, step)
+#else
+#define EACH(f) f(1); f(2); f(3)
+#define EACH_STEP(f, step) f(1, step); f(2, step); f(3, step)
+#endif
+#ifdef AT_ONCE
+inline publish(step) { d_step { EACH_STEP(publish_to, step) } }
+inline observe(step) { HERE(1, step) && HERE(2, step) && HERE(3, step) }
+inline post() { d_step { EACH(post_to) } }
+#else
+inline publish(step) { EACH_STEP(publish_to, step) }
+inline observe(step) { EACH_STEP(observe_from, step) }
+inline post() { EACH(post_to) }
+#endif
+inline take_posted() { EACH(take_from) }
+
+inline check(cell) {
   if
   :: cell != TAG(e) -> wrong = true
   :: else
   fi
 }
 
-// What a reader takes for the rows of this round is what was written for this round.
+// What a reader takes for the rows of this round is what was written for this round. Where ranks may fail, only a call
+// that ends without a fault has to be right.
 inline right() {
-#if TIMEOUTS == 0 && DEATHS == 0
+#if TIMEOUTS + DEATHS + MISTAKES == 0
   assert(!wrong)
 #else
   skip
 #endif
 }
 
-inline read_staged(chunk) {
+inline read_staged(c) {
   d_step {
     for (i : 0 .. N - 1) {
       if
       :: i == me
 #ifdef CPU
-      :: i != me -> expect(slot[CELL(i, SLOT(e), chunk, me)])
+      :: i != me -> check(slot[CELL(i, SLOT(e), c, me)])
 #else
-      :: i != me -> expect(slot[CELL(me, SLOT(e), chunk, i)])
+      :: i != me -> check(slot[CELL(me, SLOT(e), c, i)])
 #endif
       fi
     }
@@ -254,16 +318,16 @@ inline read_staged(chunk) {
 
 inline read_in_place() {
   d_step {
-    for (i : 0 .. N - 1) { expect(input[i]) }
+    for (i : 0 .. N - 1) { check(input[i]) }
     right(); i = 0
   }
 }
 
-inline read_laid_open(chunk) {
+inline read_laid_open(c) {
   d_step {
     for (i : 0 .. N * N - 1) {
       if
-      :: i / N != me -> expect(slot[CELL(i / N, GATHER_SLOT(e), chunk, i % N)])
+      :: i / N != me -> check(slot[CELL(i / N, GATHER_SLOT(e), c, i % N)])
       :: else
       fi
     }
@@ -271,78 +335,47 @@ inline read_laid_open(chunk) {
   }
 }
 
-// The row itself says that it has come.
-inline take_posted() {
-  for (i : 0 .. N - 1) {
-    if
-    :: i == me
-    :: i != me && inbox[BOX(me, INBOX(e), i)] != 0
-    :: i != me && inbox[BOX(me, INBOX(e), i)] == 0 && (faulted[i] || dead[i]) ->
-      if
-      :: inbox[BOX(me, INBOX(e), i)] == 0 -> goto fault
-      :: else
-      fi
-#if TIMEOUTS > 0
-    :: i != me && inbox[BOX(me, INBOX(e), i)] == 0 && timeouts > 0 -> timeouts--; goto fault
-#endif
-    fi;
-    d_step {
-      if
-      :: i != me -> expect(inbox[BOX(me, INBOX(e), i)])
-      :: else
-      fi;
-      right()
-    }
-  }
-}
-
-inline clear_posted(round) {
-  d_step {
-    for (i : 0 .. N - 1) { inbox[BOX(me, INBOX(round), i)] = 0 }
-    i = 0
-  }
-}
-
-#ifdef LOOK_AGAIN
-#define look_again() look_at_flags()
-#else
-#define look_again() skip
-#endif
-
 // Whether a peer has given up.
-inline look_at_flags() {
-  for (i : 0 .. N - 1) {
-    if
-    :: faulted[i] -> goto fault
-    :: else
-    fi
-  }
+inline look_at_flag(k) {
+  if
+  :: atomic { faulted[PEER(k)] -> goto fault }
+  :: else
+  fi
+}
+
+inline look_again() {
+#ifdef LOOK_AGAIN
+  EACH(look_at_flag)
+#else
+  skip
+#endif
 }
 
 inline end_round() {
-  d_step {
-    ended[e & 3]++;
-    if
-    :: ended[e & 3] == N -> ended[e & 3] = 0; op_of[e & 3] = 0
-    :: else
-    fi;
-    epoch[me] = e
-  }
+  ended[e]++;
+  if
+  :: ended[e] == N -> ended[e] = 0; op_of[e] = 0
+  :: else
+  fi;
+  epoch[me] = e
 }
 
-// A call has ended without a fault.
+// A call has ended without a fault. At the latest the next call hears of one that made its numbers wrong.
 inline finish() {
-  d_step {
-    for (i : 0 .. N - 1) { assert(called[i * 4 + (first & 3)] == op) }  // all have called the same in its first round
-    i = 0;
-#ifdef STRICT
-    assert(!wrong);
+#if MISTAKES > 0
+  for (i : 0 .. N - 1) { assert(called[i * EPOCHS + first] == op) }
+  i = 0;
 #endif
-    assert(!was_wrong);  // at the latest the next call hears of it
-    was_wrong = wrong; wrong = false;
-    input[me] = 0;  // the input is the caller's again
-    odd[me] = !odd[me]
-  }
+#ifdef STRICT
+  assert(!wrong);
+#endif
+  assert(!was_wrong);
+  was_wrong = wrong; wrong = false;
+#ifdef LIVE
+  odd[me] = !odd[me];
+#endif
+  input[me] = 0;  // the caller's again
+  first = 0
 }
 
 proctype Rank(byte me) {
@@ -354,8 +387,8 @@ proctype Rank(byte me) {
   do
   :: begin();
     first = e;
-#ifdef CPU
-    look_at_flags();
+#if defined(CPU) && TIMEOUTS + DEATHS + MISTAKES > 0
+    EACH(look_at_flag);
 #endif
     // The reducing round, or the only one.
 #ifdef BUG_PUBLISH_FIRST
@@ -371,12 +404,17 @@ proctype Rank(byte me) {
     publish(OPEN(0));
 #endif
 #ifdef BUG_CLEAR_LATE
-    if
-    :: to_clear -> clear_posted(e + 1); to_clear = false
-    :: else
-    fi;
+    d_step {
+      if
+      :: to_clear ->
+        for (i : 0 .. N - 1) { inbox[BOX(me, INBOX(e + 1), i)] = 0 }
+        to_clear = false; i = 0
+      :: else
+      fi
+    }
 #endif
-    for (chunk : 0 .. CHUNKS - 1) {
+    do
+    :: chunk < CHUNKS ->
       if
       :: chunk + 1 < CHUNKS && stages(op) -> stage(chunk + 1); publish(OPEN(chunk + 1))
       :: chunk + 1 < CHUNKS && op == GATHER -> lay_open(chunk + 1); publish(OPEN(chunk + 1))
@@ -392,8 +430,6 @@ proctype Rank(byte me) {
         take_posted();
 #ifdef BUG_CLEAR_LATE
         to_clear = true
-#else
-        clear_posted(e)
 #endif
       :: in_place(op) && chunk == 0 -> read_in_place()
       :: op == GATHER -> read_laid_open(chunk)
@@ -401,63 +437,55 @@ proctype Rank(byte me) {
       fi;
 #ifndef CPU
       if
-      :: gathers_after(op) ->
-        e = AFTER(e); lay_open(chunk); publish(LAID_OPEN(chunk)); e = first
+      :: gathers_after(op) -> begin_next(); lay_open(chunk); publish(LAID_OPEN(chunk)); e = first
       :: else
-      fi
+      fi;
 #endif
-    }
-    chunk = 0;
+      chunk++
+    :: else -> chunk = 0; break
+    od;
 #ifndef BUG_NO_CLOSING
-#ifdef CPU
     if
+#ifdef CPU
     :: in_place(op) -> publish(CLOSE); observe(CLOSE); look_again()
 #else
-    if
     :: op == PLACE -> publish(CLOSE); observe(CLOSE); look_again()
 #endif
     :: else
     fi;
 #endif
-    end_round();
-    // The gathering round.
     if
-    :: gathers_after(op) ->
-      e = AFTER(e);
+    :: d_step { !gathers_after(op) -> end_round(); finish() }
+    :: d_step { else -> end_round() }
+      begin_next();
 #ifdef CPU
-      d_step {
-        called[me * 4 + (e & 3)] = op;
-        op_of[e & 3] = op
-      }
       lay_open(0); publish(LAID_OPEN(0));
-#else
-      op_of[e & 3] = op;
 #endif
-      for (chunk : 0 .. CHUNKS - 1) { observe(LAID_OPEN(chunk)); read_laid_open(chunk) }
-      chunk = 0;
+      do
+      :: chunk < CHUNKS -> observe(LAID_OPEN(chunk)); read_laid_open(chunk); chunk++
+      :: else -> chunk = 0; break
+      od;
 #ifndef CPU
       if
       :: in_place(op) -> look_again()
       :: else
       fi;
 #endif
-      end_round()
-    :: else
-    fi;
-    finish()
+      d_step { end_round(); finish() }
+    fi
   od;
 fault:
-  // The record, then the flag; then the caller hears of it, and may do as it likes with its input.
+  // The record and the flag. Then the caller hears of it, and may do with its input as it likes.
   faulted[me] = true;
 #ifdef BUG_CLOSES_ANYWAY
   if
-  :: op == PLACE -> publish(CLOSE)
+  :: op == PLACE -> EACH_STEP(publish_to, CLOSE)
   :: else
   fi;
 #endif
   input[me] = GARBAGE;
 #ifdef BUG_CALLS_INTO_SLOT
-  lay_open(0);
+  wrong = true; lay_open(0);
 #endif
 died:
   skip
