@@ -102,15 +102,16 @@ bool odd[N];  // calls finished
 byte timeouts = TIMEOUTS, deaths = DEATHS, mistakes = MISTAKES;
 
 #define some_op(k) op_of[e] == 0 && IN_OPS(k) -> op_of[e] = k
-#define other_op(k) mistakes > 0 && IN_OPS(k) && k != op -> op = k; mistakes--
+#define other_op(k) mistakes > 0 && me == 0 && IN_OPS(k) && k != op -> op = k; mistakes--
 
 // Epochs go round after EPOCHS rounds and not after 2^32. So a word that has not been written for two rounds is kept two
-// rounds old: csrc relies on none coming to be 2^32 rounds old. Nobody may read rows as old as that any more.
+// rounds old: csrc relies on none coming to be 2^32 rounds old. The first rank in a round sees to it: no word is ahead of that
+// one. Nobody may read rows that are two rounds old.
 inline keep_young() {
 #ifndef BUG_UNUSED_WORD
   for (i : 0 .. STEPS * N * N - 1) {
     if
-    :: BEHIND(e, word_epoch[i]) == 2 -> word_epoch[i] = (e + 2) % EPOCHS
+    :: op_of[e] == 0 && BEHIND(e, word_epoch[i]) == 3 -> word_epoch[i] = (e + 2) % EPOCHS
     :: else
     fi
   }
@@ -126,7 +127,7 @@ inline keep_young() {
 
 inline begin() {
   atomic {
-    e = AFTER(epoch[me]);
+    d_step { e = AFTER(epoch[me]); keep_young() }
     if
     :: op_of[e] != 0
     :: some_op(STAGE)
@@ -149,10 +150,7 @@ inline begin() {
     fi;
     called[me * EPOCHS + e] = op;
 #endif
-    d_step {
-      keep_young();
-      input[me] = (in_place(op) -> TAG(e) : 0)
-    }
+    input[me] = (in_place(op) -> TAG(e) : 0)
   }
 }
 
@@ -195,7 +193,7 @@ inline post_to(k) {
 inline publish_to(k, step) {
 #if DEATHS > 0
   if
-  :: atomic { deaths > 0 -> deaths--; dead[me] = true; goto died }
+  :: atomic { deaths > 0 && me == 0 -> deaths--; dead[me] = true; goto died }
   :: true
   fi;
 #endif
@@ -225,7 +223,7 @@ inline observe_from(k, step) {
   :: atomic { HERE(k, step) && !AGREES(k, step) -> goto fault }
   :: !HERE(k, step) && GONE(k) -> one_more_look(k, step)
 #if TIMEOUTS > 0
-  :: !HERE(k, step) && timeouts > 0 -> timeouts--; one_more_look(k, step)
+  :: !HERE(k, step) && timeouts > 0 && me == 0 -> timeouts--; one_more_look(k, step)
 #endif
   fi
 #endif
@@ -256,7 +254,7 @@ inline take_from(k) {
     fi
 #endif
 #if TIMEOUTS > 0
-  :: atomic { BOX_FROM(k) == 0 && timeouts > 0 -> timeouts--; goto fault }
+  :: atomic { BOX_FROM(k) == 0 && timeouts > 0 && me == 0 -> timeouts--; goto fault }
 #endif
   fi
 }
@@ -463,8 +461,9 @@ proctype Rank(byte me) {
 #endif
       do
       :: chunk < CHUNKS -> observe(LAID_OPEN(chunk)); read_laid_open(chunk); chunk++
-      :: else -> chunk = 0; break
+      :: else -> break
       od;
+      chunk = 0;
 #ifndef CPU
       if
       :: in_place(op) -> look_again()
