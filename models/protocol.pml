@@ -1,5 +1,5 @@
-// The protocol of csrc/protocol.h: N ranks that call ops on one workspace for ever. README.md says what is modelled, what
-// each step is in csrc, and how to run it.
+// The protocol of csrc/protocol.h: N ranks that call ops on one workspace for ever. README.md says what is
+// modelled, what each step is in csrc, and how to run it.
 //
 // Everything is counted modulo EPOCHS, so the state space is finite and the search is over runs of any length. What a
 // rank writes in round e is the value TAG(e); a reader of round e must find TAG(e).
@@ -31,7 +31,7 @@
 #define BEHIND(e, f) (((e) + EPOCHS - (f)) % EPOCHS)  // how many rounds f is before e
 #define PEER(k) ((me + (k)) % N)
 
-// The ops, which are the fingerprints too. STAGE .. AG_STAGE: see README.md.
+// The ops, which are the fingerprints too. Ops from AG_STAGE on have two rounds.
 #define STAGE 1
 #define POST 2
 #define PLACE 3
@@ -91,7 +91,7 @@ bool faulted[N], dead[N];
 #define CELL(owner, half, chunk, source) ((((owner) * 2 + (half)) * CHUNKS + (chunk)) * N + (source))
 #define BOX(owner, half, source) (((owner) * 2 + (half)) * N + (source))
 
-// What no rank looks at: the op that the ranks call in a round, how many have ended it, what each has called.
+// What no rank of csrc has: the op that all call in a round, how many have ended it, what each has called.
 byte op_of[EPOCHS], ended[EPOCHS];
 #if MISTAKES > 0
 byte called[N * EPOCHS];

@@ -30,6 +30,7 @@ RIGHT = {
     "cuda, all ops": ("N=3", ops(ALL)),
     "cpu, all ops": ("N=3", "CPU", ops(ALL_CPU)),
     "two chunks": ("N=3", "CHUNKS=2", ops("ag_stage")),
+    "four ranks, rs_rmsnorm_ag": ("N=4", "AT_ONCE", ops("ag_stage")),
     "every rank finishes every call": ("N=3", "LIVE", ops("stage place")),
     "a rank gives up, staged": (*ONE_FAULT, "STRICT", ops("stage")),
     "a rank gives up, in place": (*ONE_FAULT, ops("place")),
@@ -46,7 +47,6 @@ RIGHT = {
 # Larger searches: TP_FUSED_MODELS=all.
 LARGE = {
     "four ranks, staged and in place": ("N=4", "AT_ONCE", ops("stage place")),
-    "four ranks, rs_rmsnorm_ag": ("N=4", "AT_ONCE", ops("ag_stage")),
     "cpu, a rank gives up and one dies": ("N=3", "CPU", "TIMEOUTS=1", "DEATHS=1", "STRICT", ops("stage gather")),
     "a rank calls another op": ("N=3", "MISTAKES=1", ops("stage place")),
 }
