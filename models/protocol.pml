@@ -1,0 +1,507 @@
+// The protocol of csrc/protocol.h: N ranks that call ops on one workspace for ever. README.md says what is
+// modelled, what each step is in csrc, and how to run it.
+//
+// Everything is counted modulo EPOCHS, so the state space is finite and the search is over runs of any length. What a
+// rank writes in round e is the value TAG(e); a reader of round e must find TAG(e).
+
+#ifndef N
+#define N 3  // ranks
+#endif
+#ifndef OPS
+#define OPS (1 << STAGE)  // the ops of a run: at each call any of them, the same on all ranks
+#endif
+#ifndef CHUNKS
+#define CHUNKS 1  // of staged and gathered rows
+#endif
+#ifndef TIMEOUTS
+#define TIMEOUTS 0  // how many waits may end at their deadline
+#endif
+#ifndef DEATHS
+#define DEATHS 0  // how many ranks may die
+#endif
+#ifndef MISTAKES
+#define MISTAKES 0  // how many calls may be another op than the other ranks'
+#endif
+
+#define EPOCHS 4  // 2^32 in csrc
+#define AHEAD 1   // kMostAhead, which is 16: more than any word ever is
+#define TAG(e) ((e) + 1)
+#define GARBAGE (EPOCHS + 1)
+#define AFTER(e) (((e) + 1) % EPOCHS)
+#define BEHIND(e, f) (((e) + EPOCHS - (f)) % EPOCHS)  // how many rounds f is before e
+#define PEER(k) ((me + (k)) % N)
+
+// The ops, which are the fingerprints too. Ops from AG_STAGE on have two rounds.
+#define STAGE 1
+#define POST 2
+#define PLACE 3
+#define GATHER 4
+#define AG_STAGE 5
+#define AG_POST 6
+#define AG_PLACE 7
+#define IN_OPS(k) ((OPS >> (k)) & 1)
+#define posts(k) ((k) == POST || (k) == AG_POST)
+#define in_place(k) ((k) == PLACE || (k) == AG_PLACE)
+#define stages(k) ((k) == STAGE || (k) == AG_STAGE)
+#define gathers_after(k) ((k) >= AG_STAGE)
+
+// The steps of a round, each with a word from every rank to every other.
+#define OPEN(c) (c)
+#ifdef CPU
+#define LAID_OPEN(c) (c)  // the CPU's second round meets as its first does
+#else
+#define LAID_OPEN(c) (CHUNKS + (c))
+#endif
+#define CLOSE (2 * CHUNKS)
+#define STEPS (2 * CHUNKS + 1)
+
+#ifdef BUG_EQUAL
+#define REACHED(seen, mine) ((seen) == (mine))
+#else
+#ifdef BUG_UNSIGNED
+#define REACHED(seen, mine) ((seen) >= (mine))
+#else
+#define REACHED(seen, mine) (BEHIND(seen, mine) <= AHEAD)
+#endif
+#endif
+#ifdef BUG_ONE_SLOT
+#define SLOT(e) 0
+#else
+#define SLOT(e) ((e) & 1)
+#endif
+#ifdef BUG_ONE_INBOX
+#define INBOX(e) 0
+#else
+#define INBOX(e) ((e) & 1)
+#endif
+#ifdef BUG_GATHER_IN_SAME_SLOT
+#define GATHER_SLOT(e) SLOT((e) + 1)  // that of the round before
+#else
+#define GATHER_SLOT(e) SLOT(e)
+#endif
+
+// Symmetric memory. A slot has a cell for every source and chunk; rows that are laid open take all cells of a chunk.
+byte word_epoch[STEPS * N * N], word_op[STEPS * N * N];
+byte slot[N * 2 * N * CHUNKS];
+byte inbox[N * 2 * N];
+byte input[N];  // that peers read in place
+byte epoch[N];  // rounds finished
+bool faulted[N], dead[N];
+#define AT(step, to, from) (((step) * N + (to)) * N + (from))
+#define CELL(owner, half, chunk, source) ((((owner) * 2 + (half)) * CHUNKS + (chunk)) * N + (source))
+#define BOX(owner, half, source) (((owner) * 2 + (half)) * N + (source))
+
+// What no rank of csrc has: the op that all call in a round, how many have ended it, what each has called.
+byte op_of[EPOCHS], ended[EPOCHS];
+#if MISTAKES > 0
+byte called[N * EPOCHS];
+#endif
+#ifdef LIVE
+bool odd[N];  // calls finished
+#endif
+byte timeouts = TIMEOUTS, deaths = DEATHS, mistakes = MISTAKES;
+
+#define some_op(k) op_of[e] == 0 && IN_OPS(k) -> op_of[e] = k
+#define other_op(k) mistakes > 0 && me == 0 && IN_OPS(k) && k != op -> op = k; mistakes--
+
+// Epochs go round after EPOCHS rounds and not after 2^32. So a word that has not been written for two rounds is kept two
+// rounds old: csrc relies on none coming to be 2^32 rounds old. The first rank in a round sees to it: no word is ahead of that
+// one. Nobody may read rows that are two rounds old.
+inline keep_young() {
+#ifndef BUG_UNUSED_WORD
+  for (i : 0 .. STEPS * N * N - 1) {
+    if
+    :: op_of[e] == 0 && BEHIND(e, word_epoch[i]) == 3 -> word_epoch[i] = (e + 2) % EPOCHS
+    :: else
+    fi
+  }
+#endif
+  for (i : 0 .. N * 2 * N * CHUNKS - 1) {
+    if
+    :: slot[i] != 0 && slot[i] != GARBAGE && BEHIND(TAG(e), slot[i]) == 2 -> slot[i] = 0
+    :: else
+    fi
+  }
+  i = 0
+}
+
+inline begin() {
+  atomic {
+    d_step { e = AFTER(epoch[me]); keep_young() }
+    if
+    :: op_of[e] != 0
+    :: some_op(STAGE)
+    :: some_op(POST)
+    :: some_op(PLACE)
+    :: some_op(GATHER)
+    :: some_op(AG_STAGE)
+    :: some_op(AG_POST)
+    :: some_op(AG_PLACE)
+    fi;
+    op = op_of[e];
+#if MISTAKES > 0
+    if
+    :: true
+    :: other_op(STAGE)
+    :: other_op(POST)
+    :: other_op(PLACE)
+    :: other_op(GATHER)
+    :: other_op(AG_STAGE)
+    fi;
+    called[me * EPOCHS + e] = op;
+#endif
+    input[me] = (in_place(op) -> TAG(e) : 0)
+  }
+}
+
+// Both rounds of a call in one kernel, or one after the other.
+inline begin_next() {
+  d_step { e = AFTER(e); keep_young(); op_of[e] = op }
+}
+
+inline stage(c) {
+  d_step {
+    for (i : 0 .. N - 1) {
+#ifdef CPU
+      slot[CELL(me, SLOT(e), c, i)] = TAG(e)
+#else
+      if
+      :: i != me -> slot[CELL(i, SLOT(e), c, me)] = TAG(e)
+      :: else
+      fi
+#endif
+    }
+    i = 0
+  }
+}
+
+inline lay_open(c) {
+  d_step {
+    for (i : 0 .. N - 1) { slot[CELL(me, GATHER_SLOT(e), c, i)] = (wrong -> GARBAGE : TAG(e)) }
+    i = 0
+  }
+}
+
+// A row is posted into an inbox that has been cleared.
+inline post_to(k) {
+  d_step {
+    assert(inbox[BOX(PEER(k), INBOX(e), me)] == 0 || mistakes < MISTAKES);
+    inbox[BOX(PEER(k), INBOX(e), me)] = TAG(e)
+  }
+}
+
+inline publish_to(k, step) {
+#if DEATHS > 0
+  if
+  :: atomic { deaths > 0 && me == 0 -> deaths--; dead[me] = true; goto died }
+  :: true
+  fi;
+#endif
+  d_step {
+    word_epoch[AT(step, PEER(k), me)] = e;
+#if MISTAKES > 0
+    word_op[AT(step, PEER(k), me)] = op
+#endif
+  }
+}
+
+#if MISTAKES > 0
+#define AGREES(k, step) (word_epoch[AT(step, me, PEER(k))] != e || word_op[AT(step, me, PEER(k))] == op)
+#else
+#define AGREES(k, step) true
+#endif
+#define HERE(k, step) REACHED(word_epoch[AT(step, me, PEER(k))], e)
+#define GONE(k) (faulted[PEER(k)] || dead[PEER(k)])
+
+// Waits for a peer's word. A deadline, and a peer that has faulted or died, end the wait after one more look.
+inline observe_from(k, step) {
+#if TIMEOUTS + DEATHS + MISTAKES == 0
+  HERE(k, step)
+#else
+  if
+  :: atomic { HERE(k, step) && AGREES(k, step) -> skip }
+  :: atomic { HERE(k, step) && !AGREES(k, step) -> goto fault }
+  :: !HERE(k, step) && GONE(k) -> one_more_look(k, step)
+#if TIMEOUTS > 0
+  :: !HERE(k, step) && timeouts > 0 && me == 0 -> timeouts--; one_more_look(k, step)
+#endif
+  fi
+#endif
+}
+
+inline one_more_look(k, step) {
+  if
+  :: atomic { HERE(k, step) && AGREES(k, step) -> skip }
+  :: atomic { else -> goto fault }
+  fi
+}
+
+// The row itself says that it has come. Cleared is what has been read, in the same round.
+#define BOX_FROM(k) inbox[BOX(me, INBOX(e), PEER(k))]
+inline take_from(k) {
+  if
+  :: d_step {
+       BOX_FROM(k) != 0 -> check(BOX_FROM(k)); right();
+#ifndef BUG_CLEAR_LATE
+       BOX_FROM(k) = 0
+#endif
+     }
+#if TIMEOUTS + DEATHS + MISTAKES > 0
+  :: BOX_FROM(k) == 0 && GONE(k) ->
+    if
+    :: atomic { BOX_FROM(k) == 0 -> goto fault }
+    :: d_step { else -> check(BOX_FROM(k)); BOX_FROM(k) = 0 }
+    fi
+#endif
+#if TIMEOUTS > 0
+  :: atomic { BOX_FROM(k) == 0 && timeouts > 0 && me == 0 -> timeouts--; goto fault }
+#endif
+  fi
+}
+
+// One after the other, and no peer's before the last one's: as the loops and lanes of csrc may come to it.
+#if N == 2
+#define EACH(f) f(1)
+#define EACH_STEP(f, step) f(1, step)
+#elif N == 3
+#define EACH(f) f(1); f(2)
+#define EACH_STEP(f, step) f(1, step); f(2, step)
+#else
+#define EACH(f) f(1); f(2); f(3)
+#define EACH_STEP(f, step) f(1, step); f(2, step); f(3, step)
+#endif
+#ifdef AT_ONCE
+inline publish(step) { d_step { EACH_STEP(publish_to, step) } }
+inline observe(step) { HERE(1, step) && HERE(2, step) && HERE(3, step) }
+inline post() { d_step { EACH(post_to) } }
+#else
+inline publish(step) { EACH_STEP(publish_to, step) }
+inline observe(step) { EACH_STEP(observe_from, step) }
+inline post() { EACH(post_to) }
+#endif
+inline take_posted() { EACH(take_from) }
+
+inline check(cell) {
+  if
+  :: cell != TAG(e) -> wrong = true
+  :: else
+  fi
+}
+
+// What a reader takes for the rows of this round is what was written for this round. Where ranks may fail, only a call
+// that ends without a fault has to be right.
+inline right() {
+#if TIMEOUTS + DEATHS + MISTAKES == 0
+  assert(!wrong)
+#else
+  skip
+#endif
+}
+
+inline read_staged(c) {
+  d_step {
+    for (i : 0 .. N - 1) {
+      if
+      :: i == me
+#ifdef CPU
+      :: i != me -> check(slot[CELL(i, SLOT(e), c, me)])
+#else
+      :: i != me -> check(slot[CELL(me, SLOT(e), c, i)])
+#endif
+      fi
+    }
+    right(); i = 0
+  }
+}
+
+inline read_in_place() {
+  d_step {
+    for (i : 0 .. N - 1) { check(input[i]) }
+    right(); i = 0
+  }
+}
+
+inline read_laid_open(c) {
+  d_step {
+    for (i : 0 .. N * N - 1) {
+      if
+      :: i / N != me -> check(slot[CELL(i / N, GATHER_SLOT(e), c, i % N)])
+      :: else
+      fi
+    }
+    right(); i = 0
+  }
+}
+
+// Whether a peer has given up.
+inline look_at_flag(k) {
+  if
+  :: atomic { faulted[PEER(k)] -> goto fault }
+  :: else
+  fi
+}
+
+inline look_again() {
+#ifdef LOOK_AGAIN
+  EACH(look_at_flag)
+#else
+  skip
+#endif
+}
+
+inline end_round() {
+  ended[e]++;
+  if
+  :: ended[e] == N -> ended[e] = 0; op_of[e] = 0
+  :: else
+  fi;
+  epoch[me] = e
+}
+
+// A call has ended without a fault. At the latest the next call hears of one that made its numbers wrong.
+inline finish() {
+#if MISTAKES > 0
+  for (i : 0 .. N - 1) { assert(called[i * EPOCHS + first] == op) }
+  i = 0;
+#endif
+#ifdef STRICT
+  assert(!wrong);
+#endif
+  assert(!was_wrong);
+  was_wrong = wrong; wrong = false;
+#ifdef LIVE
+  odd[me] = !odd[me];
+#endif
+  input[me] = 0;  // the caller's again
+  first = 0
+}
+
+proctype Rank(byte me) {
+  byte e, first, op, i, chunk;
+  bool wrong, was_wrong;
+#ifdef BUG_CLEAR_LATE
+  bool to_clear;
+#endif
+  do
+  :: begin();
+    first = e;
+#if defined(CPU) && TIMEOUTS + DEATHS + MISTAKES > 0
+    EACH(look_at_flag);
+#endif
+    // The reducing round, or the only one.
+#ifdef BUG_PUBLISH_FIRST
+    publish(OPEN(0));
+#endif
+    if
+    :: stages(op) -> stage(0)
+    :: posts(op) -> post()
+    :: op == GATHER -> lay_open(0)
+    :: else
+    fi;
+#ifndef BUG_PUBLISH_FIRST
+    publish(OPEN(0));
+#endif
+#ifdef BUG_CLEAR_LATE
+    d_step {
+      if
+      :: to_clear ->
+        for (i : 0 .. N - 1) { inbox[BOX(me, INBOX(e + 1), i)] = 0 }
+        to_clear = false; i = 0
+      :: else
+      fi
+    }
+#endif
+    do
+    :: chunk < CHUNKS ->
+      if
+      :: chunk + 1 < CHUNKS && stages(op) -> stage(chunk + 1); publish(OPEN(chunk + 1))
+      :: chunk + 1 < CHUNKS && op == GATHER -> lay_open(chunk + 1); publish(OPEN(chunk + 1))
+      :: else
+      fi;
+      if
+      :: chunk == 0 || stages(op) || op == GATHER -> observe(OPEN(chunk))
+      :: else
+      fi;
+      if
+      :: stages(op) -> read_staged(chunk)
+      :: posts(op) && chunk == 0 ->
+        take_posted();
+#ifdef BUG_CLEAR_LATE
+        to_clear = true
+#endif
+      :: in_place(op) && chunk == 0 -> read_in_place()
+      :: op == GATHER -> read_laid_open(chunk)
+      :: else
+      fi;
+#ifndef CPU
+      if
+      :: gathers_after(op) -> begin_next(); lay_open(chunk); publish(LAID_OPEN(chunk)); e = first
+      :: else
+      fi;
+#endif
+      chunk++
+    :: else -> chunk = 0; break
+    od;
+#ifndef BUG_NO_CLOSING
+    if
+#ifdef CPU
+    :: in_place(op) -> publish(CLOSE); observe(CLOSE); look_again()
+#else
+    :: op == PLACE -> publish(CLOSE); observe(CLOSE); look_again()
+#endif
+    :: else
+    fi;
+#endif
+    if
+    :: d_step { !gathers_after(op) -> end_round(); finish() }
+    :: d_step { else -> end_round() }
+      begin_next();
+#ifdef CPU
+      lay_open(0); publish(LAID_OPEN(0));
+#endif
+      do
+      :: chunk < CHUNKS -> observe(LAID_OPEN(chunk)); read_laid_open(chunk); chunk++
+      :: else -> break
+      od;
+      chunk = 0;
+#ifndef CPU
+      if
+      :: in_place(op) -> look_again()
+      :: else
+      fi;
+#endif
+      d_step { end_round(); finish() }
+    fi
+  od;
+fault:
+  // The record and the flag. Then the caller hears of it, and may do with its input as it likes.
+  faulted[me] = true;
+#ifdef BUG_CLOSES_ANYWAY
+  if
+  :: op == PLACE -> EACH_STEP(publish_to, CLOSE)
+  :: else
+  fi;
+#endif
+  input[me] = GARBAGE;
+#ifdef BUG_CALLS_INTO_SLOT
+  wrong = true; lay_open(0);
+#endif
+died:
+  skip
+}
+
+init {
+  byte i;
+  atomic {
+    for (i : 0 .. N - 1) { run Rank(i) }
+  }
+}
+
+#define MOVES(r) ([]<> odd[r] && []<> !odd[r])
+#ifdef LIVE
+#if N == 3
+ltl live { MOVES(0) && MOVES(1) && MOVES(2) }
+#else
+ltl live { MOVES(0) && MOVES(1) && MOVES(2) && MOVES(3) }
+#endif
+#endif

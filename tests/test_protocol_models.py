@@ -1,0 +1,113 @@
+"""The protocol as a Promela model (models/): what is proven of it, and that each classic bug is found."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+MODEL = Path(__file__).resolve().parents[1] / "models" / "protocol.pml"
+COMPILER = os.environ.get("CC", "gcc")
+OPS = {"stage": 1, "post": 2, "place": 3, "gather": 4, "ag_stage": 5, "ag_post": 6, "ag_place": 7}
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("spin") is None, reason="there is no spin (a Debian package)"),
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"there is no {COMPILER}"),
+]
+
+
+def ops(names: str) -> str:
+    return f"OPS={sum(1 << OPS[name] for name in names.split())}"
+
+
+ALL = " ".join(OPS)
+ALL_CPU = "stage place gather ag_stage ag_place"  # there are no inboxes
+ONE_FAULT = ("N=3", "TIMEOUTS=1")
+
+RIGHT = {
+    "cuda, all ops": ("N=3", ops(ALL)),
+    "cpu, all ops": ("N=3", "CPU", ops(ALL_CPU)),
+    "two chunks": ("N=3", "CHUNKS=2", ops("ag_stage")),
+    "four ranks, rs_rmsnorm_ag": ("N=4", "AT_ONCE", ops("ag_stage")),
+    "every rank finishes every call": ("N=3", "LIVE", ops("stage place")),
+    "a rank gives up, staged": (*ONE_FAULT, "STRICT", ops("stage")),
+    "a rank gives up, in place": (*ONE_FAULT, ops("place")),
+    "a rank gives up, ag in place": (*ONE_FAULT, ops("ag_place")),
+    "a rank gives up, cpu in place": (*ONE_FAULT, "CPU", ops("place")),
+    "a rank gives up, in place, flags looked at again": (*ONE_FAULT, "STRICT", "LOOK_AGAIN", ops("place")),
+    "a rank gives up, ag in place, flags looked at again": (*ONE_FAULT, "STRICT", "LOOK_AGAIN", ops("ag_place")),
+    "a rank dies, cpu in place, flags looked at again": (
+        *("N=3", "CPU", "DEATHS=1", "STRICT", "LOOK_AGAIN"),
+        ops("place"),
+    ),
+}
+
+# Larger searches: TP_FUSED_MODELS=all.
+LARGE = {
+    "four ranks, staged and in place": ("N=4", "AT_ONCE", ops("stage place")),
+    "cpu, a rank gives up and one dies": ("N=3", "CPU", "TIMEOUTS=1", "DEATHS=1", "STRICT", ops("stage gather")),
+    "a rank calls another op": ("N=3", "MISTAKES=1", ops("stage place")),
+}
+
+WRONG = {
+    "== for >=": ("BUG_EQUAL", ops("stage")),
+    "one slot for two": ("BUG_ONE_SLOT", ops("stage")),
+    "an inbox cleared in the next round": ("BUG_CLEAR_LATE", ops("post")),
+    "one inbox for two": ("BUG_ONE_INBOX", ops("post")),
+    "no closing synchronisation": ("BUG_NO_CLOSING", ops("place")),
+    "published before it is written": ("BUG_PUBLISH_FIRST", ops("stage")),
+    "epochs compared unsigned": ("BUG_UNSIGNED", ops("stage")),
+    "gathering in the slot of the reducing round": ("BUG_GATHER_IN_SAME_SLOT", ops("ag_stage")),
+    "a word that no call has used for all epochs": ("BUG_UNUSED_WORD", ops("stage place")),
+    # What holds of the next call does not hold of the call itself (models/README.md, what is open).
+    "a rank gives up while its input is read": ("TIMEOUTS=1", "STRICT", ops("place")),
+    "a rank gives up while its input is read, ag": ("TIMEOUTS=1", "STRICT", ops("ag_place")),
+    "a rank gives up while its input is read, cpu": ("CPU", "TIMEOUTS=1", "STRICT", ops("place")),
+    "a rank dies while it closes": ("CPU", "DEATHS=1", "STRICT", ops("place")),
+    "a rank that gave up multiplies into its slot": (
+        *("CPU", "TIMEOUTS=1", "STRICT", "BUG_CALLS_INTO_SLOT"),
+        ops("gather"),
+    ),
+}
+
+
+def search(folder: Path, *defines: str) -> str:
+    """What spin's verifier says of the model with these definitions."""
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    live = "LIVE" in defines
+    run("spin", *[f"-D{define}" for define in defines], "-a", str(MODEL))
+    run(COMPILER, "-O1", "-w", "-DCOLLAPSE", "-DMEMLIM=2000", *[] if live else ["-DSAFETY"], "-o", "pan", "pan.c")
+    return run("./pan", "-m1000000", *["-a"] if live else [])
+
+
+def errors(report: str) -> int:
+    assert "max search depth too small" not in report, report
+    assert "out of memory" not in report, report
+    return int(re.search(r"errors: (\d+)", report)[1])
+
+
+@pytest.mark.parametrize("model", RIGHT)
+def test_the_protocol_is_right(tmp_path, model):
+    report = search(tmp_path, *RIGHT[model])
+    assert errors(report) == 0, report
+    assert "Search not completed" not in report, report
+
+
+@pytest.mark.parametrize("model", LARGE)
+@pytest.mark.skipif(os.environ.get("TP_FUSED_MODELS") != "all", reason="a larger search: TP_FUSED_MODELS=all")
+def test_larger_searches(tmp_path, model):
+    report = search(tmp_path, *LARGE[model])
+    assert errors(report) == 0, report
+    assert "Search not completed" not in report, report
+
+
+@pytest.mark.parametrize("bug", WRONG)
+def test_bugs_are_found(tmp_path, bug):
+    assert errors(search(tmp_path, "N=3", *WRONG[bug])) > 0
