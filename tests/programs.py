@@ -14,6 +14,7 @@ from tp_fused import partition, reference
 
 REDUCTIONS = ("rs_rmsnorm", "rs_rmsnorm_fp8", "rs_rmsnorm_ag", "reduce_scatter_rows")
 PROJECTIONS = ("qkv_a_proj_ag", "qkv_a_proj_ag_fp8", "qkv_a_proj_ag_norm")
+SUMS = dict(zip(REDUCTIONS, (1, 2, 1, 0), strict=True))  # which output is the rounded sum
 OPS = (*REDUCTIONS, "all_gather_rows", *PROJECTIONS)
 EPS = 1e-5
 LATENT = (96, 40, 8)  # columns of q_a, kv_a and k_pe
@@ -96,29 +97,27 @@ class Call:
             if self.device == "cpu":
                 same_bits(outputs, expected)
             else:  # the sums have the same bits everywhere; a norm may be rounded the other way
-                sums = {"reduce_scatter_rows": 0, "rs_rmsnorm_fp8": 2}.get(self.op, 1)
+                sums = SUMS[self.op]
                 same_bits(outputs[sums : sums + 1], expected[sums : sums + 1])
                 within_one_rounding(outputs, expected, self.dtype)
 
     def rows(self, rank: int, world_size: int) -> slice:
         return partition.row_slice(self.num_tokens, rank, world_size)
 
+    def sums(self, world_size: int) -> torch.Tensor:
+        """All rows of what is reduced, [num_tokens, hidden_size]: the same bits on every backend."""
+        complete = self.options.get("complete")
+        parts = [self.input(rank) for rank in range(1 if complete else world_size)]
+        return reference.sum_in_rank_order(parts, self._residual())
+
     def _reduce(self, rank: int, world_size: int) -> tuple[torch.Tensor, ...]:
-        full = self._residual()
-
-        def reduced(rank: int) -> torch.Tensor:
-            own = self.rows(rank, world_size)
-            parts = [self.input(0 if self.options.get("complete") else peer)[own] for peer in range(world_size)]
-            parts = parts[:1] if self.options.get("complete") else parts
-            return reference.sum_in_rank_order(parts, None if full is None else full[own])
-
-        residual_out = reduced(rank)
+        sums = self.sums(world_size)
+        residual_out = sums[self.rows(rank, world_size)]
         if self.op == "reduce_scatter_rows":
             return (residual_out,)
         weight = self._norm_weight("norm", self.hidden_size)
         if self.op == "rs_rmsnorm_ag":
-            every = torch.cat([reduced(peer) for peer in range(world_size)])
-            return reference.rms_norm(every, weight, EPS), residual_out
+            return reference.rms_norm(sums, weight, EPS), residual_out
         output = reference.rms_norm(residual_out, weight, EPS)
         if self.op == "rs_rmsnorm":
             return output, residual_out

@@ -7,12 +7,14 @@ there fails again.
 """
 
 import dataclasses
+import functools
+import itertools
 import random
 import zlib
 from collections.abc import Iterator
 
 import torch
-from programs import OPS, PROJECTIONS, REDUCTIONS, Call
+from programs import OPS, PROJECTIONS, REDUCTIONS, SUMS, Call
 
 BF16, FP16, FP32 = FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 E4M3 = torch.float8_e4m3fn
@@ -145,15 +147,13 @@ class SoakCall(Call):
         spread = scale.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[:, : weight.shape[1]]
         return (weight / spread).to(E4M3), scale
 
-    def _sums(self, world_size: int) -> torch.Tensor:
-        """All rows of the sum in rank order: one input at a time, for they may be large."""
-        total = self.input(0).to(FP32, copy=True)
-        for rank in range(1, 1 if self.options.get("complete") else world_size):
-            total += self.input(rank).float()
-        residual = self._residual()
-        if residual is not None:
-            total += residual.float()
-        return total.to(self.dtype)
+    def exact(self, rank: int, world_size: int) -> tuple[int, torch.Tensor] | None:
+        """An output that has the same bits on every backend, and these; a projection has none."""
+        if self.op == "all_gather_rows":
+            return 0, self.input(0)
+        if self.op in PROJECTIONS:
+            return None
+        return SUMS[self.op], self.sums(world_size)[self.rows(rank, world_size)]
 
     def of_version(self, version: int) -> "SoakCall":
         return dataclasses.replace(self, version=version)
@@ -203,12 +203,13 @@ class Segment:
         profile, turn = profiles[index % len(profiles)], index // len(profiles)
         self.spaces = self._draw_spaces(profile)
         self.kinds: list[Kind] = []
-        num_repeated = int(sequence.segment_calls * sequence.repeat_share)
-        count = self._rng.choice(REPEATED_KINDS)
-        repeated = list(self._repeated_kinds(profile, turn, count)) if num_repeated else []
-        mixed = [self._draw_kind() for _ in range(MIXED_KINDS[sequence.device])]
-        self.kinds = repeated + mixed
-        self.steps = list(self._draw_steps(len(repeated), num_repeated))
+        self._num_repeated = self._rng.choice(REPEATED_KINDS) if sequence.repeat_share > 0 else 0  # the first kinds
+        self.kinds = list(self._repeated_kinds(profile, turn, self._num_repeated))
+        self.kinds += [self._draw_kind() for _ in range(MIXED_KINDS[sequence.device])]
+
+    @functools.cached_property
+    def steps(self) -> list[Step]:
+        return list(self._draw_steps())
 
     def describe(self, number: int) -> str:
         step = self.steps[number - self.first]
@@ -312,23 +313,21 @@ class Segment:
         elements = 2**18 if self.sequence.device == "cpu" else 2**24
         rows = max(tokens, 256)
         while hidden > 16 and (rows * hidden * columns > most or rows * hidden > elements):
-            hidden = hidden // 32 * 16
+            hidden = max(16, hidden // 32 * 16)
         return hidden
 
     # ---- order ----
 
-    def _draw_steps(self, num_kinds: int, num_repeated: int) -> Iterator[Step]:
-        """Repeats of each of the first `num_kinds`, and the others, mixed, before and after each."""
+    def _draw_steps(self) -> Iterator[Step]:
+        """Repeats of each of the first kinds, and all kinds mixed before and after each."""
         rng, total = self._rng, self.sequence.segment_calls
-        many = num_repeated // num_kinds if num_kinds else 0
-        mixed = total - many * num_kinds
-        cuts = sorted(rng.randint(0, mixed) for _ in range(num_kinds))
-        begin = 0
-        for kind, end in zip([*range(num_kinds), None], [*cuts, mixed], strict=True):
+        many = int(total * self.sequence.repeat_share) // max(1, self._num_repeated)
+        mixed = total - many * self._num_repeated
+        cuts = sorted(rng.randint(0, mixed) for _ in range(self._num_repeated))
+        for kind, (begin, end) in enumerate(itertools.pairwise([0, *cuts, mixed])):
             for _ in range(begin, end):
                 yield self._step(rng.randrange(len(self.kinds)), rng.randrange(VERSIONS))
-            begin = end
-            for i in range(many if kind is not None else 0):
+            for i in range(many if kind < self._num_repeated else 0):
                 yield self._step(kind, i % VERSIONS, (i + 1, many))
 
     def _step(self, kind: int, version: int, repeat: tuple[int, int] | None = None) -> Step:

@@ -89,7 +89,7 @@ def _add(outcome: Outcome, sequence: Sequence, first: int, reports: list[Report]
 def repeat(sequence: Sequence, start: int, calls: int, injection=None) -> str:
     """The command that makes these calls again."""
     words = ["tools/with_mps.sh"] if sequence.device == "cuda" else []
-    words += ["python3 -m tools.soak", f"--device {sequence.device} --world-size {sequence.world_size}"]
+    words += [f"{sys.executable} -m tools.soak", f"--device {sequence.device} --world-size {sequence.world_size}"]
     words += [f"--seed {sequence.seed} --start {start} --calls {calls}"]
     words += [f"--only {' '.join(sequence.only)}"] if sequence.only else []
     words += [f"--repeat-share {sequence.repeat_share}"] if sequence.repeat_share != Sequence.repeat_share else []
@@ -104,7 +104,11 @@ def describe(sequence: Sequence, outcome: Outcome) -> str:
     lines = [f"W={sequence.world_size}, seed {sequence.seed}: {outcome.num_wrong} wrong results, the first ones:"]
     for number in sorted({wrong.number for wrong in outcome.wrong})[:5]:
         lines.append(f"call {number}: {segment.describe(number)}")
-        lines += [f"    rank {one.rank}: {one.message}" for one in outcome.wrong if one.number == number]
+        for one in (one for one in outcome.wrong if one.number == number):
+            first_line, _, traceback = one.message.partition("\n")
+            lines.append(f"    rank {one.rank}: {first_line}")
+            if traceback and one is outcome.wrong[0]:
+                lines.append(traceback)
     return "\n".join([*lines, "These calls again:", f"    {outcome.repeat}"])
 
 
@@ -148,25 +152,31 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--world-size", type=int, nargs="+", help="default: 4, on cuda 2 3 4 6 8")
     add("--calls", type=int, help="for each world size; default: 100000, on cuda as many as there is time for")
-    add("--seconds", type=float, help="for each world size, to the segment; default: no limit, on cuda 100")
+    add("--seconds", type=float, help="for each world size, to the segment; default: none, on cuda 95")
     add("--seed", type=int, help="default: another one every time")
     add("--start", type=int, default=0, help="the number of the first call")
     add("--only", nargs="+", choices=OPS, default=(), metavar="OP", help="call nothing else")
     add("--repeat-share", type=float, default=Sequence.repeat_share, help="of the calls; the others are mixed")
     add("--subgroups", action=argparse.BooleanOptionalAction, default=True, help="workspaces of some of the ranks, too")
     add("--json", metavar="PATH", help="leave a summary there")
-    add("--inject", type=Injection.parse, metavar="WHAT:CALL:RANK", help="spoil a result (bit or rows) to see it found")
+    add(
+        "--inject",
+        type=Injection.parse,
+        metavar="WHAT:CALL:RANK",
+        help="bit, rows or raise: make an error, to see it found",
+    )
     options = parser.parse_args(arguments)
     options.world_size = options.world_size or WORLD_SIZES[options.device]
     if options.seconds is None:
-        options.seconds = 100.0 if options.device == "cuda" and options.calls is None else float("inf")
+        options.seconds = 95.0 if options.device == "cuda" and options.calls is None else float("inf")
     options.calls = CALLS[options.device] if options.calls is None else options.calls
     options.seed = random.randrange(2**31) if options.seed is None else options.seed
     return options
 
 
-def main() -> None:
-    options = parse()
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code."""
+    options = parse(arguments)
     print(f"seed {options.seed}", flush=True)
     sequences, outcomes = [], []
     for world_size in options.world_size:
@@ -183,8 +193,8 @@ def main() -> None:
     if options.json:
         write(options.json, sequences, outcomes)
     print(summary(outcomes), flush=True)
-    sys.exit(1 if outcomes[-1].wrong else 0)
+    return 1 if outcomes[-1].wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
