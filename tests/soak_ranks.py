@@ -36,7 +36,7 @@ _EVERYWHERE = {"all_gather_rows": 1, "rs_rmsnorm_ag": 1, **dict.fromkeys(PROJECT
 class Injection:
     """An error made on purpose, to see that it is found: once, by rank `rank`, at call `number` or soon after.
 
-    what: "bit" flips one in the first output, "rows" swaps two there, "raise" raises RuntimeError.
+    what: "bit" flips one in the first output, "rows" swaps two there, "raise" and "exit" end the rank.
     """
 
     what: str
@@ -49,14 +49,16 @@ class Injection:
     @classmethod
     def parse(cls, text: str) -> "Injection":
         what, number, rank = text.split(":")
-        if what not in ("bit", "rows", "raise"):
-            raise ValueError(f"what to inject must be bit, rows or raise, got {what!r}")
+        if what not in ("bit", "rows", "raise", "exit"):
+            raise ValueError(f"what to inject must be bit, rows, raise or exit, got {what!r}")
         return cls(what, int(number), int(rank))
 
     def apply(self, outputs) -> bool:
-        """False where there is nothing to spoil."""
+        """False where there is nothing to spoil, and there has to be."""
         if self.what == "raise":
             raise RuntimeError("injected")
+        if self.what == "exit":
+            os._exit(3)
         output = outputs[0]
         if output.numel() == 0 or (self.what == "rows" and len(output) < 2):
             return False
@@ -249,9 +251,11 @@ def _check(call: SoakCall, outputs, rank: int, world_size: int) -> None:
 def _rows_that_differ(call: SoakCall, outputs, rank: int, world_size: int) -> str:
     """Of an output that has the same bits on every backend."""
     exact = call.exact(rank, world_size)
-    if exact is None or outputs[exact[0]].shape != exact[1].shape:
+    if exact is None:
         return ""
     index, right = exact
+    if outputs[index].shape != right.shape or right.numel() == 0:
+        return ""
     return f"; output {index}: {_count_rows((_integers(outputs[index]) != _integers(right)).any(1))}"
 
 
@@ -324,7 +328,7 @@ class _Run:
             self._inject(outputs)
             self.recorder.compare(number, outputs, distinct.expected[step.version])
             if self.device == "cpu":  # here torch does not fill what it hands to the native library
-                for output in outputs:
+                for output in filter(torch.numel, outputs):
                     _integers(output).fill_(-1 if output.element_size() > 1 else 255)
         self.recorder.after(number)
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import shlex
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ DEVICES = ["cpu", "cuda"]
 def test_a_slice(device, world_size, segment):
     sequence = Sequence(seed=21, world_size=world_size, device=device)
     length = sequence.segment_calls
-    calls = length if device == "cuda" else 600  # what a few busy cores do in seconds
+    calls = length if device == "cuda" else 400  # what a few busy cores do in seconds
     with Pool(world_size, device) as pool:  # of its own: other tests' groups are none of its business
         outcome = soak.soak(pool, sequence, segment * length, calls, seconds=60)
     assert not outcome.wrong, soak.describe(sequence, outcome)
@@ -33,15 +32,14 @@ def test_a_slice(device, world_size, segment):
 # ---- that errors are found ----
 
 
-def run(capsys, *arguments: str) -> tuple[int, str]:
-    code = soak.main(list(arguments))
+def run(capsys, command: str) -> tuple[int, str]:
+    code = soak.main(command.split())
     return code, capsys.readouterr().out
 
 
-def repeated(output: str) -> list[str]:
-    """What the command that is told in the output passes to this one."""
-    words = shlex.split(output.split("These calls again:")[1].split("\n")[1])
-    return words[words.index("tools.soak") + 1 :]
+def repeated(output: str) -> str:
+    """The arguments of the command that is told in the output."""
+    return output.split("These calls again:")[1].splitlines()[1].split("tools.soak ")[1]
 
 
 def told(output: str) -> list[str]:
@@ -56,33 +54,27 @@ def told(output: str) -> list[str]:
 )
 def test_an_error_is_found_and_its_command_repeats_it(device, capsys, tmp_path, what, message):
     path, start = tmp_path / "soak.json", SEGMENT_CALLS[device]
-    where = [
-        "--device",
-        device,
-        "--world-size",
-        "2",
-        "--start",
-        str(start),
-        "--only",
-        "reduce_scatter_rows",
-        "all_gather_rows",
-    ]
-    spoiled = ["--seed", "7", "--calls", "60", "--inject", f"{what}:{start + 30}:1", "--json", str(path)]
-    code, output = run(capsys, *where, *spoiled)
+    where = f"--device {device} --world-size 2 --seed 7 --start {start} --calls 60"
+    spoiled = f"--only reduce_scatter_rows all_gather_rows --inject {what}:{start + 30}:1"
+    code, output = run(capsys, f"{where} {spoiled} --json {path}")
     assert code == 1 and "seed 7" in output, output
     wrong = told(output)[1]
     assert wrong.startswith("    rank 1: ") and re.search(message, wrong), output
     summary = json.loads(path.read_text())
     assert summary["wrong"] >= 1 and f"--seed 7 --start {start} " in summary["world_sizes"][0]["repeat"]
 
-    code, again = run(capsys, *repeated(output))
+    code, again = run(capsys, repeated(output))
     assert code == 1 and told(again)[:2] == told(output)[:2]
 
     if what == "bit":
-        clean = repeated(output)
-        del clean[clean.index("--inject") :]
-        code, output = run(capsys, *clean)
+        code, output = run(capsys, repeated(output).split("--inject")[0])
         assert code == 0 and " calls, 0 wrong, " in output
+
+
+def test_a_rank_that_dies_is_a_failure(capsys):
+    code, output = run(capsys, "--world-size 2 --seed 7 --calls 60 --inject exit:30:1")
+    assert code == 1 and "RankDied: the process of rank 1 ended with exit code 3" in output
+    assert "--seed 7 --start 0 --calls 60 --inject exit:30:1" in output
 
 
 # ---- what is called ----

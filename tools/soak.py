@@ -163,7 +163,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--inject",
         type=Injection.parse,
         metavar="WHAT:CALL:RANK",
-        help="bit, rows or raise: make an error, to see it found",
+        help="make an error, to see it found: a bit, rows, raise or exit",
     )
     options = parser.parse_args(arguments)
     options.world_size = options.world_size or WORLD_SIZES[options.device]
