@@ -191,7 +191,6 @@ class _Distinct:
         self.kind, self.call, self.workspace = kind, kind.call, workspace
         self.rank, self.world_size = workspace.rank, workspace.world_size
         self.arguments = self.call.arguments(self.rank, self.world_size) | {"group": workspace.group}
-        self._static = self.arguments  # what varies from version to version is copied into these
         self.inputs: dict[int, dict] = {}
         self.expected: dict[int, tuple] = {}
         self.in_place, self.graph = None, None
@@ -210,7 +209,7 @@ class _Distinct:
         inputs = self.inputs[version]
         if self.graph is not None and not options:
             for name, value in inputs.items():
-                (self.in_place if self.in_place is not None else self._static[name]).copy_(value)
+                self._static[name].copy_(value)
             for output in self._outputs:
                 (output.view(torch.uint8) if output.element_size() == 1 else output).fill_(42)
             self.graph.replay()
@@ -225,11 +224,9 @@ class _Distinct:
 
     def capture(self, pool) -> None:
         """From now on the call is a graph. Called after an eager one: kernels are loaded."""
-        self._static = self.arguments | {
-            name: value.clone() for name, value in self.arguments.items() if torch.is_tensor(value)
-        }
-        if self.in_place is not None:
-            self._static["input"] = self.in_place
+        varying = next(iter(self.inputs.values()))
+        copies = {"input": self.in_place} if self.in_place is not None else {n: _copy(t) for n, t in varying.items()}
+        self._static = self.arguments | copies
         graph = torch.cuda.CUDAGraph()
         torch.utils.deterministic.fill_uninitialized_memory = False  # a part of the graph it would be
         try:
@@ -321,6 +318,8 @@ class _Run:
         distinct = self.distinct[step.kind]
         if step.version not in distinct.inputs:
             distinct.add_version(step.version)
+            self._first(distinct, step.version, self._relatives(distinct, step.version))
+        elif step.version not in distinct.expected:  # the last one was wrong
             self._first(distinct, step.version)
         else:
             outputs = distinct.run(step.version)
@@ -332,27 +331,30 @@ class _Run:
                     _integers(output).fill_(-1 if output.element_size() > 1 else 255)
         self.recorder.after(number)
 
-    def _first(self, distinct: _Distinct, version: int) -> None:
-        """The first call of its kind, checked on the spot, and those that make another, whose results must agree."""
-        call, others, wrong = distinct.call.of_version(version), [], self.report.num_wrong
+    def _relatives(self, distinct: _Distinct, version: int) -> list[tuple[torch.Tensor, ...]]:
+        """Results of other calls, with which those of this one must agree, from all ranks of the group."""
+        call, results = distinct.call.of_version(version), []
         if call.options.get("keep_output") is False:  # with the output, q can be checked to the bit
             kept = dataclasses.replace(call, options=call.options | {"keep_output": True})
             q, scale, residual_out, output = self._checked(kept, distinct.run(version, keep_output=True), distinct)
-            others.append((q, scale, residual_out, output[:0]))
+            results.append((q, scale, residual_out, output[:0]))
         if distinct.kind.captured and distinct.graph is None:
             eager = self._checked(call, distinct.run(version), distinct)
             if call.op not in PROJECTIONS:  # torch's products may have other bits when they are captured
-                others.append(eager)
+                results.append(eager)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             distinct.capture(self._pool)
+        return results
+
+    def _first(self, distinct: _Distinct, version: int, relatives=()) -> None:
+        """A call whose results are checked on the spot; what later ones have to be."""
+        wrong = self.report.num_wrong
         outputs = distinct.run(version)
         self._inject(outputs)
-        outputs = self._checked(call, outputs, distinct)
-        for other in others:
+        self._checked(distinct.call.of_version(version), outputs, distinct)
+        for other in relatives:
             self.recorder.compare(self.number, outputs, other)
-        if self.report.num_wrong > wrong:
-            del distinct.inputs[version]  # the next one is a first one again
-        else:
+        if self.report.num_wrong == wrong:
             distinct.expected[version] = tuple(map(_copy, outputs)) if distinct.graph is not None else outputs
 
     def _checked(self, call: SoakCall, outputs, distinct: _Distinct):

@@ -3,12 +3,14 @@
 import itertools
 import json
 import re
+from collections import Counter
 
 import pytest
 import torch
 from programs import OPS, PROJECTIONS, REDUCTIONS
 from ranks import Pool
 from soak_calls import PROFILES, SEGMENT_CALLS, Sequence
+from soak_ranks import Report, Wrong
 
 from tools import soak
 
@@ -75,6 +77,22 @@ def test_a_rank_that_dies_is_a_failure(capsys):
     code, output = run(capsys, "--world-size 2 --seed 7 --calls 60 --inject exit:30:1")
     assert code == 1 and "RankDied: the process of rank 1 ended with exit code 3" in output
     assert "--seed 7 --start 0 --calls 60 --inject exit:30:1" in output
+
+
+def test_results_that_differ_from_rank_to_rank_are_a_failure():
+    """Where only the first result of each rank is known to be near enough."""
+    sequence = Sequence(seed=0, world_size=2)
+    segment = sequence.segment(0)
+    step = next(step for step in segment.steps if segment.kinds[step.kind].call.op in PROJECTIONS)
+    number = next(
+        i for i, other in enumerate(segment.steps) if (other.kind, other.version) == (step.kind, step.version)
+    )
+    reports = [Report(Counter(), digests={(step.kind, step.version): (digest,)}) for digest in (1, 1, 2)]
+    same, different = soak.Outcome(2), soak.Outcome(2)
+    soak.add(same, sequence, 0, reports[:2])
+    soak.add(different, sequence, 0, reports[1:])
+    assert not same.wrong and different.num_wrong == 1
+    assert different.wrong == [Wrong(number, 1, "its result has other bits than rank 0's")]
 
 
 # ---- what is called ----

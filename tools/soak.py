@@ -58,17 +58,23 @@ def soak(pool: Pool, sequence: Sequence, start: int, calls: int, seconds: float,
             outcome.wrong = [Wrong(number - 1, rank, f"it, or a call before it: {type(error).__name__}: {error}")]
             outcome.num_wrong = 1
         else:
-            _add(outcome, sequence, first, reports)
+            add(outcome, sequence, first, reports)
         outcome.seconds = time.monotonic() - begin
         if outcome.wrong:
             outcome.repeat = repeat(sequence, first, outcome.wrong[0].number - first + 1, injection)
         elif time.monotonic() - told > PROGRESS_S:
             told = time.monotonic()
-            print(f"W={outcome.world_size}: {outcome.calls.total()} calls, {outcome.seconds:.0f} s", flush=True)
+            _progress(outcome)
+    _progress(outcome)
     return outcome
 
 
-def _add(outcome: Outcome, sequence: Sequence, first: int, reports: list[Report]) -> None:
+def _progress(outcome: Outcome) -> None:
+    rate = outcome.calls.total() / max(outcome.seconds, 1e-9)
+    print(f"W={outcome.world_size}: {outcome.calls.total()} calls, {outcome.seconds:.0f} s, {rate:.0f}/s", flush=True)
+
+
+def add(outcome: Outcome, sequence: Sequence, first: int, reports: list[Report]) -> None:
     """What the ranks report of a segment."""
     segment = sequence.segment(first // sequence.segment_calls)
     wrong = [wrong for report in reports for wrong in report.wrong]
