@@ -14,7 +14,8 @@ from tp_fused import partition, reference
 
 REDUCTIONS = ("rs_rmsnorm", "rs_rmsnorm_fp8", "rs_rmsnorm_ag", "reduce_scatter_rows")
 PROJECTIONS = ("qkv_a_proj_ag", "qkv_a_proj_ag_fp8", "qkv_a_proj_ag_norm")
-SUMS = dict(zip(REDUCTIONS, (1, 2, 1, 0), strict=True))  # which output is the rounded sum
+# Which output is the rounded sum.
+SUMS = {"rs_rmsnorm": 1, "rs_rmsnorm_fp8": 2, "rs_rmsnorm_ag": 1, "reduce_scatter_rows": 0}
 OPS = (*REDUCTIONS, "all_gather_rows", *PROJECTIONS)
 EPS = 1e-5
 LATENT = (96, 40, 8)  # columns of q_a, kv_a and k_pe

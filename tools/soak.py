@@ -158,7 +158,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--world-size", type=int, nargs="+", help="default: 4, on cuda 2 3 4 6 8")
     add("--calls", type=int, help="for each world size; default: 100000, on cuda as many as there is time for")
-    add("--seconds", type=float, help="for each world size, to the segment; default: none, on cuda 95")
+    add("--seconds", type=float, help="for each world size, to the segment; default: none, on cuda 90")
     add("--seed", type=int, help="default: another one every time")
     add("--start", type=int, default=0, help="the number of the first call")
     add("--only", nargs="+", choices=OPS, default=(), metavar="OP", help="call nothing else")
@@ -174,7 +174,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.world_size = options.world_size or WORLD_SIZES[options.device]
     if options.seconds is None:
-        options.seconds = 95.0 if options.device == "cuda" and options.calls is None else float("inf")
+        options.seconds = 90.0 if options.device == "cuda" and options.calls is None else float("inf")
     options.calls = CALLS[options.device] if options.calls is None else options.calls
     options.seed = random.randrange(2**31) if options.seed is None else options.seed
     return options
