@@ -13,13 +13,17 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 # The build calls cmake and ninja by name.
 $(VENV)/built: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test bench gpu-build gpu-test gpu-sanitize gpu-bench gpu-multi build format lint clean
+.PHONY: demo test soak bench gpu-build gpu-test gpu-soak gpu-sanitize gpu-bench gpu-multi build format lint clean
 
 demo: build
 	tools/with_mps.sh $(BIN)/python examples/deepseek_v3_prefill.py $(ARGS)
 
 test: build
 	$(BIN)/python -m pytest $(ARGS)
+
+# Random calls for as long as asked: make soak ARGS="--world-size 2 3 8 --calls 20000"
+soak: build
+	$(BIN)/python -m tools.soak $(ARGS)
 
 bench: build
 	$(BIN)/python -m bench $(ARGS)
@@ -30,6 +34,9 @@ gpu-build:
 
 gpu-test: gpu-build
 	tools/with_mps.sh $(PYTHON) -m pytest --device cuda $(ARGS)
+
+gpu-soak: gpu-build
+	tools/with_mps.sh $(PYTHON) -m tools.soak --device cuda $(ARGS)
 
 gpu-sanitize: gpu-build
 	$(PYTHON) tools/sanitize.py

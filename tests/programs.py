@@ -14,6 +14,8 @@ from tp_fused import partition, reference
 
 REDUCTIONS = ("rs_rmsnorm", "rs_rmsnorm_fp8", "rs_rmsnorm_ag", "reduce_scatter_rows")
 PROJECTIONS = ("qkv_a_proj_ag", "qkv_a_proj_ag_fp8", "qkv_a_proj_ag_norm")
+# Which output is the rounded sum.
+SUMS = {"rs_rmsnorm": 1, "rs_rmsnorm_fp8": 2, "rs_rmsnorm_ag": 1, "reduce_scatter_rows": 0}
 OPS = (*REDUCTIONS, "all_gather_rows", *PROJECTIONS)
 EPS = 1e-5
 LATENT = (96, 40, 8)  # columns of q_a, kv_a and k_pe
@@ -37,6 +39,7 @@ class Call:
     residual: str | None = None  # None, "full" or "slice"
     seed: int = 0
     device: str = "cpu"
+    latent: tuple[int, int, int] = LATENT
     options: dict = dataclasses.field(default_factory=dict)  # keywords passed on to the op
 
     # ---- inputs ----
@@ -58,7 +61,7 @@ class Call:
         if self.op in PROJECTIONS:
             arguments["weight"] = self._projection_weight()
         if self.op == "qkv_a_proj_ag_norm":
-            q_a, kv_a = (self._norm_weight(name, size) for name, size in zip("qk", LATENT[:2], strict=True))
+            q_a, kv_a = (self._norm_weight(name, size) for name, size in zip("qk", self.latent[:2], strict=True))
             arguments |= {"q_a_weight": q_a, "kv_a_weight": kv_a, "eps": EPS}
         options = dict(self.options)
         if options.pop("bias", False):
@@ -79,7 +82,10 @@ class Call:
 
     def check(self, outputs, rank: int, world_size: int) -> None:
         """Raises AssertionError where `outputs` are not what the unfused program makes on this rank."""
-        outputs = tuple(output.cpu() for output in outputs)
+        self.compare(tuple(output.cpu() for output in outputs), rank, world_size)
+
+    def compare(self, outputs, rank: int, world_size: int) -> None:
+        """The same of outputs that lie where `_random` makes tensors."""
         if self.op == "all_gather_rows":
             same_bits(outputs, (self.input(0),))
         elif self.op in PROJECTIONS:
@@ -92,29 +98,27 @@ class Call:
             if self.device == "cpu":
                 same_bits(outputs, expected)
             else:  # the sums have the same bits everywhere; a norm may be rounded the other way
-                sums = {"reduce_scatter_rows": 0, "rs_rmsnorm_fp8": 2}.get(self.op, 1)
+                sums = SUMS[self.op]
                 same_bits(outputs[sums : sums + 1], expected[sums : sums + 1])
                 within_one_rounding(outputs, expected, self.dtype)
 
     def rows(self, rank: int, world_size: int) -> slice:
         return partition.row_slice(self.num_tokens, rank, world_size)
 
+    def sums(self, world_size: int) -> torch.Tensor:
+        """All rows of what is reduced, [num_tokens, hidden_size]: the same bits on every backend."""
+        complete = self.options.get("complete")
+        parts = [self.input(rank) for rank in range(1 if complete else world_size)]
+        return reference.sum_in_rank_order(parts, self._residual())
+
     def _reduce(self, rank: int, world_size: int) -> tuple[torch.Tensor, ...]:
-        full = self._residual()
-
-        def reduced(rank: int) -> torch.Tensor:
-            own = self.rows(rank, world_size)
-            parts = [self.input(0 if self.options.get("complete") else peer)[own] for peer in range(world_size)]
-            parts = parts[:1] if self.options.get("complete") else parts
-            return reference.sum_in_rank_order(parts, None if full is None else full[own])
-
-        residual_out = reduced(rank)
+        sums = self.sums(world_size)
+        residual_out = sums[self.rows(rank, world_size)]
         if self.op == "reduce_scatter_rows":
             return (residual_out,)
         weight = self._norm_weight("norm", self.hidden_size)
         if self.op == "rs_rmsnorm_ag":
-            every = torch.cat([reduced(peer) for peer in range(world_size)])
-            return reference.rms_norm(every, weight, EPS), residual_out
+            return reference.rms_norm(sums, weight, EPS), residual_out
         output = reference.rms_norm(residual_out, weight, EPS)
         if self.op == "rs_rmsnorm":
             return output, residual_out
@@ -133,8 +137,8 @@ class Call:
         latent = torch.nn.functional.linear(rows.to(dtype), weight.to(dtype), bias)
         if self.op != "qkv_a_proj_ag_norm":
             return (latent,)
-        q_a, kv_a, k_pe = latent.split(LATENT, dim=1)
-        q_weight, kv_weight = (self._norm_weight(name, size) for name, size in zip("qk", LATENT[:2], strict=True))
+        q_a, kv_a, k_pe = latent.split(self.latent, dim=1)
+        q_weight, kv_weight = (self._norm_weight(name, size) for name, size in zip("qk", self.latent[:2], strict=True))
         return (*(_rms_norm(x, w.to(dtype)) for x, w in ((q_a, q_weight), (kv_a, kv_weight))), k_pe)
 
     # ---- tensors ----
@@ -155,7 +159,7 @@ class Call:
         return self._random(name, (size,)) + 1
 
     def _projection_weight(self) -> torch.Tensor:
-        return self._random("weight", (sum(LATENT), self.hidden_size), self.hidden_size**-0.5)
+        return self._random("weight", (sum(self.latent), self.hidden_size), self.hidden_size**-0.5)
 
     def _projection_weight_fp8(self) -> tuple[torch.Tensor, torch.Tensor]:
         weight = self._projection_weight()
@@ -165,7 +169,7 @@ class Call:
         return (weight / spread).to(torch.float8_e4m3fn), scale
 
     def _bias(self) -> torch.Tensor:
-        return self._random("bias", (sum(LATENT),))
+        return self._random("bias", (sum(self.latent),))
 
 
 def _rms_norm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -196,7 +200,9 @@ def same_bits(actual, expected) -> None:
         assert seen == wanted, f"output {index} is {seen}, expected {wanted}"
         if a.numel() == 0:
             continue
-        differ = a.contiguous().view(torch.uint8) != e.contiguous().view(torch.uint8)
+        # Copied: .contiguous() leaves a single column its strides, and then there is no view of its bytes.
+        a_bytes, e_bytes = (x.clone(memory_format=torch.contiguous_format).view(torch.uint8) for x in (a, e))
+        differ = a_bytes != e_bytes
         if differ.any():
             where = differ.view(*a.shape, -1).any(-1).nonzero()
             first = tuple(where[0].tolist())
