@@ -62,6 +62,7 @@ struct View {
     column_stride = strides[dim - 1];
     rows = dim == 2 ? sizes[0] : 1;
     columns = sizes[dim - 1];
+    if (data == nullptr && rows != 0 && columns != 0) return false;  // its storage has been freed
     for (dtype = 0; dtype < 5; ++dtype) {
       if (torch_dtypes[dtype] == torch_dtype) return true;
     }
