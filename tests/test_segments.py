@@ -1,4 +1,4 @@
-"""Shared-memory segments: one that is not the one that was meant is refused, with the check that failed and both numbers."""
+"""Shared-memory segments: another one than was meant is refused, with the check that failed and both numbers."""
 
 import os
 import secrets
