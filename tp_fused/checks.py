@@ -24,12 +24,14 @@ def given(name: str, tensor: torch.Tensor | None) -> None:
 
 
 def memory(name: str, tensor: torch.Tensor) -> None:
-    """The storage holds all of a contiguous tensor: FSDP, for one, frees storages that tensors still point to."""
-    needed = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
-    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() < needed:
+    """The storage holds all of the tensor: FSDP, for one, frees storages that tensors still point to."""
+    if tensor.numel() == 0:
+        return
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed, held = (tensor.storage_offset() + last + 1) * tensor.itemsize, tensor.untyped_storage().nbytes()
+    if held < needed:
         raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} needs {needed} bytes, its storage has "
-            f"{tensor.untyped_storage().nbytes()}: it has been freed or resized"
+            f"{name} of shape {tuple(tensor.shape)} needs {needed} bytes, its storage has {held}: it has been freed"
         )
 
 
@@ -211,6 +213,7 @@ def fp8_scales(scale: torch.Tensor, q: torch.Tensor, group_size: int = 128) -> N
         raise ValueError(f"scale is on {scale.device}, the input on {q.device}")
     if 1 not in scale.stride() and scale.numel() > 1:
         raise ValueError(f"scale has strides {scale.stride()}: it must be row-major or column-major")
+    memory("scale", scale)
 
 
 def latent_norms(q_a_weight: torch.Tensor, kv_a_weight: torch.Tensor, weight: torch.Tensor) -> None:
