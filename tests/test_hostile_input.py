@@ -279,7 +279,10 @@ def make(call: Hostile, device: str) -> None:
         by_python = results(ours, in_python, **hostile, group_name=name)
         by_reference = results(reference, op, **hostile, group_name=other_name)
         of_copies = None if isinstance(served, Exception) else results(reference, op, **copies(hostile))
-    if isinstance(served, Exception):
+    meta = "meta" in call.changes.values()
+    if meta and isinstance(served, RuntimeError):  # a fake kernel's: counts may be symbols there, and are not checked
+        assert "negative dimension" in str(served), repr(served)
+    elif isinstance(served, Exception):
         assert isinstance(served, (ValueError, TypeError)) and not isinstance(served, CollectiveFault), repr(served)
         assert "incompatible function arguments" not in str(served), str(served)
         assert not call.right or device == "cuda", repr(served)
@@ -295,7 +298,7 @@ def make(call: Hostile, device: str) -> None:
                 msg=lambda text, i=index: f"output {i}: {text}",
             )
     # The dispatcher's fake kernels, not the implementations, see tensors on the meta device.
-    if "meta" not in call.changes.values() and hostile.get("input", hostile.get("q")) is not None:
+    if not meta and hostile.get("input", hostile.get("q")) is not None:
         assert told(served) == told(by_python), f"the kernel: {told(served)}; Python: {told(by_python)}"
         if device == "cpu":
             assert told(served) == told(by_reference), f"cpu: {told(served)}; reference: {told(by_reference)}"
@@ -326,7 +329,7 @@ def run(pool, call: Hostile, device: str) -> None:
             raise result
 
 
-@pytest.mark.parametrize(("world_size", "examples"), [(1, 250), (2, 80)])
+@pytest.mark.parametrize(("world_size", "examples"), [(1, 150), (2, 60)])
 @pytest.mark.parametrize("op", OPS)
 def test_served_rightly_or_refused(pools, device, op, world_size, examples):
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)

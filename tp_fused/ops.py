@@ -48,7 +48,8 @@ def _with_an_input(function):
 
     @functools.wraps(function)
     def checked(input, *rest, **options):
-        checks.given("input", input)
+        if input is None:
+            checks.given("input", input)
         return function(input, *rest, **options)
 
     return checked
