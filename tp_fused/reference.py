@@ -141,8 +141,11 @@ def _gather(workspace, input: torch.Tensor, num_tokens: int) -> torch.Tensor:
 
 
 def _bytes(rows: torch.Tensor) -> torch.Tensor:
-    """The same memory as bytes: not every process group knows every dtype."""
-    return rows.view(torch.uint8)
+    """The same memory as bytes: not every process group knows every dtype.
+
+    Dimensions of one element, or of tensors with none, may have any stride; those of bytes may not.
+    """
+    return rows.as_strided(rows.shape, (max(rows.shape[1], 1), 1)).view(torch.uint8)
 
 
 def _reduce(workspace, op: str, input, residual, complete: bool, variant: str = "") -> torch.Tensor:
