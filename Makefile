@@ -24,7 +24,7 @@ test: build
 # The C API on random calls, for a minute or as long as asked: make fuzz ARGS="-max_total_time=600 -seed=1"
 # libFuzzer chooses them where clang++ has one, else random numbers.
 fuzz: build/fuzz/fuzz_c_api
-	$< -max_total_time=60 $(ARGS)
+	$< -max_total_time=60 -max_len=256 -len_control=0 $(ARGS)
 
 FUZZED := $(wildcard csrc/cpu/*.cpp) tests/cpp/fuzz_c_api.cpp
 FUZZ_FLAGS := -std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -ffp-contract=off -Icsrc \
