@@ -13,7 +13,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 # The build calls cmake and ninja by name.
 $(VENV)/built: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test soak bench gpu-build gpu-test gpu-soak gpu-sanitize gpu-bench gpu-multi build format lint clean
+.PHONY: demo test soak fuzz bench gpu-build gpu-test gpu-soak gpu-sanitize gpu-bench gpu-multi build format lint clean
 
 demo: build
 	tools/with_mps.sh $(BIN)/python examples/deepseek_v3_prefill.py $(ARGS)
@@ -24,6 +24,19 @@ test: build
 # Random calls for as long as asked: make soak ARGS="--world-size 2 3 8 --calls 20000"
 soak: build
 	$(BIN)/python -m tools.soak $(ARGS)
+
+# The C API on random calls, for a minute or as long as asked: make fuzz ARGS="-max_total_time=600 -seed=1"
+# libFuzzer chooses them where clang++ has one, else random numbers.
+fuzz: build/fuzz/fuzz_c_api
+	$< -max_total_time=60 -max_len=256 -len_control=0 $(ARGS)
+
+FUZZED := $(wildcard csrc/cpu/*.cpp) tests/cpp/fuzz_c_api.cpp
+FUZZ_FLAGS := -std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -ffp-contract=off -Icsrc \
+  $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3)
+build/fuzz/fuzz_c_api: $(FUZZED) $(wildcard csrc/*.h csrc/cpu/*.h tests/cpp/fuzz_*.h)
+	mkdir -p $(@D)
+	clang++ $(FUZZ_FLAGS) -fsanitize=fuzzer -DTPF_LIBFUZZER $(FUZZED) -lrt -o $@ || \
+	  $(CXX) $(FUZZ_FLAGS) $(FUZZED) -pthread -lrt -o $@
 
 bench: build
 	$(BIN)/python -m bench $(ARGS)

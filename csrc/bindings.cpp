@@ -5,6 +5,7 @@
 #include <array>
 #include <cerrno>
 #include <cstddef>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -34,12 +35,38 @@ void check(tpf_status status, const std::string& what) {
   throw py::error_already_set();
 }
 
+// Why a segment is not the one that is meant, with both numbers as people write them.
+std::string words_of(const tpf_refusal& refusal) {
+  const char* format = refusal.base == 8    ? "its %s is %#llo, expected %#llo"
+                       : refusal.base == 10 ? "its %s is %llu, expected %llu"
+                                            : "its %s is %#llx, expected %#llx";
+  char words[160];
+  std::snprintf(words, sizeof words, format, refusal.check, static_cast<unsigned long long>(refusal.found),
+                static_cast<unsigned long long>(refusal.expected));
+  return words;
+}
+
 class Segment {
  public:
-  Segment(const std::string& name, int64_t bytes, bool create) {
-    check(
-        create ? tpf_segment_create(&segment_, name.c_str(), bytes) : tpf_segment_open(&segment_, name.c_str(), bytes),
-        (create ? "cannot create shared memory " : "cannot map shared memory ") + name);
+  Segment(const py::int_& bytes, bool create, const std::string& name, uint64_t token) {
+    if (name.find('\0') != std::string::npos) throw py::value_error("a segment's name must not contain NUL");
+    int overflow = 0;
+    const int64_t size = PyLong_AsLongLongAndOverflow(bytes.ptr(), &overflow);
+    const std::string what = (create ? "cannot create shared memory " : "cannot map shared memory ") + name + " of " +
+                             std::string(py::str(bytes)) + " bytes";
+    if (overflow > 0) {
+      errno = EFBIG;
+      check(TPF_NO_SPACE, what);
+    }
+    if (overflow < 0 || size <= 0) throw py::value_error(what);
+    tpf_refusal refusal = {};
+    const tpf_status status = create ? tpf_segment_create(&segment_, name.c_str(), size, token)
+                                     : tpf_segment_open(&segment_, name.c_str(), size, token, &refusal);
+    if (status == TPF_REFUSED) {
+      PyErr_SetString(PyExc_OSError, (what + ": " + words_of(refusal)).c_str());
+      throw py::error_already_set();
+    }
+    check(status, what);
   }
   Segment(const Segment&) = delete;
   Segment& operator=(const Segment&) = delete;
@@ -151,6 +178,7 @@ PYBIND11_MODULE(_C, m) {
   // For tests that set the stage for a round: where a region keeps its signals and how far its owner has come.
   m.attr("CONTROL_BYTES") = tpf::kControlBytes;
   m.attr("EPOCH_OFFSET") = offsetof(tpf::Control, progress) + offsetof(tpf::Progress, epoch);
+  m.attr("SEGMENT_HEADER_BYTES") = TPF_SEGMENT_HEADER_BYTES;
   m.attr("FAULT_BYTES") = sizeof(tpf_fault);
   m.attr("COMPLETE") = TPF_COMPLETE;
   m.attr("RESIDUAL") = TPF_RESIDUAL;
@@ -164,7 +192,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_HIDDEN_SIZE") = TPF_MAX_HIDDEN_SIZE;
 
   py::class_<Segment, std::shared_ptr<Segment>>(m, "Segment", py::buffer_protocol())
-      .def(py::init<const std::string&, int64_t, bool>(), py::arg("name"), py::arg("bytes"), py::arg("create"))
+      .def(py::init<const py::int_&, bool, const std::string&, uint64_t>(), py::arg("bytes"), py::arg("create"),
+           py::arg("name"), py::arg("token") = 0)
       .def_property_readonly("base", &Segment::base)
       .def_property_readonly("fd", &Segment::fd)
       .def("hold", &Segment::hold)

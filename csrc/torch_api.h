@@ -33,6 +33,8 @@ constexpr uint64_t kTorchVersion = 2ull << 56 | 10ull << 48;  // whose conventio
   X(aoti_torch_get_device_index, (tpf::Tensor, int32_t*))                                                          \
   X(aoti_torch_is_contiguous, (tpf::Tensor, bool*))                                                                \
   X(aoti_torch_get_data_ptr, (tpf::Tensor, void**))                                                                \
+  X(aoti_torch_get_storage_size, (tpf::Tensor, int64_t*))                                                          \
+  X(aoti_torch_get_storage_offset, (tpf::Tensor, int64_t*))                                                        \
   X(aoti_torch_empty_strided, (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, tpf::Tensor*))  \
   X(aoti_torch_create_tensor_from_blob,                                                                            \
     (void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t, tpf::Tensor*))            \

@@ -63,9 +63,18 @@ struct View {
     rows = dim == 2 ? sizes[0] : 1;
     columns = sizes[dim - 1];
     for (dtype = 0; dtype < 5; ++dtype) {
-      if (torch_dtypes[dtype] == torch_dtype) return true;
+      if (torch_dtypes[dtype] == torch_dtype) return has_memory(tensor);
     }
     return false;
+  }
+  // False where its storage has been freed, or ends before it.
+  bool has_memory(Tensor tensor) const {
+    if (rows == 0 || columns == 0) return true;
+    int64_t bytes = 0, offset = 0;
+    if (torch.aoti_torch_get_storage_size(tensor, &bytes) || torch.aoti_torch_get_storage_offset(tensor, &offset)) {
+      return false;
+    }
+    return (offset + (rows - 1) * row_stride + (columns - 1) * column_stride + 1) * kItemBytes[dtype] <= bytes;
   }
   bool like(const View& other) const {
     return dtype == other.dtype && device_type == other.device_type && device_index == other.device_index;

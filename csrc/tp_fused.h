@@ -36,6 +36,7 @@ typedef enum tpf_status {
   TPF_SYSTEM = 17,
   TPF_UNSUPPORTED = 18,
   TPF_CUDA_ERROR = 19, /* tpf_cuda_error_string says which */
+  TPF_REFUSED = 20,    /* a segment is not the one that is meant: tpf_refusal says why */
 } tpf_status;
 
 typedef enum tpf_dtype { TPF_BF16 = 0, TPF_F16 = 1, TPF_F32 = 2, TPF_E4M3 = 3, TPF_U8 = 4 } tpf_dtype;
@@ -111,10 +112,16 @@ typedef struct tpf_symm {
 } tpf_symm;
 
 /* ---- the row rule and the layout of a region ---- */
+/* No rows where num_tokens is negative or there is no such rank. */
 void tpf_rows_of(int64_t* start, int64_t* count, int64_t num_tokens, int32_t rank, int32_t world_size);
+/* -1 where slot_bytes is negative or that is more than an int64_t takes. */
 int64_t tpf_region_bytes(int64_t slot_bytes, int32_t on_cuda);
 
 /* ---- shared-memory segments (CPU) ---- */
+/* A segment begins with a page that says whose it is; base points behind it, at `bytes` bytes for the caller. */
+#define TPF_SEGMENT_VERSION 1 /* of that page and of the regions behind it */
+#define TPF_SEGMENT_HEADER_BYTES 4096
+
 typedef struct tpf_segment {
   void* base;
   int64_t bytes;
@@ -122,9 +129,21 @@ typedef struct tpf_segment {
   int32_t lock_fd; /* of tpf_segment_hold; -1: not held */
 } tpf_segment;
 
+/* The first check that a segment did not pass. */
+typedef struct tpf_refusal {
+  const char* check; /* a name with static storage */
+  uint64_t found, expected;
+  int32_t base; /* in which people write such numbers: 8, 10 or 16 */
+} tpf_refusal;
+
 int32_t tpf_cpu_supported(void);
-tpf_status tpf_segment_create(tpf_segment* segment, const char* name, int64_t bytes);
-tpf_status tpf_segment_open(tpf_segment* segment, const char* name, int64_t bytes);
+/* Zeroed, mode 0600, under a name that nobody has yet. token: a random number that goes to the openers with the name.
+ */
+tpf_status tpf_segment_create(tpf_segment* segment, const char* name, int64_t bytes, uint64_t token);
+/* Only a regular file of this user, of exactly this size, that nobody else may open and that was created by this
+ * version of the library with this token; else TPF_REFUSED, and `refusal` is filled in. */
+tpf_status tpf_segment_open(tpf_segment* segment, const char* name, int64_t bytes, uint64_t token,
+                            tpf_refusal* refusal);
 tpf_status tpf_segment_unlink(const char* name);
 void tpf_segment_close(tpf_segment* segment);
 /* Says, until this process ends or closes the segment, that `rank` lives. */

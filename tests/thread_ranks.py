@@ -37,6 +37,6 @@ class ThreadRanks:
 def make_segment(size: int):
     """A segment that has lost its name already."""
     name = f"/tp_fused-test-{secrets.token_hex(8)}"
-    segment = _C.Segment(name, size, create=True)
+    segment = _C.Segment(size, create=True, name=name)
     _C.Segment.unlink(name)
     return segment

@@ -1,6 +1,7 @@
-"""What tools/sanitize.py watches: two ranks, small calls of every kernel of libtp_fused in every form, faults too.
+"""What tools/sanitize.py watches: two ranks, calls of every kernel of libtp_fused in every form, faults too.
 
-Of the projections' tiles there are those that so small calls take.
+Rows come in several chunks, through several rounds of a block's ring of row buffers, and products in several turns of
+tiles. Of the projections' tiles there are those that such calls take.
 """
 
 import dataclasses
@@ -20,87 +21,121 @@ from programs import REDUCTIONS, Call
 from ranks import outcome, settled, workspace
 
 WORLD_SIZE = 2
-MAX_CTAS = 2
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-LIMIT_S = 240
+LIMIT_S = 190
 
-# (num_tokens, hidden_size, dtype), which choose the body of rs_rmsnorm_kernel and its width.
-FORMS = [
-    *((3, 256, dtype) for dtype in (BF16, FP16, FP32)),  # a row a block
-    (2, 2048, BF16),  # a row for a cluster of blocks
-    *((29, 256, dtype) for dtype in (BF16, FP16, FP32)),  # rows that the copy engine brings, in chunks
-    (9, 8192, BF16),
-    (3, 8192, BF16),  # rows too wide for these bodies
-    (9, 16384, BF16),
-]
+# (num_tokens, hidden_size, dtype), which choose the body of rs_rmsnorm_kernel and its width, by the blocks of a rank.
+FORMS = {
+    2: [
+        *((3, 256, dtype) for dtype in (BF16, FP16, FP32)),  # a row a block
+        # Rows that TMA brings: 41 a block in seven chunks, through a ring of 32 buffers, three a row.
+        (163, 768, BF16),
+        (163, 256, FP16),
+        (163, 1024, FP32),
+        (30, 8192, BF16),  # through a ring of 10
+        (3, 8192, BF16),  # rows too wide for these bodies
+        (37, 16384, BF16),  # in five chunks
+        (21, 16384, FP32),
+    ],
+    # A row for a cluster of eight, four and two blocks; the first two post their pieces.
+    8: [(2, 8192, BF16), (4, 4096, FP32), (6, 2048, FP16)],
+}
+FEW = 29  # tokens of the calls that ranks disagree on
 FP8_OPTIONS = {"keep_output": True, "scale_layout": "column"}
 
 
-def calls(device: str) -> list[Call]:
-    reductions = [
-        Call(op, *form, "full", device=device, options=FP8_OPTIONS if op == "rs_rmsnorm_fp8" else {})
-        for op in REDUCTIONS
-        for form in FORMS
-    ]
-    complete = [Call(op, 29, 256, BF16, device=device, options={"complete": True}) for op in REDUCTIONS[:2]]
-    # Rows of whole 16 bytes, few and more than a few for the copy engine, and others.
-    gathers = [Call("all_gather_rows", 29, columns, torch.uint8, device=device) for columns in (4096, 16384, 1001)]
-    projections = [
-        Call(op, count, 256, dtype, device=device)
-        for op in ("qkv_a_proj_ag", "qkv_a_proj_ag_norm")
-        for count in (29, 300)
-        for dtype in (BF16, FP16, FP32)
-    ]
+def reduction(device: str, op: str, form: tuple, residual: str | None = "full", **options) -> Call:
+    if op == "rs_rmsnorm_fp8":
+        options |= FP8_OPTIONS
+    return Call(op, *form, None if op == "reduce_scatter_rows" else residual, device=device, options=options)
+
+
+def reductions(device: str, max_ctas: int) -> list[Call]:
+    calls = [reduction(device, op, form) for op in REDUCTIONS for form in FORMS[max_ctas]]
+    if max_ctas == 2:
+        calls += [reduction(device, op, (163, 768, BF16), None) for op in REDUCTIONS[:3]]
+        calls += [reduction(device, op, (163, 256, BF16), complete=True) for op in REDUCTIONS[:2]]
+    return calls
+
+
+def others(device: str) -> list[Call]:
+    # Rows of whole 16 bytes, few and more than a few for TMA, in several chunks, and others.
+    shapes = ((29, 4096), (29, 16384), (160, 16384), (29, 1001))
+    gathers = [Call("all_gather_rows", *shape, torch.uint8, device=device) for shape in shapes]
+    # Two or three turns of tiles, each through its ring of operands more than once; fp32 is gathered after the product.
+    forms = ((29, 256, BF16), (29, 256, FP16), (29, 256, FP32), (300, 256, FP32), (1100, 1024, BF16), (1100, 512, FP16))
+    projections = [Call(op, *form, device=device) for op in ("qkv_a_proj_ag", "qkv_a_proj_ag_norm") for form in forms]
+    projections.append(Call("qkv_a_proj_ag", 300, 256, BF16, device=device, options={"bias": True}))
     # Scales of four blocks of K that lie together, and others.
     fp8 = [
-        Call("qkv_a_proj_ag_fp8", 300, hidden_size, FP32, device=device, options={"scale_layout": layout})
-        for hidden_size, layout in ((512, "row"), (256, "column"))
+        Call("qkv_a_proj_ag_fp8", count, hidden_size, FP32, device=device, options={"scale_layout": layout})
+        for count, hidden_size, layout in ((1100, 1024, "row"), (1100, 768, "column"), (29, 256, "column"))
     ]
-    return [*reductions, *complete, *gathers, *projections, *fp8]
+    return [*gathers, *projections, *fp8]
 
 
-def run(call: Call, memory: torch.Tensor | None) -> None:
-    """One call, checked. memory: symmetric memory for its input."""
+def disagreed(device: str) -> list[Call]:
+    few = [reduction(device, op, (FEW, 256, BF16)) for op in REDUCTIONS]
+    few += [Call("all_gather_rows", FEW, columns, torch.uint8, device=device) for columns in (4096, 16384)]
+    names = ("qkv_a_proj_ag", "qkv_a_proj_ag_norm", "qkv_a_proj_ag_fp8")
+    return few + [Call(op, FEW, 256, FP32 if op.endswith("fp8") else BF16, device=device) for op in names]
+
+
+def run(call: Call, memory: torch.Tensor | None = None) -> int:
+    """One call, checked; 1. memory: symmetric memory for its input."""
     rank = dist.get_rank()
     arguments = call.arguments(rank, WORLD_SIZE)
     if memory is not None:
         place = memory[: arguments["input"].numel()].view(arguments["input"].shape)
         arguments["input"] = place.copy_(arguments["input"])
     call.check(call.run(rank, WORLD_SIZE, arguments), rank, WORLD_SIZE)
+    return 1
 
 
-def run_all(device: str) -> None:
-    """Runs on a rank."""
-    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
-    rank, number = dist.get_rank(), 0
-    if device == "cuda":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    sizes = {"max_num_tokens": 300, "hidden_size": 16384, "max_ctas": MAX_CTAS, "timeout_s": 60.0}
-    with workspace(device, device, **sizes) as made:
-        memories = {dtype: tp_fused.symm_empty((9 * 16384,), dtype, device=device) for dtype in (BF16, FP16, FP32)}
-        for call in calls(device):
-            run(call, None)
-            number += 1
-            if call.op in REDUCTIONS:
-                run(call, memories[call.dtype])
-                number += 1
+def run_reductions(device: str, max_ctas: int) -> int:
+    """Each staged and in place; how many calls."""
+    calls = reductions(device, max_ctas)
+    sizes = {
+        dtype: max(c.num_tokens * c.hidden_size for c in calls if c.dtype == dtype) for dtype in (BF16, FP16, FP32)
+    }
+    with workspace(device, device, max_num_tokens=163, hidden_size=16384, max_ctas=max_ctas, timeout_s=60.0):
+        memories = {dtype: tp_fused.symm_empty((size,), dtype, device=device) for dtype, size in sizes.items()}
+        return sum(run(call, memory) for call in calls for memory in (None, memories[call.dtype]))
+
+
+def run_others(device: str) -> int:
+    with workspace(device, device, max_num_tokens=1100, hidden_size=4096, max_ctas=2, timeout_s=60.0) as made:
+        number = sum(map(run, others(device)))
         if device == "cuda":
             assert _C.barrier(made.team, torch.cuda.current_stream().cuda_stream) == 0
             torch.cuda.synchronize()
             made.check()
             number += 1
-    # Ranks that disagree: the record is written and the outputs are filled with NaN.
-    for call in calls(device):
-        if call.num_tokens == 29 and not call.options.get("complete"):
-            other = dataclasses.replace(call, num_tokens=call.num_tokens - rank)
-            with workspace(device, device, **sizes) as made:
-                error, _ = outcome(settled, made, other.run, rank, WORLD_SIZE)
-                assert isinstance(error, tp_fused.CollectiveFault), error
-                dist.barrier()
-            number += 1
-    if rank == 0:
+    return number
+
+
+def run_disagreed(device: str) -> int:
+    """Ranks that disagree: the record is written and the outputs are filled with NaN."""
+    rank, calls = dist.get_rank(), disagreed(device)
+    for call in calls:
+        other = dataclasses.replace(call, num_tokens=call.num_tokens - rank)
+        with workspace(device, device, max_num_tokens=FEW, hidden_size=4096, max_ctas=2, timeout_s=60.0) as made:
+            error, _ = outcome(settled, made, other.run, rank, WORLD_SIZE)
+            assert isinstance(error, tp_fused.CollectiveFault), error
+            dist.barrier()
+    return len(calls)
+
+
+def run_all(device: str) -> None:
+    """Runs on a rank."""
+    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    if device == "cuda":
+        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    number = sum(run_reductions(device, max_ctas) for max_ctas in FORMS)
+    number += run_others(device) + run_disagreed(device)
+    if dist.get_rank() == 0:
         print(f"{number} calls on {WORLD_SIZE} ranks went as they should", flush=True)
 
 
 if __name__ == "__main__":
-    launch(run_all, WORLD_SIZE, "cuda")
+    launch(run_all, WORLD_SIZE, *(sys.argv[1:] or ["cuda"]))

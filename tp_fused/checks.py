@@ -11,10 +11,28 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 E4M3 = torch.float8_e4m3fn
 
 
+LARGEST = 2**31 - 1  # widths and group sizes reach the kernels as 32-bit integers
+
+
 def given(name: str, tensor: torch.Tensor | None) -> None:
-    """torch takes None for any tensor."""
+    """There is a dense tensor, with memory: torch takes None for any tensor, and any layout."""
     if tensor is None:
         raise TypeError(f"{name} must be a tensor, got None")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{name} must be a dense tensor, got a {layout} one")
+
+
+def memory(name: str, tensor: torch.Tensor) -> None:
+    """The storage holds all of the tensor: FSDP, for one, frees storages that tensors still point to."""
+    if tensor.numel() == 0:
+        return
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed, held = (tensor.storage_offset() + last + 1) * tensor.itemsize, tensor.untyped_storage().nbytes()
+    if held < needed:
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} needs {needed} bytes, its storage has {held}: it has been freed"
+        )
 
 
 def rows(name: str, tensor: torch.Tensor, dtypes=FLOATS, device: torch.device | None = None) -> None:
@@ -29,6 +47,7 @@ def rows(name: str, tensor: torch.Tensor, dtypes=FLOATS, device: torch.device | 
             f"{name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}: its rows must be contiguous, "
             f"call .contiguous() first"
         )
+    memory(name, tensor)
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, the input on {device}")
 
@@ -44,11 +63,33 @@ def like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.d
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} of shape {tuple(shape)} has strides {tensor.stride()}: it must be contiguous")
+    memory(name, tensor)
 
 
 def eps(value: float) -> None:
     if not 0 < ctypes.c_float(value).value < math.inf:
         raise ValueError(f"eps must be positive and finite in fp32, got {value}")
+
+
+def group_size(value: int) -> None:
+    """Columns that share an fp8 scale; more than a row has are as many as it has."""
+    if value < 1:
+        raise ValueError(f"group_size must be positive, got {value}")
+    narrow("group_size", value)
+
+
+def narrow(name: str, value: int) -> None:
+    if value > LARGEST:
+        raise ValueError(f"{name}={value} is over {LARGEST}")
+
+
+def addressable(slot_bytes: int, workspace) -> None:
+    """All the ranks' regions, of a few slots each, have sizes that fit into 64 bits."""
+    if slot_bytes * 8 * workspace.world_size >= 2**63:
+        raise MemoryError(
+            f"tp_fused.init: max_num_tokens={workspace.max_num_tokens} rows of {workspace.row_bytes} bytes on "
+            f"{workspace.world_size} ranks are {slot_bytes} bytes a slot, more than can be addressed"
+        )
 
 
 def kernel_vectors(workspace, hidden_size: int, **tensors: torch.Tensor | None) -> None:
@@ -94,6 +135,7 @@ def capacity(workspace, input: torch.Tensor, num_tokens: int, columns: int, dtyp
             f"workspace, made for hidden_size={workspace.hidden_size}, latent_size={workspace.latent_size} of "
             f"{workspace.dtype} ({workspace.row_bytes} bytes a row); call tp_fused.init again, on all ranks"
         )
+    narrow(name, columns)
 
 
 def local_rows(workspace, name: str, tensor: torch.Tensor, num_tokens: int) -> None:
@@ -149,6 +191,7 @@ def projection(workspace, input, weight, num_tokens: int, input_dtypes=FLOATS, o
     if weight.shape[1] != input.shape[1]:
         raise ValueError(f"weight is {tuple(weight.shape)}, but the input has {input.shape[1]} columns")
     capacity(workspace, input, num_tokens, weight.shape[0], output_dtype, "weight.shape[0]")
+    narrow("input.shape[1]", input.shape[1])
     local_rows(workspace, "input", input, num_tokens)
     kernel_starts(workspace, input=input, weight=weight)
     if workspace.backend == "cuda" and weight.shape[0] == 0:
@@ -171,6 +214,7 @@ def fp8_scales(scale: torch.Tensor, q: torch.Tensor, group_size: int = 128) -> N
         raise ValueError(f"scale is on {scale.device}, the input on {q.device}")
     if 1 not in scale.stride() and scale.numel() > 1:
         raise ValueError(f"scale has strides {scale.stride()}: it must be row-major or column-major")
+    memory("scale", scale)
 
 
 def latent_norms(q_a_weight: torch.Tensor, kv_a_weight: torch.Tensor, weight: torch.Tensor) -> None:

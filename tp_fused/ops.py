@@ -29,9 +29,12 @@ def _define(schema: str, fake):
     def register(function):
         name = schema[: schema.index("(")]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        implementation = _with_an_input(function)
         for key in ("CPU", "CUDA"):
-            if not _C.register_kernel(name, key, function):
-                _library.impl(name, function, key)
+            if not _C.register_kernel(name, key, implementation):
+                _library.impl(name, implementation, key)
+        # Tensors of other layouts and devices: the checks have words for them, torch's dispatcher has others.
+        _library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"tp_fused::{name}", _on_one_device(fake), lib=_library)
         # A compiler must not drop it on a rank that does not use what it returns: the others wait for that rank.
         torch.fx.node.has_side_effect(getattr(_ops, name).default)
@@ -40,11 +43,24 @@ def _define(schema: str, fake):
     return register
 
 
+def _with_an_input(function):
+    """torch takes None for any tensor, this one included."""
+
+    @functools.wraps(function)
+    def checked(input, *rest, **options):
+        if input is None:
+            checks.given("input", input)
+        return function(input, *rest, **options)
+
+    return checked
+
+
 def _on_one_device(fake):
     """torch calls the fake kernel, too, where the input is real and another tensor is on the meta device."""
 
     @functools.wraps(fake)
     def checked(input, *rest, **options):
+        checks.given("input", input)
         for tensor in (*rest, *options.values()):
             if isinstance(tensor, torch.Tensor) and tensor.device != input.device:
                 raise ValueError(
@@ -125,8 +141,7 @@ def _rs_rmsnorm_fp8(
     workspace = get_workspace(group_name, input.device)
     if scale_layout not in ("row", "column"):
         raise ValueError(f'scale_layout must be "row" or "column", got {scale_layout!r}')
-    if group_size < 1:
-        raise ValueError(f"group_size must be positive, got {group_size}")
+    checks.group_size(group_size)
     if workspace.backend == "cuda" and group_size not in (64, 128):
         raise ValueError(f"on cuda, group_size must be 64 or 128, got {group_size}")
     residual = checks.normed_reduction(workspace, input, residual, weight, eps)

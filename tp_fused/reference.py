@@ -57,6 +57,7 @@ def empty_scale(num_rows: int, hidden_size: int, group_size: int, layout: str, d
 def quantize_e4m3(rows: torch.Tensor, group_size: int = 128, layout: str = "row") -> tuple[torch.Tensor, torch.Tensor]:
     """e4m3 rows and their scales, amax / 448 of every `group_size` columns; a group of zeros has scale 0."""
     num_rows, hidden_size = rows.shape
+    group_size = min(group_size, max(hidden_size, 1))  # what follows takes memory for whole groups
     scale = empty_scale(num_rows, hidden_size, group_size, layout, rows.device)
     groups = scale.shape[1]
     padded = torch.nn.functional.pad(rows.float(), (0, groups * group_size - hidden_size))
@@ -140,8 +141,11 @@ def _gather(workspace, input: torch.Tensor, num_tokens: int) -> torch.Tensor:
 
 
 def _bytes(rows: torch.Tensor) -> torch.Tensor:
-    """The same memory as bytes: not every process group knows every dtype."""
-    return rows.view(torch.uint8)
+    """The same memory as bytes: not every process group knows every dtype.
+
+    Dimensions of one element, or of tensors with none, may have any stride; those of bytes may not.
+    """
+    return rows.as_strided(rows.shape, (max(rows.shape[1], 1), 1)).view(torch.uint8)
 
 
 def _reduce(workspace, op: str, input, residual, complete: bool, variant: str = "") -> torch.Tensor:

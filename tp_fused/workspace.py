@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
-from . import backends, faults, partition
+from . import backends, checks, faults, partition
 from .native import _C
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -169,6 +169,7 @@ class Workspace:
     def _slot_bytes(self) -> int:
         """A slot holds as many rows from every rank as the rank with most rows owns."""
         rows = self.world_size * partition.row_count(self.max_num_tokens, 0, self.world_size)
+        checks.addressable(rows * self.row_bytes, self)
         return -(-rows * self.row_bytes // 4096) * 4096
 
     def _make_cpu_team(self) -> None:
@@ -220,16 +221,17 @@ class Workspace:
             except (OSError, MemoryError) as error:
                 return None, error
 
-        name = _gather_objects(self.group, f"/tp_fused-{os.getpid()}-{secrets.token_hex(8)}")[0]
-        segment, error = attempt(lambda: _C.Segment(name, size, create=True)) if self.rank == 0 else (None, None)
+        named = {"name": f"/tp_fused-{secrets.token_hex(16)}", "token": secrets.randbits(64)}
+        named = _gather_objects(self.group, named)[0]
+        segment, error = attempt(lambda: _C.Segment(size, True, **named)) if self.rank == 0 else (None, None)
         try:
             error = _gather_objects(self.group, error)[0]
             if error is None and self.rank != 0:
-                segment, error = attempt(lambda: _C.Segment(name, size, create=False))
+                segment, error = attempt(lambda: _C.Segment(size, False, **named))
             errors = _gather_objects(self.group, error)
         finally:
             if self.rank == 0 and segment is not None:
-                _C.Segment.unlink(name)
+                _C.Segment.unlink(named["name"])
         for rank, error in enumerate(errors):
             if error is not None:
                 raise type(error)(
