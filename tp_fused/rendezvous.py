@@ -35,7 +35,8 @@ from torch.distributed import distributed_c10d
 from .faults import CollectiveFault
 
 _DONE = "done"
-_LONGEST_PAUSE_S = 0.02  # between two looks at the store
+_ABSENT = "tp_fused: there is no such key"
+_LONGEST_PAUSE_S = 0.01  # between two looks at the store
 
 # torch 2.10 looks for a group's store in a table of its own, to which entries can only be added.
 _TORCH_HAS_GROUP_TABLE = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11)
@@ -123,6 +124,11 @@ class Meeting:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
+    def read(self, key: str) -> bytes | None:
+        """The value of a key; None where there is none, for which `get` would wait."""
+        value = self._store.compare_set(key, _ABSENT, _ABSENT)
+        return None if value == _ABSENT.encode() else value
+
     def __enter__(self):
         return self
 
@@ -191,11 +197,8 @@ class Meeting:
 
     def _failure(self, number: int) -> dict | None:
         """Why an exchange was given up, if it was."""
-        key = f"{number}/outcome"
-        if not self._store.check([key]):
-            return None
-        outcome = self._store.get(key).decode()
-        return None if outcome == _DONE else json.loads(outcome)
+        outcome = self.read(f"{number}/outcome")
+        return None if outcome in (None, _DONE.encode()) else json.loads(outcome)
 
     def _give_up(self, ranks_by_key: dict[str, int | None], step: str) -> dict | None:
         """After the deadline; None where all have come after all."""
@@ -259,8 +262,9 @@ class TorchStore(dist.Store):
         self._meeting._store.set(own, value)
 
     def get(self, key: str) -> bytes:
-        self.wait([key])
-        return self._meeting._store.get(self._own(key)[0])
+        while (value := self._meeting.read(self._own(key)[0])) is None:  # a rank that gives up deletes its keys
+            self.wait([key])
+        return value
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
         return [self.get(key) for key in keys]
