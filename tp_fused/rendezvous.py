@@ -214,7 +214,9 @@ class Meeting:
     def _fault(self, failure: dict, late: bool = False) -> CollectiveFault:
         self._failed, self._open = True, False
         self._delete_own_keys()
-        before = f"rank {failure['by']} had given up before this rank came: " if late else ""
+        before = ""
+        if late and failure["peer"] != failure["by"]:
+            before = f"rank {failure['by']} had given up before this rank came: "
         message = f"{self.what}: {before}{failure['told']}; call {self.what} again on all ranks"
         op = self.what.removeprefix("tp_fused.")
         return CollectiveFault(message, op, self._number, self.rank, failure["peer"], failure["reason"])

@@ -13,6 +13,7 @@ from .rendezvous import Meeting
 _workspaces: dict[tuple[str, str], "Workspace"] = {}
 _SIZES = ("max_num_tokens", "hidden_size", "latent_size", "row_bytes")
 _END_OF_GROUP = "is closed: its process group was destroyed; call tp_fused.init on the new one"
+_groups: dict[str, dist.ProcessGroup] = {}  # whose workspaces these are
 _ended: dict[tuple[str, str], str] = {}  # what became of workspaces that no later one stands for
 
 
@@ -312,6 +313,7 @@ def init(
             )
         workspace = Workspace(group, device_type, backend, reason, backends.grown(arguments, reports), meeting)
     _ended.pop(key, None)
+    _groups[group.group_name] = group
     _workspaces[key] = workspace
     if workspace.team is not None:
         workspace.team.serve(workspace.group_name, workspace.max_num_tokens, workspace.row_bytes)
@@ -343,20 +345,10 @@ def resolve_group_name(group: dist.ProcessGroup | str | None) -> str:
         if not dist.is_initialized():
             raise ValueError("no group given and torch.distributed is not initialised")
         group = dist.group.WORLD
-    require_own_group(group)
-    return group.group_name
-
-
-def require_own_group(group: dist.ProcessGroup) -> None:
-    """Raises where the workspace that `group`'s name stands for is that of a later group."""
-    if torch.compiler.is_compiling():
-        return
-    for device_type in ("cpu", "cuda"):
-        workspace = _workspaces.get((group.group_name, device_type))
-        if workspace is not None and workspace.group is not group:
-            raise ValueError(
-                f"this process group {group.group_name!r} was destroyed; the workspace of that name is of a later group"
-            )
+    name = group.group_name
+    if not torch.compiler.is_compiling() and _groups.get(name, group) is not group:
+        raise ValueError(f"this process group {name!r} was destroyed; the workspace of that name is of a later group")
+    return name
 
 
 def type_of(device: str | torch.device | None) -> torch.device:
@@ -379,6 +371,8 @@ def _close_workspaces_of(group_name: str | None) -> None:
         if group_name in (None, workspace.group_name):
             workspace._close(_END_OF_GROUP)
             _ended[key] = _END_OF_GROUP
+    for name in [group_name] if group_name is not None else list(_groups):
+        _groups.pop(name, None)
 
 
 @atexit.register
