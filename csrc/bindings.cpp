@@ -201,16 +201,9 @@ PYBIND11_MODULE(_C, m) {
                   [](const std::string& name) { check(tpf_segment_unlink(name.c_str()), "cannot unlink " + name); })
       .def_buffer(&Segment::buffer);
 
-  // Who may call: see Caller. The verdicts are "", "forked" and "other thread".
   py::class_<Caller, std::shared_ptr<Caller>>(m, "Caller")
       .def(py::init<>())
-      .def("admit",
-           [](Caller& caller) {
-             const Caller::Verdict verdict = caller.admit();
-             return verdict == Caller::Verdict::kFine     ? ""
-                    : verdict == Caller::Verdict::kForked ? "forked"
-                                                          : "other thread";
-           })
+      .def("admit", [](Caller& caller) { return caller.admit(); })
       .def("attach", &Caller::attach)
       .def_property_readonly("thread_id", &Caller::thread_id);
 

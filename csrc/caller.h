@@ -14,21 +14,19 @@ namespace tpf {
 
 class Caller {
  public:
-  enum class Verdict { kFine, kForked, kOtherThread };
-
   // Whether the calling thread may call. The first one that does becomes the caller, until it ends.
-  Verdict admit() {
-    if (generation() != made_in_) return Verdict::kForked;
+  bool admit() {
+    if (generation() != made_in_) return false;
     const Thread& self = this_thread();
-    if (caller_.load(std::memory_order_relaxed) == self.number) return Verdict::kFine;
+    if (caller_.load(std::memory_order_relaxed) == self.number) return true;
     const std::lock_guard lock(mutex_);
     // A thread that has been joined may still be on its way out.
     for (int look = 0; !alive_.expired(); ++look) {
-      if (look == 100) return Verdict::kOtherThread;
+      if (look == 100) return false;
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
     take(self);
-    return Verdict::kFine;
+    return true;
   }
 
   // The calling thread becomes the caller, whoever was.

@@ -19,7 +19,7 @@ struct Call {
   bool read(Value tensor, Value group_name, int largest_dtype) {
     input_tensor = handle<AtenTensorOpaque>(tensor);
     return input.read(input_tensor) && input.dim == 2 && input.dtype <= largest_dtype && find(string(group_name)) &&
-           workspace.caller->admit() == Caller::Verdict::kFine;
+           workspace.caller->admit();
   }
   bool fits(int64_t num_tokens, int64_t row_bytes) const {
     return num_tokens >= 0 && num_tokens <= workspace.max_num_tokens && row_bytes > 0 &&

@@ -1,4 +1,4 @@
-"""Who calls: threads, forked children, streams, signals. Calls of one workspace have one order, the same on all ranks."""
+"""Who calls: threads, forked children, streams, signals. Calls of a workspace have one order, the same on all ranks."""
 
 import os
 import signal
@@ -83,7 +83,7 @@ def call_from_a_child(backend: str, op: str) -> list:
 @pytest.mark.parametrize("world_size", [2])
 def test_a_forked_child_is_no_rank(pool, served_by, op, world_size):
     for told, pid in pool.run(call_from_a_child, served_by, op):
-        assert told.startswith("ValueError: the workspace of group") and f"was made by process {pid};" in told
+        assert told.startswith("ValueError: the workspace of group") and f"belongs to process {pid}," in told
 
 
 def leave_a_child_behind() -> tuple:

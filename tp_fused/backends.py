@@ -9,6 +9,7 @@ import torch
 from .native import _C
 
 BACKENDS = ("cuda", "cpu", "reference")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Report:
     has_code: bool = False  # whether this build was compiled for it
     reaches: dict[str, bool] = field(default_factory=dict)  # cards that this rank sees: can its own read their memory?
     error: str | None = None  # why this rank cannot use the device
+    open_sizes: dict | None = None  # of the workspace that the group has already
 
 
 def report(arguments: dict, device: str) -> Report:
@@ -51,6 +53,44 @@ def report(arguments: dict, device: str) -> Report:
     except (RuntimeError, AssertionError) as error:  # torch's, of a device that it does not know or was not built for
         made.error = f"device {device!r} cannot be used: {error}"
     return made
+
+
+def compare(reports) -> None:
+    """Raises what a rank cannot do, and where the ranks' arguments of `init` differ."""
+    for rank, report in enumerate(reports):
+        if report.error is not None:
+            raise ValueError(f"tp_fused.init: rank {rank}: {report.error}")
+    for rank, report in enumerate(reports):
+        for name, value in report.arguments.items():
+            if value != reports[0].arguments[name]:
+                raise ValueError(
+                    f"tp_fused.init: rank {rank} was called with {name}={value}, rank 0 with "
+                    f"{name}={reports[0].arguments[name]}"
+                )
+
+
+def check_arguments(arguments: dict) -> None:
+    for name in ("max_num_tokens", "hidden_size", "latent_size", "max_ctas"):
+        value = arguments[name]
+        optional = name in ("latent_size", "max_ctas")
+        if not (optional and value is None) and (not isinstance(value, int) or not 0 < value < 2**31):
+            raise ValueError(f"tp_fused.init: {name} must be a positive integer below 2**31, got {value!r}")
+    if arguments["dtype"] not in DTYPES:
+        raise TypeError(f"tp_fused.init: dtype must be one of {', '.join(map(str, DTYPES))}, got {arguments['dtype']}")
+    timeout_s = arguments["timeout_s"]
+    if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
+        raise ValueError(f"tp_fused.init: timeout_s must be positive seconds, got {timeout_s!r}")
+
+
+def grown(arguments: dict, reports) -> dict:
+    """The arguments of `init`, with the larger of their sizes and those of the workspace that some rank has open."""
+    latent_size = arguments["latent_size"] or arguments["hidden_size"]
+    row_bytes = max(arguments["hidden_size"], latent_size) * arguments["dtype"].itemsize
+    largest = {**arguments, "latent_size": latent_size, "row_bytes": row_bytes}
+    for report in reports:
+        for name, size in (report.open_sizes or {}).items():
+            largest[name] = max(largest[name], size)
+    return largest
 
 
 def choose_backend(reports, device_type: str, world_size: int, asked: str | None) -> tuple[str, str]:

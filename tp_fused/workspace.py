@@ -2,70 +2,72 @@
 
 import atexit
 import os
-import secrets
-import shutil
 import threading
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symm_mem
 
-from . import backends, checks, faults, partition
+from . import backends, checks, faults, lifetime, memory, partition
 from .native import _C
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from .rendezvous import Meeting
 
 _workspaces: dict[tuple[str, str], "Workspace"] = {}
+_SIZES = ("max_num_tokens", "hidden_size", "latent_size", "row_bytes")
+_END_OF_GROUP = "is closed: its process group was destroyed; call tp_fused.init on the new one"
+_groups: dict[str, dist.ProcessGroup] = {}  # whose workspaces these are
+_ended: dict[tuple[str, str], str] = {}  # what became of workspaces that no later one stands for
 
 
 class Workspace:
     """What the ranks of a group need to run the ops: made by `tp_fused.init`, used by every op on that group.
 
     Attributes: `group`, `group_name`, `rank`, `world_size`, `device_type`, `backend` ("cuda", "cpu" or "reference"),
-    `reason` (why this backend), `max_num_tokens`, `hidden_size`, `latent_size`, `dtype`, `timeout_s`, `max_ctas`.
+    `reason` (why this backend), `max_num_tokens`, `hidden_size`, `latent_size`, `dtype`, `timeout_s`, `max_ctas`,
+    `nbytes` (what this rank has allocated).
     """
 
-    def __init__(self, group, device_type: str, backend: str, reason: str, arguments: dict):
+    def __init__(self, group, device_type: str, backend: str, reason: str, arguments: dict, meeting: Meeting):
         self.group = group
         self.group_name = group.group_name
         self.rank, self.world_size = group.rank(), group.size()
         self.device_type, self.backend, self.reason = device_type, backend, reason
         self.max_num_tokens: int = arguments["max_num_tokens"]
         self.hidden_size: int = arguments["hidden_size"]
-        self.latent_size: int = arguments["latent_size"] or arguments["hidden_size"]
+        self.latent_size: int = arguments["latent_size"]
         self.dtype: torch.dtype = arguments["dtype"]
         self.timeout_s: float = arguments["timeout_s"]
         self.max_ctas: int | None = arguments["max_ctas"]
-        self.row_bytes = max(self.hidden_size, self.latent_size) * self.dtype.itemsize
+        self.row_bytes: int = arguments["row_bytes"]
         self.device_index = torch.cuda.current_device() if device_type == "cuda" else None
-        self.closed = False
+        self.closed, self._end = False, ""
         self._pid = os.getpid()
         self.caller = _C.Caller()
         self.calls, self.fault = 0, None  # the reference backend's; the others keep theirs in the region
         self.team = None
         self._symmetric: list = []  # torch's, that the team's addresses point into
+        self._memory: dict[str, int] = {}
         if backend == "cpu":
-            self._make_cpu_team()
+            self._make_cpu_team(meeting)
         elif backend == "cuda":
-            self._make_cuda_team()
+            self._make_cuda_team(meeting)
 
     # ---- what the ops ask ----
 
     def require_open(self) -> None:
+        self.require_own_process()
         if self.closed:
+            raise ValueError(f"the workspace of group {self.group_name!r} {self._end}")
+
+    def require_own_process(self) -> None:
+        if self._pid != os.getpid():
             raise ValueError(
-                f"the workspace of group {self.group_name!r} is closed; call tp_fused.init(...) on all ranks"
+                f"the workspace of group {self.group_name!r} belongs to process {self._pid}, which is its rank "
+                f"{self.rank}; this is process {os.getpid()}, forked from it: it is no rank, and must not call ops"
             )
 
     def require_caller(self) -> None:
-        """Raises where this thread, or this process, is not the one that calls the ops of this workspace."""
-        verdict = self.caller.admit()
-        if verdict == "forked":
-            raise ValueError(
-                f"the workspace of group {self.group_name!r} was made by process {self._pid}; process {os.getpid()} was "
-                f"forked from it and is no rank of that group: call the ops in process {self._pid}"
-            )
-        if verdict == "other thread":
+        """Raises where this thread is not the one that calls the ops of this workspace."""
+        if not self.caller.admit():
             raise ValueError(
                 f"the workspace of group {self.group_name!r} is used by thread {self.caller.thread_id}, this is thread "
                 f"{threading.get_native_id()}: calls of two threads would come in another order on every rank. Make a "
@@ -90,6 +92,7 @@ class Workspace:
     def check(self) -> None:
         """Raises the `CollectiveFault` that an earlier op on this workspace ran into, if any."""
         self.require_open()
+        lifetime.check_retired()
         if self.backend == "reference":
             if self.fault is not None:
                 raise self.fault
@@ -109,8 +112,30 @@ class Workspace:
         it; from another place on some rank it is a `CollectiveFault`, which numbers the buffers in the order they were
         made in. It lives until the workspace is closed or the last tensor on it is gone, whichever is later. The
         reference backend has no symmetric memory and returns an ordinary tensor. device: none but the workspace's own.
+
+        Waits for the other ranks as long as `tp_fused.init` does, and raises as it does.
         """
-        self.require_open()
+        self.require_own_process()
+        with Meeting.of(self.group, "symm_empty") as meeting:
+            self.require_open()
+            return self._symm_empty(meeting, shape, dtype, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this rank has allocated for the workspace, `symm_empty`'s included: the sum of `memory()`."""
+        return sum(self._memory.values())
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of every part that this rank has allocated: "control", "signals", "staging slots", "inboxes" (cuda),
+        "symmetric buffers" (`symm_empty`'s) and, in pinned host memory, "mailbox" (cuda).
+
+        Empty for the reference backend, and once the workspace is closed, unless a CUDA graph keeps the memory (see
+        `close`). On cuda each allocation is rounded up to the granularity of the card's mappings (2 MiB), which is not
+        counted here.
+        """
+        return dict(self._memory)
+
+    def _symm_empty(self, meeting: Meeting, shape, dtype, device) -> torch.Tensor:
         dtype = dtype or self.dtype
         shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
         index = torch.device(device).index if device is not None else None
@@ -118,7 +143,7 @@ class Workspace:
         if self.device_type == "cuda" and index not in (None, self.device_index):
             elsewhere = f"{device}, its workspace is on cuda:{self.device_index}"
         # Exchanged before any of them is judged: a rank that raised alone would leave the others waiting.
-        requests = _gather_objects(self.group, ((shape, dtype), elsewhere))
+        requests = meeting.gather(((shape, dtype), elsewhere), "call symm_empty")
         for rank, (request, elsewhere) in enumerate(requests):
             if elsewhere is not None:
                 raise ValueError(f"symm_empty: rank {rank} asked for memory on {elsewhere}")
@@ -130,22 +155,37 @@ class Workspace:
         if self.backend == "reference" or numel == 0:
             return torch.empty(shape, dtype=dtype, device=self.device_type)
         if self.backend == "cuda":
-            tensor, bases = self._symmetric_memory(numel * dtype.itemsize)
+            tensor, bases = self._symmetric_memory(meeting, numel * dtype.itemsize)
             self.team.add_symmetric_buffer(bases, numel * dtype.itemsize)
+            self._memory["symmetric buffers"] += numel * dtype.itemsize
             return tensor.view(dtype).view(shape)
         stride = -(-numel * dtype.itemsize // 4096) * 4096
-        segment = self._shared_segment(stride)
+        segment = memory.shared_segment(meeting, stride)
+        self._memory["symmetric buffers"] += stride
         self.team.keep(segment)
         self.team.add_symmetric_buffer([segment.base + r * stride for r in range(self.world_size)], stride)
         return torch.frombuffer(segment, dtype=dtype, count=numel, offset=self.rank * stride).view(shape)
 
     def close(self) -> None:
-        """Gives the memory back. Peers that still wait for this rank raise `CollectiveFault`."""
+        """Gives the memory back. Peers that still wait for this rank raise `CollectiveFault`.
+
+        Where a CUDA graph has captured a call of this workspace, the memory stays for the life of the process: a later
+        replay leaves NaN, and `check` of the workspace that the process has then raises `CollectiveFault`.
+        """
+        self._close("is closed; call tp_fused.init(...) on all ranks")
+
+    def _close(self, end: str) -> None:
         if self.closed:
             return
-        self.closed = True
+        self.closed, self._end = True, end
+        captured = False
         if self.team is not None and self._pid == os.getpid():  # a forked child's end is not this rank's
+            captured = self.backend == "cuda" and getattr(self.team, "captured", bool)()
             self.team.close()
+        if captured:
+            lifetime.retire(self.group_name, self.rank, self.team, self._mailbox, self._symmetric)
+        else:
+            self._memory.clear()
         self._symmetric.clear()
         self.team = None
         key = (self.group_name, self.device_type)
@@ -172,11 +212,12 @@ class Workspace:
         checks.addressable(rows * self.row_bytes, self)
         return -(-rows * self.row_bytes // 4096) * 4096
 
-    def _make_cpu_team(self) -> None:
+    def _make_cpu_team(self, meeting: Meeting) -> None:
         slot_bytes = self._slot_bytes()
-        region = _C.region_bytes(slot_bytes)
-        segment = self._shared_segment(region)
-        held = all(_gather_objects(self.group, segment.hold(self.rank)))
+        self._memory = memory.region_parts(slot_bytes)
+        region = self.nbytes
+        segment = memory.shared_segment(meeting, region)
+        held = all(meeting.gather(segment.hold(self.rank), "get as far as mapping the shared memory"))
         self.team = _C.Team(
             rank=self.rank,
             regions=[segment.base + rank * region for rank in range(self.world_size)],
@@ -187,13 +228,14 @@ class Workspace:
         )
         self.team.keep(segment)
 
-    def _make_cuda_team(self) -> None:
+    def _make_cuda_team(self, meeting: Meeting) -> None:
         slot_bytes = self._slot_bytes()
-        memory, regions = self._symmetric_memory(_C.region_bytes(slot_bytes, on_cuda=True))
-        memory.zero_()
-        torch.cuda.synchronize()
-        _gather_objects(self.group, None)  # nobody signals into a region that is not zeroed yet
+        self._memory = memory.region_parts(slot_bytes, on_cuda=True)
+        region, regions = self._symmetric_memory(meeting, self.nbytes)
+        region.zero_()
         self._mailbox = torch.zeros(_C.FAULT_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._memory["mailbox"] = _C.FAULT_BYTES
+        torch.cuda.synchronize()
         self.team = _C.Team(
             rank=self.rank,
             regions=regions,
@@ -203,43 +245,14 @@ class Workspace:
             device=self.device_index,
             mailbox=self._mailbox.data_ptr(),
         )
+        # Nobody signals into a region that is not zeroed yet.
+        meeting.gather(None, "get as far as clearing its memory")
 
-    def _symmetric_memory(self, num_bytes: int) -> tuple[torch.Tensor, list[int]]:
+    def _symmetric_memory(self, meeting: Meeting, num_bytes: int) -> tuple[torch.Tensor, list[int]]:
         """torch's symmetric memory: this rank's tensor of bytes, and where every rank's is mapped here."""
-        tensor = symm_mem.empty(num_bytes, dtype=torch.uint8, device=f"cuda:{self.device_index}")
-        handle = symm_mem.rendezvous(tensor, self.group_name)
+        tensor, handle = memory.symmetric(meeting, num_bytes, torch.device("cuda", self.device_index))
         self._symmetric.append((tensor, handle))
         return tensor, list(handle.buffer_ptrs)
-
-    def _shared_segment(self, bytes_per_rank: int):
-        """One segment, mapped by all ranks of this host and nameless by the time this returns."""
-        size = bytes_per_rank * self.world_size
-
-        def attempt(make):
-            try:
-                return make(), None
-            except (OSError, MemoryError) as error:
-                return None, error
-
-        named = {"name": f"/tp_fused-{secrets.token_hex(16)}", "token": secrets.randbits(64)}
-        named = _gather_objects(self.group, named)[0]
-        segment, error = attempt(lambda: _C.Segment(size, True, **named)) if self.rank == 0 else (None, None)
-        try:
-            error = _gather_objects(self.group, error)[0]
-            if error is None and self.rank != 0:
-                segment, error = attempt(lambda: _C.Segment(size, False, **named))
-            errors = _gather_objects(self.group, error)
-        finally:
-            if self.rank == 0 and segment is not None:
-                _C.Segment.unlink(named["name"])
-        for rank, error in enumerate(errors):
-            if error is not None:
-                raise type(error)(
-                    f"rank {rank}: {error}. The workspace needs {size / 2**20:.1f} MiB of /dev/shm, which has "
-                    f"{_free_bytes('/dev/shm') / 2**20:.1f} MiB free: ask for fewer tokens, enlarge it (docker run "
-                    f"--shm-size), or use TP_FUSED_BACKEND=reference"
-                )
-        return segment
 
 
 def init(
@@ -266,11 +279,16 @@ def init(
     The backend is chosen from what all ranks report, the same everywhere: when all ranks run on one host, `cuda`
     (torch's symmetric memory; the build has to have code for their cards, and these peer access) or `cpu` (shared
     memory); otherwise `reference` (torch.distributed).
-    TP_FUSED_BACKEND=cpu|cuda|reference asks for one; if it cannot run, this raises. A workspace that the group already
-    has is closed and replaced. Close it before `destroy_process_group`: a later group of the same name would find it.
+    TP_FUSED_BACKEND=cpu|cuda|reference asks for one; if it cannot run, this raises.
+
+    A workspace that the group has open is closed and replaced by one that fits both: it takes the larger of the old and
+    the new max_num_tokens, hidden_size, latent_size and bytes of a row, so that two models can share a group. For a
+    smaller one, close the old one first. `destroy_process_group` closes the workspaces of its group.
 
     Raises ValueError on every rank when an argument is out of range or differs between ranks, and names the rank and
-    the argument; MemoryError when /dev/shm is too small.
+    the argument; MemoryError when /dev/shm is too small; CollectiveFault on every rank when a rank does not come, or
+    gives up, and names it. Each wait lasts as long as the group's own timeout, which init_process_group or new_group
+    was given; nothing is left behind, and init can be called again on all ranks.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("tp_fused.init needs torch.distributed: call torch.distributed.init_process_group first")
@@ -289,28 +307,35 @@ def init(
         "device": device_type,
         "TP_FUSED_BACKEND": os.environ.get("TP_FUSED_BACKEND") or None,
     }
-    # Exchanged before any of them is judged: a rank that raised alone would leave the others waiting.
-    reports = _gather_objects(group, backends.report(arguments, device))
-    for rank, report in enumerate(reports):
-        if report.error is not None:
-            raise ValueError(f"tp_fused.init: rank {rank}: {report.error}")
-    for rank, report in enumerate(reports):
-        for name, value in report.arguments.items():
-            if value != reports[0].arguments[name]:
-                raise ValueError(
-                    f"tp_fused.init: rank {rank} was called with {name}={value}, rank 0 with "
-                    f"{name}={reports[0].arguments[name]}"
-                )
-    _check_arguments(arguments, group.size())
-    backend, reason = backends.choose_backend(reports, device_type, group.size(), arguments["TP_FUSED_BACKEND"])
-    if backend == "cuda":
-        arguments["max_ctas"] = backends.bound_ctas(reports, max_ctas)
-        if backends.ranks_per_card(reports) > 1:  # torch refuses two ranks on one card unless told that it is meant
-            os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
     key = (group.group_name, device_type)
-    if key in _workspaces:
-        _workspaces[key].close()
-    workspace = Workspace(group, device_type, backend, reason, arguments)
+    replaced = _workspaces.get(key)
+    if replaced is not None:
+        replaced.require_own_process()
+        if replaced.group is not group:
+            replaced._close(_END_OF_GROUP)
+            replaced = None
+    lifetime.on_group_end(_close_workspaces_of)
+    with Meeting.of(group, "tp_fused.init") as meeting:
+        report = backends.report(arguments, device)
+        if replaced is not None:
+            report.open_sizes = {name: getattr(replaced, name) for name in _SIZES}
+        # Exchanged before any of them is judged: a rank that raised alone would leave the others waiting.
+        reports = meeting.gather(report, "call init")
+        backends.compare(reports)
+        backends.check_arguments(arguments)
+        backend, reason = backends.choose_backend(reports, device_type, group.size(), arguments["TP_FUSED_BACKEND"])
+        if backend == "cuda":
+            arguments["max_ctas"] = backends.bound_ctas(reports, max_ctas)
+            if backends.ranks_per_card(reports) > 1:  # torch refuses two ranks on one card unless told it is meant
+                os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+        if replaced is not None:
+            replaced._close(
+                f"was replaced by tp_fused.init(max_num_tokens={max_num_tokens}, hidden_size={hidden_size}) at "
+                f"{lifetime.call_site()}: the workspace that it made serves the group"
+            )
+        workspace = Workspace(group, device_type, backend, reason, backends.grown(arguments, reports), meeting)
+    _ended.pop(key, None)
+    _groups[group.group_name] = group
     _workspaces[key] = workspace
     if workspace.team is not None:
         workspace.team.serve(workspace.caller, workspace.group_name, workspace.max_num_tokens, workspace.row_bytes)
@@ -320,7 +345,11 @@ def init(
 def get_workspace(group_name: str, device: torch.device) -> Workspace:
     """The workspace that serves `group_name` for tensors on `device`."""
     workspace = _workspaces.get((group_name, device.type))
-    if workspace is None:
+    if workspace is not None:
+        workspace.require_own_process()
+    elif (group_name, device.type) in _ended:
+        raise ValueError(f"the workspace of group {group_name!r} {_ended[group_name, device.type]}")
+    else:
         others = [kind for name, kind in _workspaces if name == group_name]
         made = f" (it has one for {others[0]} tensors)" if others else ""
         raise ValueError(
@@ -338,7 +367,10 @@ def resolve_group_name(group: dist.ProcessGroup | str | None) -> str:
         if not dist.is_initialized():
             raise ValueError("no group given and torch.distributed is not initialised")
         group = dist.group.WORLD
-    return group.group_name
+    name = group.group_name
+    if not torch.compiler.is_compiling() and _groups.get(name, group) is not group:
+        raise ValueError(f"this process group {name!r} was destroyed; the workspace of that name is of a later group")
+    return name
 
 
 def type_of(device: str | torch.device | None) -> torch.device:
@@ -355,27 +387,14 @@ def symm_empty(shape, dtype: torch.dtype | None = None, group=None, device: str 
     return get_workspace(resolve_group_name(group), type_of(device)).symm_empty(shape, dtype=dtype, device=device)
 
 
-def _check_arguments(arguments: dict, world_size: int) -> None:
-    for name in ("max_num_tokens", "hidden_size", "latent_size", "max_ctas"):
-        value = arguments[name]
-        optional = name in ("latent_size", "max_ctas")
-        if not (optional and value is None) and (not isinstance(value, int) or not 0 < value < 2**31):
-            raise ValueError(f"tp_fused.init: {name} must be a positive integer below 2**31, got {value!r}")
-    if arguments["dtype"] not in DTYPES:
-        raise TypeError(f"tp_fused.init: dtype must be one of {', '.join(map(str, DTYPES))}, got {arguments['dtype']}")
-    timeout_s = arguments["timeout_s"]
-    if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
-        raise ValueError(f"tp_fused.init: timeout_s must be positive seconds, got {timeout_s!r}")
-
-
-def _free_bytes(path: str) -> int:
-    return shutil.disk_usage(path).free if os.path.isdir(path) else 0
-
-
-def _gather_objects(group, value) -> list:
-    values = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
+def _close_workspaces_of(group_name: str | None) -> None:
+    """Those of a process group that is no more; None: of all."""
+    for key, workspace in list(_workspaces.items()):
+        if group_name in (None, workspace.group_name):
+            workspace._close(_END_OF_GROUP)
+            _ended[key] = _END_OF_GROUP
+    for name in [group_name] if group_name is not None else list(_groups):
+        _groups.pop(name, None)
 
 
 @atexit.register
