@@ -1,6 +1,7 @@
 """Which backend serves a group: decided from what all ranks report, the same on all of them."""
 
 import os
+import secrets
 import socket
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ class Report:
     has_code: bool = False  # whether this build was compiled for it
     reaches: dict[str, bool] = field(default_factory=dict)  # cards that this rank sees: can its own read their memory?
     error: str | None = None  # why this rank cannot use the device
+    token: str = field(default_factory=lambda: secrets.token_hex(8))  # rank 0's names the workspace
 
 
 def report(arguments: dict, device: str) -> Report:

@@ -282,6 +282,7 @@ def init(
     if key in _workspaces:
         _workspaces[key].close()
     workspace = Workspace(group, device_type, backend, reason, arguments)
+    workspace.token = reports[0].token  # the same on all ranks, and no other workspace's
     _workspaces[key] = workspace
     if workspace.team is not None:
         workspace.team.serve(workspace.group_name, workspace.max_num_tokens, workspace.row_bytes)
