@@ -74,6 +74,7 @@ def come_late(made, device: str) -> bool:
 
 
 def close(made, device: str) -> bool:
+    time.sleep(0.3)
     made.close()
     return True
 
@@ -87,10 +88,10 @@ def call_another(made, device: str) -> bool:
 WAITED = r"; ranks 0, 2 and 3 waited 1\.\d s"
 SITUATIONS = {
     "blocked elsewhere": (sleep_elsewhere, rf"rank 1 never entered call #3 {CALL}{WAITED}"),
-    "killed": (be_killed, rf"the process of rank 1 ended before it entered call #3 {CALL}; ranks 0, 2 and 3 waited .*"),
+    "killed": (be_killed, rf"the process of rank 1 ended before it entered call #3 {CALL}; ranks 0, 2 and 3 waited 0.*"),
     "skips the call": (raise_and_diagnose, rf"rank 1 never entered call #3 {CALL}{WAITED}"),
     "late": (come_late, rf"rank 1 came too late to call #3 {CALL}{WAITED}"),
-    "closed": (close, rf"rank 1 closed the workspace before it entered call #3 {CALL}; ranks 0, 2 and 3 waited .*"),
+    "closed": (close, rf"rank 1 closed the workspace before it entered call #3 {CALL}; ranks 0, 2 and 3 waited 0.*"),
     "calls another": (
         call_another,
         r"call #3: rank 1 called reduce_scatter_rows\(num_tokens=7, hidden_size=256, dtype=float32\); "

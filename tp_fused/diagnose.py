@@ -296,7 +296,7 @@ def _disagreement(first: dict, records: dict[int, dict]) -> tuple[str, set[int]]
 
 def _waited(records: dict[int, dict], number: int, but: set[int]) -> str:
     waits = {rank: r["waited_s"] for rank, r in records.items() if r["call_number"] == number and rank not in but}
-    waits = {rank: seconds for rank, seconds in waits.items() if seconds > 0}
+    waits = {rank: seconds for rank, seconds in waits.items() if seconds >= 0.05}  # others came after the fault
     return f"; {_ranks(waits)} waited {max(waits.values()):.1f} s" if waits else ""
 
 
