@@ -118,6 +118,12 @@ std::optional<py::dict> progress(const Team& team, int rank) {
   return out;
 }
 
+// A rank's record as far as the host can read it: on CUDA the own one, from the mailbox.
+tpf_fault fault_on_host(const Team& team, int rank) {
+  if (!team.on_cuda()) return tpf_team_fault_cpu(team.get(), rank);
+  return rank == team.get()->rank && team.fault_status() != TPF_OK ? *team.get()->mailbox : tpf_fault{};
+}
+
 int checked(tpf_status status) {
   if (status == TPF_CUDA_ERROR) throw std::runtime_error(std::string("CUDA: ") + tpf_cuda_error_string());
   if (status == TPF_UNSUPPORTED) throw std::runtime_error("this build of tp_fused cannot run that");
@@ -192,6 +198,7 @@ PYBIND11_MODULE(_C, m) {
              return to_dict(team.on_cuda() ? tpf_team_fault_cuda(team.get(), rank)
                                            : tpf_team_fault_cpu(team.get(), rank));
            })
+      .def("fault_on_host", [](const Team& team, int rank) { return to_dict(fault_on_host(team, rank)); })
       .def("progress", &progress)
       .def("plan",
            [](const Team& team, int op, Address input, int64_t num_tokens, int hidden_size, int columns, int dtype) {

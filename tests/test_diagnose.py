@@ -88,7 +88,10 @@ def call_another(made, device: str) -> bool:
 WAITED = r"; ranks 0, 2 and 3 waited 1\.\d s"
 SITUATIONS = {
     "blocked elsewhere": (sleep_elsewhere, rf"rank 1 never entered call #3 {CALL}{WAITED}"),
-    "killed": (be_killed, rf"the process of rank 1 ended before it entered call #3 {CALL}; ranks 0, 2 and 3 waited 0.*"),
+    "killed": (
+        be_killed,
+        rf"the process of rank 1 ended before it entered call #3 {CALL}; ranks 0, 2 and 3 waited 0.*",
+    ),
     "skips the call": (raise_and_diagnose, rf"rank 1 never entered call #3 {CALL}{WAITED}"),
     "late": (come_late, rf"rank 1 came too late to call #3 {CALL}{WAITED}"),
     "closed": (close, rf"rank 1 closed the workspace before it entered call #3 {CALL}; ranks 0, 2 and 3 waited 0.*"),

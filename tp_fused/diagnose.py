@@ -143,10 +143,10 @@ def _own_state(workspace) -> dict:
 
 def _seen_state(workspace, rank: int) -> dict:
     """What memory that the host can read says of a rank."""
-    if workspace.backend == "reference" or (workspace.backend == "cuda" and rank != workspace.rank):
+    if workspace.backend == "reference":
         return {}
     state = dict(workspace.team.progress(rank) or {})
-    record = workspace.team.fault(rank)
+    record = workspace.team.fault_on_host(rank)
     if record["status"]:
         state["record"] = record
     return state
