@@ -5,6 +5,7 @@ In each situation one rank, `ODD`, does something else than its peers. Every ran
 """
 
 import dataclasses
+import functools
 import os
 import select
 import signal
@@ -303,6 +304,8 @@ def call_of(op: str, device: str) -> Call:
 
 def come_about(name: str, device: str) -> dict[str, list[Step]]:
     """Runs on a rank: the situation in every op, each in a workspace of its own."""
+    if device == "cuda":
+        _warm_up()
     if name == "killed":
         return be_killed(device)
     return {op: _come_about(name, op, device) for op in OPS}
@@ -315,6 +318,14 @@ def _come_about(name: str, op: str, device: str) -> list[Step]:
         steps = SITUATIONS[name].run(site)
         dist.barrier()
         return steps
+
+
+@functools.cache
+def _warm_up() -> None:
+    """Once on a rank: kernels are loaded, cuBLAS is set up and Triton compiles before a short deadline is at stake."""
+    with workspace("cuda", "cuda", timeout_s=100.0, **SIZES) as made:
+        for op in OPS:
+            _begin_well(Site(made, call_of(op, "cuda")))
 
 
 def _begin_well(site: Site) -> None:

@@ -14,7 +14,6 @@ from programs import LATENT, Call
 from ranks import outcome, settled, workspace
 
 import tp_fused
-from tp_fused.diagnose import call_text
 
 ODD = 1  # the rank that misbehaves
 SIZES = {"hidden_size": 256, "latent_size": sum(LATENT)}
@@ -320,23 +319,23 @@ def test_a_store_that_cannot_be_read(fresh_pool, name, world_size):
         assert str(diagnosis).endswith(f"(the group's store cannot be read: {STORES[name][1]})")
 
 
-# ---- words ----
+def diagnose_in_a_forked_child() -> str:
+    """Runs on a rank."""
+    with workspace("cpu"):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(writer, repr(outcome(tp_fused.diagnose, timeout_s=0.5)[0]).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        dist.barrier()
+        return os.read(reader, 1000).decode()
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, "qkv_a_proj_ag_norm(num_tokens=0, hidden_size=7168, dtype=bfloat16)"),
-        (
-            {"columns": 2112, "kv_columns": 512},
-            "(num_tokens=0, hidden_size=7168, dtype=bfloat16, columns=2112, kv_columns=",
-        ),
-        ({"variant": 10, "source": [1, 0]}, "dtype=bfloat16, residual, keep_output, input in symmetric buffer 1)"),
-    ],
-)
-def test_call_in_words(changes, expected):
-    call = {"op": 6, "num_tokens": 0, "hidden_size": 7168, "dtype": 0, "columns": 0, "variant": 0, "source": [0, -1]}
-    assert expected in call_text({**call, **changes})
+@pytest.mark.parametrize("world_size", [2])
+def test_a_forked_child_is_refused(pool, world_size):
+    for told in pool.run(diagnose_in_a_forked_child):
+        assert told.startswith("ValueError") and "forked" in told
 
 
 def test_outside_of_a_group():

@@ -87,7 +87,7 @@ def diagnose(group: dist.ProcessGroup | None = None, timeout_s: float = 5.0) -> 
 
     The lowest rank that takes part prints the verdict; all return it.
 
-    Raises ValueError where the group is not this process's, RuntimeError in a forked child of a rank.
+    Raises ValueError where the group is not this process's, and in a forked child of a rank.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("tp_fused.diagnose needs torch.distributed: call torch.distributed.init_process_group first")
@@ -96,7 +96,7 @@ def diagnose(group: dist.ProcessGroup | None = None, timeout_s: float = 5.0) -> 
         raise ValueError("tp_fused.diagnose: this rank is not in the group")
     workspaces = {made.token: made for (name, _), made in _workspaces.items() if name == group.group_name}
     if any(made._pid != os.getpid() for made in workspaces.values()):
-        raise RuntimeError("tp_fused.diagnose: this process is a forked child of the rank that made the workspace")
+        raise ValueError("tp_fused.diagnose: this process was forked from the rank, and is none itself")
     own = {token: _own_state(made) for token, made in workspaces.items()}
     # Of several workspaces, one for each kind of device, that in which something has happened.
     token = next((token for token, state in own.items() if state.get("record")), next(iter(own), None))
@@ -197,11 +197,14 @@ class _Exchange:
             if hasattr(store, "clone"):
                 with contextlib.suppress(NotImplementedError):
                     store = store.clone()
-            store.set(_key(self._group.rank()), self._post)
+            # Groups of other ranks may have the same name, and the same store.
+            ranks = "_".join(map(str, dist.get_process_group_ranks(self._group)))
+            keys = [f"tp_fused/diagnose/{ranks}/{rank}" for rank in range(self._group.size())]
+            store.set(keys[self._group.rank()], self._post)
             waiting = {*range(self._group.size())} - {self._group.rank()}
             while waiting and time.monotonic() - self._begin < self._timeout_s:
                 for rank in sorted(waiting):
-                    if store.check([_key(rank)]) and self._take(rank, json.loads(store.get(_key(rank)))):
+                    if store.check([keys[rank]]) and self._take(rank, json.loads(store.get(keys[rank]))):
                         waiting.discard(rank)
                 time.sleep(_POLL_S)
         except Exception as error:  # a store may raise anything; the verdict then rests on what else is known
@@ -217,10 +220,6 @@ class _Exchange:
         if current:
             self._posts[rank] = post
         return current and (state is not None or self._token is None)
-
-
-def _key(rank: int) -> str:
-    return f"tp_fused/diagnose/{rank}"
 
 
 # ---- the verdict ----
@@ -302,14 +301,16 @@ def _waited(records: dict[int, dict], number: int, but: set[int]) -> str:
 
 def _no_fault(states: list[RankState]) -> tuple[str, set[int], str | None, int | None]:
     known = [state for state in states if state.calls is not None]
-    waiting = [state for state in known if state.in_call]
-    number = max((state.calls for state in waiting), default=None)
+    inside = [state for state in known if state.in_call]
+    number = max((state.calls for state in inside), default=None)
     behind = {state.rank for state in known if number is not None and state.calls < number}
     if not behind:
         return "no rank has met a fault", set(), None, None
-    ahead = [state for state in waiting if state.calls == number]
+    ahead = [state for state in inside if state.calls == number]
     call = f"call #{number} {ahead[0].call}"
-    verdict = f"no fault yet: {_ranks(behind)} {'is' if len(behind) == 1 else 'are'} not in {call}, in which {_ranks(s.rank for s in ahead)} wait{'s' if len(ahead) == 1 else ''}"
+    missing = f"{_ranks(behind)} {'is' if len(behind) == 1 else 'are'}"
+    waiting = f"{_ranks(s.rank for s in ahead)} {'waits' if len(ahead) == 1 else 'wait'}"
+    verdict = f"no fault yet: {missing} not in {call}, in which {waiting}"
     return verdict, behind, ahead[0].call.split("(")[0], number
 
 
