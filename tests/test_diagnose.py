@@ -195,6 +195,32 @@ def test_during_a_wait(pool, world_size):
                 raise AssertionError(told[0])
 
 
+def interrupt_a_wait() -> str | None:
+    """Runs on a rank: Ctrl-C on rank 0, which waits for the odd one."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    told = None
+    with workspace("cpu", timeout_s=5.0, **SIZES) as made:
+        call = good_calls(made, "cpu")
+        if rank == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        if rank != ODD:
+            with pytest.raises(KeyboardInterrupt if rank == 0 else tp_fused.CollectiveFault):
+                call.run(rank, world_size)
+            told = str(diagnosed(1.0)[0])
+        dist.barrier()
+    return told
+
+
+@pytest.mark.parametrize("world_size", [3])
+def test_after_ctrl_c(fresh_pool, world_size):
+    told = fresh_pool.run(interrupt_a_wait)
+    expected = rf"^rank 1 had not entered call #3 {CALL} when a signal ended the wait; ranks? 0( and 2)? waited \d.\d s$"
+    for rank in (0, 2):
+        with pytest.raises(AssertionError, match=expected):
+            raise AssertionError(told[rank])
+
+
 # ---- other groups, other backends, other times ----
 
 

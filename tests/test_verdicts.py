@@ -36,7 +36,12 @@ JUDGEMENTS = {
         "ranks 0 and 1 called rs_rmsnorm(num_tokens=4, hidden_size=256, dtype=float32)",
         (2,),
     ),
-    "a signal, and who waited": ([record(0, 6, peer=3), record(1, 3, peer=0), record(2, 3, peer=0), {}], None, (0,)),
+    "a signal ends a long wait": (
+        [record(0, 6, peer=3), record(1, 6, peer=3), record(2, 3, peer=0), {}],
+        f"rank 3 had not entered {SEVENTH} when a signal ended the wait; ranks 0-2 waited 1.0 s",
+        (3,),
+    ),
+    "a signal ends a short wait": ([record(0, 6, peer=3), {}, {}, record(3, 3, peer=0, waited_s=0.0)], None, (0,)),
     "nothing but a consequence": (
         [record(0, 3, peer=2), {}, {}, {}],
         f"rank 2 gave up before {SEVENTH}, and has not said why",

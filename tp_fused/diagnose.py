@@ -254,15 +254,19 @@ def _first_cause(states: list[RankState], records: dict[int, dict]) -> tuple[str
     call = f"call #{number} {call_text(first['expected'])}"
     if status == faults.DISAGREE:
         return *_disagreement(first, records), first
+    # Who was waited for; torch.distributed does not say (-1).
+    absent = {r["peer"] for r in alike.values()} - {-1}
+    absent |= {s.rank for s in states if s.calls is not None and s.calls < number}
+    late = {s.rank for s in states if s.rank in absent and s.calls is not None and s.calls >= number}
+    if status == faults.NEVER_ARRIVED and not absent:
+        silent = {s.rank for s in states if not s.answered}
+        told = f"{_ranks(silent)} did not answer; " if silent else ""
+        return told + _words(first), silent, first
     if status == faults.NEVER_ARRIVED:
-        absent = {r["peer"] for r in alike.values()} - {-1}
-        absent |= {s.rank for s in states if s.calls is not None and s.calls < number}
-        if not absent:  # torch.distributed does not say whom it has waited for
-            silent = {s.rank for s in states if not s.answered}
-            told = f"{_ranks(silent)} did not answer; " if silent else ""
-            return told + _words(first), silent, first
-        late = all(s.calls is not None and s.calls >= number for s in states if s.rank in absent)
-        told = f"came too late to {call}" if late else f"never entered {call}"
+        told = f"came too late to {call}" if late == absent else f"never entered {call}"
+        return f"{_ranks(absent)} {told}{_waited(records, number, absent)}", absent, first
+    if status == faults.INTERRUPTED and not late:
+        told = f"had not entered {call} when a signal ended the wait"
         return f"{_ranks(absent)} {told}{_waited(records, number, absent)}", absent, first
     if status in (faults.PEER_DIED, faults.PEER_CLOSED):
         gone = {r["peer"] for r in alike.values()}

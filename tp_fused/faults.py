@@ -1,6 +1,6 @@
 """What goes wrong between ranks, told in words. The record is `tpf_fault` of csrc/tp_fused.h."""
 
-NEVER_ARRIVED, DISAGREE, PEER_FAULTED, PEER_CLOSED, PEER_DIED = 1, 2, 3, 4, 5
+NEVER_ARRIVED, DISAGREE, PEER_FAULTED, PEER_CLOSED, PEER_DIED, INTERRUPTED, OVERLAP, CLOSED = range(1, 9)
 
 OPS = {
     1: "rs_rmsnorm",
