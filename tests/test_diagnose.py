@@ -215,7 +215,9 @@ def interrupt_a_wait() -> str | None:
 @pytest.mark.parametrize("world_size", [3])
 def test_after_ctrl_c(fresh_pool, world_size):
     told = fresh_pool.run(interrupt_a_wait)
-    expected = rf"^rank 1 had not entered call #3 {CALL} when a signal ended the wait; ranks? 0( and 2)? waited \d.\d s$"
+    expected = (
+        rf"^rank 1 had not entered call #3 {CALL} when a signal ended the wait; ranks? 0( and 2)? waited \d.\d s$"
+    )
     for rank in (0, 2):
         with pytest.raises(AssertionError, match=expected):
             raise AssertionError(told[rank])

@@ -21,7 +21,7 @@ def pytest_generate_tests(metafunc):
 
 def judged(name: str, op: str, device: str, steps: list[Step]) -> dict[str, dict]:
     """{role: {"word", "seconds", "at_the_deadline"}} of one op, or AssertionError."""
-    deadline_s, words, told = deadline_of(name, op), expected(name, op, device), {}
+    deadline_s, words, told = deadline_of(name, op, device), expected(name, op, device), {}
     for role in words:
         of_role = [step for step in steps if step.role == role]
         assert of_role, f"{op}: nothing was heard of {role}"

@@ -119,10 +119,7 @@ def diagnose(group: dist.ProcessGroup | None = None, timeout_s: float = 5.0) -> 
 
 # ---- what a rank knows ----
 
-_STATUS_OF = {
-    "never arrived": faults.NEVER_ARRIVED,
-    "disagrees": faults.DISAGREE,
-}
+_STATUS_OF = {"never arrived": faults.NEVER_ARRIVED, "disagrees": faults.DISAGREE}  # the reference backend's reasons
 
 
 def _own_state(workspace) -> dict:
@@ -143,10 +140,11 @@ def _own_state(workspace) -> dict:
 
 def _seen_state(workspace, rank: int) -> dict:
     """What memory that the host can read says of a rank."""
-    if workspace.backend == "reference":
+    team = workspace.team  # which another thread may close meanwhile
+    if team is None:
         return {}
-    state = dict(workspace.team.progress(rank) or {})
-    record = workspace.team.fault_on_host(rank)
+    state = dict(team.progress(rank) or {})
+    record = team.fault_on_host(rank)
     if record["status"]:
         state["record"] = record
     return state
@@ -195,7 +193,7 @@ class _Exchange:
         try:
             store = dist.distributed_c10d._get_process_group_store(self._group)
             if hasattr(store, "clone"):
-                with contextlib.suppress(NotImplementedError):
+                with contextlib.suppress(NotImplementedError, RuntimeError):  # one written in Python has none
                     store = store.clone()
             # Groups of other ranks may have the same name, and the same store.
             ranks = "_".join(map(str, dist.get_process_group_ranks(self._group)))
