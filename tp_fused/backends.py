@@ -19,13 +19,13 @@ class Report:
     arguments: dict
     host: str
     cpu_supported: bool
+    token: str = field(default_factory=lambda: secrets.token_hex(8))  # rank 0's names the workspace
     gpu: str | None = None  # which card this rank computes on
     num_sms: int = 0
     capability: tuple[int, int] = (0, 0)
     has_code: bool = False  # whether this build was compiled for it
     reaches: dict[str, bool] = field(default_factory=dict)  # cards that this rank sees: can its own read their memory?
     error: str | None = None  # why this rank cannot use the device
-    token: str = field(default_factory=lambda: secrets.token_hex(8))  # rank 0's names the workspace
 
 
 def report(arguments: dict, device: str) -> Report:

@@ -282,8 +282,8 @@ def init(
     if key in _workspaces:
         _workspaces[key].close()
     workspace = Workspace(group, device_type, backend, reason, arguments)
-    workspace.token = reports[0].token  # the same on all ranks, and no other workspace's
     _workspaces[key] = workspace
+    workspace.token = reports[0].token  # the same on all ranks, and no other workspace's
     if workspace.team is not None:
         workspace.team.serve(workspace.group_name, workspace.max_num_tokens, workspace.row_bytes)
     return workspace
