@@ -127,6 +127,31 @@ py::dict to_dict(const tpf_plan& plan) {
   return out;
 }
 
+// How far a rank has come, from its region, which it may be writing into meanwhile; None on CUDA, where that takes the
+// GPU. `in_call`: its peers have heard that it has entered the call.
+std::optional<py::dict> progress(const Team& team, int rank) {
+  if (team.on_cuda()) return std::nullopt;
+  const tpf_team& mine = *team.get();
+  tpf::Control* owner = tpf::control(mine.region[rank]);
+  const int peer = rank != mine.rank ? mine.rank : (rank + 1) % mine.world_size;
+  const uint32_t entered = tpf::epoch_of(tpf::observe(tpf::signal(mine.region[peer], 0, 0, rank)));
+  const uint32_t finished = tpf::shared_ref<uint32_t>(owner->progress[0].epoch).load(tpf::order::memory_order_acquire);
+  const uint64_t calls = tpf::shared_ref<uint64_t>(owner->progress[0].calls).load(tpf::order::memory_order_acquire);
+  const bool in_call = entered == finished + 1;
+  py::dict out;
+  out["calls"] = calls;
+  out["in_call"] = in_call;
+  out["closed"] = tpf::shared_ref<uint32_t>(owner->closed).load(tpf::order::memory_order_acquire) != 0;
+  if (calls != 0) out["call"] = to_dict(owner->announced[(finished + in_call) & 1]);
+  return out;
+}
+
+// A rank's record as far as the host can read it: on CUDA the own one, from the mailbox.
+tpf_fault fault_on_host(const Team& team, int rank) {
+  if (!team.on_cuda()) return tpf_team_fault_cpu(team.get(), rank);
+  return rank == team.get()->rank && team.fault_status() != TPF_OK ? *team.get()->mailbox : tpf_fault{};
+}
+
 int checked(tpf_status status) {
   if (status == TPF_CUDA_ERROR) throw std::runtime_error(std::string("CUDA: ") + tpf_cuda_error_string());
   if (status == TPF_UNSUPPORTED) throw std::runtime_error("this build of tp_fused cannot run that");
@@ -224,6 +249,8 @@ PYBIND11_MODULE(_C, m) {
              return to_dict(team.on_cuda() ? tpf_team_fault_cuda(team.get(), rank)
                                            : tpf_team_fault_cpu(team.get(), rank));
            })
+      .def("fault_on_host", [](const Team& team, int rank) { return to_dict(fault_on_host(team, rank)); })
+      .def("progress", &progress)
       .def("plan",
            [](const Team& team, int op, Address input, int64_t num_tokens, int hidden_size, int columns, int dtype) {
              tpf_plan plan = {};

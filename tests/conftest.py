@@ -8,6 +8,7 @@ import ranks
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the tensors of the ops live")
+    parser.addoption("--fault-table", help="where test_fault_table.py leaves what it has observed (JSON)")
 
 
 def pytest_configure(config):

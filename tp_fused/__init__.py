@@ -1,6 +1,7 @@
 """Fused collective kernels for tensor-parallel LLM inference."""
 
 from ._version import __version__
+from .diagnose import Diagnosis, diagnose
 from .explain import explain
 from .faults import CollectiveFault
 from .ops import (
@@ -18,9 +19,11 @@ from .workspace import Workspace, init, symm_empty
 
 __all__ = [
     "CollectiveFault",
+    "Diagnosis",
     "Workspace",
     "__version__",
     "all_gather_rows",
+    "diagnose",
     "explain",
     "init",
     "qkv_a_proj_ag",

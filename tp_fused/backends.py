@@ -1,6 +1,7 @@
 """Which backend serves a group: decided from what all ranks report, the same on all of them."""
 
 import os
+import secrets
 import socket
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ class Report:
     arguments: dict
     host: str
     cpu_supported: bool
+    token: str = field(default_factory=lambda: secrets.token_hex(8))  # rank 0's names the workspace
     gpu: str | None = None  # which card this rank computes on
     num_sms: int = 0
     capability: tuple[int, int] = (0, 0)

@@ -337,6 +337,7 @@ def init(
     _ended.pop(key, None)
     _groups[group.group_name] = group
     _workspaces[key] = workspace
+    workspace.token = reports[0].token  # the same on all ranks, and no other workspace's
     if workspace.team is not None:
         workspace.team.serve(workspace.caller, workspace.group_name, workspace.max_num_tokens, workspace.row_bytes)
     return workspace
