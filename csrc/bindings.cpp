@@ -136,7 +136,7 @@ std::optional<py::dict> progress(const Team& team, int rank) {
   const int peer = rank != mine.rank ? mine.rank : (rank + 1) % mine.world_size;
   const uint32_t entered = tpf::epoch_of(tpf::observe(tpf::signal(mine.region[peer], 0, 0, rank)));
   const uint32_t finished = tpf::shared_ref<uint32_t>(owner->progress[0].epoch).load(tpf::order::memory_order_acquire);
-  const uint64_t calls = tpf::shared_ref<uint64_t>(owner->progress[0].calls).load(tpf::order::memory_order_acquire);
+  const uint32_t calls = tpf::shared_ref<uint32_t>(owner->progress[0].calls).load(tpf::order::memory_order_acquire);
   const bool in_call = entered == finished + 1;
   py::dict out;
   out["calls"] = calls;

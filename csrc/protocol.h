@@ -212,10 +212,22 @@ TPF_HD inline uint32_t contract_of(const tpf_call& call) {
 
 TPF_HD constexpr uint64_t signal_word(uint32_t epoch, uint32_t contract) { return uint64_t{epoch} << 32 | contract; }
 TPF_HD constexpr uint32_t epoch_of(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
-// Epochs begin again after 2^32 rounds. A peer is a round or two ahead at most; what seems further ahead is a word that
-// no call has used for so long.
-constexpr uint32_t kMostAhead = 16;
+// Epochs begin again after 2^32 rounds. A peer is a round or two ahead at most. A word that few calls use, of a block
+// or a step that most do without, must not seem ahead when they have gone round: so whoever reads it looks after its
+// age every kOldest rounds.
+constexpr uint32_t kMostAhead = 16, kOldest = 1u << 28;
 TPF_HD constexpr bool reached(uint32_t seen, uint32_t mine) { return seen - mine <= kMostAhead; }
+
+// Whether a call of so many rounds, after round `epoch`, comes by such a mark.
+TPF_HD constexpr bool refreshes(uint32_t epoch, int rounds) { return epoch / kOldest != (epoch + rounds) / kOldest; }
+
+// Makes an old word of this rank's region a younger one that says as little. A peer's store into it is not lost.
+TPF_HD inline void refresh(uint64_t* word, uint32_t epoch) {
+  shared_ref<uint64_t> shared(*word);
+  uint64_t seen = shared.load(order::memory_order_relaxed);
+  if (epoch - epoch_of(seen) < kOldest / 2 || reached(epoch_of(seen), epoch)) return;
+  shared.compare_exchange_strong(seen, signal_word(epoch - 1, 0), order::memory_order_relaxed);
+}
 
 TPF_HD inline void publish(uint64_t* word, uint32_t epoch, uint32_t contract) {
   shared_ref<uint64_t>(*word).store(signal_word(epoch, contract), order::memory_order_release);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "caller.h"
+#include "protocol.h"
 #include "tp_fused.h"
 
 namespace tpf {
@@ -37,9 +38,13 @@ class Team {
   // Called by a wait now and then; where it does not return 0 the wait ends.
   void set_interrupted(int32_t (*interrupted)()) { team_.interrupted = interrupted; }
   bool on_cuda() const { return team_.device >= 0; }
-  // What a kernel of an earlier call has run into; nothing is launched on a workspace that has faulted.
+  // What an earlier call has run into; nothing is launched, or written into the next slot, on a workspace that has
+  // faulted: a peer that is late may still read there.
   int fault_status() const {
-    return on_cuda() ? static_cast<const volatile tpf_fault*>(team_.mailbox)->status : TPF_OK;
+    if (on_cuda()) return static_cast<const volatile tpf_fault*>(team_.mailbox)->status;
+    Control* own = control(team_.region[team_.rank]);
+    const bool faulted = shared_ref<uint32_t>(own->faulted).load(order::memory_order_acquire) != 0;
+    return faulted ? own->fault.status : TPF_OK;
   }
 
   // Before a launch on `stream`, a CUDA stream.

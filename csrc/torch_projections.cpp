@@ -69,6 +69,7 @@ struct Projection : Call {
 
   // torch's product of this rank's rows, which begins at `data`; on the CPU in this rank's slot of the next round.
   bool multiply(Temporary* product, void** data) const {
+    if (workspace.team->fault_status() != TPF_OK) return false;
     const int64_t sizes[2] = {input.rows, weight.rows}, strides[2] = {weight.rows, 1};
     const int32_t dtype = torch_dtypes[input.dtype], type = input.device_type, index = input.device_index;
     const int32_t made = on_cuda()

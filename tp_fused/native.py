@@ -160,6 +160,7 @@ def all_gather_rows(workspace, input, num_tokens):
 
 def _next_slot(workspace, num_rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """This rank's staging rows of the next round: what is computed into them need not be copied there."""
+    workspace.check()  # after a fault a late peer may still read there
     count = num_rows * columns
     if count == 0:
         return torch.empty(num_rows, columns, dtype=dtype)

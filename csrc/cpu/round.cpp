@@ -68,6 +68,10 @@ Round::Round(const tpf_team& team, const tpf_call& call)
 void Round::announce() {
   epoch_ = own_->progress[0].epoch + 1;
   own_->announced[epoch_ & 1] = call_;
+  if (!refreshes(epoch_ - 1, 1)) return;
+  for (int word = 0; word < TPF_MAX_STEPS * TPF_MAX_RANKS; ++word) {
+    refresh(signal(own_, word / TPF_MAX_RANKS, 0, word % TPF_MAX_RANKS), epoch_);
+  }
 }
 
 tpf_status Round::begin() {
@@ -100,6 +104,8 @@ tpf_status Round::meet(int step) {
 tpf_status Round::end(bool zero_copy) {
   if (zero_copy) {
     if (const tpf_status status = meet(1); status != TPF_OK) return status;
+    // A peer that gave up after its word of this step may have changed its input before it was read here.
+    if (flag(own_->notified)) return fail(TPF_PEER_FAULTED, rank(), 1, 0, 0);
   }
   own_->progress[0].epoch = epoch_;
   return TPF_OK;

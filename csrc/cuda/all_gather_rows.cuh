@@ -216,7 +216,7 @@ __device__ inline void publish_chunk(const GatherArgs& args, const BlockRound& r
 // Lanes 0..world_size-1 of a warp, or threads of a block, each wait for one peer.
 __device__ inline bool wait_for_chunk(const GatherArgs& args, const BlockRound& round, int chunk, int peer) {
   if (peer >= args.team.world_size || peer == args.team.rank) return true;
-  return wait_step(args.team, args.call, round, chunk, peer);
+  return wait_step(args.team, args.call, round, chunk, blockIdx.x, peer);
 }
 
 // Copies a chunk of all peers' rows: the warps of the block are dealt out to the peers.

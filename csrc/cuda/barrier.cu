@@ -18,7 +18,7 @@ __global__ void barrier_kernel(const __grid_constant__ BarrierArgs args) {
   const int peer = threadIdx.x;
   if (!round.refused && peer < args.team.world_size && peer != args.team.rank) {
     publish_step(args.team, round, 0, peer);
-    wait_step(args.team, args.call, round, 0, peer);
+    wait_step(args.team, args.call, round, 0, blockIdx.x, peer);
   }
   let_next_kernel_in();
   __syncwarp();

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
     if (Tiles::kSpare > 0) prefetch_map(&args.spare_map);
   }
   if constexpr (kNorm) keep_norm_weights<Out>(args, norm_weights);
-  const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
+  const BlockRound round = begin_op<false>(args.team, args.call, args.contract, 1);
   // By a shuffle the compiler knows it to be the same in a warp, and keeps the operands' places in uniform registers.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp >= kOtherWarps) {
@@ -136,8 +136,9 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
       copy_row_blocks<Tiles, Out, kNorm, Bytes::kBuffers>(args, round, copier, own, shared.copied[warp]);
     }
     if (warp == 0) {
+      // Here, and not in code that all warps share: there they cost the products the registers of their pipeline.
+      refresh_signals(args.team, round.epoch, threadIdx.x, 32);
       leave_block_last();
-      // Here, and not in code that all warps share: there it costs the products the registers of their pipeline.
       if (elect()) end_op(args.team, args.call, round);
       return;
     }

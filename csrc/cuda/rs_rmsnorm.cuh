@@ -358,7 +358,14 @@ __device__ inline void publish_unfenced_to_peers(const View<T>& view, const Bloc
 template <typename T>
 __device__ inline bool wait_for_peers(const View<T>& view, const BlockRound& round, int step, int lane) {
   if (lane >= view.world_size || lane == view.rank) return true;
-  return wait_step(view.args.team, view.args.call, round, step, lane);
+  return wait_step(view.args.team, view.args.call, round, step, blockIdx.x, lane);
+}
+
+// The same of a step that ends the reading of inputs in place: see wait_step.
+template <typename T>
+__device__ inline bool wait_for_readers(const View<T>& view, const BlockRound& round, int step, int lane) {
+  if (lane >= view.world_size || (lane == view.rank && !view.zero_copy)) return true;
+  return wait_step<true>(view.args.team, view.args.call, round, step, blockIdx.x, lane);
 }
 
 }  // namespace tpf

@@ -179,14 +179,14 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
       if (source < view.num_sources()) add_vector<T>(sums[0], one.vectors[source]);
     }
     if (view.has_residual()) add_vector<T>(sums[0], one.residual);
-    if (closes) {
+    if (closes && arrived) {
       // The peers have their inputs back while this row is still being finished.
       if (sync_having(sums[0][0])) publish_unfenced_to_peers(view, round, kClosingStep, threadIdx.x);
     }
     finish_row<T, 1, kEnding>(view, one.row, sums, weight, group, 0, arrived, [&] {
       if (view.staged() && arrived) one.clear_posted(view);
     });
-  } else if (closes) {
+  } else if (closes && arrived) {
     publish_unfenced_to_peers(view, round, kClosingStep, threadIdx.x);
   }
   if constexpr (kEnding == Ending::kGather) {
@@ -194,7 +194,7 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
     const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
     if (arrived) {
       publish_to_peers(view, next, kGatherStep, threadIdx.x);
-      arrived = wait_for_peers(view, next, kGatherStep, threadIdx.x);
+      arrived = wait_for_readers(view, next, kGatherStep, threadIdx.x);
     }
     __syncthreads();
     // Four at a time: the registers of all are not there.
@@ -211,7 +211,7 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
       }
     }
   }
-  if (closes && arrived) arrived = wait_for_peers(view, round, kClosingStep, threadIdx.x);
+  if (closes && arrived) arrived = wait_for_readers(view, round, kClosingStep, threadIdx.x);
   return arrived;
 }
 

@@ -89,8 +89,21 @@ __device__ inline bool may_begin(const Control* own, const Progress& now) {
          static_cast<int32_t>(rest.y - now.blocks) >= 0;
 }
 
+// By some threads of every block, once in many rounds: see kOldest. Nobody waits for it.
+__device__ inline void refresh_signals(const tpf_team& team, uint32_t epoch, int thread, int threads) {
+  if (!refreshes(epoch - 1, 2)) return;  // an op has two rounds at most
+  void* const own = team.region[team.rank];
+  for (int block = blockIdx.x; block < TPF_MAX_CTAS; block += gridDim.x) {
+    for (int word = thread; word < TPF_MAX_STEPS * TPF_MAX_RANKS; word += threads) {
+      refresh(signal(own, word / TPF_MAX_RANKS, block, word % TPF_MAX_RANKS), epoch);
+    }
+  }
+}
+
 // Opens the op: reads this block's progress, announces the call, and advances all blocks' progress by `rounds` for the
-// next call. All threads of the block call it.
+// next call. All threads of the block call it. A kernel that has no registers to spare here refreshes signals
+// elsewhere.
+template <bool kRefreshes = true>
 __device__ inline BlockRound begin_op(const tpf_team& team, const tpf_call& call, uint32_t contract, int rounds) {
   Control* own = control(team.region[team.rank]);
   const Progress now = own->progress[blockIdx.x];
@@ -104,6 +117,7 @@ __device__ inline BlockRound begin_op(const tpf_team& team, const tpf_call& call
   // meanwhile.
   const bool refused = __syncthreads_or(!admitted);
   const Progress next = {now.epoch + rounds, now.blocks + gridDim.x, now.calls + 1, now.calls + 1};
+  if (kRefreshes) refresh_signals(team, now.epoch + 1, threadIdx.x, blockDim.x);
   const int step = blockDim.x * gridDim.x;
   for (int block = blockIdx.x + (threadIdx.x + 1) * gridDim.x; block < TPF_MAX_CTAS; block += step) {
     own->progress[block] = next;
@@ -182,9 +196,16 @@ class Patience {
   tpf_status verdict_ = TPF_OK;
 };
 
-// Waits for one peer's word; false, with the fault on record, where that fails.
+// Waits for one peer's word; false, with the fault on record, where that fails. kClosing: of the steps after which
+// peers may change what this rank has read in place. A peer that gave up after its own word of such a step may have
+// done so before it was read, and has told this rank before: the thread that has no peer looks whether one has.
+template <bool kClosing = false>
 __device__ inline bool wait_step(const tpf_team& team, const tpf_call& call, const BlockRound& round, int step, int cta,
                                  int peer) {
+  if (kClosing && peer == team.rank) {  // the notification is record enough
+    shared_ref<uint32_t> notified(control(team.region[peer])->notified);
+    return notified.load(order::memory_order_acquire) == 0;
+  }
   uint64_t* word = signal(team.region[team.rank], step, cta, peer);
   uint64_t seen;
   Patience patience;
@@ -193,11 +214,6 @@ __device__ inline bool wait_step(const tpf_team& team, const tpf_call& call, con
   if (status == TPF_OK) return true;
   report(team, call, round, status, peer, step, seen, patience.waited_ns());
   return false;
-}
-
-__device__ inline bool wait_step(const tpf_team& team, const tpf_call& call, const BlockRound& round, int step,
-                                 int peer) {
-  return wait_step(team, call, round, step, blockIdx.x, peer);
 }
 
 }  // namespace tpf
