@@ -7,7 +7,7 @@ is written here gets those that it does not take.
 
 In all of them rows are split as `torch.tensor_split` splits them; a rank may own none and still takes part. Inputs are
 never written. Ops that meet trouble between ranks raise `CollectiveFault`; on bad arguments they raise ValueError or
-TypeError before anything is launched.
+TypeError before anything is launched. Inference only: no output asks for a gradient, and autocast changes nothing.
 """
 
 import functools
@@ -28,11 +28,14 @@ def _define(schema: str, fake):
 
     def register(function):
         name = schema[: schema.index("(")]
+        function = _closed(function)
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         for key in ("CPU", "CUDA"):
             if not _C.register_kernel(name, key, function):
                 _library.impl(name, function, key)
-        torch.library.register_fake(f"tp_fused::{name}", _on_one_device(fake), lib=_library)
+        # Without a backward of its own torch would let outputs ask for gradients, and lose them.
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        torch.library.register_fake(f"tp_fused::{name}", _checked(fake), lib=_library)
         # A compiler must not drop it on a rank that does not use what it returns: the others wait for that rank.
         torch.fx.node.has_side_effect(getattr(_ops, name).default)
         return function
@@ -40,7 +43,18 @@ def _define(schema: str, fake):
     return register
 
 
-def _on_one_device(fake):
+def _closed(function):
+    """To autograd and autocast: neither sees the torch ops that a call is made of."""
+
+    @functools.wraps(function)
+    def closed(*arguments, **options):
+        with torch.no_grad(), torch._C._DisableAutocast():
+            return function(*arguments, **options)
+
+    return closed
+
+
+def _checked(fake):
     """torch calls the fake kernel, too, where the input is real and another tensor is on the meta device."""
 
     @functools.wraps(fake)
