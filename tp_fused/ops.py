@@ -14,7 +14,7 @@ import functools
 
 import torch
 
-from . import checks, native, partition, reference
+from . import checks, compiled, native, partition, reference
 from .native import _C
 from .workspace import get_workspace, resolve_group_name
 
@@ -36,8 +36,7 @@ def _define(schema: str, fake):
         # Without a backward of its own torch would let outputs ask for gradients, and lose them.
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"tp_fused::{name}", _checked(fake), lib=_library)
-        # A compiler must not drop it on a rank that does not use what it returns: the others wait for that rank.
-        torch.fx.node.has_side_effect(getattr(_ops, name).default)
+        compiled.keep_order(getattr(_ops, name).default)
         return function
 
     return register
@@ -59,6 +58,7 @@ def _checked(fake):
 
     @functools.wraps(fake)
     def checked(input, *rest, **options):
+        compiled.tracing()
         for tensor in (*rest, *options.values()):
             if isinstance(tensor, torch.Tensor) and tensor.device != input.device:
                 raise ValueError(
@@ -71,7 +71,7 @@ def _checked(fake):
 
 def _own_rows(tensor: torch.Tensor, num_tokens, group_name: str):
     workspace = get_workspace(group_name, tensor.device)
-    return partition.row_count(num_tokens, workspace.rank, workspace.world_size)
+    return compiled.free_size(num_tokens, lambda n: partition.row_count(n, workspace.rank, workspace.world_size))
 
 
 # ---- rs_rmsnorm ----

@@ -8,8 +8,9 @@ import shutil
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
+from torch.compiler import is_compiling
 
-from . import backends, faults, partition
+from . import backends, compiled, faults, partition
 from .native import _C
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -124,6 +125,7 @@ class Workspace:
         key = (self.group_name, self.device_type)
         if _workspaces.get(key) is self:
             del _workspaces[key]
+            compiled.remove_workspace(compiled.pin(self.group_name, self.rank, self.world_size))
 
     def __enter__(self):
         return self
@@ -283,6 +285,7 @@ def init(
         _workspaces[key].close()
     workspace = Workspace(group, device_type, backend, reason, arguments)
     _workspaces[key] = workspace
+    compiled.add_workspace(compiled.pin(workspace.group_name, workspace.rank, workspace.world_size))
     if workspace.team is not None:
         workspace.team.serve(workspace.group_name, workspace.max_num_tokens, workspace.row_bytes)
     return workspace
@@ -291,6 +294,14 @@ def init(
 def get_workspace(group_name: str, device: torch.device) -> Workspace:
     """The workspace that serves `group_name` for tensors on `device`."""
     workspace = _workspaces.get((group_name, device.type))
+    if workspace is None and (pinned := compiled.unpin(group_name)) is not None:
+        group_name, rank, world_size = pinned
+        workspace = _workspaces.get((group_name, device.type))
+        if workspace is not None and (workspace.rank, workspace.world_size) != (rank, world_size):
+            raise ValueError(
+                f"this graph was traced for rank {rank} of {world_size} of group {group_name!r}; this process is rank "
+                f"{workspace.rank} of {workspace.world_size}"
+            )
     if workspace is None:
         others = [kind for name, kind in _workspaces if name == group_name]
         made = f" (it has one for {others[0]} tensors)" if others else ""
@@ -302,14 +313,28 @@ def get_workspace(group_name: str, device: torch.device) -> Workspace:
 
 
 def resolve_group_name(group: dist.ProcessGroup | str | None) -> str:
-    """The name by which the ops know a group; None is the default group."""
-    if isinstance(group, str):
-        return group
+    """The name by which the ops know a group; None is the default group.
+
+    In a graph that torch traces it tells this rank and the world size, too (`compiled.pin`): its code is of no use to
+    another rank.
+    """
     if group is None:
-        if not dist.is_initialized():
-            raise ValueError("no group given and torch.distributed is not initialised")
         group = dist.group.WORLD
-    return group.group_name
+        if group is None:
+            raise ValueError("no group given and torch.distributed is not initialised")
+    if is_compiling():
+        return _pinned_name(group)
+    return group if isinstance(group, str) else group.group_name
+
+
+def _pinned_name(group: dist.ProcessGroup | str) -> str:
+    if not isinstance(group, str):
+        return compiled.pin(group.group_name, group.rank(), group.size())
+    for device_type in ("cpu", "cuda"):
+        workspace = _workspaces.get((group, device_type))
+        if workspace is not None:
+            return compiled.pin(group, workspace.rank, workspace.world_size)
+    return group  # pinned already, or unknown, which the op will say
 
 
 def type_of(device: str | torch.device | None) -> torch.device:
