@@ -15,7 +15,7 @@ import weakref
 import torch
 from torch._higher_order_ops import effects
 
-_ops: list[torch._ops.OpOverload] = []  # ordered ones, whose lowering Inductor is still to be told
+_ops: list[torch._ops.OpOverload] = []  # those in order
 
 # ---- order ----
 
@@ -40,30 +40,44 @@ def tracing() -> None:
             f"the ops in order: tp_fused cannot be compiled with it, only run eagerly"
         )
     _tag_caches()
-    if "torch._inductor.lowering" in sys.modules and _ops[0] not in sys.modules["torch._inductor.lowering"].lowerings:
-        _tell_inductor()
+    # Neither is imported for this: to import Inductor takes seconds, and whoever compiles with it has done so.
+    config, lowering = (sys.modules.get(f"torch._inductor.{name}") for name in ("config", "lowering"))
+    if config is not None:
+        # Otherwise torch caches no graph that has effects. It can: the graph says all that the effect is.
+        name = f"{effects.with_effects.__module__}.{effects.with_effects.__name__}"
+        config.unsafe_marked_cacheable_functions.setdefault(name, torch.__version__)
+    if lowering is not None and _ops[0] not in lowering.lowerings:
+        for op in _ops:
+            lowering.lowerings[op] = _lowering(op, lowering)
 
 
-def _tell_inductor() -> None:
-    from torch._inductor import config, lowering
-
-    for op in _ops:
-        lowering.lowerings[op] = _lowering(op, lowering)
-    # Without this no graph that has effects is cached. It can be: the graph says all that the effect is.
-    name = f"{effects.with_effects.__module__}.{effects.with_effects.__name__}"
-    config.unsafe_marked_cacheable_functions.setdefault(name, torch.__version__)
+_last_calls = weakref.WeakKeyDictionary()  # the buffer that the last call in a graph of Inductor's made
 
 
 def _lowering(op: torch._ops.OpOverload, lowering):
-    """Inductor's for an op that runs as it is. Its own one for effects forgets the layout that inputs have to have."""
+    """Inductor's for an op that runs as it is.
+
+    Up to torch 2.13 its own one, for ops with effects, forgets the layout that inputs have to have, and files the
+    order under the names of buffers, where the scheduler looks for names of operations.
+    """
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
     call = lowering.fallback_handler(op, add_to_fallback_set=False)
 
     def lower(*arguments, **keywords):
-        node = torch._inductor.virtualized.V.graph.current_node
+        graph = V.graph
+        node = graph.current_node
         if node.target is effects.with_effects:  # its arguments are a token, the op and the op's
             node = types.SimpleNamespace(args=node.args[2:], kwargs=node.kwargs)
             arguments, keywords = lowering.constrain_to_fx_strides(node, *arguments, **keywords)
-        return call(*arguments, **keywords)
+        before = len(graph.operations)
+        result = call(*arguments, **keywords)
+        kernel = next(made for made in graph.operations[before:] if isinstance(made, ir.FallbackKernel))
+        if graph in _last_calls:
+            graph.additional_buffer_deps[kernel.get_operation_name()].add(_last_calls[graph])
+        _last_calls[graph] = kernel.get_name()
+        return result
 
     return lower
 
