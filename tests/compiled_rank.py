@@ -69,7 +69,7 @@ def compile_and_compare(rank: int, function, dynamic: bool) -> None:
 
 
 def export(rank: int, folder: str, dynamic: bool) -> None:
-    shapes = {"input": {0: torch.export.Dim("num_tokens", max=64)}, "weight": None} if dynamic else None
+    shapes = {"input": {0: torch.export.Dim("num_tokens", min=4, max=64)}, "weight": None} if dynamic else None
     program = torch.export.export(Layer(), inputs(rank), dynamic_shapes=shapes)
     compare(program.module(), rank)
     torch.export.save(program, f"{folder}/{rank}.pt2")

@@ -130,14 +130,11 @@ def free_size(num_tokens: int | torch.SymInt, size_of) -> int | torch.SymInt:
 
     Of tensors without rows, or with one, torch takes other paths and guards on it: the graph would be compiled for
     this token count alone, which is an error where the caller asked for any (`mark_dynamic`). Then the size is a
-    symbol that torch knows nothing of; the same one for the same rows of a graph. Elsewhere torch compiles again for
-    few tokens. An exported program cannot: there it is such a symbol if the caller's range allows so few.
+    symbol that torch knows nothing of; the same one for the same rows of a graph. A graph for more rows is compiled
+    again for few; an exported program takes 2 * world_size tokens or more, and torch says so.
     """
     size = size_of(num_tokens)
-    if not isinstance(size, torch.SymInt) or not size.node.has_hint():
-        return size
-    exporting = torch.compiler.is_exporting()
-    if (size.node.shape_env.bound_sympy(size.node.expr).lower if exporting else size.node.hint) > 1:
+    if not isinstance(size, torch.SymInt) or not size.node.has_hint() or size.node.hint > 1:
         return size
     made = _sizes.setdefault(size.node.shape_env, {})
     key = (size.node.expr, getattr(torch._guards.detect_fake_mode(), "epoch", None))  # each trace makes its own
