@@ -14,6 +14,7 @@ import weakref
 
 import torch
 from torch._higher_order_ops import effects
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 _ops: list[torch._ops.OpOverload] = []  # those in order
 
@@ -71,6 +72,7 @@ def _lowering(op: torch._ops.OpOverload, lowering):
         if node.target is effects.with_effects:  # its arguments are a token, the op and the op's
             node = types.SimpleNamespace(args=node.args[2:], kwargs=node.kwargs)
             arguments, keywords = lowering.constrain_to_fx_strides(node, *arguments, **keywords)
+            _refuse_free_sizes(op, graph)
         before = len(graph.operations)
         result = call(*arguments, **keywords)
         kernel = next(made for made in graph.operations[before:] if isinstance(made, ir.FallbackKernel))
@@ -80,6 +82,16 @@ def _lowering(op: torch._ops.OpOverload, lowering):
         return result
 
     return lower
+
+
+def _refuse_free_sizes(op: torch._ops.OpOverload, graph) -> None:
+    """Up to torch 2.13, Inductor takes a symbol that an op with effects has made for a size of another output."""
+    sizes = [value.shape[0] for value in graph.current_node.meta["val"][1:]]
+    if any(free_unbacked_symbols(size) - graph.bound_unbacked_symbols for size in sizes):
+        raise RuntimeError(
+            f"{op}: Inductor cannot compile a dynamic token count for a rank that owns fewer than two rows; call the "
+            f"compiled function with 2 * world_size tokens or more first, or compile few tokens with dynamic=False"
+        )
 
 
 # ---- whose code it is ----
@@ -122,22 +134,16 @@ def _tag_caches() -> None:
 
 # ---- sizes ----
 
-_sizes = weakref.WeakKeyDictionary()  # by torch's ShapeEnv, which belongs to a graph
-
 
 def free_size(num_tokens: int | torch.SymInt, size_of) -> int | torch.SymInt:
     """size_of(num_tokens), a row count, for a fake kernel.
 
     Of tensors without rows, or with one, torch takes other paths and guards on it: the graph would be compiled for
     this token count alone, which is an error where the caller asked for any (`mark_dynamic`). Then the size is a
-    symbol that torch knows nothing of; the same one for the same rows of a graph. A graph for more rows is compiled
+    symbol of its own, which torch checks at run time where it has to equal another. A graph for more rows is compiled
     again for few; an exported program takes 2 * world_size tokens or more, and torch says so.
     """
     size = size_of(num_tokens)
     if not isinstance(size, torch.SymInt) or not size.node.has_hint() or size.node.hint > 1:
         return size
-    made = _sizes.setdefault(size.node.shape_env, {})
-    key = (size.node.expr, getattr(torch._guards.detect_fake_mode(), "epoch", None))  # each trace makes its own
-    if key not in made:
-        made[key] = torch.library.get_ctx().new_dynamic_size()
-    return made[key]
+    return torch.library.get_ctx().new_dynamic_size()
