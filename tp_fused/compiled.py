@@ -135,15 +135,30 @@ def _tag_caches() -> None:
 # ---- sizes ----
 
 
+_free = weakref.WeakKeyDictionary()  # by torch's ShapeEnv, which belongs to a graph
+
+
+def _takes_free_sizes(shape_env) -> bool:
+    """Whether Dynamo traces, or has traced, this graph for a compiler that is known to take them."""
+    if shape_env not in _free and "torch._dynamo.symbolic_convert" in sys.modules:
+        translator = sys.modules["torch._dynamo.symbolic_convert"].InstructionTranslator.current_tx()
+        name = getattr(translator.output.compiler_fn, "_compiler_name", None) if translator is not None else None
+        _free[shape_env] = name in ("eager", "aot_eager")
+    return _free.get(shape_env, False)
+
+
 def free_size(num_tokens: int | torch.SymInt, size_of) -> int | torch.SymInt:
     """size_of(num_tokens), a row count, for a fake kernel.
 
     Of tensors without rows, or with one, torch takes other paths and guards on it: the graph would be compiled for
     this token count alone, which is an error where the caller asked for any (`mark_dynamic`). Then the size is a
     symbol of its own, which torch checks at run time where it has to equal another. A graph for more rows is compiled
-    again for few; an exported program takes 2 * world_size tokens or more, and torch says so.
+    again for few. Inductor, which cannot have such symbols (`_refuse_free_sizes`), compiles for each such count, and
+    torch raises where any was asked for; so it does on an export for fewer than 2 * world_size tokens.
     """
     size = size_of(num_tokens)
     if not isinstance(size, torch.SymInt) or not size.node.has_hint() or size.node.hint > 1:
+        return size
+    if not _takes_free_sizes(size.node.shape_env):
         return size
     return torch.library.get_ctx().new_dynamic_size()
