@@ -282,8 +282,12 @@ std::optional<Workspace> find_workspace(std::string_view group_name, bool on_cud
 }
 
 void serve(const std::string& group_name, const Workspace& workspace) {
+  // By the name that graphs have traced on this rank, too (compiled.py: pin). Another rank's is not found here.
+  const tpf_team& team = *workspace.team->get();
+  const std::string pinned = group_name + '#' + std::to_string(team.rank) + '/' + std::to_string(team.world_size);
   const std::lock_guard lock(workspaces_mutex);
   workspaces.emplace_back(group_name, workspace);
+  workspaces.emplace_back(pinned, workspace);
 }
 
 void forget(const Team& team) {

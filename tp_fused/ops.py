@@ -7,14 +7,14 @@ is written here gets those that it does not take.
 
 In all of them rows are split as `torch.tensor_split` splits them; a rank may own none and still takes part. Inputs are
 never written. Ops that meet trouble between ranks raise `CollectiveFault`; on bad arguments they raise ValueError or
-TypeError before anything is launched.
+TypeError before anything is launched. Inference only: no output asks for a gradient, and autocast changes nothing.
 """
 
 import functools
 
 import torch
 
-from . import checks, native, partition, reference
+from . import checks, compiled, native, partition, reference
 from .native import _C
 from .workspace import get_workspace, resolve_group_name
 
@@ -29,38 +29,40 @@ def _define(schema: str, fake):
     def register(function):
         name = schema[: schema.index("(")]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-        implementation = _with_an_input(function)
+        implementation = _closed(function)
         for key in ("CPU", "CUDA"):
             if not _C.register_kernel(name, key, implementation):
                 _library.impl(name, implementation, key)
         # Tensors of other layouts and devices: the checks have words for them, torch's dispatcher has others.
         _library.impl(name, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"tp_fused::{name}", _on_one_device(fake), lib=_library)
-        # A compiler must not drop it on a rank that does not use what it returns: the others wait for that rank.
-        torch.fx.node.has_side_effect(getattr(_ops, name).default)
+        # Without a backward of its own torch would let outputs ask for gradients, and lose them.
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        torch.library.register_fake(f"tp_fused::{name}", _checked(fake), lib=_library)
+        compiled.keep_order(getattr(_ops, name).default)
         return function
 
     return register
 
 
-def _with_an_input(function):
-    """torch takes None for any tensor, this one included."""
+def _closed(function):
+    """To autograd and autocast: neither sees the torch ops that a call is made of."""
 
     @functools.wraps(function)
-    def checked(input, *rest, **options):
-        if input is None:
-            checks.given("input", input)
-        return function(input, *rest, **options)
+    def closed(input, *rest, **options):
+        checks.given("input", input)  # torch takes None for any tensor
+        with torch.no_grad(), torch._C._DisableAutocast():
+            return function(input, *rest, **options)
 
-    return checked
+    return closed
 
 
-def _on_one_device(fake):
+def _checked(fake):
     """torch calls the fake kernel, too, where the input is real and another tensor is on the meta device."""
 
     @functools.wraps(fake)
     def checked(input, *rest, **options):
         checks.given("input", input)
+        compiled.tracing()
         for tensor in (*rest, *options.values()):
             if isinstance(tensor, torch.Tensor) and tensor.device != input.device:
                 raise ValueError(
@@ -73,7 +75,7 @@ def _on_one_device(fake):
 
 def _own_rows(tensor: torch.Tensor, num_tokens, group_name: str):
     workspace = get_workspace(group_name, tensor.device)
-    return partition.row_count(num_tokens, workspace.rank, workspace.world_size)
+    return compiled.free_size(num_tokens, lambda n: partition.row_count(n, workspace.rank, workspace.world_size))
 
 
 # ---- rs_rmsnorm ----

@@ -6,8 +6,9 @@ import threading
 
 import torch
 import torch.distributed as dist
+from torch.compiler import is_compiling
 
-from . import backends, checks, faults, lifetime, memory, partition
+from . import backends, checks, compiled, faults, lifetime, memory, partition
 from .native import _C
 from .rendezvous import Meeting
 
@@ -191,6 +192,7 @@ class Workspace:
         key = (self.group_name, self.device_type)
         if _workspaces.get(key) is self:
             del _workspaces[key]
+            compiled.remove_workspace(compiled.pin(self.group_name, self.rank, self.world_size))
 
     def __enter__(self):
         return self
@@ -338,6 +340,7 @@ def init(
     _groups[group.group_name] = group
     _workspaces[key] = workspace
     workspace.token = reports[0].token  # the same on all ranks, and no other workspace's
+    compiled.add_workspace(compiled.pin(workspace.group_name, workspace.rank, workspace.world_size))
     if workspace.team is not None:
         workspace.team.serve(workspace.caller, workspace.group_name, workspace.max_num_tokens, workspace.row_bytes)
     return workspace
@@ -346,6 +349,14 @@ def init(
 def get_workspace(group_name: str, device: torch.device) -> Workspace:
     """The workspace that serves `group_name` for tensors on `device`."""
     workspace = _workspaces.get((group_name, device.type))
+    if workspace is None and (pinned := compiled.unpin(group_name)) is not None:
+        group_name, rank, world_size = pinned
+        workspace = _workspaces.get((group_name, device.type))
+        if workspace is not None and (workspace.rank, workspace.world_size) != (rank, world_size):
+            raise ValueError(
+                f"this graph was traced for rank {rank} of {world_size} of group {group_name!r}; this process is rank "
+                f"{workspace.rank} of {workspace.world_size}"
+            )
     if workspace is not None:
         workspace.require_own_process()
     elif (group_name, device.type) in _ended:
@@ -361,17 +372,33 @@ def get_workspace(group_name: str, device: torch.device) -> Workspace:
 
 
 def resolve_group_name(group: dist.ProcessGroup | str | None) -> str:
-    """The name by which the ops know a group; None is the default group."""
+    """The name by which the ops know a group; None is the default group.
+
+    In a graph that torch traces it tells this rank and the world size, too (`compiled.pin`): its code is of no use to
+    another rank.
+    """
+    if group is None:
+        group = dist.group.WORLD
+        if group is None:
+            raise ValueError("no group given and torch.distributed is not initialised")
+    if is_compiling():
+        return _pinned_name(group)
     if isinstance(group, str):
         return group
-    if group is None:
-        if not dist.is_initialized():
-            raise ValueError("no group given and torch.distributed is not initialised")
-        group = dist.group.WORLD
     name = group.group_name
-    if not torch.compiler.is_compiling() and _groups.get(name, group) is not group:
+    if _groups.get(name, group) is not group:
         raise ValueError(f"this process group {name!r} was destroyed; the workspace of that name is of a later group")
     return name
+
+
+def _pinned_name(group: dist.ProcessGroup | str) -> str:
+    if not isinstance(group, str):
+        return compiled.pin(group.group_name, group.rank(), group.size())
+    for device_type in ("cpu", "cuda"):
+        workspace = _workspaces.get((group, device_type))
+        if workspace is not None:
+            return compiled.pin(group, workspace.rank, workspace.world_size)
+    return group  # pinned already, or unknown, which the op will say
 
 
 def type_of(device: str | torch.device | None) -> torch.device:

@@ -1,0 +1,202 @@
+"""Compiled code belongs to the rank that it was traced on: caches, exported programs, packages; and few tokens."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo.utils
+import torch.distributed as dist
+from ranks import workspace
+
+import tp_fused
+from tp_fused import compiled, ops
+from tp_fused.partition import row_count
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# ---- caches and programs, in processes of their own ----
+
+
+def run_ranks(folder: Path, run: str, *ways: str) -> list[str]:
+    """What both ranks print."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+    environment["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # believe the processor, compile no probes
+    environment.pop("TP_FUSED_BACKEND", None)
+    script = str(ROOT / "tests" / "compiled_rank.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(folder), run, ways[rank % len(ways)]],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=500) for process in processes]
+    for rank, (process, (out, err)) in enumerate(zip(processes, outputs, strict=True)):
+        assert process.returncode == 0, f"rank {rank}: {out}{err[-3000:]}"
+    return [out + err for out, err in outputs]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("shapes", ["static", "dynamic"])
+@pytest.mark.parametrize("calls", ["wrapped", "raw"])
+def test_a_warm_cache_gives_a_rank_its_own_code(tmp_path, calls, shapes):
+    """Right results at both starts are asserted on the ranks."""
+    cold = run_ranks(tmp_path, "cold", f"{calls} {shapes}")
+    warm = run_ranks(tmp_path, "warm", f"{calls} {shapes}")
+    assert ["hits 0 misses 1" in out for out in cold] == [True, True], cold
+    assert ["hits 1 misses 0" in out for out in warm] == [True, True], warm
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("shapes", ["static", "dynamic"])
+def test_a_program_is_of_one_rank(tmp_path, shapes):
+    """Exported, and as a package of AOTInductor."""
+    run_ranks(tmp_path, "export", f"export {shapes}")
+    run_ranks(tmp_path, "own", "load 0", "load 1")
+    for rank, out in enumerate(run_ranks(tmp_path, "other", "load 1", "load 0")):
+        message = f"this graph was traced for rank {1 - rank} of 2 of group '0'; this process is rank {rank} of 2"
+        assert "no error" not in out
+        assert f"ValueError: {message}" in out
+        assert out.count(message) >= 2, out
+
+
+# ---- names ----
+
+
+def ask_by_name(device: str) -> list:
+    """Runs on a rank: a call by the names that graphs of both ranks contain."""
+    answers = []
+    name, rank = dist.group.WORLD.group_name, dist.get_rank()
+    rows = torch.ones(4, 256, device=device)
+    with workspace(device, device):
+        own = compiled.pin(name, rank, 2)
+        answers.append(torch.ops.tp_fused.reduce_scatter_rows(rows, own).unique().tolist())
+        for other in (compiled.pin(name, 1 - rank, 2), compiled.pin(name, rank, 3), compiled.pin("none", rank, 2)):
+            with pytest.raises(ValueError) as error:
+                torch.ops.tp_fused.reduce_scatter_rows(rows, other)
+            answers.append(str(error.value))
+    return answers
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_names_in_graphs(pool, device):
+    for rank, (own, other, larger, unknown) in enumerate(pool.run(ask_by_name, device)):
+        here = f"this process is rank {rank} of 2"
+        assert own == [2.0]
+        assert other == f"this graph was traced for rank {1 - rank} of 2 of group '0'; {here}"
+        assert larger == f"this graph was traced for rank {rank} of 3 of group '0'; {here}"
+        assert unknown.startswith("group 'none' has no workspace")
+
+
+def natively_by_pinned_name(device: str) -> None:
+    """Runs on a rank: what a compiled graph calls does not enter the interpreter."""
+    name = compiled.pin(dist.group.WORLD.group_name, dist.get_rank(), dist.get_world_size())
+    with workspace(device, device), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_BACKENDS", {})
+        torch.ops.tp_fused.reduce_scatter_rows(torch.ones(4, 256, device=device), name)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_pinned_names_are_served_natively(pool, device):
+    pool.run(natively_by_pinned_name, device)
+
+
+def names_in_the_graph(device: str, group: str | None) -> list[str]:
+    """Runs on a rank: what the wrapper puts into a graph."""
+    torch._dynamo.reset()
+    seen = []
+
+    def look(graph, _):
+        seen.extend(node.args[-1] for node in graph.graph.nodes if "reduce_scatter_rows" in str(node.target))
+        return graph.forward
+
+    given = dist.group.WORLD.group_name if group == "name" else dist.group.WORLD if group == "group" else None
+    with workspace(device, device):
+        torch.compile(lambda rows: tp_fused.reduce_scatter_rows(rows, given), backend=look, fullgraph=True)(
+            torch.ones(4, 256, device=device)
+        )
+    return seen
+
+
+@pytest.mark.parametrize("group", [None, "name", "group"])
+@pytest.mark.parametrize("world_size", [2])
+def test_wrappers_pin_the_name_while_they_are_traced(pool, device, group):
+    assert pool.run(names_in_the_graph, device, group) == [["0#0/2"], ["0#1/2"]]
+
+
+def cache_tags(device: str) -> list[str]:
+    """Runs on a rank: torch's tag before, with a workspace, with another set by the user since, and after."""
+    config = torch.compiler.config
+    tags = [config.cache_key_tag]
+    with config.patch(cache_key_tag="mine"):
+        with workspace(device, device):
+            tags.append(config.cache_key_tag)
+            config.cache_key_tag = "other"
+            torch.compile(tp_fused.reduce_scatter_rows, backend="eager")(torch.ones(4, 256, device=device))
+            tags.append(config.cache_key_tag)
+        tags.append(config.cache_key_tag)
+    return tags
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_cache_tag(pool, device):
+    for rank, tags in enumerate(pool.run(cache_tags, device)):
+        own = f" tp_fused:0#{rank}/2"
+        assert tags == ["", f"mine{own}", f"other{own}", "other"]
+
+
+# ---- few tokens ----
+
+
+def few_tokens(device: str, compiler: str, token_counts: list[int]) -> int:
+    """Runs on a rank: compiled at the first token count, right at all; how many graphs were made."""
+    torch._dynamo.reset()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    weight = torch.ones(256, device=device)
+
+    def step(input, weight):
+        hidden, residual = tp_fused.rs_rmsnorm(input, None, weight)
+        again, residual = tp_fused.rs_rmsnorm(input * 2, residual, weight)
+        return hidden + again, residual * 2, tp_fused.all_gather_rows(hidden - 1, input.shape[0])
+
+    torch._dynamo.utils.counters.clear()
+    function = torch.compile(step, fullgraph=True, backend=compiler)
+    with workspace(device, device, timeout_s=100.0), torch._inductor.config.patch(compile_threads=1):
+        for num_tokens in token_counts:
+            input = torch.randn(num_tokens, 256, generator=torch.Generator().manual_seed(rank)).to(device)
+            expected = step(input, weight)
+            if compiler != "inductor":
+                torch._dynamo.mark_dynamic(input, 0)
+            outputs = function(input, weight)
+            assert len(outputs[0]) == row_count(num_tokens, rank, world_size)
+            for output, wanted in zip(outputs, expected, strict=True):
+                assert (output.shape, output.stride()) == (wanted.shape, wanted.stride())
+                torch.testing.assert_close(output, wanted, rtol=0, atol=1e-5)
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("token_counts", [[2, 3, 5, 64], [3, 2, 7]], ids=str)
+@pytest.mark.parametrize("world_size", [3])
+def test_fewer_tokens_than_ranks(pool, device, token_counts):
+    """A rank that owns no rows, or one, compiles once for any number of them."""
+    assert pool.run(few_tokens, device, "aot_eager", token_counts, timeout_s=400) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("world_size", [3])
+def test_few_tokens_after_many(pool, device):
+    """A rank that has compiled for several rows does so once more for none or one, and not again after that."""
+    for graphs in pool.run(few_tokens, device, "aot_eager", [64, 2, 5, 3, 4, 32], timeout_s=200):
+        assert graphs <= 2
+
+
+@pytest.mark.parametrize("world_size", [3])
+def test_few_tokens_with_inductor(pool, device):
+    """Dynamic as torch thinks fit."""
+    pool.run(few_tokens, device, "inductor", [3, 2, 9], timeout_s=200)
