@@ -314,14 +314,15 @@ __global__ void __launch_bounds__(kGatherThreads, 1) all_gather_rows_kernel(cons
     } else if (arrived) {
       for (int chunk = 0; chunk < args.num_chunks; ++chunk) publish_chunk<T>(args, round, chunk, kOpening);
     }
-    if (!__syncthreads_and(arrived)) poison_chunks(args, round.epoch);
-    if (threadIdx.x == 0) end_op(args.team, args.call, round);
+    if (__syncthreads_and(arrived)) return end_op(args.team);
+    poison_chunks(args, round.epoch);
+    end_faulted_op(args.team, args.call, round);
 #endif
   } else {
     const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
-    if (round.refused || !gather_directly<T>(args, round)) poison_chunks(args, round.epoch);
-    __syncthreads();
-    if (threadIdx.x == 0) end_op(args.team, args.call, round);
+    if (__syncthreads_and(!round.refused && gather_directly<T>(args, round))) return end_op(args.team);
+    poison_chunks(args, round.epoch);
+    end_faulted_op(args.team, args.call, round);
   }
 }
 

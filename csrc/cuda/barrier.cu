@@ -21,8 +21,7 @@ __global__ void barrier_kernel(const __grid_constant__ BarrierArgs args) {
     wait_step(args.team, args.call, round, 0, blockIdx.x, peer);
   }
   let_next_kernel_in();
-  __syncwarp();
-  if (threadIdx.x == 0) end_op(args.team, args.call, round);
+  round.refused ? end_faulted_op(args.team, args.call, round) : end_op(args.team);
 }
 
 }  // namespace

@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
       // Here, and not in code that all warps share: there they cost the products the registers of their pipeline.
       refresh_signals(args.team, round.epoch, threadIdx.x, 32);
       leave_block_last();
-      if (elect()) end_op(args.team, args.call, round);
+      round.refused ? end_faulted_op(args.team, args.call, round) : end_op(args.team);
       return;
     }
   } else if (!round.refused && warp == kCopiers) {

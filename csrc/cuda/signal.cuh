@@ -73,6 +73,7 @@ __device__ inline void report(const tpf_team& team, const tpf_call& call, const 
   }
   shared_ref<uint32_t>(own->faulted).store(1, order::memory_order_release);
   if (status == TPF_CLOSED) return;  // the peers' memory may be gone
+#pragma unroll 1
   for (int other = 0; other < team.world_size; ++other) {
     if (other == team.rank) continue;
     shared_ref<uint32_t>(control(team.region[other])->notified).store(1 + team.rank, order::memory_order_release);
@@ -91,9 +92,12 @@ __device__ inline bool may_begin(const Control* own, const Progress& now) {
 
 // By some threads of every block, once in many rounds: see kOldest. Nobody waits for it.
 __device__ inline void refresh_signals(const tpf_team& team, uint32_t epoch, int thread, int threads) {
-  if (!refreshes(epoch - 1, 2)) return;  // an op has two rounds at most
+  if (!refreshes(epoch - 1, 2)) [[likely]]
+    return;  // an op has two rounds at most
   void* const own = team.region[team.rank];
+#pragma unroll 1
   for (int block = blockIdx.x; block < TPF_MAX_CTAS; block += gridDim.x) {
+#pragma unroll 1
     for (int word = thread; word < TPF_MAX_STEPS * TPF_MAX_RANKS; word += threads) {
       refresh(signal(own, word / TPF_MAX_RANKS, block, word % TPF_MAX_RANKS), epoch);
     }
@@ -138,12 +142,15 @@ __device__ inline void report_refusal(const tpf_team& team, const tpf_call& call
   report(team, call, round, status, team.rank, 0, 0, 0);
 }
 
-__device__ inline void count_ended(const tpf_team& team) { atomicAdd(&control(team.region[team.rank])->ended, 1u); }
+// Closes the op, by all threads of the block or, where others have left it, of the last warp: when all have done their
+// work. What follows a fault stands apart, for the usual way to be a short one.
+__device__ inline void end_op(const tpf_team& team) {
+  if (threadIdx.x == 0) atomicAdd(&control(team.region[team.rank])->ended, 1u);
+}
 
-// Closes the op: by one thread of each block, when all others have done their work.
-__device__ inline void end_op(const tpf_team& team, const tpf_call& call, const BlockRound& round) {
-  if (round.refused) report_refusal(team, call, round);
-  count_ended(team);
+__device__ inline void end_faulted_op(const tpf_team& team, const tpf_call& call, const BlockRound& round) {
+  if (round.refused && threadIdx.x == 0) report_refusal(team, call, round);
+  end_op(team);
 }
 
 __device__ inline void publish_step(const tpf_team& team, const BlockRound& round, int step, int cta, int peer) {
