@@ -23,6 +23,9 @@
 #define MISTAKES 0  // how many calls may be another op than the other ranks'
 #endif
 
+#define FAULTS (TIMEOUTS + DEATHS + MISTAKES > 0)
+#define WHEN(condition, what) if :: condition -> what :: else fi
+
 #define EPOCHS 4  // 2^32 in csrc
 #define AHEAD 1   // kMostAhead, which is 16: more than any word ever is
 #define TAG(e) ((e) + 1)
@@ -48,8 +51,10 @@
 // The steps of a round, each with a word from every rank to every other.
 #define OPEN(c) (c)
 #ifdef CPU
+#define closes(k) in_place(k)
 #define LAID_OPEN(c) (c)  // the CPU's second round meets as its first does
 #else
+#define closes(k) ((k) == PLACE)  // the gathering says so, too
 #define LAID_OPEN(c) (CHUNKS + (c))
 #endif
 #define CLOSE (2 * CHUNKS)
@@ -86,7 +91,7 @@ byte slot[N * 2 * N * CHUNKS];
 byte inbox[N * 2 * N];
 byte input[N];  // that peers read in place
 byte epoch[N];  // rounds finished
-bool faulted[N], dead[N];
+bool notified[N], dead[N];  // a peer has given up and says so
 #define AT(step, to, from) (((step) * N + (to)) * N + (from))
 #define CELL(owner, half, chunk, source) ((((owner) * 2 + (half)) * CHUNKS + (chunk)) * N + (source))
 #define BOX(owner, half, source) (((owner) * 2 + (half)) * N + (source))
@@ -101,52 +106,37 @@ bool odd[N];  // calls finished
 #endif
 byte timeouts = TIMEOUTS, deaths = DEATHS, mistakes = MISTAKES;
 
-#define some_op(k) op_of[e] == 0 && IN_OPS(k) -> op_of[e] = k
-#define other_op(k) mistakes > 0 && me == 0 && IN_OPS(k) && k != op -> op = k; mistakes--
+#define EACH_OP(f) f(STAGE) f(POST) f(PLACE) f(GATHER) f(AG_STAGE) f(AG_POST) f(AG_PLACE)
+#define some_op(k) :: op_of[e] == 0 && IN_OPS(k) -> op_of[e] = k
+#define other_op(k) :: mistakes > 0 && me == 0 && IN_OPS(k) && k != op -> op = k; mistakes--
 
-// Epochs go round after EPOCHS rounds and not after 2^32. So a word that has not been written for two rounds is kept two
-// rounds old: csrc relies on none coming to be 2^32 rounds old. The first rank in a round sees to it: no word is ahead of that
-// one. Nobody may read rows that are two rounds old.
-inline keep_young() {
+// Epochs go round after EPOCHS rounds and not after 2^32. So a rank makes its old words younger in every round, and not
+// in one of 2^28. Nobody may read rows that are two rounds old.
+#define REFRESHES (e == AFTER(epoch[me]))  // what is made of an old word is the round before, which nobody waits for
+inline refresh() {
 #ifndef BUG_UNUSED_WORD
   for (i : 0 .. STEPS * N * N - 1) {
-    if
-    :: op_of[e] == 0 && BEHIND(e, word_epoch[i]) == 3 -> word_epoch[i] = (e + 2) % EPOCHS
-    :: else
-    fi
+    WHEN(REFRESHES && i / N % N == me && BEHIND(e, word_epoch[i]) == 2, word_epoch[i] = BEHIND(e, 1))
   }
 #endif
   for (i : 0 .. N * 2 * N * CHUNKS - 1) {
-    if
-    :: slot[i] != 0 && slot[i] != GARBAGE && BEHIND(TAG(e), slot[i]) == 2 -> slot[i] = 0
-    :: else
-    fi
+    WHEN(slot[i] != 0 && slot[i] != GARBAGE && BEHIND(TAG(e), slot[i]) == 2, slot[i] = 0)
   }
   i = 0
 }
 
 inline begin() {
   atomic {
-    d_step { e = AFTER(epoch[me]); keep_young() }
+    d_step { e = AFTER(epoch[me]); refresh() }
     if
     :: op_of[e] != 0
-    :: some_op(STAGE)
-    :: some_op(POST)
-    :: some_op(PLACE)
-    :: some_op(GATHER)
-    :: some_op(AG_STAGE)
-    :: some_op(AG_POST)
-    :: some_op(AG_PLACE)
+    EACH_OP(some_op)
     fi;
     op = op_of[e];
 #if MISTAKES > 0
     if
     :: true
-    :: other_op(STAGE)
-    :: other_op(POST)
-    :: other_op(PLACE)
-    :: other_op(GATHER)
-    :: other_op(AG_STAGE)
+    EACH_OP(other_op)
     fi;
     called[me * EPOCHS + e] = op;
 #endif
@@ -156,7 +146,7 @@ inline begin() {
 
 // Both rounds of a call in one kernel, or one after the other.
 inline begin_next() {
-  d_step { e = AFTER(e); keep_young(); op_of[e] = op }
+  d_step { e = AFTER(e); refresh(); op_of[e] = op }
 }
 
 inline stage(c) {
@@ -165,10 +155,7 @@ inline stage(c) {
 #ifdef CPU
       slot[CELL(me, SLOT(e), c, i)] = TAG(e)
 #else
-      if
-      :: i != me -> slot[CELL(i, SLOT(e), c, me)] = TAG(e)
-      :: else
-      fi
+      WHEN(i != me, slot[CELL(i, SLOT(e), c, me)] = TAG(e))
 #endif
     }
     i = 0
@@ -190,13 +177,14 @@ inline post_to(k) {
   }
 }
 
-inline publish_to(k, step) {
 #if DEATHS > 0
-  if
-  :: atomic { deaths > 0 && me == 0 -> deaths--; dead[me] = true; goto died }
-  :: true
-  fi;
+#define MAY_DIE if :: atomic { deaths > 0 && me == 0 -> deaths--; dead[me] = true; goto died } :: true fi
+#else
+#define MAY_DIE skip
 #endif
+
+inline publish_to(k, step) {
+  MAY_DIE;
   d_step {
     word_epoch[AT(step, PEER(k), me)] = e;
 #if MISTAKES > 0
@@ -211,11 +199,17 @@ inline publish_to(k, step) {
 #define AGREES(k, step) true
 #endif
 #define HERE(k, step) REACHED(word_epoch[AT(step, me, PEER(k))], e)
-#define GONE(k) (faulted[PEER(k)] || dead[PEER(k)])
+#define GONE(k) (notified[me] || dead[PEER(k)])
+#ifdef ONLY_OPENING
+#define GIVES_UP(step) (timeouts > 0 && me == 0 && (step) < CLOSE)
+#else
+#define GIVES_UP(step) (timeouts > 0 && me == 0)
+#endif
 
-// Waits for a peer's word. A deadline, and a peer that has faulted or died, end the wait after one more look.
+// Waits for a peer's word. A deadline, a peer that has told this rank that it gave up, and one that has died end the
+// wait after one more look. An interruption, on the CPU, ends it at once.
 inline observe_from(k, step) {
-#if TIMEOUTS + DEATHS + MISTAKES == 0
+#if !FAULTS
   HERE(k, step)
 #else
   if
@@ -223,7 +217,10 @@ inline observe_from(k, step) {
   :: atomic { HERE(k, step) && !AGREES(k, step) -> goto fault }
   :: !HERE(k, step) && GONE(k) -> one_more_look(k, step)
 #if TIMEOUTS > 0
-  :: !HERE(k, step) && timeouts > 0 && me == 0 -> timeouts--; one_more_look(k, step)
+  :: !HERE(k, step) && GIVES_UP(step) -> timeouts--; one_more_look(k, step)
+#ifdef CPU
+  :: atomic { GIVES_UP(step) -> timeouts--; goto fault }
+#endif
 #endif
   fi
 #endif
@@ -246,7 +243,7 @@ inline take_from(k) {
        BOX_FROM(k) = 0
 #endif
      }
-#if TIMEOUTS + DEATHS + MISTAKES > 0
+#if FAULTS
   :: BOX_FROM(k) == 0 && GONE(k) ->
     if
     :: atomic { BOX_FROM(k) == 0 -> goto fault }
@@ -281,17 +278,12 @@ inline post() { EACH(post_to) }
 #endif
 inline take_posted() { EACH(take_from) }
 
-inline check(cell) {
-  if
-  :: cell != TAG(e) -> wrong = true
-  :: else
-  fi
-}
+inline check(cell) { WHEN(cell != TAG(e), wrong = true) }
 
 // What a reader takes for the rows of this round is what was written for this round. Where ranks may fail, only a call
 // that ends without a fault has to be right.
 inline right() {
-#if TIMEOUTS + DEATHS + MISTAKES == 0
+#if !FAULTS
   assert(!wrong)
 #else
   skip
@@ -324,51 +316,56 @@ inline read_in_place() {
 inline read_laid_open(c) {
   d_step {
     for (i : 0 .. N * N - 1) {
-      if
-      :: i / N != me -> check(slot[CELL(i / N, GATHER_SLOT(e), c, i % N)])
-      :: else
-      fi
+      WHEN(i / N != me, check(slot[CELL(i / N, GATHER_SLOT(e), c, i % N)]))
     }
     right(); i = 0
   }
 }
 
-// Whether a peer has given up.
-inline look_at_flag(k) {
-  if
-  :: atomic { faulted[PEER(k)] -> goto fault }
-  :: else
-  fi
+// Whether a peer has told this rank that it has given up. On the CPU, and when a call begins, that is a fault like any.
+// On CUDA a thread that waits for no word looks after the inputs have been read, and the call fails after all waits.
+#if FAULTS
+#define FAIL_IF_NOTIFIED if :: atomic { notified[me] -> goto fault } :: else fi
+#else
+#define FAIL_IF_NOTIFIED skip
+#endif
+#if FAULTS && !defined(CPU) && !defined(BUG_NO_LOOK_AGAIN)
+#define LOOK told = notified[me]
+#define HEED if :: atomic { told -> goto poisoned } :: else fi
+#else
+#define LOOK skip
+#define HEED skip
+#endif
+
+inline close_step() {
+  LOOK;
+  publish(CLOSE);
+  observe(CLOSE);
+#if defined(CPU) && !defined(BUG_NO_LOOK_AGAIN)
+  FAIL_IF_NOTIFIED
+#else
+  HEED
+#endif
 }
 
-inline look_again() {
-#ifdef LOOK_AGAIN
-  EACH(look_at_flag)
-#else
-  skip
-#endif
+inline notify(k) {
+  MAY_DIE;
+  notified[PEER(k)] = true
 }
 
 inline end_round() {
   ended[e]++;
-  if
-  :: ended[e] == N -> ended[e] = 0; op_of[e] = 0
-  :: else
-  fi;
+  WHEN(ended[e] == N, ended[e] = 0; op_of[e] = 0);
   epoch[me] = e
 }
 
-// A call has ended without a fault. At the latest the next call hears of one that made its numbers wrong.
+// A call has ended without a fault.
 inline finish() {
 #if MISTAKES > 0
   for (i : 0 .. N - 1) { assert(called[i * EPOCHS + first] == op) }
   i = 0;
 #endif
-#ifdef STRICT
   assert(!wrong);
-#endif
-  assert(!was_wrong);
-  was_wrong = wrong; wrong = false;
 #ifdef LIVE
   odd[me] = !odd[me];
 #endif
@@ -378,16 +375,20 @@ inline finish() {
 
 proctype Rank(byte me) {
   byte e, first, op, i, chunk;
-  bool wrong, was_wrong;
+  bool wrong;
+#if FAULTS
+  bool told;
+#endif
 #ifdef BUG_CLEAR_LATE
   bool to_clear;
 #endif
   do
   :: begin();
     first = e;
-#if defined(CPU) && TIMEOUTS + DEATHS + MISTAKES > 0
-    EACH(look_at_flag);
+#ifdef CPU
+    WHEN(op == GATHER, lay_open(0));  // a projection multiplies into its slot before its round begins
 #endif
+    FAIL_IF_NOTIFIED;
     // The reducing round, or the only one.
 #ifdef BUG_PUBLISH_FIRST
     publish(OPEN(0));
@@ -395,7 +396,9 @@ proctype Rank(byte me) {
     if
     :: stages(op) -> stage(0)
     :: posts(op) -> post()
+#ifndef CPU
     :: op == GATHER -> lay_open(0)
+#endif
     :: else
     fi;
 #ifndef BUG_PUBLISH_FIRST
@@ -418,10 +421,7 @@ proctype Rank(byte me) {
       :: chunk + 1 < CHUNKS && op == GATHER -> lay_open(chunk + 1); publish(OPEN(chunk + 1))
       :: else
       fi;
-      if
-      :: chunk == 0 || stages(op) || op == GATHER -> observe(OPEN(chunk))
-      :: else
-      fi;
+      WHEN(chunk == 0 || stages(op) || op == GATHER, observe(OPEN(chunk)));
       if
       :: stages(op) -> read_staged(chunk)
       :: posts(op) && chunk == 0 ->
@@ -434,23 +434,13 @@ proctype Rank(byte me) {
       :: else
       fi;
 #ifndef CPU
-      if
-      :: gathers_after(op) -> begin_next(); lay_open(chunk); publish(LAID_OPEN(chunk)); e = first
-      :: else
-      fi;
+      WHEN(gathers_after(op), begin_next(); lay_open(chunk); publish(LAID_OPEN(chunk)); e = first);
 #endif
       chunk++
     :: else -> chunk = 0; break
     od;
 #ifndef BUG_NO_CLOSING
-    if
-#ifdef CPU
-    :: in_place(op) -> publish(CLOSE); observe(CLOSE); look_again()
-#else
-    :: op == PLACE -> publish(CLOSE); observe(CLOSE); look_again()
-#endif
-    :: else
-    fi;
+    WHEN(closes(op), close_step());
 #endif
     if
     :: d_step { !gathers_after(op) -> end_round(); finish() }
@@ -459,33 +449,35 @@ proctype Rank(byte me) {
 #ifdef CPU
       lay_open(0); publish(LAID_OPEN(0));
 #endif
+#ifdef BUG_LOOK_EARLY
+      WHEN(in_place(op), LOOK);
+#endif
       do
       :: chunk < CHUNKS -> observe(LAID_OPEN(chunk)); read_laid_open(chunk); chunk++
       :: else -> break
       od;
       chunk = 0;
-#ifndef CPU
-      if
-      :: in_place(op) -> look_again()
-      :: else
-      fi;
+#ifndef BUG_LOOK_EARLY
+      WHEN(in_place(op), LOOK);
 #endif
+      HEED;
       d_step { end_round(); finish() }
     fi
   od;
 fault:
-  // The record and the flag. Then the caller hears of it, and may do with its input as it likes.
-  faulted[me] = true;
-#ifdef BUG_CLOSES_ANYWAY
-  if
-  :: op == PLACE -> EACH_STEP(publish_to, CLOSE)
-  :: else
-  fi;
-#endif
+  // The peers are told. Then the caller hears of it, and may do with its input as it likes.
+#ifdef BUG_NOTIFIES_LATE
   input[me] = GARBAGE;
+#endif
+  EACH(notify);
+#ifdef BUG_CLOSES_ANYWAY
+  WHEN(op == PLACE, EACH_STEP(publish_to, CLOSE));
+#endif
 #ifdef BUG_CALLS_INTO_SLOT
   wrong = true; lay_open(0);
 #endif
+poisoned:  // CUDA: the peers are told when this rank calls again, if it does
+  input[me] = GARBAGE;
 died:
   skip
 }
@@ -497,11 +489,7 @@ init {
   }
 }
 
-#define MOVES(r) ([]<> odd[r] && []<> !odd[r])
 #ifdef LIVE
-#if N == 3
+#define MOVES(r) ([]<> odd[r] && []<> !odd[r])
 ltl live { MOVES(0) && MOVES(1) && MOVES(2) }
-#else
-ltl live { MOVES(0) && MOVES(1) && MOVES(2) && MOVES(3) }
-#endif
 #endif
