@@ -315,9 +315,7 @@ inline read_in_place() {
 
 inline read_laid_open(c) {
   d_step {
-    for (i : 0 .. N * N - 1) {
-      WHEN(i / N != me, check(slot[CELL(i / N, GATHER_SLOT(e), c, i % N)]))
-    }
+    for (i : 0 .. N * N - 1) { WHEN(i / N != me, check(slot[CELL(i / N, GATHER_SLOT(e), c, i % N)])) }
     right(); i = 0
   }
 }
@@ -429,7 +427,7 @@ proctype Rank(byte me) {
 #ifdef BUG_CLEAR_LATE
         to_clear = true
 #endif
-      :: in_place(op) && chunk == 0 -> read_in_place()
+      :: in_place(op) -> read_in_place()
       :: op == GATHER -> read_laid_open(chunk)
       :: else
       fi;
@@ -453,7 +451,12 @@ proctype Rank(byte me) {
       WHEN(in_place(op), LOOK);
 #endif
       do
-      :: chunk < CHUNKS -> observe(LAID_OPEN(chunk)); read_laid_open(chunk); chunk++
+      :: chunk < CHUNKS ->
+        observe(LAID_OPEN(chunk));
+#ifdef BUG_LEAVE_WAITS
+        WHEN(in_place(op), LOOK); HEED;
+#endif
+        read_laid_open(chunk); chunk++
       :: else -> break
       od;
       chunk = 0;
