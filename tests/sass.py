@@ -83,9 +83,10 @@ def outstanding_loads(code: list[Instruction | Label], load: str, at: str) -> li
                     early.add(index)
                 if re.match(load, item.text) and item.sets is not None and item.predicate != "@!PT":
                     mask |= 1 << item.sets
-                if target := re.search(r"`\((\.L_\w+)\)", item.text):
-                    if item.opcode.startswith(("BRA", "CALL", "BREAK", "WARPSYNC")) and target[1] in places:
-                        work.append((places[target[1]], mask))
+                target = re.search(r"`\((\.L_\w+)\)", item.text)
+                jumps = item.opcode.startswith(("BRA", "CALL", "BREAK", "WARPSYNC"))
+                if target and jumps and target[1] in places:
+                    work.append((places[target[1]], mask))
                 if item.opcode.startswith(("EXIT", "BRA")) and item.predicate == "" and ".U.ANY" not in item.opcode:
                     break
             index += 1

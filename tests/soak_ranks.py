@@ -8,7 +8,6 @@ What all ranks have is the same bits on all of them. On CUDA the comparisons are
 
 import contextlib
 import dataclasses
-import faulthandler
 import functools
 import os
 import time
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from programs import PROJECTIONS, same_bits
 from soak_calls import Kind, Segment, Sequence, SoakCall, Step
+from soak_stalls import StallWatch, fill_allocator
 
 import tp_fused
 from tp_fused import reference
@@ -90,13 +90,14 @@ class Report:
 
 def run_segment(sequence: Sequence, first: int, end: int, injection: Injection | None) -> Report:
     """Runs on a rank: the calls first..end - 1, which lie in one segment."""
-    faulthandler.dump_traceback_later(LIMIT_S + 30, exit=True)  # the pool notices before
     os.environ.pop("TP_FUSED_BACKEND", None)
+    watch = StallWatch()
     run = _Run(sequence.segment(first // sequence.segment_calls), injection)
     try:
         with contextlib.ExitStack() as stack:
             run.open(stack)
             for number in range(first, end):
+                watch.step()
                 run.step(number)
             run.recorder.flush()
             run.digest()
@@ -104,9 +105,9 @@ def run_segment(sequence: Sequence, first: int, end: int, injection: Injection |
         about = f"{type(error).__name__}: {error}"
         if not isinstance(error, tp_fused.CollectiveFault):
             about += "\n" + traceback.format_exc()
-        run.recorder.tell(run.number, about)
+        run.recorder.tell(run.number, about + watch.text())
     finally:
-        faulthandler.cancel_dump_traceback_later()
+        watch.close()
     return run.report
 
 
@@ -272,6 +273,11 @@ class _Run:
 
     def open(self, stack: contextlib.ExitStack) -> None:
         max_ctas = None
+        if self.device == "cuda":
+            fill_allocator()
+            # As the unfused program adds up, of whose errors the bound is made.
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         for index, space in enumerate(self.segment.spaces):
             group = _group(space.ranks, index)
             made = memory = None

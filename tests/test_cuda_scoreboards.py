@@ -68,7 +68,8 @@ def test_an_arrival_before_its_loads_is_seen():
     """On code as ptxas wrote it for an arrival that does not hang on the loads."""
 
     def instruction(text: str, sets: int = 7, waits: int = 0) -> str:
-        return f"        /*0000*/                   {text} ;  /* 0x{0:016x} */\n  /* 0x{sets << 46 | waits << 52:016x} */\n"
+        upper = sets << 46 | waits << 52
+        return f"        /*0000*/  {text} ;  /* 0x{0:016x} */\n  /* 0x{upper:016x} */\n"
 
     load = instruction("LDS.128 R12, [R3]", sets=1)
     arrival = instruction("SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R0+URZ+0x100], RZ")

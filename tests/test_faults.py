@@ -75,6 +75,7 @@ def disagree(backend: str, device: str, name: str) -> tuple:
         good = call_of("rs_rmsnorm", device)
         good.check(good.run(rank, world_size), rank, world_size)
         made.check()
+        dist.barrier()  # a rank that was still before its check() would hear there of the others' next call
         call = call_of(**({"op": op, "device": device} | (changes if rank == ODD else {})))
         error, seconds = outcome(settled, made, call.run, rank, world_size)
         later, reported = faults_of_every_op(made), outcome(made.check)[0]

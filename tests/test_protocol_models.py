@@ -65,7 +65,7 @@ WRONG = {
     "a word that no call has used for all epochs": ("BUG_UNUSED_WORD", ops("stage place")),
     "no look after the closing step": ("TIMEOUTS=1", "BUG_NO_LOOK_AGAIN", ops("place")),
     "no look after the gather": ("TIMEOUTS=1", "BUG_NO_LOOK_AGAIN", ops("ag_place")),
-    # These two are in csrc (models/README.md, what is open).
+    # Why `all_arrived` looks once, after all waits.
     "a look that does not wait for the gather": ("TIMEOUTS=1", "BUG_LOOK_EARLY", ops("ag_place")),
     "a rank that is told leaves its other waits": ("CHUNKS=2", "TIMEOUTS=1", "BUG_LEAVE_WAITS", ops("ag_place")),
     "cpu, no look, a rank gives up": ("CPU", "TIMEOUTS=1", "BUG_NO_LOOK_AGAIN", ops("place")),

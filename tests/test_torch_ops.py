@@ -161,7 +161,7 @@ def test_a_wait_for_peers_lets_other_threads_run(way):
 
     def reduce(workspace) -> torch.Tensor:
         name = f"thread {workspace.rank}"
-        workspace.team.serve(name, 4, 64)
+        workspace.team.serve(_C.Caller(), name, 4, 64)
         try:
             return torch.cat([op(torch.full((4, 8), float(i)), name) for i in range(50)])
         finally:

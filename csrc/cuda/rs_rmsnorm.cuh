@@ -361,11 +361,21 @@ __device__ inline bool wait_for_peers(const View<T>& view, const BlockRound& rou
   return wait_step(view.args.team, view.args.call, round, step, blockIdx.x, lane);
 }
 
-// The same of a step that ends the reading of inputs in place: see wait_step.
+// The same of the closing step. A peer that gave up after its own word of that step may have changed its input before
+// it was read here, and has told this rank before: the thread that has no peer looks whether one has.
 template <typename T>
-__device__ inline bool wait_for_readers(const View<T>& view, const BlockRound& round, int step, int lane) {
-  if (lane >= view.world_size || (lane == view.rank && !view.zero_copy)) return true;
-  return wait_step<true>(view.args.team, view.args.call, round, step, blockIdx.x, lane);
+__device__ inline bool wait_for_readers(const View<T>& view, const BlockRound& round, int lane) {
+  if (lane == view.rank) return !was_notified(view.args.team);
+  return wait_for_peers(view, round, kClosingStep, lane);
+}
+
+// By all threads, as the last thing an op does: whether all has arrived. In rs_rmsnorm_ag no closing step comes after
+// inputs are read in place; what peers gave up then is looked for when all has been read and gathered, their rows too.
+template <Ending kEnding, typename T>
+__device__ inline bool all_arrived(const View<T>& view, bool arrived) {
+  if (!__syncthreads_and(arrived)) return false;
+  if (kEnding != Ending::kGather || !view.zero_copy) return true;
+  return __syncthreads_and(threadIdx.x > 0 || !was_notified(view.args.team));
 }
 
 }  // namespace tpf

@@ -77,7 +77,7 @@ __device__ inline bool move_rows(const View<T>& view, const BlockRound& round, B
       // A peer that still waits for another rank's part of these rows has not laid them open: a fault names that rank.
       arrived &= wait_for_peers(view, round, view.staged() ? chunk : 0, lane);
       __syncwarp();
-      arrived &= wait_for_readers(view, next, kGatherStep + chunk, lane);
+      arrived &= wait_for_peers(view, next, kGatherStep + chunk, lane);
       __syncwarp();
       fence_async_global();
       for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
@@ -170,7 +170,7 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
     if (blockIdx.x < view.own.count) barrier_wait(&shared.empty[last.stage], last.round & 1);
     __syncwarp();
     publish_unfenced_to_peers(view, round, kClosingStep, lane);
-    arrived &= wait_for_readers(view, round, kClosingStep, lane);
+    arrived &= wait_for_readers(view, round, lane);
   }
   return arrived;
 }

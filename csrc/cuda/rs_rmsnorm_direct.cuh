@@ -91,7 +91,7 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
   }
 #pragma unroll 1
   for (int chunk = 0; kEnding == Ending::kGather && chunk < args.num_chunks; ++chunk) {
-    arrived = __syncthreads_and(arrived && wait_for_readers(view, next, kGatherStep + chunk, threadIdx.x));
+    arrived = __syncthreads_and(arrived && wait_for_peers(view, next, kGatherStep + chunk, threadIdx.x));
 #pragma unroll 1
     for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
       const int64_t row = view.row_of(step);
@@ -105,7 +105,7 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
   if (view.zero_copy && kEnding != Ending::kGather && arrived) {
     __syncthreads();
     publish_to_peers(view, round, kClosingStep, threadIdx.x);
-    arrived = __syncthreads_and(wait_for_readers(view, round, kClosingStep, threadIdx.x));
+    arrived = __syncthreads_and(wait_for_readers(view, round, threadIdx.x));
   }
   return arrived;
 }

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kIsSm90) + (kBo
     const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
     if (args.parts > 1) cluster_begun();
     const bool arrived = reduce_one_row<T, kEnding>(View<T>(args, round.epoch), round, one, group);
-    if (__syncthreads_and(arrived)) return end_op(args.team);
+    if (all_arrived<kEnding>(early, arrived)) return end_op(args.team);
     const int last = min(first + static_cast<int>(blockDim.x), early.hidden / kLanes<T>);
     poison_rows<T, kEnding>(early, one.row, gridDim.x / args.parts, first, last);
     end_faulted_op(args.team, args.call, round);
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kIsSm90) + (kBo
     const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
     const View<T> view(args, round.epoch);
     const bool arrived = !round.refused && reduce_directly<T, kVecs, kEnding>(view, round, partial);
-    if (__syncthreads_and(arrived)) return end_op(args.team);
+    if (all_arrived<kEnding>(view, arrived)) return end_op(args.team);
     poison_rows<T, kEnding>(view);
     end_faulted_op(args.team, args.call, round);
   } else {
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kIsSm90) + (kBo
     const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
     const View<T> view(args, round.epoch);
     const bool arrived = !round.refused && reduce_in_bulk<T, kVecs, kEnding>(view, round, shared, partial);
-    if (__syncthreads_and(arrived)) return end_op(args.team);
+    if (all_arrived<kEnding>(view, arrived)) return end_op(args.team);
     poison_rows<T, kEnding>(view);
     end_faulted_op(args.team, args.call, round);
 #endif

@@ -194,7 +194,7 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
     const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
     if (arrived) {
       publish_to_peers(view, next, kGatherStep, threadIdx.x);
-      arrived = wait_for_readers(view, next, kGatherStep, threadIdx.x);
+      arrived = wait_for_peers(view, next, kGatherStep, threadIdx.x);
     }
     __syncthreads();
     // Four at a time: the registers of all are not there.
@@ -211,7 +211,7 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
       }
     }
   }
-  if (closes && arrived) arrived = wait_for_readers(view, round, kClosingStep, threadIdx.x);
+  if (closes && arrived) arrived = wait_for_readers(view, round, threadIdx.x);
   return arrived;
 }
 

@@ -203,16 +203,14 @@ class Patience {
   tpf_status verdict_ = TPF_OK;
 };
 
-// Waits for one peer's word; false, with the fault on record, where that fails. kClosing: of the steps after which
-// peers may change what this rank has read in place. A peer that gave up after its own word of such a step may have
-// done so before it was read, and has told this rank before: the thread that has no peer looks whether one has.
-template <bool kClosing = false>
+// Whether a peer has said that it gave up. The call then fails; the notification is record enough.
+__device__ inline bool was_notified(const tpf_team& team) {
+  return shared_ref<uint32_t>(control(team.region[team.rank])->notified).load(order::memory_order_acquire) != 0;
+}
+
+// Waits for one peer's word; false, with the fault on record, where that fails.
 __device__ inline bool wait_step(const tpf_team& team, const tpf_call& call, const BlockRound& round, int step, int cta,
                                  int peer) {
-  if (kClosing && peer == team.rank) {  // the notification is record enough
-    shared_ref<uint32_t> notified(control(team.region[peer])->notified);
-    return notified.load(order::memory_order_acquire) == 0;
-  }
   uint64_t* word = signal(team.region[team.rank], step, cta, peer);
   uint64_t seen;
   Patience patience;
