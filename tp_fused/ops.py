@@ -168,11 +168,14 @@ def rs_rmsnorm_fp8(
     """Reduce-scatter, residual add, RMSNorm and fp8 quantisation in one kernel.
 
         output, residual = rs_rmsnorm(input, residual, weight, eps)
-        scale = amax(|output|, each group_size columns) / 448;  q = e4m3(output / scale)
+        amax = max(|output|) of each group_size columns
+        scale = amax / 448;  q = e4m3(output * (448 / amax))
 
-    Arguments as `rs_rmsnorm`. What is quantised is the output as it would have been stored. scale is fp32, one per
-    token and group: layout "row" is [rows, groups] row-major; "column" is column-major with rows padded to a multiple
-    of 4, as DeepGEMM's TMA loads want. A group of zeros has scale 0.
+    Arguments as `rs_rmsnorm`. What is quantised is the output as it would have been stored. Both quotients and the
+    product are fp32, each rounded once; 448 / amax is at most the largest finite number, and 0 for a group of zeros,
+    whose scale is 0. q has the same bits on every backend. (Of e4m3(output / scale) about one element in 7000 is the
+    next number.) scale is one per token and group: layout "row" is [rows, groups] row-major; "column" is column-major
+    with rows padded to a multiple of 4, as DeepGEMM's TMA loads want.
 
     Returns (q, scale, residual_out, output); output has no rows unless keep_output.
     """

@@ -55,7 +55,7 @@ def empty_scale(num_rows: int, hidden_size: int, group_size: int, layout: str, d
 
 
 def quantize_e4m3(rows: torch.Tensor, group_size: int = 128, layout: str = "row") -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 rows and their scales, amax / 448 of every `group_size` columns; a group of zeros has scale 0."""
+    """q = e4m3(rows * (448 / amax)) and scale = amax / 448, amax of every `group_size` columns: see rs_rmsnorm_fp8."""
     num_rows, hidden_size = rows.shape
     group_size = min(group_size, max(hidden_size, 1))  # what follows takes memory for whole groups
     scale = empty_scale(num_rows, hidden_size, group_size, layout, rows.device)
