@@ -62,7 +62,7 @@ def others(device: str) -> list[Call]:
     # Rows of whole 16 bytes, few and more than a few for TMA, in several chunks, and others.
     shapes = ((29, 4096), (29, 16384), (160, 16384), (29, 1001))
     gathers = [Call("all_gather_rows", *shape, torch.uint8, device=device) for shape in shapes]
-    # Two or three turns of tiles, each through its ring of operands more than once; fp32 is gathered after the product.
+    # Two or three waves of tiles, each through its ring of operands more than once; fp32 is gathered after the product.
     forms = ((29, 256, BF16), (29, 256, FP16), (29, 256, FP32), (300, 256, FP32), (1100, 1024, BF16), (1100, 512, FP16))
     projections = [Call(op, *form, device=device) for op in ("qkv_a_proj_ag", "qkv_a_proj_ag_norm") for form in forms]
     projections.append(Call("qkv_a_proj_ag", 300, 256, BF16, device=device, options={"bias": True}))
