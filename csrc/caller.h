@@ -1,5 +1,5 @@
-// Who may call the ops of a workspace: one thread of the process that made it. Calls of two threads take their turns in
-// an order that is another one on every rank, so ranks would add up rows of different calls.
+// Who may call the ops of a workspace: one thread of the process that made it. The order in which two threads call
+// differs from rank to rank, so ranks would add up rows of different calls.
 #pragma once
 #include <unistd.h>
 

@@ -84,7 +84,7 @@ typedef struct tpf_fault {
   uint32_t step;  /* which synchronisation of the round */
   uint32_t epoch; /* the round */
   uint32_t seen_epoch;
-  uint64_t call_number; /* calls on this workspace, from 1 */
+  uint64_t call_number; /* calls on this workspace, from 1, modulo 2^32 */
   int64_t waited_ns;
   tpf_call expected; /* what this rank calls */
   tpf_call seen;     /* what the peer calls; only with TPF_DISAGREE */

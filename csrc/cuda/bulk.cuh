@@ -46,7 +46,7 @@ __device__ inline void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// The same when a value is there, of which the caller knows, and the compiler does not, that it is 0.
+// The same, with an operand that is always 0, which the compiler does not know: the arrival waits for it to be loaded.
 __device__ inline void barrier_arrive_having(uint64_t* barrier, uint32_t zero) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier) + zero) : "memory");
 }
