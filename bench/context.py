@@ -69,7 +69,9 @@ class Context(Host):
         self._nothing = torch.empty(0, options.hidden, dtype=self.dtype, device=self.device)
 
     def _open(self) -> None:
-        options = self.options
+        options, max_ctas = self.options, self.options.max_ctas
+        if max_ctas is None and self.ranks_per_card > 1:  # all of the card: nothing else runs on it
+            max_ctas = torch.cuda.get_device_properties(self.device).multi_processor_count // self.ranks_per_card
         self.workspace = tp_fused.init(
             self.group,
             max_num_tokens=options.max_tokens,
@@ -77,7 +79,7 @@ class Context(Host):
             latent_size=options.latent,
             dtype=self.dtype,
             timeout_s=options.timeout_s,
-            max_ctas=options.max_ctas,
+            max_ctas=max_ctas,
             device=self.device.type,
         )
         self._symmetric = {}

@@ -272,7 +272,6 @@ class _Run:
         self._pool = None  # of the graphs' memory
 
     def open(self, stack: contextlib.ExitStack) -> None:
-        max_ctas = None
         if self.device == "cuda":
             fill_allocator()
             # As the unfused program adds up, of whose errors the bound is made.
@@ -288,7 +287,6 @@ class _Run:
                     hidden_size=space.row_bytes // space.dtype.itemsize,
                     dtype=space.dtype,
                     timeout_s=TIMEOUT_S,
-                    max_ctas=max_ctas,
                     device=self.device,
                 )
                 stack.enter_context(made)
@@ -296,8 +294,6 @@ class _Run:
                 if made.backend != self.device:
                     raise RuntimeError(f"the {made.backend} backend serves, not {self.device}: {made.reason}")
                 memory = made.symm_empty((max(1, self._bytes_in_place(index)),), dtype=torch.uint8)
-                # Where ranks share a card, those of another group are on it, too.
-                max_ctas = made.max_ctas if index == 0 else max_ctas
             self.workspaces.append(made)
             self.memories.append(memory)
         stack.callback(self.distinct.clear)  # graphs go before what they point into

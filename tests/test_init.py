@@ -180,6 +180,42 @@ def test_choice_of_backend_on_cards(monkeypatch, reports, choice, reason):
     assert chosen == choice and reason in why
 
 
+@pytest.mark.parametrize("processors", [78, 108, 114, 132, 148])
+@pytest.mark.parametrize("ranks", range(1, 9))
+def test_blocks_of_ranks_that_share_a_card_leave_room_for_clusters(ranks, processors):
+    reports = [on_card("a", num_sms=processors) for _ in range(ranks)]
+    share = backends.share_card(reports, None)
+    assert (share.ranks, share.free_processors) == (
+        ranks,
+        processors - (ranks - 1) * share.max_ctas if ranks > 1 else 0,
+    )
+    if ranks == 1:
+        assert share.max_ctas == processors
+        return
+    assert 1 <= share.max_ctas <= processors // ranks
+    assert (
+        share.max_ctas == 1 or share.free_processors > 8 * 7
+    )  # with seven free in each of 8 GPCs, no eight are in one
+    assert share.max_ctas == 1 or share.free_processors - (share.max_ctas - 2) > 8  # likewise the last pair of blocks
+    more = backends.CardShare(ranks, share.max_ctas + 1, processors - (ranks - 1) * (share.max_ctas + 1))
+    assert more.free_processors <= 8 * 7 or more.free_processors - (more.max_ctas - 2) <= 8
+    fills = backends.share_card(reports, processors // ranks)
+    assert (fills.max_ctas, fills.free_processors > 0) == (processors // ranks, fills.max_ctas == share.max_ctas)
+    with pytest.raises(ValueError, match=f"{ranks} ranks share a card of {processors} multiprocessors, at most"):
+        backends.share_card(reports, processors // ranks + 1)
+
+
+def test_cards_without_clusters_are_filled():
+    assert backends.share_card([on_card("a", capability=(8, 0), num_sms=108)] * 4, None).max_ctas == 27
+
+
+def test_a_subgroup_counts_the_others_on_its_cards():
+    pair = [on_card("a", ranks_per_card=8), on_card("a", ranks_per_card=8)]
+    assert backends.share_card(pair, None) == backends.share_card([on_card("a")] * 8, None)
+    apart = [on_card("a"), on_card("b", ranks_per_card=2)]
+    assert backends.share_card(apart, None).ranks == 2
+
+
 @pytest.mark.cuda
 def test_what_a_rank_reports_of_its_card(device):
     found = backends.report({}, device)

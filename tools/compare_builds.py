@@ -91,7 +91,7 @@ class Build:
         ranks = self.ranks
         max_ctas = min(max_ctas or ranks.most_ctas, ranks.most_ctas)
         place = ranks.rank, ranks.world_size, self.regions, SLOT_BYTES, TIMEOUT_NS
-        return Team(*place, max_ctas, -1, ranks.device.index, self.mailbox.data_ptr())
+        return Team(*place, max_ctas, -1, ranks.device.index, self.mailbox.data_ptr(), None, 0)
 
     def call(self, name: str, *arguments) -> None:
         """A function of the library, on torch's stream."""

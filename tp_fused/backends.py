@@ -11,6 +11,7 @@ from .native import _C
 
 BACKENDS = ("cuda", "cpu", "reference")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_GPCS = 8  # of any card, as kGpcs in csrc/cuda/launch.cuh
 
 
 @dataclass
@@ -28,6 +29,16 @@ class Report:
     reaches: dict[str, bool] = field(default_factory=dict)  # cards that this rank sees: can its own read their memory?
     error: str | None = None  # why this rank cannot use the device
     open_sizes: dict | None = None  # of the workspace that the group has already
+    ranks_per_card: int = 1  # as other workspaces of this rank have found
+
+
+@dataclass(frozen=True)
+class CardShare:
+    """What a rank has of a card. max_ctas: blocks of its grids. free_processors: as in `tpf_team`, 0 for no bound."""
+
+    ranks: int
+    max_ctas: int
+    free_processors: int
 
 
 def report(arguments: dict, device: str) -> Report:
@@ -142,17 +153,31 @@ def _obstacle(reports, device_type: str, world_size: int, asked: str | None) -> 
 
 
 def ranks_per_card(reports) -> int:
-    """Ranks on the card that has most of them."""
+    """Ranks on the card that has most of them, of this group or of one that a rank has met before."""
     cards = [report.gpu for report in reports]
-    return max(cards.count(card) for card in cards)
+    return max(max(cards.count(report.gpu), report.ranks_per_card) for report in reports)
 
 
-def bound_ctas(reports, asked: int | None) -> int:
-    """Blocks of a grid: all of one call must run at once, and ranks that share a card share its multiprocessors."""
-    fitting = max(1, min(report.num_sms for report in reports) // ranks_per_card(reports))
+def share_card(reports, asked: int | None) -> CardShare:
+    """All blocks of one call must run at once, and ranks that share a card share its multiprocessors.
+
+    A cluster of blocks needs free ones of a single GPC. While peers wait in their kernels, a rank that is late may have
+    to run one first: cuBLAS's have up to eight blocks. It finds room wherever the peers' blocks lie if what these leave
+    is over seven for each GPC. Likewise the pairs of blocks of a projection, the last one beside all others. Whoever
+    asks for more blocks than that has nothing but the group's calls run on the card.
+    """
+    ranks, processors = ranks_per_card(reports), min(report.num_sms for report in reports)
+    fitting = max(1, processors // ranks)
     if asked is not None and asked > fitting:
         raise ValueError(
-            f"tp_fused.init: max_ctas={asked} blocks do not fit: {ranks_per_card(reports)} ranks share a card of "
+            f"tp_fused.init: max_ctas={asked} blocks do not fit: {ranks} ranks share a card of "
             f"{reports[0].num_sms} multiprocessors, at most {fitting} each"
         )
-    return asked or min(fitting, _C.MAX_CTAS)
+    roomy = fitting
+    if ranks > 1 and max(report.capability for report in reports) >= (9, 0):
+        beside_a_cluster = (processors - 7 * _MOST_GPCS - 1) // (ranks - 1)
+        in_pairs = (processors - _MOST_GPCS + 1) // ranks
+        roomy = max(1, min(beside_a_cluster, in_pairs))
+    max_ctas = min(asked or roomy, _C.MAX_CTAS)
+    free = processors - (ranks - 1) * max_ctas if ranks > 1 and max_ctas <= roomy else 0
+    return CardShare(ranks, max_ctas, free)

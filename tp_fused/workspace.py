@@ -38,6 +38,7 @@ class Workspace:
         self.dtype: torch.dtype = arguments["dtype"]
         self.timeout_s: float = arguments["timeout_s"]
         self.max_ctas: int | None = arguments["max_ctas"]
+        self._share: backends.CardShare | None = arguments.get("share")
         self.row_bytes: int = arguments["row_bytes"]
         self.device_index = torch.cuda.current_device() if device_type == "cuda" else None
         self.closed, self._end = False, ""
@@ -246,6 +247,7 @@ class Workspace:
             max_ctas=self.max_ctas,
             device=self.device_index,
             mailbox=self._mailbox.data_ptr(),
+            free_processors=self._share.free_processors,
         )
         # Nobody signals into a region that is not zeroed yet.
         meeting.gather(None, "get as far as clearing its memory")
@@ -274,8 +276,11 @@ def init(
     max_num_tokens: the largest token count of any later call. hidden_size: columns of the reduced rows.
     latent_size: columns of a projection's output (default: hidden_size). dtype: of the widest rows.
     timeout_s: how long an op waits for a peer before it raises `CollectiveFault`; the reference backend waits as long
-    as the process group does. max_ctas: bounds the grid of every CUDA kernel; up to half of a card's multiprocessors, a
-    projection's blocks take them in pairs of neighbours.
+    as the process group does. max_ctas: bounds the grid of every CUDA kernel. Where ranks share a card, their blocks
+    have to fit on it together, and the default also leaves room for the thread block clusters of other kernels, such as
+    cuBLAS's: a kernel that finds none while peers wait for it ends in a fault. More blocks are for a group whose
+    calls have the cards to themselves. A group of some of the ranks, whose workspace is made after that of all of
+    them, takes the others on its cards into account.
     device: "cpu" or "cuda", which is torch's current one (default: cuda where torch sees one).
 
     The backend is chosen from what all ranks report, the same everywhere: when all ranks run on one host, `cuda`
@@ -319,6 +324,7 @@ def init(
     lifetime.on_group_end(_close_workspaces_of)
     with Meeting.of(group, "tp_fused.init") as meeting:
         report = backends.report(arguments, device)
+        report.ranks_per_card = max((made._share.ranks for made in _workspaces.values() if made._share), default=1)
         if replaced is not None:
             report.open_sizes = {name: getattr(replaced, name) for name in _SIZES}
         # Exchanged before any of them is judged: a rank that raised alone would leave the others waiting.
@@ -327,8 +333,9 @@ def init(
         backends.check_arguments(arguments)
         backend, reason = backends.choose_backend(reports, device_type, group.size(), arguments["TP_FUSED_BACKEND"])
         if backend == "cuda":
-            arguments["max_ctas"] = backends.bound_ctas(reports, max_ctas)
-            if backends.ranks_per_card(reports) > 1:  # torch refuses two ranks on one card unless told it is meant
+            share = backends.share_card(reports, max_ctas)
+            arguments |= {"share": share, "max_ctas": share.max_ctas}
+            if share.ranks > 1:  # torch refuses two ranks on one card unless told it is meant
                 os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
         if replaced is not None:
             replaced._close(

@@ -48,6 +48,13 @@ inline Blocks share_out(int64_t rows, int max_ctas) {
   return {static_cast<int>(each > 0 ? (rows + each - 1) / each : 1), static_cast<int>(each)};
 }
 
+// Whether a cluster of `size` blocks, one of a grid of `blocks`, finds room beside blocks that wait for it: it needs as
+// many free multiprocessors of one GPC, and no card has more GPCs than kGpcs.
+inline bool cluster_fits(const tpf_team& team, int size, int blocks) {
+  constexpr int kGpcs = 8;
+  return size == 1 || team.free_processors == 0 || team.free_processors - (blocks - size) > (size - 1) * kGpcs;
+}
+
 // Where this thread's launches are to be written down instead of made: while tpf_plan_cuda asks an op. Null elsewhere.
 tpf_plan*& plan_instead();
 

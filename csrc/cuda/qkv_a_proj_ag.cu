@@ -70,7 +70,7 @@ tpf_status launch(ProjectionArgs& args, const Device& device, int blocks, const 
   Grid grid = {blocks, kProjectionThreads, SharedBytes<Tiles, false>::kAll};
   // Where ranks share a card, a rank's blocks would lie among the others'. In pairs, neighbouring SMs ask for the same
   // weights, and a call takes less time. A grid that has the card to itself gained nothing.
-  if (blocks % 2 == 0 && blocks <= device.processors / 2) grid.cluster = 2;
+  if (blocks % 2 == 0 && blocks <= device.processors / 2 && cluster_fits(args.team, 2, blocks)) grid.cluster = 2;
   tpf_status status = TPF_UNSUPPORTED;
   if (args.call.op != TPF_QKV_A_PROJ_AG_NORM) {
     status = launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, false>, args, device, grid, stream);

@@ -76,7 +76,7 @@ struct ReduceLauncher {
   static int row_parts(const ReduceArgs& args, const Device& device, int rows) {
     int parts = 1;
     while (device.is_sm90 && parts < kMaxParts && 2 * parts * rows <= most_blocks(args.team.max_ctas) &&
-           warps(args) >= 8 * parts) {
+           cluster_fits(args.team, 2 * parts, 2 * parts * rows) && warps(args) >= 8 * parts) {
       parts *= 2;
     }
     return parts;
