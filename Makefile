@@ -51,7 +51,9 @@ gpu-test: gpu-build
 gpu-soak: gpu-build
 	tools/with_mps.sh $(PYTHON) -m tools.soak --device cuda $(ARGS)
 
-gpu-sanitize: gpu-build
+gpu-sanitize:
+	TP_FUSED_CUDA=1 NVCC_APPEND_FLAGS=-DTPF_RACECHECK \
+	  $(PYTHON) setup.py --quiet build_ext --inplace --build-temp build/racecheck
 	$(PYTHON) tools/sanitize.py
 
 gpu-bench: gpu-build

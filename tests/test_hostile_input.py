@@ -161,10 +161,13 @@ class Hostile:
 
     def arguments(self, device: str, rank: int, world_size: int) -> dict:
         """Of a call that is in order."""
-        generator = torch.Generator().manual_seed(self.num_tokens * 131 + self.hidden_size + 7919 * rank)
+        seed = self.num_tokens * 131 + self.hidden_size
+        of_rank, of_all = (torch.Generator().manual_seed(seed + 7919 * number) for number in (rank + 1, 0))
 
-        def random(*shape: int, dtype=self.dtype) -> torch.Tensor:
+        def random(*shape: int, dtype=self.dtype, generator=of_rank) -> torch.Tensor:
             return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+        replicated = functools.partial(random, generator=of_all)  # in this order on all ranks
 
         hidden, rows = self.hidden_size, partition.row_count(self.num_tokens, rank, world_size)
         same = torch.ones(hidden, dtype=self.dtype, device=device) * 0.75
@@ -176,16 +179,16 @@ class Hostile:
         if self.op == "all_gather_rows":
             return {"input": random(rows, hidden)}
         if self.op == "qkv_a_proj_ag":
-            return {"input": random(rows, hidden), "weight": random(COLUMNS, hidden), "bias": random(COLUMNS)}
+            return {"input": random(rows, hidden), "weight": replicated(COLUMNS, hidden), "bias": replicated(COLUMNS)}
         if self.op == "qkv_a_proj_ag_norm":
-            made = {"input": random(rows, hidden), "weight": random(COLUMNS, hidden)}
-            return made | {"q_a_weight": random(Q_COLUMNS), "kv_a_weight": random(KV_COLUMNS)}
+            made = {"input": random(rows, hidden), "weight": replicated(COLUMNS, hidden)}
+            return made | {"q_a_weight": replicated(Q_COLUMNS), "kv_a_weight": replicated(KV_COLUMNS)}
         blocks = -(-hidden // 128)
         return {
             "q": random(rows, hidden, dtype=FP8),
             "scale": random(rows, blocks, dtype=torch.float32),
-            "weight": random(COLUMNS, hidden, dtype=FP8),
-            "weight_scale": random(1, blocks, dtype=torch.float32),
+            "weight": replicated(COLUMNS, hidden, dtype=FP8),
+            "weight_scale": replicated(1, blocks, dtype=torch.float32),
         }
 
     def hostile_arguments(self, device: str, rank: int, world_size: int, memory: torch.Tensor) -> dict:

@@ -150,7 +150,7 @@ __device__ inline void multiply_columns(float (&sums)[kSums], uint64_t a, uint64
 template <typename Tiles>
 __device__ inline int multiply_tile(const ProjectionArgs& args, ProjectionShared& shared, const Operands& operands,
                                     RingPosition& at, float (&sums)[Tiles::kParts][Tiles::kSums]) {
-  const bool leads = threadIdx.x % 32 == 0;
+  const bool arrives = threadIdx.x % 32 < kArrivingLanes;
   const uint32_t full_barriers = uniform(shared_address(shared.full));
   int last = 0;
 #pragma unroll
@@ -174,7 +174,7 @@ __device__ inline int multiply_tile(const ProjectionArgs& args, ProjectionShared
     }
     product_commit();
     product_wait<1>();
-    if (k > 0 && leads) barrier_arrive(&shared.empty[last]);
+    if (k > 0 && arrives) barrier_arrive(&shared.empty[last]);
     last = at.stage;
     next_stage<Tiles>(at);
   }
@@ -233,7 +233,7 @@ __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, Projectio
   static_assert(Tiles::kGroupRows == 64);
   // Sums of the product that comes before the last one, if there are two, and of the last one.
   constexpr int kFirst = first_product(Tiles::kSums) % Tiles::kSums, kLast = Tiles::kSums - kFirst;
-  const bool leads = threadIdx.x % 32 == 0;
+  const bool arrives = threadIdx.x % 32 < kArrivingLanes;
   const int row = group * Tiles::kGroupRows + row_of_thread();
 #pragma unroll
   for (float& sum : sums[0]) sum = 0;
@@ -252,7 +252,7 @@ __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, Projectio
     }
     const auto give_back = [&] {
       __syncwarp();  // all lanes have read their scales
-      if (leads && k + 1 < args.k_blocks) barrier_arrive(&shared.empty[at.stage]);
+      if (arrives && k + 1 < args.k_blocks) barrier_arrive(&shared.empty[at.stage]);
       last = at.stage;
       next_stage<Tiles>(at);
       scales_at.advance();
@@ -367,9 +367,8 @@ __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRou
       stage = multiply_tile<Tiles>(args, shared, operands, at, sums);
     }
     store_tile<Tiles, Out, kNorm>(args, round, tile, share, stages + stage * Tiles::kStageBytes, sums);
-    if (threadIdx.x % 32 != 0) return;
-    barrier_arrive(&shared.empty[stage]);
-    stored.fetch_add(1, cuda::memory_order_release);
+    if (threadIdx.x % 32 < kArrivingLanes) barrier_arrive(&shared.empty[stage]);
+    if (threadIdx.x % 32 == 0) stored.fetch_add(1, cuda::memory_order_release);
   });
 }
 
