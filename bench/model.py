@@ -18,19 +18,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tp_fused import partition
+import torch
+
+from tp_fused import partition, planning
 
 TOKENS = (64, 512, 1024, 4096, 8192, 16384)
 GROUP = 128  # columns of a scale of fp8 rows
 BF16, FP8 = 2, 1  # bytes of what is multiplied
-FEW_ROWS = 256  # of a rank with a card: cuBLAS, then a gather (product_comes_first in csrc/cuda/qkv_a_proj_ag.cu)
 
 
 @dataclass(frozen=True)
 class Card:
-    """Multiprocessors, dense operations a second, bytes a second of the memory and of all links in one direction."""
+    """Dense operations a second, bytes a second of the memory and of all links in one direction."""
 
-    processors: int
     bf16: float
     fp8: float
     memory: float
@@ -38,10 +38,10 @@ class Card:
 
 
 CARDS = {
-    "H20": Card(78, 148e12, 296e12, 4.0e12, 450e9),
-    "H100": Card(132, 989.4e12, 1978.9e12, 3.35e12, 450e9),
-    "H200": Card(132, 989.4e12, 1978.9e12, 4.8e12, 450e9),
-    "B200": Card(148, 2250e12, 4500e12, 8.0e12, 900e9),
+    "H20": Card(148e12, 296e12, 4.0e12, 450e9),
+    "H100": Card(989.4e12, 1978.9e12, 3.35e12, 450e9),
+    "H200": Card(989.4e12, 1978.9e12, 4.8e12, 450e9),
+    "B200": Card(2250e12, 4500e12, 8.0e12, 900e9),
 }
 
 
@@ -57,9 +57,9 @@ class Shares:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a rank has, alone or with others on its card. barrier_s: seconds of a synchronisation."""
+    """What a rank has, alone or with others on its card. card: its name. barrier_s: seconds of a synchronisation."""
 
-    processors: int
+    card: str
     bf16: float
     fp8: float
     memory: float
@@ -68,9 +68,9 @@ class Rates:
     ranks_per_card: int = 1
 
 
-def rates(card: Card, shares: Shares, barrier_s: float) -> Rates:
-    reached = {name: getattr(card, name) * share for name, share in vars(shares).items()}
-    return Rates(card.processors, **reached, barrier_s=barrier_s)
+def rates(card: str, shares: Shares, barrier_s: float) -> Rates:
+    reached = {name: getattr(CARDS[card], name) * share for name, share in vars(shares).items()}
+    return Rates(card, **reached, barrier_s=barrier_s)
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,22 @@ def cost(phases: tuple[Phase, ...], rates: Rates) -> tuple[float, str]:
     return spent.total(), max(spent, key=spent.get)
 
 
+def _sm_count(card: str) -> int:
+    return planning.share_of(card, 1).max_ctas
+
+
 @dataclass(frozen=True)
 class Shape:
-    """A call, in elements; its properties are bytes of bf16. `staged`: its input is no symmetric memory. `shared`: the
-    ranks share a card."""
+    """A call, in elements; its properties are bytes of bf16. `staged`: its input is no symmetric memory. `card`,
+    `ranks_per_card`: where it runs."""
 
     tokens: int
     world_size: int = 8
     hidden: int = 7168
     latent: int = 2112
     staged: bool = False
-    shared: bool = False
+    card: str = "H100"
+    ranks_per_card: int = 1
 
     @property
     def own_tokens(self) -> int:
@@ -136,6 +141,21 @@ class Shape:
     @property
     def own_latents(self) -> int:
         return self.own_tokens * self.latent * BF16
+
+    def plan(self, op: str) -> dict:
+        """What would be launched. Ranks that share a card fill it, as in the benchmark."""
+        filled = planning.share_of(self.card, self.ranks_per_card, _sm_count(self.card) // self.ranks_per_card)
+        return planning.plan(
+            op,
+            self.tokens,
+            card=self.card,
+            world_size=self.world_size,
+            hidden_size=self.hidden,
+            columns=self.latent if op.startswith("qkv_") else 0,
+            dtype=torch.float8_e4m3fn if op.endswith("_fp8") and op.startswith("qkv_") else torch.bfloat16,
+            in_place=not self.staged,
+            share=filled,
+        )
 
     def barriers(self, count: int) -> int:
         return count if self.world_size > 1 else 0
@@ -185,9 +205,9 @@ def all_reduce_then_norm(shape: Shape) -> tuple[Phase, ...]:
 
 
 def qkv_a_proj_ag(shape: Shape, factor_bytes: int = BF16) -> tuple[Phase, ...]:
-    linked = shape.world_size > 1 and not shape.shared
-    if linked and factor_bytes == BF16 and shape.own_tokens <= FEW_ROWS:
-        return project_then_gather(shape)
+    plan = shape.plan("qkv_a_proj_ag" if factor_bytes == BF16 else "qkv_a_proj_ag_fp8")
+    if plan["body"] != "tiles":
+        return project_then_gather(shape, factor_bytes)
     product = _project(shape, shape.own_tokens, factor_bytes)
     link = shape.latents - shape.own_latents
     return (replace(product, memory=product.memory + shape.latents, link=link, barriers=shape.barriers(1)),)
@@ -242,11 +262,9 @@ OPS = {
 
 
 def predict(program: Callable[[Shape], tuple[Phase, ...]], shape: Shape, rates: Rates) -> tuple[float, str]:
-    """An input in symmetric memory is read in place; with a row a block at most it is staged where that costs less."""
-    few = shape.own_tokens <= rates.processors // rates.ranks_per_card
-    shape = replace(shape, shared=rates.ranks_per_card > 1)
-    placements = {shape.staged, True} if few else {shape.staged}
-    return min(cost(program(replace(shape, staged=staged)), rates) for staged in placements)
+    """An input in symmetric memory is read in place, unless the plan is to stage its few rows."""
+    shape = replace(shape, card=rates.card, ranks_per_card=rates.ranks_per_card)
+    return cost(program(replace(shape, staged=not shape.plan("rs_rmsnorm")["in_place"])), rates)
 
 
 # ---- what has been measured ----
@@ -289,7 +307,7 @@ def barrier_seconds(found: list[dict], place: tuple | None = None) -> float:
 def rates_of(document: dict, found: list[dict], shares: Shares) -> Rates:
     """As the run measured them; the tensor cores', which no run measures by themselves, as assumed."""
     machine = document["machine"]
-    assumed = rates(CARDS[card_of(document)], shares, barrier_seconds(found, _place(document)))
+    assumed = rates(card_of(document), shares, barrier_seconds(found, _place(document)))
     link = (machine.get("link_gb_s") or 0.0) * 1e9 or assumed.link
     memory = machine["copy_gb_s"] * 1e9 / machine["gpus"]
     return replace(assumed, memory=memory, link=link, ranks_per_card=machine["ranks_per_gpu"])

@@ -11,6 +11,8 @@ import re
 import statistics
 from pathlib import Path
 
+from tp_fused import planning
+
 from . import model
 from .baselines import BASELINES
 from .report import short_commit, variant_meaning
@@ -124,14 +126,14 @@ def predictions(shapes: list[model.Shape], cards: tuple[str, ...], shares: model
     cells = [
         [
             name,
-            card.processors,
+            planning.share_of(name, 1).max_ctas,
             *(f"{rate:.0f}" for rate in (card.bf16 / 1e12, card.fp8 / 1e12, card.memory / 1e9, card.link / 1e9)),
         ]
         for name, card in ((name, model.CARDS[name]) for name in cards)
     ]
     parts = [
         _table(
-            ["card", "multiprocessors", "bf16, TFLOP/s", "fp8, TFLOP/s", "memory, GB/s", "links, GB/s a direction"],
+            ["card", "SMs", "bf16, TFLOP/s", "fp8, TFLOP/s", "memory, GB/s", "links, GB/s a direction"],
             cells,
         )
     ]
@@ -143,7 +145,7 @@ def predictions(shapes: list[model.Shape], cards: tuple[str, ...], shares: model
         for shape in shapes:
             line = [shape.tokens]
             for card in cards:
-                has = model.rates(model.CARDS[card], shares, barrier_s)
+                has = model.rates(card, shares, barrier_s)
                 seconds, bound = model.predict(op.fused, shape, has)
                 unfused, _ = model.predict(op.unfused, shape, has)
                 line.append(f"{seconds * 1e6:.1f}, {bound} ({unfused / seconds:.2f} x)")

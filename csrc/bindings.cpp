@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "plan/binding.h"
 #include "protocol.h"
 #include "team.h"
 #include "torch_ops.h"
@@ -114,19 +115,6 @@ py::dict to_dict(const tpf_fault& fault) {
   return out;
 }
 
-py::dict to_dict(const tpf_plan& plan) {
-  py::dict out;
-  out["blocks"] = plan.blocks;
-  out["threads"] = plan.threads;
-  out["cluster"] = plan.cluster;
-  out["shared_bytes"] = plan.shared_bytes;
-  out["source"] = plan.source;
-  out["tile_rows"] = plan.tile_rows;
-  out["tile_columns"] = plan.tile_columns;
-  out["few_rows"] = plan.few_rows != 0;
-  return out;
-}
-
 // How far a rank has come, from its region, which it may be writing into meanwhile; None on CUDA, where that takes the
 // GPU. `in_call`: its peers have heard that it has entered the call.
 std::optional<py::dict> progress(const Team& team, int rank) {
@@ -191,6 +179,7 @@ int gather_latent(Address latent, Address rows, const Team& team, const tpf_call
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  tpf::bind_plan(m);
   m.def("cuda_compiled", [] { return tpf_cuda_compiled() != 0; });
   m.def("cuda_has_code", [](int device) { return tpf_cuda_has_code(device) != 0; });
   m.def("cpu_supported", [] { return tpf_cpu_supported() != 0; });
@@ -235,8 +224,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Team, std::shared_ptr<Team>>(m, "Team")
       .def(py::init<int, const std::vector<Address>&, int64_t, int64_t, int, int, int, Address, int>(), py::arg("rank"),
            py::arg("regions"), py::arg("slot_bytes"), py::arg("timeout_ns"), py::arg("max_ctas") = 0,
-           py::arg("liveness_fd") = -1, py::arg("device") = -1, py::arg("mailbox") = 0,
-           py::arg("free_processors") = 0)
+           py::arg("liveness_fd") = -1, py::arg("device") = -1, py::arg("mailbox") = 0, py::arg("free_processors") = 0)
       .def("captured", &Team::captured)
       .def("keep", [](Team& team, std::shared_ptr<Segment> segment) { team.keep(std::move(segment)); })
       .def("add_symmetric_buffer", &Team::add_symmetric_buffer)
@@ -252,13 +240,6 @@ PYBIND11_MODULE(_C, m) {
            })
       .def("fault_on_host", [](const Team& team, int rank) { return to_dict(fault_on_host(team, rank)); })
       .def("progress", &progress)
-      .def("plan",
-           [](const Team& team, int op, Address input, int64_t num_tokens, int hidden_size, int columns, int dtype) {
-             tpf_plan plan = {};
-             checked(tpf_plan_cuda(&plan, static_cast<tpf_op>(op), Input(team, at(input)).get(), team.get(), num_tokens,
-                                   hidden_size, columns, static_cast<tpf_dtype>(dtype)));
-             return to_dict(plan);
-           })
       .def("next_slot",
            [](const Team& team, py::ssize_t bytes) {
              return py::memoryview::from_memory(tpf_next_slot_cpu(team.get()), bytes);

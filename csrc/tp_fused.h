@@ -118,6 +118,44 @@ void tpf_rows_of(int64_t* start, int64_t* count, int64_t num_tokens, int32_t ran
 /* -1 where slot_bytes is negative or that is more than an int64_t takes. */
 int64_t tpf_region_bytes(int64_t slot_bytes, int32_t on_cuda);
 
+/* ---- plans: what a call would launch ---- */
+
+/* A card, as far as plans depend on it. */
+typedef struct tpf_card {
+  int32_t architecture; /* 80, 90 or 100: of the code that runs on it, which may be older than the card */
+  int32_t sm_count;
+  int64_t shared_bytes; /* that a block may have */
+  int32_t has_wgmma;    /* sm_90's matrix instructions, and code for them */
+} tpf_card;
+
+/* One that is known by name: A100, H20, H100, H200, B200. Or this machine's, with code of this build. */
+tpf_status tpf_card_named(tpf_card* card, const char* name);
+tpf_status tpf_card_of(tpf_card* card, int32_t device);
+
+typedef enum tpf_body {
+  TPF_ALL_THREADS = 0, /* load and store 16 bytes at a time */
+  TPF_ONE_ROW = 1,     /* a block, or a cluster of blocks, has one row at most */
+  TPF_BULK = 2,        /* TMA moves rows through shared memory */
+  TPF_TILES = 3,       /* tensor cores multiply tiles, and finished rows are gathered meanwhile */
+} tpf_body;
+
+typedef struct tpf_plan {
+  int32_t body; /* tpf_body */
+  int32_t blocks, threads;
+  int32_t cluster;      /* blocks that share a row, or ask for the same weights */
+  int32_t vectors;      /* of 16 bytes of a row, that a thread of a reduction holds; else 0 */
+  int32_t chunk_rows;   /* of a block, that are published together; of a projection, of a rank */
+  int32_t chunks;       /* of a block, or of the rank with most rows */
+  int32_t stages;       /* TPF_BULK, reductions: row buffers of the ring */
+  int64_t shared_bytes; /* dynamic, of a block */
+  int64_t source;       /* as in tpf_call */
+  int32_t tile_columns; /* TPF_TILES; a tile has chunk_rows rows */
+  int32_t few_rows;     /* a projection with another body: whether since that takes less time; 0: no kernel does both */
+} tpf_plan;
+
+/* A function of its arguments alone. team: world_size, max_ctas, free_processors and slot_bytes are read. */
+tpf_status tpf_plan_call(tpf_plan* plan, const tpf_call* call, const tpf_team* team, const tpf_card* card);
+
 /* ---- shared-memory segments (CPU) ---- */
 /* A segment begins with a page that says whose it is; base points behind it, at `bytes` bytes for the caller. */
 #define TPF_SEGMENT_VERSION 1 /* of that page and of the regions behind it */
@@ -266,21 +304,6 @@ tpf_status tpf_gather_latent_cuda(void* latent, const void* rows, const tpf_team
 tpf_status tpf_gather_latent_norm_cuda(void* q_a, void* kv_a, void* k_pe, const void* rows, const void* q_a_weight,
                                        const void* kv_a_weight, const tpf_team* team, const tpf_call* call,
                                        int32_t q_columns, int32_t kv_columns, float eps, tpf_stream stream);
-
-/* What a call would launch, which depends on the call, the workspace and the card. */
-typedef struct tpf_plan {
-  int32_t blocks, threads;
-  int32_t cluster;      /* blocks that share a row */
-  int64_t shared_bytes; /* that the copy engine moves rows through; 0: threads move them */
-  int64_t source;       /* as in tpf_call */
-  int32_t tile_rows;    /* of a projection that multiplies by itself; 0: a product is made first */
-  int32_t tile_columns;
-  int32_t few_rows; /* then: whether since that takes less time; 0: no kernel here does both */
-} tpf_plan;
-
-/* For an op on a hidden_size wide input; columns: of a projection. */
-tpf_status tpf_plan_cuda(tpf_plan* plan, tpf_op op, const tpf_symm* input_symm, const tpf_team* team,
-                         int64_t num_tokens, int32_t hidden_size, int32_t columns, tpf_dtype dtype);
 
 /* All ranks' kernels meet once, in one block. */
 tpf_status tpf_barrier_cuda(const tpf_team* team, tpf_stream stream);

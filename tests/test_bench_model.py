@@ -18,7 +18,7 @@ from bench.cases import RsRmsnorm
 from bench.suite import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
-RATES = model.Rates(132, bf16=1e12, fp8=2e12, memory=1e12, link=1e11, barrier_s=10e-6)
+RATES = model.Rates("H100", bf16=1e12, fp8=2e12, memory=1e12, link=1e11, barrier_s=10e-6)
 
 
 def case_of(op: str, shape: model.Shape):
@@ -36,7 +36,7 @@ def case_of(op: str, shape: model.Shape):
 @pytest.mark.parametrize("shape", [model.Shape(16384), model.Shape(12, 3, 512, 96), model.Shape(5, 1)], ids=str)
 @pytest.mark.parametrize("op", model.OPS)
 def test_memory_is_counted_as_by_the_benchmark(op, shape, staged):
-    shape = replace(shape, staged=staged, shared=True)  # the fused kernel, whatever the number of rows
+    shape = replace(shape, staged=staged, ranks_per_card=8)  # the fused kernel, whatever the number of rows
     counted = sum(phase.memory for phase in model.OPS[op].fused(shape))
     assert counted * shape.world_size == case_of(op, shape).memory_bytes
 
@@ -64,14 +64,14 @@ def test_rs_rmsnorm_on_links():
 
 @pytest.mark.parametrize(("world_size", "barriers"), [(1, 0), (2, 1)])
 def test_one_rank_meets_nobody(world_size, barriers):
-    phases = model.chain(model.Shape(64, world_size, staged=True, shared=True))
+    phases = model.chain(model.Shape(64, world_size, staged=True, ranks_per_card=2))
     assert [phase.barriers for phase in phases] == [barriers, barriers]
     assert world_size > 1 or not any(phase.link for phase in phases)
 
 
 def test_few_rows_of_a_rank_with_a_card_are_multiplied_first():
-    assert f"kFewRows = {model.FEW_ROWS};" in (ROOT / "csrc" / "cuda" / "qkv_a_proj_ag.cu").read_text()
-    few, many = model.Shape(2 * model.FEW_ROWS, 2), model.Shape(2 * model.FEW_ROWS + 2, 2)
+    few, many = model.Shape(512, 2), model.Shape(514, 2)
+    assert few.plan("qkv_a_proj_ag")["few_rows"] and not many.plan("qkv_a_proj_ag")["few_rows"]
     unfused = model.predict(model.project_then_gather, few, RATES)
     assert model.predict(model.qkv_a_proj_ag, few, RATES) == unfused
     assert model.predict(model.qkv_a_proj_ag, few, replace(RATES, ranks_per_card=2)) != unfused

@@ -27,7 +27,7 @@ def control_of(made) -> torch.Tensor:
     if made.device_type == "cuda":
         return made._symmetric[0][0][: _C.CONTROL_BYTES].view(torch.int32)
     first_slot = torch.frombuffer(made.team.next_slot(1), dtype=torch.uint8).data_ptr()  # round 1 has the second slot
-    address = first_slot - made._slot_bytes() - _C.region_bytes(0)
+    address = first_slot - made.slot_bytes - _C.region_bytes(0)
     words = (ctypes.c_int32 * (_C.CONTROL_BYTES // 4)).from_address(address)
     return torch.frombuffer(words, dtype=torch.int32)
 

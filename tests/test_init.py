@@ -172,6 +172,11 @@ def on_card(gpu: str, **changes) -> backends.Report:
             "this build has no code for the GPU of rank 1, of compute capability (12, 0)",
         ),
         ([on_card("a"), on_card("b", capability=(7, 5))], "reference", "rank 1 has compute capability (7, 5); 8.0 is"),
+        (
+            [on_card("a"), on_card("b", capability=(10, 0))],
+            "reference",
+            "the GPUs of ranks 1 and 0 are of compute capability (10, 0) and (9, 0): their kernels are not the same",
+        ),
     ],
 )
 def test_choice_of_backend_on_cards(monkeypatch, reports, choice, reason):

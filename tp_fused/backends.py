@@ -145,6 +145,11 @@ def _obstacle(reports, device_type: str, world_size: int, asked: str | None) -> 
             return f"the GPU of rank {rank} has compute capability {report.capability}; 8.0 is the least"
         if not report.has_code:
             return f"this build has no code for the GPU of rank {rank}, of compute capability {report.capability}"
+        if report.capability[0] != reports[0].capability[0]:
+            return (
+                f"the GPUs of ranks {rank} and 0 are of compute capability {report.capability} and "
+                f"{reports[0].capability}: their kernels are not the same"
+            )
         for peer, other in enumerate(reports):
             # A rank may see its own card only: then torch finds out, and raises, where memory cannot be shared.
             if not report.reaches.get(other.gpu, True):
@@ -166,18 +171,23 @@ def share_card(reports, asked: int | None) -> CardShare:
     is over seven for each GPC. Likewise the pairs of blocks of a projection, the last one beside all others. Whoever
     asks for more blocks than that has nothing but the group's calls run on the card.
     """
-    ranks, processors = ranks_per_card(reports), min(report.num_sms for report in reports)
-    fitting = max(1, processors // ranks)
+    has_clusters = max(report.capability for report in reports) >= (9, 0)
+    return share_of(ranks_per_card(reports), min(report.num_sms for report in reports), has_clusters, asked)
+
+
+def share_of(ranks: int, num_sms: int, has_clusters: bool, asked: int | None = None) -> CardShare:
+    """`share_card` of one that so many ranks share."""
+    fitting = max(1, num_sms // ranks)
     if asked is not None and asked > fitting:
         raise ValueError(
             f"tp_fused.init: max_ctas={asked} blocks do not fit: {ranks} ranks share a card of "
-            f"{reports[0].num_sms} multiprocessors, at most {fitting} each"
+            f"{num_sms} multiprocessors, at most {fitting} each"
         )
     roomy = fitting
-    if ranks > 1 and max(report.capability for report in reports) >= (9, 0):
-        beside_a_cluster = (processors - 7 * _MOST_GPCS - 1) // (ranks - 1)
-        in_pairs = (processors - _MOST_GPCS + 1) // ranks
+    if ranks > 1 and has_clusters:
+        beside_a_cluster = (num_sms - 7 * _MOST_GPCS - 1) // (ranks - 1)
+        in_pairs = (num_sms - _MOST_GPCS + 1) // ranks
         roomy = max(1, min(beside_a_cluster, in_pairs))
     max_ctas = min(asked or roomy, _C.MAX_CTAS)
-    free = processors - (ranks - 1) * max_ctas if ranks > 1 and max_ctas <= roomy else 0
+    free = num_sms - (ranks - 1) * max_ctas if ranks > 1 and max_ctas <= roomy else 0
     return CardShare(ranks, max_ctas, free)

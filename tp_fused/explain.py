@@ -2,19 +2,44 @@
 
 import torch
 
-from . import faults, native, partition
-from .workspace import Workspace, get_workspace, resolve_group_name, type_of
+from . import native, partition, planning
+from .workspace import get_workspace, resolve_group_name, type_of
 
 
-def explain(op: str, num_tokens: int, group=None, *, device=None, input: torch.Tensor | None = None) -> str:
+def explain(
+    op: str,
+    num_tokens: int,
+    group=None,
+    *,
+    device=None,
+    input: torch.Tensor | None = None,
+    gpu: str | None = None,
+    world_size: int = 8,
+    hidden_size: int = 7168,
+    latent_size: int = 2112,
+    dtype: torch.dtype = torch.bfloat16,
+    ranks_per_card: int = 1,
+    in_place: bool = False,
+) -> str:
     """What a call of `op` with `num_tokens` tokens would run on this rank, and why, in words.
 
     input: the tensor that would be passed; with it, the answer says whether the peers read it in place. Without it, a
     tensor of the workspace's hidden_size and dtype is assumed. A projection is taken to make latent_size columns.
     Raises ValueError where the call itself would: no workspace, an unknown op.
+
+    gpu: "A100", "H20", "H100", "H200" or "B200" asks about such cards instead, without a workspace and without a GPU:
+    about a call of `world_size` ranks, `ranks_per_card` on each card, with an input of `hidden_size` columns of
+    `dtype`, in_place in symmetric memory or not, and projections of `latent_size` columns. Without gpu these are not
+    looked at. One GPU decides as another of its kind does, so what is told here is what runs there.
     """
     if not hasattr(torch.ops.tp_fused, op):
         raise ValueError(f"unknown op {op!r}")
+    if gpu is not None:
+        share = planning.share_of(gpu, ranks_per_card)
+        sizes = {"world_size": world_size, "hidden_size": hidden_size, "columns": latent_size}
+        about = f"{world_size} ranks, {ranks_per_card} on each {gpu}; rank 0 of them owns "
+        first = f"{op}: {about}{partition.row_count(num_tokens, 0, world_size)} of {num_tokens} rows"
+        return "\n".join([first, *_on_cuda(op, num_tokens, gpu, dtype, in_place, share=share, **sizes)])
     if input is not None:
         device = input.device
     workspace = get_workspace(resolve_group_name(group), type_of(device))
@@ -23,15 +48,19 @@ def explain(op: str, num_tokens: int, group=None, *, device=None, input: torch.T
         f"{op}: backend {workspace.backend} ({workspace.reason})",
         f"rank {workspace.rank} of {workspace.world_size} owns rows {rows.start} to {rows.stop} of {num_tokens}",
     ]
+    symmetric = workspace.team is not None and input is not None and workspace.team.is_symmetric(input.data_ptr())
     if num_tokens > workspace.max_num_tokens:
         lines.append(f"it would raise: the workspace was made for {workspace.max_num_tokens} tokens")
     if workspace.backend == "reference":
         lines.append("rows travel by torch.distributed's all-to-all and all-gather; nothing is fused")
     elif workspace.backend == "cuda":
-        lines += _on_cuda(workspace, op, num_tokens, input)
+        given = (workspace.dtype, workspace.hidden_size) if input is None else (input.dtype, input.shape[1])
+        sizes = {"world_size": workspace.world_size, "hidden_size": given[1], "columns": workspace.latent_size}
+        limits = {"share": workspace.share, "slot_bytes": workspace.slot_bytes}
+        place = symmetric if input is not None else None
+        lines += _on_cuda(op, num_tokens, workspace.device_index, given[0], place, **sizes, **limits)
     elif op.startswith(("rs_", "reduce_")) and input is not None:
-        in_place = workspace.team.is_symmetric(input.data_ptr())
-        lines.append("the peers read the input in place" if in_place else "the input is staged by the same kernel")
+        lines.append("the peers read the input in place" if symmetric else "the input is staged by the same kernel")
     elif op.startswith("qkv_"):
         lines.append("torch multiplies into shared memory; the gather copies from there")
     return "\n".join(lines)
@@ -46,34 +75,32 @@ def _product(op: str) -> str:
     return f"{what} multiplies this rank's rows"
 
 
-def _on_cuda(workspace: Workspace, op: str, num_tokens: int, input: torch.Tensor | None) -> list[str]:
-    """What libtp_fused would launch, as it says itself, and what multiplies before that."""
-    dtype, hidden_size = (workspace.dtype, workspace.hidden_size) if input is None else (input.dtype, input.shape[1])
+def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool | None, **sizes) -> list[str]:
+    """What libtp_fused would launch, and what multiplies before that. in_place: None where nothing is known of it."""
+    projects = op.startswith("qkv_")
     if op == "qkv_a_proj_ag_fp8":
         dtype = torch.float8_e4m3fn
-    code = next(code for code, name in faults.OPS.items() if name == op)
-    address = 0 if input is None else input.data_ptr()
-    sizes = num_tokens, hidden_size, workspace.latent_size
-    plan = workspace.team.plan(code, address, *sizes, native.DTYPE_CODES[dtype])
-
-    if plan["tile_rows"]:
+    sizes["columns"] = sizes["columns"] if projects else 0
+    plan = planning.plan(op, num_tokens, card=card, dtype=dtype, in_place=bool(in_place), **sizes)
+    grid = f"{plan['blocks']} blocks (max_ctas={sizes['share'].max_ctas}) of {plan['threads']} threads"
+    if plan["body"] == "tiles":
         return [
-            f"one kernel multiplies, in tiles of {plan['tile_rows']} x {plan['tile_columns']}, and gathers finished "
+            f"one kernel multiplies, in tiles of {plan['chunk_rows']} x {plan['tile_columns']}, and gathers finished "
             "rows meanwhile",
-            f"{plan['blocks']} blocks (max_ctas={workspace.max_ctas}) of {plan['threads']} threads",
+            grid,
         ]
     lines = []
-    if op.startswith("qkv_"):
+    if projects:
         why = (
             "so few rows of a rank are all finished at the same time, with nothing to hide their way behind"
             if plan["few_rows"]
             else f"no kernel does both for {dtype} on this card"
         )
         lines += [f"{_product(op)}; then one kernel gathers them", why]
-    elif op != "all_gather_rows" and input is not None:
-        if plan["source"] >= 0:
+    elif op != "all_gather_rows" and in_place is not None:
+        if plan["in_place"]:
             lines.append("the peers read the input in place")
-        elif workspace.team.is_symmetric(address):
+        elif in_place:
             lines.append(
                 "the input is staged by the same kernel, although the peers could read it in place: so few rows are "
                 "posted, one way between ranks where an input that is read in place takes two"
@@ -82,14 +109,11 @@ def _on_cuda(workspace: Workspace, op: str, num_tokens: int, input: torch.Tensor
             lines.append("the input is staged by the same kernel")
 
     shared_by, groups = plan["cluster"], plan["blocks"] // plan["cluster"]
-    most = -(-partition.row_count(num_tokens, 0, workspace.world_size) // groups)
+    most = -(-partition.row_count(num_tokens, 0, sizes["world_size"]) // groups)
     who = f"each {shared_by} of them share" if shared_by > 1 else "each has"
-    lines.append(
-        f"{plan['blocks']} blocks (max_ctas={workspace.max_ctas}) of {plan['threads']} threads; {who} {most} "
-        f"row{'s' if most != 1 else ''} at most"
-    )
-    if plan["shared_bytes"]:
-        lines.append(f"the copy engine moves rows, through {plan['shared_bytes'] // 1024} KiB of shared memory a block")
+    lines.append(f"{grid}; {who} {most} row{'s' if most != 1 else ''} at most")
+    if plan["body"] == "bulk":
+        lines.append(f"TMA moves rows, through {plan['shared_bytes'] // 1024} KiB of shared memory a block")
     else:
         lines.append("threads move rows")
     return lines

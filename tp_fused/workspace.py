@@ -38,7 +38,7 @@ class Workspace:
         self.dtype: torch.dtype = arguments["dtype"]
         self.timeout_s: float = arguments["timeout_s"]
         self.max_ctas: int | None = arguments["max_ctas"]
-        self._share: backends.CardShare | None = arguments.get("share")
+        self.share: backends.CardShare | None = arguments.get("share")
         self.row_bytes: int = arguments["row_bytes"]
         self.device_index = torch.cuda.current_device() if device_type == "cuda" else None
         self.closed, self._end = False, ""
@@ -209,14 +209,15 @@ class Workspace:
 
     # ---- making ----
 
-    def _slot_bytes(self) -> int:
+    @property
+    def slot_bytes(self) -> int:
         """A slot holds as many rows from every rank as the rank with most rows owns."""
         rows = self.world_size * partition.row_count(self.max_num_tokens, 0, self.world_size)
         checks.addressable(rows * self.row_bytes, self)
         return -(-rows * self.row_bytes // 4096) * 4096
 
     def _make_cpu_team(self, meeting: Meeting) -> None:
-        slot_bytes = self._slot_bytes()
+        slot_bytes = self.slot_bytes
         self._memory = memory.region_parts(slot_bytes)
         region = self.nbytes
         segment = memory.shared_segment(meeting, region)
@@ -232,7 +233,7 @@ class Workspace:
         self.team.keep(segment)
 
     def _make_cuda_team(self, meeting: Meeting) -> None:
-        slot_bytes = self._slot_bytes()
+        slot_bytes = self.slot_bytes
         self._memory = memory.region_parts(slot_bytes, on_cuda=True)
         region, regions = self._symmetric_memory(meeting, self.nbytes)
         region.zero_()
@@ -247,7 +248,7 @@ class Workspace:
             max_ctas=self.max_ctas,
             device=self.device_index,
             mailbox=self._mailbox.data_ptr(),
-            free_processors=self._share.free_processors,
+            free_processors=self.share.free_processors,
         )
         # Nobody signals into a region that is not zeroed yet.
         meeting.gather(None, "get as far as clearing its memory")
@@ -324,7 +325,7 @@ def init(
     lifetime.on_group_end(_close_workspaces_of)
     with Meeting.of(group, "tp_fused.init") as meeting:
         report = backends.report(arguments, device)
-        report.ranks_per_card = max((made._share.ranks for made in _workspaces.values() if made._share), default=1)
+        report.ranks_per_card = max((made.share.ranks for made in _workspaces.values() if made.share), default=1)
         if replaced is not None:
             report.open_sizes = {name: getattr(replaced, name) for name in _SIZES}
         # Exchanged before any of them is judged: a rank that raised alone would leave the others waiting.

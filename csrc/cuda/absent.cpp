@@ -3,6 +3,7 @@
 
 int32_t tpf_cuda_compiled(void) { return 0; }
 int32_t tpf_cuda_has_code(int32_t) { return 0; }
+tpf_status tpf_card_of(tpf_card*, int32_t) { return TPF_UNSUPPORTED; }
 const char* tpf_cuda_error_string(void) { return "this build has no CUDA kernels"; }
 
 void tpf_team_close_cuda(const tpf_team*) {}
@@ -40,10 +41,6 @@ tpf_status tpf_gather_latent_cuda(void*, const void*, const tpf_team*, const tpf
 
 tpf_status tpf_gather_latent_norm_cuda(void*, void*, void*, const void*, const void*, const void*, const tpf_team*,
                                        const tpf_call*, int32_t, int32_t, float, tpf_stream) {
-  return TPF_UNSUPPORTED;
-}
-
-tpf_status tpf_plan_cuda(tpf_plan*, tpf_op, const tpf_symm*, const tpf_team*, int64_t, int32_t, int32_t, tpf_dtype) {
   return TPF_UNSUPPORTED;
 }
 

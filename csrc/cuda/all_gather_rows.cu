@@ -25,29 +25,18 @@ void add_part(GatherArgs& args, void* output, const void* weight, int64_t row_by
 
 template <typename T>
 tpf_status launch_gather(GatherArgs& args, tpf_stream stream) {
-  Device device;
-  if (const tpf_status status = use_device(&device, args.team.device); status != TPF_OK) return status;
-  // Who copies what and when depends on the call and on what the workspace was made with: the same on all ranks. The
-  // body may differ, since addresses do.
-  const Blocks blocks = share_out(args.partition.largest(), args.team.max_ctas);
-  const int64_t row_bytes = std::max<int64_t>(args.row_bytes, 1);
-  const int64_t rows_of_chunk =
-      std::max<int64_t>((blocks.rows + kGatherChunks - 1) / kGatherChunks, kChunkBytes / row_bytes);
-  args.block_rows = blocks.rows;
-  args.chunk_rows = static_cast<int32_t>(std::min<int64_t>(blocks.rows, rows_of_chunk));
-  args.num_chunks = std::max(1, (blocks.rows + args.chunk_rows - 1) / std::max(1, args.chunk_rows));
+  tpf_card card;
+  if (const tpf_status status = use_device(&card, args.team.device); status != TPF_OK) return status;
   uintptr_t places = reinterpret_cast<uintptr_t>(args.input);
   for (const GatherPart& part : args.parts) places |= reinterpret_cast<uintptr_t>(part.output) | part.row_bytes;
-  args.vectors = places % 16 == 0;
-  Grid grid = {blocks.grid, kGatherThreads};
-  grid.early = true;
-  // A few items are sooner there with all threads of the block than one after the other. So are many where all of the
-  // card's multiprocessors copy; where ranks share them, it is the copy engine that takes less time.
-  if (device.is_sm90 && args.vectors && blocks.grid <= kHalfACard && blocks.rows * row_bytes > 2 * kItemBytes) {
-    grid.shared_bytes = size_t{kCopierStages} * kItemBytes;
-    return launch_kernel(all_gather_rows_kernel<T, true>, args, device, grid, stream);
-  }
-  return launch_kernel(all_gather_rows_kernel<T, false>, args, device, grid, stream);
+  args.vectors = places % kVectorBytes == 0;
+  const GatherPlan plan = plan_gather(args.call.num_tokens, args.row_bytes, args.vectors, limits_of(args.team), card);
+  args.block_rows = plan.block_rows;
+  args.chunk_rows = plan.chunk_rows;
+  args.num_chunks = plan.num_chunks;
+  const Grid grid = {plan.blocks, kGatherThreads, plan.shared_bytes, 1, true};
+  return launch_kernel(plan.bulk ? all_gather_rows_kernel<T, true> : all_gather_rows_kernel<T, false>, args, card, grid,
+                       stream);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #pragma once
 #include <type_traits>
 
+#include "../plan/gather.h"
 #include "bulk.cuh"
 #include "latent_norm.cuh"
 #include "signal.cuh"
@@ -21,12 +22,8 @@
 
 namespace tpf {
 
-constexpr int kGatherThreads = 512;
-constexpr int kGatherChunks = 8;        // of a block, at most
-constexpr int kChunkBytes = 34 * 1024;  // of a rank's chunk, at least: eight rows of DeepSeek-V3's latent
 constexpr int kGatherParts = 3;
-constexpr int kItemBytes = 16 * 1024;  // of one bulk copy, at most
-constexpr int kHeldVectors = 8;        // of a lane, in a part to be normalised
+constexpr int kHeldVectors = 8;  // of a lane, in a part to be normalised
 
 struct GatherPart {
   char* output;        // [num_tokens, columns]
@@ -252,7 +249,7 @@ __device__ inline bool gather_directly(const GatherArgs& args, const BlockRound&
 // card, its L2 cache answers most of them.
 __device__ inline bool copy_in_bulk(const GatherArgs& args, const BlockRound& round, uint64_t* barriers, char* items) {
   const int lane = threadIdx.x % 32, world_size = args.team.world_size;
-  BulkCopier copier(items, barriers, kItemBytes);
+  BulkCopier copier(items, barriers, kGatherItemBytes);
   const uint64_t policy = streaming_policy();
   bool arrived = true;
   for (int chunk = 0; chunk < args.num_chunks && arrived; ++chunk) {
@@ -265,11 +262,11 @@ __device__ inline bool copy_in_bulk(const GatherArgs& args, const BlockRound& ro
     for (int p = 0; p < args.num_parts; ++p) {
       const int64_t longest = args.chunk_rows * args.parts[p].row_bytes;
 #pragma unroll 1
-      for (int64_t at = 0; at < longest; at += kItemBytes) {
+      for (int64_t at = 0; at < longest; at += kGatherItemBytes) {
 #pragma unroll 1
         for (int offset = 1; offset < world_size; ++offset) {
           const Piece piece(args, round.epoch, (args.team.rank + offset) % world_size, chunk, args.parts[p]);
-          const uint32_t bytes = static_cast<uint32_t>(min(piece.bytes - at, int64_t{kItemBytes}));
+          const uint32_t bytes = static_cast<uint32_t>(min(piece.bytes - at, int64_t{kGatherItemBytes}));
           if (at < piece.bytes) copier.copy(piece.output + at, piece.open + at, bytes, policy);
         }
       }

@@ -29,8 +29,8 @@ __global__ void barrier_kernel(const __grid_constant__ BarrierArgs args) {
 
 tpf_status tpf_barrier_cuda(const tpf_team* team, tpf_stream stream) {
   using namespace tpf;
-  Device device;
-  if (const tpf_status status = use_device(&device, team->device); status != TPF_OK) return status;
+  tpf_card card;
+  if (const tpf_status status = use_device(&card, team->device); status != TPF_OK) return status;
   BarrierArgs args = {};
   args.team = *team;
   args.call.op = TPF_BARRIER;
@@ -38,5 +38,5 @@ tpf_status tpf_barrier_cuda(const tpf_team* team, tpf_stream stream) {
   args.contract = contract_of(args.call);
   Grid grid = {1, 32};
   grid.early = true;
-  return launch_kernel(barrier_kernel, args, device, grid, stream);
+  return launch_kernel(barrier_kernel, args, card, grid, stream);
 }

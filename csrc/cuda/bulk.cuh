@@ -1,10 +1,8 @@
 // The bulk copy engine of sm_90 and newer, and the mbarriers it completes on. PTX ISA, "cp.async.bulk", "mbarrier".
 #pragma once
-#include <cstdint>
+#include "../plan/card.h"
 
 namespace tpf {
-
-constexpr int kCopierStages = 4;  // row buffers of a BulkCopier
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 

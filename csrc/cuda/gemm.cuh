@@ -4,16 +4,11 @@
 #pragma once
 #include <cuda.h>
 
+#include "../plan/tiles.h"
 #include "bulk.cuh"
 #include "vec.cuh"
 
 namespace tpf {
-
-constexpr int kSwizzleBytes = 128;  // of K, in a row of an operand
-
-// How many of a thread's sums the first product has. A product has 256 columns at most, which are 128 sums: more are
-// two products, the larger one last. Two are faster than three, each of which reads the rows from shared memory again.
-constexpr int first_product(int sums) { return sums <= 128 ? sums : sums / 8 * 4; }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 

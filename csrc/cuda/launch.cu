@@ -10,13 +10,13 @@ thread_local cudaError_t last_error = cudaSuccess;
 
 // What the card can do, and this build has code for: what was compiled for an older card may run on a newer one, but
 // without what only that one has.
-void ask(Device* device, int ordinal) {
-  int shared = 0, major = 0, processors = 0;
+void ask(tpf_card* card, int ordinal) {
+  int shared = 0, major = 0, sm_count = 0;
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ordinal);
-  const bool is_sm90 = major == 9 ? TPF_CODE_FOR_90 != 0 : major > 9 && TPF_CODE_FOR_100;
-  *device = {shared, is_sm90, major == 9 && TPF_CODE_FOR_90A, processors};
+  cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, ordinal);
+  const int architecture = major == 9 && TPF_CODE_FOR_90 ? 90 : major > 9 && TPF_CODE_FOR_100 ? 100 : 80;
+  *card = {architecture, sm_count, shared, major == 9 && TPF_CODE_FOR_90A};
 }
 
 // Compiled for what all others are.
@@ -53,17 +53,17 @@ tpf_status cuda_failed(cudaError_t error) {
   return TPF_CUDA_ERROR;
 }
 
-tpf_status use_device(Device* device, int ordinal) {
+tpf_status use_device(tpf_card* card, int ordinal) {
   int current = -1;
   if (const cudaError_t error = cudaGetDevice(&current); error != cudaSuccess) return cuda_failed(error);
   if (current != ordinal) {
     if (const cudaError_t error = cudaSetDevice(ordinal); error != cudaSuccess) return cuda_failed(error);
   }
-  static Device known[64];
+  static tpf_card known[64];
   static std::once_flag asked[64];
   const int entry = ordinal % 64;
   std::call_once(asked[entry], [&] { ask(&known[entry], ordinal); });
-  *device = known[entry];
+  *card = known[entry];
   return TPF_OK;
 }
 
@@ -72,13 +72,15 @@ tpf_status use_device(Device* device, int ordinal) {
 int32_t tpf_cuda_compiled(void) { return 1; }
 
 int32_t tpf_cuda_has_code(int32_t device) {
-  tpf::Device unused;
+  tpf_card unused;
   cudaFuncAttributes attributes;
   const bool found =
       tpf::use_device(&unused, device) == TPF_OK && cudaFuncGetAttributes(&attributes, tpf::any_kernel) == cudaSuccess;
   cudaGetLastError();  // is not for whoever asks next
   return found;
 }
+
+tpf_status tpf_card_of(tpf_card* card, int32_t device) { return tpf::use_device(card, device); }
 
 const char* tpf_cuda_error_string(void) { return cudaGetErrorString(tpf::last_error); }
 
@@ -90,7 +92,7 @@ void tpf_team_close_cuda(const tpf_team* team) {
 tpf_fault tpf_team_fault_cuda(const tpf_team* team, int32_t rank) {
   const volatile tpf_fault* mail = team->mailbox;
   if (rank == team->rank && mail->status != TPF_OK) return *team->mailbox;
-  tpf::Device unused;
+  tpf_card unused;
   tpf::Control seen;
   if (tpf::use_device(&unused, team->device) != TPF_OK) return {};
   if (!tpf::read_control(&seen, *team, rank)) return {};
@@ -107,8 +109,8 @@ tpf_fault tpf_team_fault_cuda(const tpf_team* team, int32_t rank) {
 }
 
 tpf_status tpf_follow_stream_cuda(tpf_stream_order* order, const tpf_team* team, void* stream) {
-  tpf::Device device;
-  if (const tpf_status status = tpf::use_device(&device, team->device); status != TPF_OK) return status;
+  tpf_card unused;
+  if (const tpf_status status = tpf::use_device(&unused, team->device); status != TPF_OK) return status;
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   unsigned long long capture = 0;
   const auto next = static_cast<cudaStream_t>(stream);

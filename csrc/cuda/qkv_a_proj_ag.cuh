@@ -12,118 +12,23 @@
 // A row's result is one chain of additions over K, in whatever tile it lies: it depends on nothing but the row. fp8
 // operands are multiplied in blocks of 128 along K, each promoted to fp32 with its scales (DeepSeek-V3, section 3.3).
 #pragma once
-#include <numeric>
-
+#include "../plan/projection.h"
 #include "gemm.cuh"
-#include "launch.cuh"
 #include "signal.cuh"
 
 namespace tpf {
 
-constexpr int kProductWarps = 8, kOtherWarps = 4;  // of a block, the others before them
-
-// Of rows of so many 16-bit elements in shared memory: an odd number of vectors of 16 bytes, for eight rows of them to
-// lie in different banks.
-constexpr int staged_pitch(int columns) { return (columns / 8 | 1) * 8; }
-
-// How many columns find room for 16 rows.
-constexpr int most_staged(int bytes) {
-  int columns = 8;
-  while (staged_pitch(columns + 8) * 32 <= bytes) columns += 8;
-  return columns;
-}
-
-// Columns in as few parts as there can be of at most so many, alike and of whole patterns of 8.
-constexpr int divided(int columns, int most) {
-  int parts = 1;
-  while (columns % (8 * parts) != 0 || columns / parts > most) ++parts;
-  return columns / parts;
-}
-
-// A block's tile, and its two warp groups' shares of it: half of the rows each or, where rows are few, half of the
-// columns. Column counts in use are multiples of 64 and not of 128.
 template <typename Input, int kTileRows, int kTileColumns, int kTileStages>
-struct Tiling {
+struct Tiling : TileShape<sizeof(Input), kTileRows, kTileColumns, kTileStages> {
   using In = Input;
-  static constexpr int kRows = kTileRows, kColumns = kTileColumns, kStages = kTileStages;
-  static constexpr bool kByRows = kRows >= 128;
-  static constexpr int kGroupRows = kByRows ? kRows / 2 : kRows;
-  static constexpr int kGroupColumns = kByRows ? kColumns : kColumns / 2;
-  static constexpr int kParts = kGroupRows / 64;   // a product has 64 rows
-  static constexpr int kSums = kGroupColumns / 2;  // that a thread holds of a part
-  static constexpr int kStageBytes = (kRows + kColumns) * kSwizzleBytes;
-  static constexpr bool kScaled = sizeof(In) == 1;
-  // Where columns have scales, 128 have one, and no tile's are more than 256 that follow one another: what a tile has
-  // beyond that lies behind all tiles' runs. So 264 columns have three scales, whichever tile it is.
-  static constexpr int kRun = kScaled ? std::min(kColumns, 256) : kColumns, kSpare = kColumns - kRun;
-  static_assert(kSpare == 0 || (kByRows && 128 % kSpare == 0));  // so that the spare ones have one scale
-  static constexpr int kWeightBox = divided(kRun, 256);  // rows of the weight that are fetched at once: at most so many
-  // Whether one warp group promotes while the other multiplies. It costs the way from one to the other each time, which
-  // is little where the products themselves wait longest for their beginning and their end.
-  static constexpr bool kInTurns = kScaled && kColumns <= 64;
-  // Scales, each for 128 of K: of the tile's rows, and of its columns. A tile may begin among 128 columns that have the
-  // same: these are columns that surely have.
-  static constexpr int kScaledColumns = std::gcd(kRun, 128);
-  static constexpr int kColumnScales = (kColumns + kScaledColumns - 1) / kScaledColumns;
-  // Those of four blocks of K lie together. When the first of the four is fetched, all but kStages - 1 blocks of K
-  // before it have been multiplied: so many fours are kept that those stages' scales are not overwritten.
-  static constexpr int kScaleFours = (kStages + 3 + 3) / 4;
-  static constexpr int kScales = kScaled ? kScaleFours * 4 * (kRows + kColumnScales) : 0;
-  // A finished tile leaves through the stage that was multiplied last, of which each warp has a share: 16 rows at a
-  // time of so many columns.
-  static constexpr int kStagedBytes = kStageBytes / kProductWarps;
-  static constexpr int kStagedColumns = divided(std::min(kGroupColumns, kRun), most_staged(kStagedBytes));
-  static_assert(kStagedBytes % 16 == 0);
 };
-// Many rows. The larger a tile, the fewer operands are read; the largest one's sums just find room in registers. The
-// wide one reads more and has a stage more of it on its way, at the copying warps' expense: it takes as little time,
-// and less where it needs fewer turns. fp8 sums are held twice until they are promoted: of a wide
-// tile a product at a time.
-template <typename In>
-using LargeTiles = Tiling<In, 256, 176, 3>;
-template <typename In>
-using LargeNarrowTiles = Tiling<In, 256, 144, 3>;
-template <typename In>
-using WideTiles = Tiling<In, 128, 264, sizeof(In) == 2 ? 4 : 3>;
-template <typename In>
-using HalfLargeTiles = Tiling<In, 128, 176, 4>;
-template <typename In>
-using MediumTiles = Tiling<In, 128, 192, 4>;
-template <typename In>
-using MediumNarrowTiles = Tiling<In, 128, 144, 4>;
-template <typename In>
-using SmallTiles = Tiling<In, 128, 96, 5>;
-// Few rows of fp8: as many tiles as there are blocks on a card.
-template <typename In>
-using NarrowTiles = Tiling<In, 128, 64, 6>;
-// Few rows: the weight has to come from memory, through as many blocks as there are, with enough of it on its way.
-template <typename In>
-using FewRows = Tiling<In, 64, 144, 6>;
-template <typename In>
-using FewRowsManyBlocks = Tiling<In, 64, 16, 14>;
 
-constexpr int kMaxProductStages = 14;
-constexpr int kCopiers = 2;    // of the other warps
+template <typename In, TileKind kKind>
+using TilesOf =
+    Tiling<In, size_of(kKind, sizeof(In)).rows, size_of(kKind, sizeof(In)).columns, size_of(kKind, sizeof(In)).stages>;
+
 constexpr int kNormedRun = 4;  // rows that a counting warp norms one after the other: it looks and counts for all
-constexpr int kGrouped = 4;    // row blocks whose tiles are neighbours in the order: they share operands in the L2
-constexpr int kProjectionThreads = 32 * (kProductWarps + kOtherWarps);
-constexpr int kQVectors = 8, kKvVectors = 3;  // of a lane, in the two normed parts of a row
-// A block's shared memory. What the operands leave, the copying warps share: more or larger buffers are no gain. Beside
-// the three stages of wide fp8 tiles smaller ones are: an operand waits behind what is being copied.
-template <typename Tiles, bool kNorm>
-struct SharedBytes {
-  static constexpr int kMost = 232448 - kStaticSharedBytes;  // sm_90
-  static constexpr int kOperands = Tiles::kStages * Tiles::kStageBytes;
-  static constexpr int kOthers = 1024  // for the stages to begin at a multiple of it, as the swizzle's pattern wants
-                                 + kOperands + Tiles::kScales * int{sizeof(float)} +
-                                 (kNorm ? (kQVectors + kKvVectors) * 32 * int{sizeof(uint4)} : 0);
-  static constexpr int kMostBuffers = kCopierStages, kMostBufferBytes = Tiles::kSpare > 0 ? 6144 : 7168;
-  static constexpr int kLeft = (kMost - kOthers) / kCopiers / 16 * 16;
-  static constexpr int kCopierBytes = std::min(kMostBuffers * kMostBufferBytes, kLeft);
-  static constexpr int kBuffers = kCopierBytes == kMostBuffers * kMostBufferBytes ? kMostBuffers : 2;
-  static constexpr int kAll = kOthers + kCopiers * kCopierBytes;
-  static constexpr int buffer_bytes(int buffers) { return kCopierBytes / buffers / 16 * 16; }
-};
+
 // Registers of a thread that multiplies, and of the others. They share what the kernel is launched with: 384 times 168.
 template <typename Tiles>
 constexpr int multiply_registers(bool norm) {

@@ -12,6 +12,7 @@
 #pragma once
 #include <cfloat>
 
+#include "../plan/reduce.h"
 #include "bulk.cuh"
 #include "signal.cuh"
 #include "vec.cuh"
@@ -19,15 +20,9 @@
 namespace tpf {
 
 enum class Ending { kSum, kNorm, kFp8, kGather };
-enum class Body { kOneRow, kDirect, kBulk };
 
-constexpr int kMaxChunks = 7;  // steps 0..6 staging, 7..13 gathering, 15 closing
-constexpr int kGatherStep = kMaxChunks;
-constexpr int kHelperThreads = 64;  // the staging and the fetching warp
-constexpr int kMaxStages = 32;
-constexpr int kMaxAddingThreads = 448;  // with the helpers 16 warps: 128 registers each
-constexpr int kMaxParts = 8;            // the largest portable cluster
-constexpr int kMaxPartials = 128;       // warps' shares of a row: its vectors, 32 at a time
+constexpr int kGatherStep = kMaxChunks;  // steps 0..6 staging, 7..13 gathering, 15 closing
+constexpr int kMaxPartials = 128;        // warps' shares of a row: its vectors, 32 at a time
 
 struct ReduceArgs {
   void* output;        // kNorm, kFp8 with TPF_KEEP_OUTPUT: [rows, hidden]; kGather: [num_tokens, hidden]

@@ -6,13 +6,6 @@
 
 namespace tpf {
 
-// The most threads of a body, helpers not counted: as many as leave each the registers that it needs.
-__host__ __device__ constexpr int most_threads(Body body, int element_bytes, bool is_sm90) {
-  if (body == Body::kBulk) return kMaxAddingThreads;
-  if (body == Body::kDirect) return 256;
-  return !is_sm90 ? 640 : element_bytes == 2 ? 896 : 768;
-}
-
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kIsSm90 = false;
 #else

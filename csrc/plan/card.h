@@ -1,0 +1,55 @@
+// What a plan depends on beside the call: the card, and what the workspace was made with.
+#pragma once
+#include <algorithm>
+
+#include "../protocol.h"
+#include "fitted.h"
+
+namespace tpf {
+
+constexpr int64_t kStaticSharedBytes = 2048;  // what the kernels declare besides their dynamic shared memory, at most
+constexpr int kCopierStages = 4;              // buffers in shared memory that a BulkCopier copies through
+constexpr int kVectorBytes = 16;              // what a thread loads and stores at once
+
+// The same on all ranks.
+struct Limits {
+  int world_size;
+  int max_ctas;  // 1..TPF_MAX_CTAS
+  int free_sms;  // as tpf_team's free_processors
+  int64_t slot_bytes;
+};
+
+inline Limits limits_of(const tpf_team& team) {
+  const int most = team.max_ctas > 0 ? std::min(team.max_ctas, TPF_MAX_CTAS) : TPF_MAX_CTAS;
+  return {team.world_size, most, team.free_processors, team.slot_bytes};
+}
+
+// Bulk copies by TMA, clusters of blocks, programmatic dependent launch.
+inline bool has_tma(const tpf_card& card) { return card.architecture >= 90; }
+
+inline const Fitted& fitted_to(const tpf_card& card) {
+  return card.architecture >= 100 ? kFittedSm100 : card.architecture >= 90 ? kFittedSm90 : kFittedSm80;
+}
+
+// A rank with more blocks has a card to itself.
+inline bool shares_card(int blocks, const tpf_card& card) { return blocks <= fitted_to(card).half_a_card; }
+
+// Whether a cluster of `size` blocks, one of a grid of `blocks`, finds room beside blocks that wait for it: it needs as
+// many free SMs of one GPC, and no card has more GPCs than kMostGpcs.
+inline bool cluster_fits(const Limits& limits, int size, int blocks) {
+  constexpr int kMostGpcs = 8;
+  return size == 1 || limits.free_sms == 0 || limits.free_sms - (blocks - size) > (size - 1) * kMostGpcs;
+}
+
+struct RowsOfBlocks {
+  int blocks;
+  int rows;  // of one block, at most
+};
+
+// At most `max_ctas` blocks, and no more than it takes for none of them to have more rows than another but one.
+inline RowsOfBlocks share_out(int64_t rows, int max_ctas) {
+  const int64_t each = (rows + max_ctas - 1) / max_ctas;
+  return {static_cast<int>(each > 0 ? (rows + each - 1) / each : 1), static_cast<int>(each)};
+}
+
+}  // namespace tpf

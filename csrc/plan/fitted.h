@@ -1,0 +1,64 @@
+// Constants that were fitted to measured times, by architecture: all of them, and nothing else. The rest of a plan is
+// counted. All ranks take the same ones: init refuses cards of different architectures.
+#pragma once
+#include <cstdint>
+
+namespace tpf {
+
+struct Fitted {
+  // A grid of more blocks has a card to itself. Half of H100's SMs, whatever this card has: cards may differ.
+  int half_a_card;
+
+  // ---- reductions ----
+  // Bytes of a block's ring of row buffers, where these are enough for a row of every source. More bytes in flight are
+  // no gain, and with half of the card's SMs a loss: 932 us instead of 862 with 8 blocks a rank, 16384 tokens and 16
+  // rows. One H100, 8 ranks, `python -m bench goals`.
+  int64_t ring_bytes;
+  // Blocks that share a row, from which on it is posted into the inboxes rather than read in place. Two H100.
+  int parts_to_post;
+  // Rows of a chunk that is gathered from a card of its own, at least. Two H100, `python -m bench multi`.
+  int gathered_rows_of_chunk;
+
+  // ---- all-gathers ----
+  // Bytes of a rank's chunk, at least: eight rows of DeepSeek-V3's latent. Two H100.
+  int gather_chunk_bytes;
+
+  // ---- projections ----
+  // Rows of a rank, up to which cuBLAS and then a gather take less time than one kernel, where a rank has a card to
+  // itself: all tiles are multiplied at once, no row is finished early enough for its way to be hidden, and cuBLAS can
+  // divide K, too. Two H100, 2112 columns (docs/performance.md).
+  int few_rows;
+  // For the time of a tile, in cycles a block of K: products of so many rows times columns a cycle; of fp8, cycles that
+  // each product is waited for; bytes of operands a cycle, of fp8, of 16 bits on a shared card, and on a rank's own.
+  int products_a_cycle, fp8_wait, fp8_operands, shared_card_operands, own_card_operands;
+  // For the time of copying, bytes a cycle: of a block, and of all, which are bound by the card's links or its memory.
+  int block_copies, card_copies;
+  // Percent of copying that waits behind the products of fp8, although its rows are complete before the last wave.
+  int fp8_copies_seen;
+};
+
+// One H100, 64 to 16384 tokens, each kind of tile forced: of a rank alone, of four and eight that share the card
+// (`python -m bench goals`), and of two with a card each (`python -m bench multi`), at 5db5881; 128 x 264 tiles of 16
+// bits came later, and take what this says where ranks share a card. fp8's anew, alone and on two H200, at 30e9e0d.
+constexpr Fitted kFittedSm90 = {
+    .half_a_card = 66,
+    .ring_bytes = 128 << 10,
+    .parts_to_post = 4,
+    .gathered_rows_of_chunk = 8,
+    .gather_chunk_bytes = 34 << 10,
+    .few_rows = 256,
+    .products_a_cycle = 32,
+    .fp8_wait = 260,
+    .fp8_operands = 35,
+    .shared_card_operands = 49,
+    .own_card_operands = 60,
+    .block_copies = 12,
+    .card_copies = 250,
+    .fp8_copies_seen = 23,
+};
+
+// Not measured on such cards yet: sm_90's.
+constexpr Fitted kFittedSm80 = kFittedSm90;
+constexpr Fitted kFittedSm100 = kFittedSm90;
+
+}  // namespace tpf

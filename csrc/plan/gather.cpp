@@ -1,0 +1,24 @@
+#include "gather.h"
+
+namespace tpf {
+
+GatherPlan plan_gather(int64_t num_tokens, int64_t row_bytes, bool aligned, const Limits& limits,
+                       const tpf_card& card) {
+  const RowsOfBlocks shared_out = share_out(partition_of(num_tokens, limits.world_size).largest(), limits.max_ctas);
+  row_bytes = std::max<int64_t>(row_bytes, 1);
+  const int64_t rows_of_chunk = std::max<int64_t>((shared_out.rows + kGatherChunks - 1) / kGatherChunks,
+                                                  fitted_to(card).gather_chunk_bytes / row_bytes);
+  GatherPlan plan = {};
+  plan.blocks = shared_out.blocks;
+  plan.block_rows = shared_out.rows;
+  plan.chunk_rows = static_cast<int>(std::min<int64_t>(shared_out.rows, rows_of_chunk));
+  plan.num_chunks = std::max(1, (shared_out.rows + plan.chunk_rows - 1) / std::max(1, plan.chunk_rows));
+  // A few items are sooner there with all threads of the block than one after the other. So are many where all of the
+  // card's SMs copy; where ranks share them, TMA takes less time.
+  plan.bulk =
+      has_tma(card) && aligned && shares_card(plan.blocks, card) && plan.block_rows * row_bytes > 2 * kGatherItemBytes;
+  plan.shared_bytes = plan.bulk ? int64_t{kCopierStages} * kGatherItemBytes : 0;
+  return plan;
+}
+
+}  // namespace tpf

@@ -1,0 +1,23 @@
+// How all_gather_rows, and the gathering half of a projection, are run: all_gather_rows_kernel's body and grid.
+#pragma once
+#include "card.h"
+
+namespace tpf {
+
+constexpr int kGatherThreads = 512;
+constexpr int kGatherChunks = 8;            // of a block, at most
+constexpr int kGatherItemBytes = 16 << 10;  // of one bulk copy, at most
+
+struct GatherPlan {
+  bool bulk;  // TMA moves the peers' rows through shared memory; else all threads copy
+  int blocks;
+  int64_t shared_bytes;
+  int block_rows;  // of a share, for one block, at most
+  int chunk_rows, num_chunks;
+};
+
+// aligned: everything begins at, and is, whole vectors of 16 bytes. Who copies what and when is the same on all ranks;
+// the body may differ, since addresses do.
+GatherPlan plan_gather(int64_t num_tokens, int64_t row_bytes, bool aligned, const Limits& limits, const tpf_card& card);
+
+}  // namespace tpf

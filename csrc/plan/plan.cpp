@@ -1,0 +1,104 @@
+// tpf_plan_call: what a call would launch, told without a card.
+#include <cstring>
+
+#include "gather.h"
+#include "projection.h"
+#include "reduce.h"
+
+namespace {
+
+// Cards by the names that their users have for them. Shared memory is what one block may have.
+constexpr struct {
+  const char* name;
+  tpf_card card;
+} kCards[] = {
+    {"A100", {80, 108, 166912, 0}}, {"H20", {90, 78, 232448, 1}},    {"H100", {90, 132, 232448, 1}},
+    {"H200", {90, 132, 232448, 1}}, {"B200", {100, 148, 232448, 0}},
+};
+
+bool plan_of_gather(tpf_plan* plan, const tpf_call& call, int64_t columns, tpf_dtype dtype, const tpf::Limits& limits,
+                    const tpf_card& card) {
+  const int64_t row_bytes = columns * tpf::bytes_of(dtype);
+  const tpf::GatherPlan gather =
+      tpf::plan_gather(call.num_tokens, row_bytes, row_bytes % tpf::kVectorBytes == 0, limits, card);
+  plan->blocks = gather.blocks;
+  plan->threads = tpf::kGatherThreads;
+  plan->cluster = 1;
+  plan->body = gather.bulk ? TPF_BULK : TPF_ALL_THREADS;
+  plan->shared_bytes = gather.shared_bytes;
+  plan->chunk_rows = gather.chunk_rows;
+  plan->chunks = gather.num_chunks;
+  return true;
+}
+
+bool plan_of_projection(tpf_plan* plan, const tpf_call& call, const tpf::Limits& limits, const tpf_card& card) {
+  const tpf::ProjectionPlan projection = tpf::plan_projection(call, true, limits, card);
+  plan->few_rows = projection.few_rows;
+  if (!projection.fused) return plan_of_gather(plan, call, call.columns, tpf::latent_dtype(call), limits, card);
+  plan->blocks = projection.blocks;
+  plan->threads = tpf::kProjectionThreads;
+  plan->cluster = projection.cluster;
+  plan->shared_bytes = projection.shared_bytes;
+  plan->body = TPF_TILES;
+  plan->chunk_rows = projection.tile_rows;
+  plan->tile_columns = projection.tile_columns;
+  plan->chunks = projection.row_blocks;
+  return true;
+}
+
+bool plan_of_reduction(tpf_plan* plan, const tpf_call& call, const tpf::Limits& limits, const tpf_card& card) {
+  tpf::ReducePlan reduce;
+  if (!tpf::plan_reduce(&reduce, call, limits, card)) return false;
+  plan->body = reduce.body == tpf::Body::kOneRow ? TPF_ONE_ROW
+               : reduce.body == tpf::Body::kBulk ? TPF_BULK
+                                                 : TPF_ALL_THREADS;
+  plan->blocks = reduce.blocks;
+  plan->threads = reduce.threads;
+  plan->cluster = reduce.parts;
+  plan->shared_bytes = reduce.shared_bytes;
+  plan->vectors = reduce.vectors;
+  plan->chunk_rows = reduce.chunk_rows;
+  plan->chunks = reduce.num_chunks;
+  plan->stages = reduce.stages;
+  if (reduce.posted) plan->source = -1;
+  return true;
+}
+
+}  // namespace
+
+tpf_status tpf_card_named(tpf_card* card, const char* name) {
+  for (const auto& known : kCards) {
+    if (std::strcmp(known.name, name) != 0) continue;
+    *card = known.card;
+    return TPF_OK;
+  }
+  return TPF_UNSUPPORTED;
+}
+
+tpf_status tpf_plan_call(tpf_plan* plan, const tpf_call* call, const tpf_team* team, const tpf_card* card) {
+  const tpf::Limits limits = tpf::limits_of(*team);
+  *plan = {};
+  plan->source = call->source;
+  bool planned = false;
+  switch (call->op) {
+    case TPF_RS_RMSNORM:
+    case TPF_RS_RMSNORM_FP8:
+    case TPF_RS_RMSNORM_AG:
+    case TPF_REDUCE_SCATTER_ROWS:
+      planned = plan_of_reduction(plan, *call, limits, *card);
+      break;
+    case TPF_ALL_GATHER_ROWS: {
+      const tpf_dtype dtype = static_cast<tpf_dtype>(call->dtype);
+      planned = plan_of_gather(plan, *call, call->hidden_size, dtype, limits, *card);
+      break;
+    }
+    case TPF_QKV_A_PROJ_AG:
+    case TPF_QKV_A_PROJ_AG_FP8:
+    case TPF_QKV_A_PROJ_AG_NORM:
+      planned = plan_of_projection(plan, *call, limits, *card);
+      break;
+    default:
+      break;
+  }
+  return planned ? TPF_OK : TPF_UNSUPPORTED;
+}

@@ -1,0 +1,88 @@
+#include "reduce.h"
+
+namespace tpf {
+namespace {
+
+struct Planner {
+  const tpf_call& call;
+  const Limits& limits;
+  const tpf_card& card;
+  const int element_bytes = static_cast<int>(bytes_of(static_cast<tpf_dtype>(call.dtype)));
+  const int64_t row_bytes = call.hidden_size * int64_t{element_bytes};
+  const int64_t rows = partition_of(call.num_tokens, limits.world_size).largest();
+  const bool gathers = call.op == TPF_RS_RMSNORM_AG;
+  const int warps = static_cast<int>((row_bytes / kVectorBytes + 31) / 32);  // that hold a vector of a row a thread
+
+  bool is_staged() const { return call.source < 0 && limits.world_size > 1 && (call.variant & TPF_COMPLETE) == 0; }
+  // Whether all that a rank is sent fits its inbox.
+  bool fits_inbox() const { return limits.world_size * rows * row_bytes <= inbox_bytes(limits.slot_bytes); }
+
+  // As many blocks for a row as there may be, down to four warps each. What a small call waits for most is the way of
+  // its rows through the SMs.
+  int parts_of_row(int rows_at_once) const {
+    int parts = 1;
+    while (has_tma(card) && parts < kMaxParts && 2 * parts * rows_at_once <= limits.max_ctas &&
+           cluster_fits(limits, 2 * parts, 2 * parts * rows_at_once) && warps >= 8 * parts) {
+      parts *= 2;
+    }
+    return parts;
+  }
+
+  // Unless it takes more threads than the body may have for each to hold so many vectors of a row.
+  bool takes(ReducePlan* plan, Body body, int vectors, int blocks) const {
+    const int threads = (warps + vectors * plan->parts - 1) / (vectors * plan->parts) * 32;
+    if (threads > most_threads(body, element_bytes, has_tma(card))) return false;
+    plan->body = body;
+    plan->vectors = vectors;
+    plan->blocks = blocks * plan->parts;
+    plan->threads = threads + (body == Body::kBulk ? kHelperThreads : 0);
+    return true;
+  }
+
+  // Where the ring holds every source's version of at least one row: fetch_rows relies on it.
+  bool takes_bulk(ReducePlan* plan, int blocks) const {
+    if (!has_tma(card) || plan->chunk_rows < 2) return false;
+    const int copied = gathers || (call.source < 0 && limits.world_size > 1) ? kCopierStages : 0;
+    const int64_t buffers = (card.shared_bytes - kStaticSharedBytes) / row_bytes - copied;
+    const int64_t least = limits.world_size + 1;
+    if (buffers < least) return false;
+    const int64_t wanted = std::max(least, fitted_to(card).ring_bytes / row_bytes);
+    plan->stages = static_cast<int>(std::min({int64_t{kMaxStages}, buffers, wanted}));
+    plan->shared_bytes = (copied + plan->stages) * row_bytes;
+    if (takes(plan, Body::kBulk, 2, blocks) || takes(plan, Body::kBulk, 3, blocks)) return true;
+    plan->shared_bytes = 0;
+    return false;
+  }
+};
+
+}  // namespace
+
+bool plan_reduce(ReducePlan* plan, const tpf_call& call, const Limits& limits, const tpf_card& card) {
+  const Planner planner = {call, limits, card};
+  const Fitted& fitted = fitted_to(card);
+  const RowsOfBlocks shared_out = share_out(planner.rows, limits.max_ctas);
+  *plan = {};
+  // Staged rows that fit no inbox are for the bodies that stage in slots, one row a block or not. Between cards,
+  // gathering a chunk takes long enough for fewer and larger ones to be faster.
+  int least = planner.fits_inbox() || !planner.is_staged() ? std::min(shared_out.rows, 2) : 2;
+  if (planner.gathers && !planner.is_staged() && !shares_card(shared_out.blocks, card)) {
+    least = std::min(shared_out.rows, fitted.gathered_rows_of_chunk);
+  }
+  plan->chunk_rows = std::max((shared_out.rows + kMaxChunks - 1) / kMaxChunks, least);
+  plan->num_chunks = std::max(1, (shared_out.rows + plan->chunk_rows - 1) / std::max(1, plan->chunk_rows));
+  plan->parts = 1;
+  const bool few = plan->chunk_rows <= 1;
+  if (few) {  // and so kOneRow: the other bodies know nothing of parts
+    plan->parts = planner.parts_of_row(shared_out.blocks);
+    // A small piece of a row is posted: one way between cards, where an input read in place takes two.
+    plan->posted = plan->parts >= fitted.parts_to_post && planner.fits_inbox() && call.source >= 0;
+  }
+  if (few ? planner.takes(plan, Body::kOneRow, 1, shared_out.blocks) : planner.takes_bulk(plan, shared_out.blocks)) {
+    return true;
+  }
+  plan->parts = 1;
+  return planner.takes(plan, Body::kDirect, 4, shared_out.blocks) ||
+         planner.takes(plan, Body::kDirect, most_vectors(planner.element_bytes), shared_out.blocks);
+}
+
+}  // namespace tpf

@@ -1,0 +1,40 @@
+// How rs_rmsnorm, rs_rmsnorm_fp8, rs_rmsnorm_ag and reduce_scatter_rows are run: rs_rmsnorm_kernel's body and grid.
+#pragma once
+#include "card.h"
+
+namespace tpf {
+
+// At most one row a block; threads load and store 16 bytes at a time; TMA moves rows through shared memory.
+enum class Body { kOneRow, kDirect, kBulk };
+
+constexpr int kMaxChunks = 7;           // of a block
+constexpr int kHelperThreads = 64;      // kBulk: the staging and the fetching warp
+constexpr int kMaxStages = 32;          // kBulk: row buffers of the ring
+constexpr int kMaxAddingThreads = 448;  // kBulk: with the helpers 16 warps, 128 registers each
+constexpr int kMaxParts = 8;            // kOneRow: blocks that share a row; the largest portable cluster
+
+// The most threads of a body, helpers not counted: as many as leave each the registers that it needs.
+TPF_HD constexpr int most_threads(Body body, int element_bytes, bool has_tma) {
+  if (body == Body::kBulk) return kMaxAddingThreads;
+  if (body == Body::kDirect) return 256;
+  return !has_tma ? 640 : element_bytes == 2 ? 896 : 768;
+}
+
+// Vectors of a row that a thread of kDirect holds at most: enough for the widest row.
+constexpr int most_vectors(int element_bytes) { return element_bytes == 4 ? 16 : 8; }
+
+struct ReducePlan {
+  Body body;
+  int vectors;  // of a row, that a thread holds
+  int blocks, threads;
+  int64_t shared_bytes;
+  int parts;  // kOneRow: blocks of a cluster that share a row
+  int chunk_rows, num_chunks;
+  int stages;   // kBulk: row buffers of the ring
+  bool posted;  // staged, although the input could be read in place
+};
+
+// False where no body serves.
+bool plan_reduce(ReducePlan* plan, const tpf_call& call, const Limits& limits, const tpf_card& card);
+
+}  // namespace tpf

@@ -1,0 +1,167 @@
+"""csrc/plan without a card: a plan serves all rows and columns within the limits, and is the same on all ranks."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from programs import OPS, PROJECTIONS, REDUCTIONS
+
+import tp_fused
+from tp_fused import partition, planning
+from tp_fused.native import _C
+
+CARDS = ("A100", "H20", "H100", "H200", "B200")
+MOST_CHUNKS = 7  # of a block in a reduction: kMaxChunks
+STATIC_SHARED_BYTES = 2048
+BYTES = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4, torch.float8_e4m3fn: 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A call, and where it is made."""
+
+    op: str
+    num_tokens: int
+    hidden_size: int
+    columns: int
+    dtype: torch.dtype
+    in_place: bool
+    world_size: int
+    card: str
+    ranks_per_card: int
+    max_ctas: int | None
+
+    def plan(self, card: str | None = None) -> dict:
+        share = planning.share_of(self.card, self.ranks_per_card, self.max_ctas)
+        sizes = {"world_size": self.world_size, "hidden_size": self.hidden_size, "columns": self.columns}
+        return planning.plan(
+            self.op,
+            self.num_tokens,
+            card=card or self.card,
+            dtype=self.dtype,
+            in_place=self.in_place,
+            share=share,
+            # As a workspace's: for the largest call, which has the dtype of most bytes.
+            slot_bytes=-(-self.num_tokens // self.world_size)
+            * self.world_size
+            * max(self.hidden_size, self.columns)
+            * 4,
+            **sizes,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Of the rank that owns most."""
+        return partition.row_count(self.num_tokens, 0, self.world_size)
+
+    @property
+    def vectors(self) -> int:
+        """Of 16 bytes, in a row."""
+        return self.hidden_size * BYTES[self.dtype] // 16
+
+
+@st.composite
+def calls(draw, ops=OPS) -> Asked:
+    op = draw(st.sampled_from(ops))
+    world_size = draw(st.integers(1, 8))
+    dtype = draw(st.sampled_from((torch.bfloat16, torch.float16, torch.float32)))
+    if op == "qkv_a_proj_ag_fp8":
+        dtype = torch.float8_e4m3fn
+    card = draw(st.sampled_from(CARDS))
+    ranks_per_card = draw(st.integers(1, world_size))
+    sms = _C.card(card)["sm_count"]
+    return Asked(
+        op,
+        draw(st.integers(0, 20) | st.integers(0, 70_000) | st.sampled_from((64, 512, 1024, 4096, 16384))),
+        draw(st.integers(1, 2048) | st.sampled_from((512, 768, 896))) * 8,
+        draw(st.integers(1, 848).map(lambda eight: 8 * eight) | st.integers(1, 6784)) if op in PROJECTIONS else 0,
+        dtype,
+        op in REDUCTIONS and draw(st.booleans()),
+        world_size,
+        card,
+        ranks_per_card,
+        draw(st.none() | st.integers(1, sms // ranks_per_card)),
+    )
+
+
+@settings(max_examples=1500, deadline=None, derandomize=True, database=None)
+@given(calls())
+def test_every_plan_serves_the_call_within_the_limits(asked):
+    plan, card = asked.plan(), _C.card(asked.card)
+    share = planning.share_of(asked.card, asked.ranks_per_card, asked.max_ctas)
+    assert 1 <= plan["blocks"] <= share.max_ctas
+    assert plan["blocks"] % plan["cluster"] == 0
+    assert plan["threads"] <= 1024 and plan["threads"] % 32 == 0
+    assert plan["shared_bytes"] + STATIC_SHARED_BYTES <= card["shared_bytes"]
+    if card["architecture"] < 90:
+        assert (plan["cluster"], plan["body"] in ("bulk", "tiles")) == (1, False)
+    if plan["body"] == "tiles":
+        assert plan["chunk_rows"] * plan["chunks"] >= asked.rows
+        return
+    assert plan["chunks"] <= (MOST_CHUNKS if asked.op in REDUCTIONS else 8)
+    assert plan["chunks"] * plan["chunk_rows"] * (plan["blocks"] // plan["cluster"]) >= asked.rows
+    if asked.op not in REDUCTIONS:
+        return
+    # A row is held by the threads of a block or, with a row a block at most, of a cluster.
+    helpers, parts = (64, 1) if plan["body"] == "bulk" else (0, plan["cluster"])
+    assert (plan["threads"] - helpers) * plan["vectors"] * parts >= asked.vectors
+    assert plan["cluster"] == 1 or plan["body"] == "one row"
+    if plan["body"] == "one row":
+        assert plan["blocks"] // plan["cluster"] >= asked.rows and plan["chunk_rows"] <= 1
+    if plan["body"] == "bulk":
+        assert plan["stages"] >= asked.world_size + 1
+        assert plan["shared_bytes"] >= plan["stages"] * asked.hidden_size * BYTES[asked.dtype]
+    assert plan["in_place"] <= asked.in_place
+
+
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+@given(calls(), st.sampled_from(("H20", "H100", "H200")))
+def test_unlike_cards_of_a_group_choose_alike(asked, other):
+    """Who publishes what when, and where the input is read. max_ctas is that of the smallest card."""
+    assume(asked.card in ("H20", "H100", "H200"))
+    smaller = min((asked.card, other), key=lambda card: _C.card(card)["sm_count"])
+    asked = dataclasses.replace(asked, card=smaller, max_ctas=None)
+    plans = [asked.plan(), asked.plan(other)]
+    for plan in plans:
+        plan.pop("cluster")  # pairs of a projection's blocks are nobody else's business
+    assert plans[0] == plans[1]
+
+
+# What was measured and chosen on H100 and H200, docs/performance.md.
+@pytest.mark.parametrize(
+    ("op", "num_tokens", "options", "chosen"),
+    [
+        ("rs_rmsnorm", 1, {}, {"body": "one row", "cluster": 4, "in_place": False}),
+        ("rs_rmsnorm", 1024, {}, {"body": "one row", "cluster": 1, "in_place": True}),
+        ("rs_rmsnorm", 16384, {}, {"body": "bulk", "threads": 512, "in_place": True}),
+        ("rs_rmsnorm", 16384, {"card": "A100"}, {"body": "all threads"}),
+        ("all_gather_rows", 16384, {}, {"body": "all threads", "blocks": 128}),
+        ("all_gather_rows", 16384, {"ranks_per_card": 8}, {"body": "bulk", "blocks": 10}),
+        ("qkv_a_proj_ag", 2048, {}, {"body": "all threads", "few_rows": True}),
+        ("qkv_a_proj_ag", 2048, {"ranks_per_card": 8}, {"body": "tiles", "few_rows": False, "cluster": 2}),
+        ("qkv_a_proj_ag_fp8", 2048, {}, {"body": "tiles", "few_rows": False}),
+        ("qkv_a_proj_ag", 16384, {"card": "B200"}, {"few_rows": False, "tile_columns": 0}),
+    ],
+)
+def test_plans_of_deepseek_v3(op, num_tokens, options, chosen):
+    values = {"card": "H200", "ranks_per_card": 1} | options
+    dtype = torch.float8_e4m3fn if op == "qkv_a_proj_ag_fp8" else torch.bfloat16
+    hidden_size, columns = (2112, 0) if op == "all_gather_rows" else (7168, 2112 if op in PROJECTIONS else 0)
+    in_place = op in REDUCTIONS
+    asked = Asked(op, num_tokens, hidden_size, columns, dtype, in_place, 8, max_ctas=None, **values)
+    plan = asked.plan()
+    assert {name: plan[name] for name in chosen} == chosen
+
+
+def test_explain_without_a_card():
+    told = tp_fused.explain("qkv_a_proj_ag", 16384, gpu="H200", ranks_per_card=8)
+    assert told.startswith("qkv_a_proj_ag: 8 ranks, 8 on each H200; rank 0 of them owns 2048 of 16384 rows\n")
+    assert "one kernel multiplies, in tiles of" in told and "(max_ctas=10)" in told
+    assert "cuBLAS" in tp_fused.explain("qkv_a_proj_ag", 16384, gpu="B200")
+    assert "threads move rows" in tp_fused.explain("rs_rmsnorm", 16384, gpu="A100", in_place=True)
+    with pytest.raises(ValueError, match="no card is known as H300: A100, H20, H100, H200 and B200 are"):
+        tp_fused.explain("rs_rmsnorm", 16, gpu="H300")
+    with pytest.raises(ValueError, match="unknown op 'rs_layernorm'"):
+        tp_fused.explain("rs_layernorm", 16, gpu="H200")

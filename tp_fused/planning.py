@@ -1,0 +1,57 @@
+"""What csrc/plan decides for a call: on this machine's card, or on one that is known by name and need not be there."""
+
+import torch
+
+from . import backends, faults, partition
+from .native import _C, DTYPE_CODES
+
+_CODES = {name: code for code, name in faults.OPS.items()}
+
+
+def plan(
+    op: str,
+    num_tokens: int,
+    *,
+    card: int | str,
+    world_size: int,
+    hidden_size: int,
+    columns: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    in_place: bool = False,
+    complete: bool = False,
+    share: backends.CardShare | None = None,
+    slot_bytes: int | None = None,
+) -> dict:
+    """The plan of a call whose input is [num_tokens, hidden_size], by name; see `tpf_plan` in csrc/tp_fused.h.
+
+    card: an ordinal or a name. columns: of a projection. in_place: the input lies in symmetric memory. share: what the
+    rank has of the card, by default all of it. slot_bytes: of the workspace, by default what the call takes. Raises
+    ValueError where no kernel serves the call, or the card is not known.
+    """
+    if op not in _CODES:
+        raise ValueError(f"unknown op {op!r}")
+    if share is None:
+        share = share_of(card, 1)
+    if slot_bytes is None:
+        rows = world_size * partition.row_count(num_tokens, 0, world_size)
+        slot_bytes = rows * max(hidden_size, columns) * dtype.itemsize
+    return _C.plan(
+        _CODES[op],
+        DTYPE_CODES[dtype],
+        num_tokens,
+        hidden_size,
+        columns=columns,
+        in_place=in_place,
+        complete=complete,
+        world_size=world_size,
+        max_ctas=share.max_ctas,
+        free_sms=share.free_processors,
+        slot_bytes=slot_bytes,
+        card=card,
+    )
+
+
+def share_of(card: int | str, ranks: int, max_ctas: int | None = None) -> backends.CardShare:
+    """What a rank has of a card on which there are so many."""
+    about = _C.card(card)
+    return backends.share_of(ranks, about["sm_count"], about["architecture"] >= 90, max_ctas)
