@@ -235,17 +235,17 @@ TPF_HD inline void publish(uint64_t* word, uint32_t epoch, uint32_t contract) {
 
 TPF_HD inline uint64_t observe(uint64_t* word) { return shared_ref<uint64_t>(*word).load(order::memory_order_acquire); }
 
-// Waits for a peer's word. `patience()` is called between two looks; it may sleep, and ends the wait by returning
+// Waits for a peer's word. `backoff()` is called between two looks; it may sleep, and ends the wait by returning
 // anything but TPF_OK. `seen` is the last word read.
-template <typename Patience>
+template <typename Backoff>
 TPF_HD inline tpf_status wait_for(uint64_t* word, uint32_t epoch, uint32_t contract, uint64_t* seen,
-                                  Patience&& patience) {
+                                  Backoff&& backoff) {
   for (;;) {
     *seen = observe(word);
     if (reached(epoch_of(*seen), epoch)) {
       return epoch_of(*seen) == epoch && *seen != signal_word(epoch, contract) ? TPF_DISAGREE : TPF_OK;
     }
-    if (const tpf_status status = patience(); status != TPF_OK) return status;
+    if (const tpf_status status = backoff(); status != TPF_OK) return status;
   }
 }
 

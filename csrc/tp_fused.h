@@ -102,7 +102,7 @@ typedef struct tpf_team {
   int32_t device;      /* CUDA: the ordinal; -1: the CPU backend */
   tpf_fault* mailbox;  /* CUDA: pinned host memory, zeroed; the kernel's fault record arrives there, status last */
   int32_t (*interrupted)(void); /* CPU: a wait asks it some times a second, and ends where it is not 0; may be NULL */
-  int32_t free_processors; /* CUDA: a card's multiprocessors less its other ranks' blocks; 0: clusters find room */
+  int32_t free_sms; /* CUDA: a card's multiprocessors less its other ranks' blocks; 0: clusters find room */
 } tpf_team;
 
 /* An input that lies in symmetric memory: at `offset` in every rank's base[r]. */
@@ -153,7 +153,7 @@ typedef struct tpf_plan {
   int32_t few_rows;     /* a projection with another body: whether since that takes less time; 0: no kernel does both */
 } tpf_plan;
 
-/* A function of its arguments alone. team: world_size, max_ctas, free_processors and slot_bytes are read. */
+/* A function of its arguments alone. team: world_size, max_ctas, free_sms and slot_bytes are read. */
 tpf_status tpf_plan_call(tpf_plan* plan, const tpf_call* call, const tpf_team* team, const tpf_card* card);
 
 /* ---- shared-memory segments (CPU) ---- */

@@ -85,7 +85,7 @@
 #define GATHER_SLOT(e) SLOT(e)
 #endif
 
-// Symmetric memory. A slot has a cell for every source and chunk; rows that are laid open take all cells of a chunk.
+// Symmetric memory. A slot has a cell for every source and chunk; published rows take all cells of a chunk.
 byte word_epoch[STEPS * N * N], word_op[STEPS * N * N];
 byte slot[N * 2 * N * CHUNKS];
 byte inbox[N * 2 * N];

@@ -17,7 +17,7 @@ from tp_fused.native import _C
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 DTYPES = ("__nv_bfloat16", "__half", "float")
-ENDINGS = (0, 1, 2, 3)  # tpf::Ending
+EPILOGUES = (0, 1, 2, 3)  # tpf::Epilogue
 ONE_ROW, DIRECT, BULK = 0, 1, 2  # tpf::Body
 
 
@@ -78,7 +78,7 @@ def read_cubin(cubin: Path) -> dict[str, Kernel]:
 
 
 def demangle(names: list[str]) -> list[str]:
-    """`rs_rmsnorm_kernel<float, 2, (tpf::Ending)1, (tpf::Body)2>` of each mangled name."""
+    """`rs_rmsnorm_kernel<float, 2, (tpf::Epilogue)1, (tpf::Body)2>` of each mangled name."""
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     short = {line: re.search(r"\w+_kernel(<.*>)?(?=\()", line) for line in plain.splitlines()}
     return [match[0] if match else line for line, match in short.items()]
@@ -119,10 +119,10 @@ def kernels(library, architecture) -> dict[str, Kernel]:
 
 def reductions(kernels: dict[str, Kernel], *bodies: int) -> dict[str, Kernel]:
     """rs_rmsnorm_kernel<dtype, vectors, ending, body> of these bodies; none of them is missing."""
-    name_of = re.compile(r"rs_rmsnorm_kernel<(\w+), \d+, \(tpf::Ending\)(\d), \(tpf::Body\)(\d)>")
+    name_of = re.compile(r"rs_rmsnorm_kernel<(\w+), \d+, \(tpf::Epilogue\)(\d), \(tpf::Body\)(\d)>")
     forms = {name: (match[1], int(match[2]), int(match[3])) for name in kernels if (match := name_of.fullmatch(name))}
     found = {name: form for name, form in forms.items() if form[2] in bodies}
-    assert set(found.values()) == set(itertools.product(DTYPES, ENDINGS, bodies))
+    assert set(found.values()) == set(itertools.product(DTYPES, EPILOGUES, bodies))
     return {name: kernels[name] for name in found}
 
 
@@ -173,14 +173,14 @@ def test_rows_travel_in_vectors_of_16_bytes(kernels):
 def test_inputs_are_given_back_when_they_have_been_read(kernels):
     """With a row a block no fence comes before the signal that says so, but a barrier that counts what was made of the
     rows. Had the compiler found out that the count tells nothing, it would be a barrier that waits for no row."""
-    one_row = {name: kernel for name, kernel in reductions(kernels, ONE_ROW).items() if "(tpf::Ending)3" not in name}
-    assert len(one_row) == len(DTYPES) * (len(ENDINGS) - 1)  # what is gathered says so itself
+    one_row = {name: kernel for name, kernel in reductions(kernels, ONE_ROW).items() if "(tpf::Epilogue)3" not in name}
+    assert len(one_row) == len(DTYPES) * (len(EPILOGUES) - 1)  # what is gathered says so itself
     assert not [name for name, kernel in one_row.items() if not kernel.count(r"BAR\.RED\.POPC")]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
 def test_rows_travel_in_bulk_copies(kernels):
-    """With the copy engine rows come and go in bulk; only what is computed is stored by the threads, as vectors. Peers
+    """With TMA rows come and go in bulk; only what is computed is stored by the threads, as vectors. Peers
     copy gathered rows in bulk; their owners lay them open."""
     threads_copy = {
         name: dict(kernel.opcodes)
@@ -199,14 +199,14 @@ def test_rows_travel_in_bulk_copies(kernels):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
-def test_one_thread_asks_the_copy_engine(kernels):
+def test_one_thread_asks_tma(kernels):
     """Where the compiler does not know that it is one, it asks in a loop over the threads of the warp."""
     assert [name for name, kernel in kernels.items() if kernel.count("UBLK")]
     assert not [name for name, kernel in kernels.items() if kernel.count(r"BRA\.U\.ANY")]
 
 
 def test_projections_multiply_by_warp_groups(library):
-    """On Hopper: the copy engine brings operands in boxes, and products wait at the end of a stage only. With
+    """On Hopper: TMA brings operands in boxes, and products wait at the end of a stage only. With
     too few registers ptxas makes each wait for the one before, and says so in a note that nobody reads."""
     if "sm_90a" not in library:
         pytest.skip("libtp_fused was not built for sm_90a")

@@ -1,4 +1,4 @@
-"""Gathers of many rows in few blocks: several chunks a block, which the copy engine moves where there is one and rows
+"""Gathers of many rows in few blocks: several chunks a block, which TMA moves where there is one and rows
 begin at multiples of 16 bytes. The latents are sums of few integers, so that a product has the same bits everywhere.
 """
 
@@ -79,5 +79,5 @@ def test_rows_of_any_width_and_place(pool, device, columns, shift, world_size):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_many_rows_in_many_blocks(pool, device, world_size):
-    """Several chunks a block of all that there may be: where ranks have cards of their own, not by the copy engine."""
+    """Several chunks a block of all that there may be: where ranks have cards of their own, not by TMA."""
     pool.run(gather, device, [1300 * world_size, 1300 * world_size - 1], 4096, 0, None)

@@ -190,7 +190,7 @@ def test_choice_of_backend_on_cards(monkeypatch, reports, choice, reason):
 def test_blocks_of_ranks_that_share_a_card_leave_room_for_clusters(ranks, processors):
     reports = [on_card("a", num_sms=processors) for _ in range(ranks)]
     share = backends.share_card(reports, None)
-    assert (share.ranks, share.free_processors) == (
+    assert (share.ranks, share.free_sms) == (
         ranks,
         processors - (ranks - 1) * share.max_ctas if ranks > 1 else 0,
     )
@@ -198,14 +198,12 @@ def test_blocks_of_ranks_that_share_a_card_leave_room_for_clusters(ranks, proces
         assert share.max_ctas == processors
         return
     assert 1 <= share.max_ctas <= processors // ranks
-    assert (
-        share.max_ctas == 1 or share.free_processors > 8 * 7
-    )  # with seven free in each of 8 GPCs, no eight are in one
-    assert share.max_ctas == 1 or share.free_processors - (share.max_ctas - 2) > 8  # likewise the last pair of blocks
+    assert share.max_ctas == 1 or share.free_sms > 8 * 7  # with seven free in each of 8 GPCs, no eight are in one
+    assert share.max_ctas == 1 or share.free_sms - (share.max_ctas - 2) > 8  # likewise the last pair of blocks
     more = backends.CardShare(ranks, share.max_ctas + 1, processors - (ranks - 1) * (share.max_ctas + 1))
-    assert more.free_processors <= 8 * 7 or more.free_processors - (more.max_ctas - 2) <= 8
+    assert more.free_sms <= 8 * 7 or more.free_sms - (more.max_ctas - 2) <= 8
     fills = backends.share_card(reports, processors // ranks)
-    assert (fills.max_ctas, fills.free_processors > 0) == (processors // ranks, fills.max_ctas == share.max_ctas)
+    assert (fills.max_ctas, fills.free_sms > 0) == (processors // ranks, fills.max_ctas == share.max_ctas)
     with pytest.raises(ValueError, match=f"{ranks} ranks share a card of {processors} multiprocessors, at most"):
         backends.share_card(reports, processors // ranks + 1)
 

@@ -37,7 +37,7 @@ class Team(ctypes.Structure):
         ("device", ctypes.c_int32),
         ("mailbox", Pointer),
         ("interrupted", Pointer),
-        ("free_processors", ctypes.c_int32),
+        ("free_sms", ctypes.c_int32),
     ]
 
 

@@ -34,11 +34,11 @@ class Report:
 
 @dataclass(frozen=True)
 class CardShare:
-    """What a rank has of a card. max_ctas: blocks of its grids. free_processors: as in `tpf_team`, 0 for no bound."""
+    """What a rank has of a card. max_ctas: blocks of its grids. free_sms: as in `tpf_team`, 0 for no bound."""
 
     ranks: int
     max_ctas: int
-    free_processors: int
+    free_sms: int
 
 
 def report(arguments: dict, device: str) -> Report:

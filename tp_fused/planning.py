@@ -45,7 +45,7 @@ def plan(
         complete=complete,
         world_size=world_size,
         max_ctas=share.max_ctas,
-        free_sms=share.free_processors,
+        free_sms=share.free_sms,
         slot_bytes=slot_bytes,
         card=card,
     )

@@ -248,7 +248,7 @@ class Workspace:
             max_ctas=self.max_ctas,
             device=self.device_index,
             mailbox=self._mailbox.data_ptr(),
-            free_processors=self.share.free_processors,
+            free_sms=self.share.free_sms,
         )
         # Nobody signals into a region that is not zeroed yet.
         meeting.gather(None, "get as far as clearing its memory")

@@ -18,9 +18,9 @@ bool flag(uint32_t& shared) { return word(shared) != 0; }
 
 // What a rank does between two looks at a peer's word. Ranks may outnumber cores: after a short spin the core is given
 // away, first by sched_yield and then, when the peer is clearly busy elsewhere, by sleeping.
-class Patience {
+class Backoff {
  public:
-  Patience(const tpf_team& team, int peer) : team_(team), peer_(peer) {}
+  Backoff(const tpf_team& team, int peer) : team_(team), peer_(peer) {}
 
   tpf_status operator()() {
     if (++looks_ < 64) return TPF_OK;
@@ -94,9 +94,9 @@ tpf_status Round::meet(int step) {
   for (int peer = 0; peer < world_size(); ++peer) {
     if (peer == rank()) continue;
     uint64_t seen = 0;
-    Patience patience(team_, peer);
-    const tpf_status status = wait_for(signal(team_.region[rank()], step, 0, peer), epoch_, contract_, &seen, patience);
-    if (status != TPF_OK) return fail(status, peer, step, seen, patience.waited_ns());
+    Backoff backoff(team_, peer);
+    const tpf_status status = wait_for(signal(team_.region[rank()], step, 0, peer), epoch_, contract_, &seen, backoff);
+    if (status != TPF_OK) return fail(status, peer, step, seen, backoff.waited_ns());
   }
   return TPF_OK;
 }

@@ -10,7 +10,7 @@ struct Grid {
   int blocks, threads;
   int64_t shared_bytes = 0;  // dynamic
   int cluster = 1;           // blocks of a cluster
-  bool early = false;        // may come while the kernel before it still runs: it says wait_for_last_kernel
+  bool pdl = false;          // launched by PDL: may begin while the kernel before it still runs, and calls pdl_wait
 };
 
 // Remembers the error for tpf_cuda_error_string.
@@ -39,7 +39,7 @@ tpf_status launch_kernel(void (*kernel)(Args), const Args& args, const tpf_card&
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
   }
-  if (grid.early && has_tma(card)) {
+  if (grid.pdl && has_tma(card)) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }

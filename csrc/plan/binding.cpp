@@ -55,14 +55,14 @@ py::dict to_dict(const tpf_plan& plan) {
 
 py::dict plan(int op, int dtype, int64_t num_tokens, int hidden_size, int columns, bool in_place, bool complete,
               int world_size, int max_ctas, int free_sms, int64_t slot_bytes, const CardName& card) {
-  tpf_call call = projection_call(static_cast<tpf_op>(op), static_cast<tpf_dtype>(dtype), num_tokens, hidden_size,
-                                  columns);
+  tpf_call call =
+      projection_call(static_cast<tpf_op>(op), static_cast<tpf_dtype>(dtype), num_tokens, hidden_size, columns);
   call.source = in_place ? 0 : -1;
   call.variant = complete ? TPF_COMPLETE : 0;
   tpf_team team = {};
   team.world_size = world_size;
   team.max_ctas = max_ctas;
-  team.free_processors = free_sms;
+  team.free_sms = free_sms;
   team.slot_bytes = slot_bytes;
   const tpf_card on = card_of(card);
   tpf_plan made = {};

@@ -15,13 +15,13 @@ constexpr int kVectorBytes = 16;              // what a thread loads and stores 
 struct Limits {
   int world_size;
   int max_ctas;  // 1..TPF_MAX_CTAS
-  int free_sms;  // as tpf_team's free_processors
+  int free_sms;  // as tpf_team's free_sms
   int64_t slot_bytes;
 };
 
 inline Limits limits_of(const tpf_team& team) {
   const int most = team.max_ctas > 0 ? std::min(team.max_ctas, TPF_MAX_CTAS) : TPF_MAX_CTAS;
-  return {team.world_size, most, team.free_processors, team.slot_bytes};
+  return {team.world_size, most, team.free_sms, team.slot_bytes};
 }
 
 // Bulk copies by TMA, clusters of blocks, programmatic dependent launch.

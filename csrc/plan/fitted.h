@@ -15,7 +15,7 @@ struct Fitted {
   // rows. One H100, 8 ranks, `python -m bench goals`.
   int64_t ring_bytes;
   // Blocks that share a row, from which on it is posted into the inboxes rather than read in place. Two H100.
-  int parts_to_post;
+  int cluster_to_post;
   // Rows of a chunk that is gathered from a card of its own, at least. Two H100, `python -m bench multi`.
   int gathered_rows_of_chunk;
 
@@ -43,7 +43,7 @@ struct Fitted {
 constexpr Fitted kFittedSm90 = {
     .half_a_card = 66,
     .ring_bytes = 128 << 10,
-    .parts_to_post = 4,
+    .cluster_to_post = 4,
     .gathered_rows_of_chunk = 8,
     .gather_chunk_bytes = 34 << 10,
     .few_rows = 256,

@@ -54,7 +54,7 @@ bool plan_of_reduction(tpf_plan* plan, const tpf_call& call, const tpf::Limits& 
                                                  : TPF_ALL_THREADS;
   plan->blocks = reduce.blocks;
   plan->threads = reduce.threads;
-  plan->cluster = reduce.parts;
+  plan->cluster = reduce.cluster;
   plan->shared_bytes = reduce.shared_bytes;
   plan->vectors = reduce.vectors;
   plan->chunk_rows = reduce.chunk_rows;

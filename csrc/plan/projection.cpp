@@ -24,7 +24,7 @@ constexpr TileNumbers numbers_of() {
           Shape::kRows,
           Shape::kColumns,
           Shape::kStageBytes,
-          first_product(Shape::kSums) < Shape::kSums ? 2 : 1,
+          first_product(Shape::kAccumulators) < Shape::kAccumulators ? 2 : 1,
           SharedBytes<Shape, false>::kAll,
           Normed::kAll,
           Normed::buffer_bytes(Normed::kBuffers)};

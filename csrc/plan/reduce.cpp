@@ -19,22 +19,22 @@ struct Planner {
 
   // As many blocks for a row as there may be, down to four warps each. What a small call waits for most is the way of
   // its rows through the SMs.
-  int parts_of_row(int rows_at_once) const {
-    int parts = 1;
-    while (has_tma(card) && parts < kMaxParts && 2 * parts * rows_at_once <= limits.max_ctas &&
-           cluster_fits(limits, 2 * parts, 2 * parts * rows_at_once) && warps >= 8 * parts) {
-      parts *= 2;
+  int cluster_of_row(int rows_at_once) const {
+    int cluster = 1;
+    while (has_tma(card) && cluster < kMaxCluster && 2 * cluster * rows_at_once <= limits.max_ctas &&
+           cluster_fits(limits, 2 * cluster, 2 * cluster * rows_at_once) && warps >= 8 * cluster) {
+      cluster *= 2;
     }
-    return parts;
+    return cluster;
   }
 
   // Unless it takes more threads than the body may have for each to hold so many vectors of a row.
   bool takes(ReducePlan* plan, Body body, int vectors, int blocks) const {
-    const int threads = (warps + vectors * plan->parts - 1) / (vectors * plan->parts) * 32;
+    const int threads = (warps + vectors * plan->cluster - 1) / (vectors * plan->cluster) * 32;
     if (threads > most_threads(body, element_bytes, has_tma(card))) return false;
     plan->body = body;
     plan->vectors = vectors;
-    plan->blocks = blocks * plan->parts;
+    plan->blocks = blocks * plan->cluster;
     plan->threads = threads + (body == Body::kBulk ? kHelperThreads : 0);
     return true;
   }
@@ -70,17 +70,17 @@ bool plan_reduce(ReducePlan* plan, const tpf_call& call, const Limits& limits, c
   }
   plan->chunk_rows = std::max((shared_out.rows + kMaxChunks - 1) / kMaxChunks, least);
   plan->num_chunks = std::max(1, (shared_out.rows + plan->chunk_rows - 1) / std::max(1, plan->chunk_rows));
-  plan->parts = 1;
+  plan->cluster = 1;
   const bool few = plan->chunk_rows <= 1;
-  if (few) {  // and so kOneRow: the other bodies know nothing of parts
-    plan->parts = planner.parts_of_row(shared_out.blocks);
+  if (few) {  // and so kOneRow: the other bodies know nothing of clusters
+    plan->cluster = planner.cluster_of_row(shared_out.blocks);
     // A small piece of a row is posted: one way between cards, where an input read in place takes two.
-    plan->posted = plan->parts >= fitted.parts_to_post && planner.fits_inbox() && call.source >= 0;
+    plan->posted = plan->cluster >= fitted.cluster_to_post && planner.fits_inbox() && call.source >= 0;
   }
   if (few ? planner.takes(plan, Body::kOneRow, 1, shared_out.blocks) : planner.takes_bulk(plan, shared_out.blocks)) {
     return true;
   }
-  plan->parts = 1;
+  plan->cluster = 1;
   return planner.takes(plan, Body::kDirect, 4, shared_out.blocks) ||
          planner.takes(plan, Body::kDirect, most_vectors(planner.element_bytes), shared_out.blocks);
 }

@@ -14,9 +14,10 @@ constexpr int kCopiers = 2;                   // of the other warps
 constexpr int kQVectors = 8, kKvVectors = 3;  // of a lane, in the two normed parts of a row
 constexpr int kGrouped = 4;  // row blocks whose tiles are neighbours in the order: they share operands in the L2
 
-// How many of a thread's sums the first product has. A product has 256 columns at most, which are 128 sums: more are
-// two products, the larger one last. Two are faster than three, each of which reads the rows from shared memory again.
-constexpr int first_product(int sums) { return sums <= 128 ? sums : sums / 8 * 4; }
+// How many of a thread's accumulators the first product has. A product has 256 columns at most, which are 128
+// accumulators: more are two products, the larger one last. Two are faster than three, each of which reads the rows
+// from shared memory again.
+constexpr int first_product(int accumulators) { return accumulators <= 128 ? accumulators : accumulators / 8 * 4; }
 
 // Of rows of so many 16-bit elements in shared memory: an odd number of vectors of 16 bytes, for eight rows of them to
 // lie in different banks.
@@ -44,36 +45,39 @@ struct TileShape {
   static constexpr bool kByRows = kRows >= 128;
   static constexpr int kGroupRows = kByRows ? kRows / 2 : kRows;
   static constexpr int kGroupColumns = kByRows ? kColumns : kColumns / 2;
-  static constexpr int kParts = kGroupRows / 64;   // a product has 64 rows
-  static constexpr int kSums = kGroupColumns / 2;  // that a thread holds of a part
+  static constexpr int kMTiles = kGroupRows / 64;          // a product has 64 rows
+  static constexpr int kAccumulators = kGroupColumns / 2;  // that a thread holds of a part
   static constexpr int kStageBytes = (kRows + kColumns) * kSwizzleBytes;
   static constexpr bool kScaled = kElementBytes == 1;
   // Where columns have scales, 128 have one, and no tile's are more than 256 that follow one another: what a tile has
   // beyond that lies behind all tiles' runs. So 264 columns have three scales, whichever tile it is.
-  static constexpr int kRun = kScaled ? std::min(kColumns, 256) : kColumns, kSpare = kColumns - kRun;
-  static_assert(kSpare == 0 || (kByRows && 128 % std::max(kSpare, 1) == 0));  // so that the spare ones have one scale
-  static constexpr int kWeightBox = divided(kRun, 256);  // rows of the weight that are fetched at once: at most so many
+  static constexpr int kMainColumns = kScaled ? std::min(kColumns, 256) : kColumns, kTail = kColumns - kMainColumns;
+  static_assert(kTail == 0 || (kByRows && 128 % std::max(kTail, 1) == 0));  // so that the tail ones have one scale
+  static constexpr int kWeightBox =
+      divided(kMainColumns, 256);  // rows of the weight that are fetched at once: at most so many
   // Whether one warp group promotes while the other multiplies. It costs the way from one to the other each time, which
   // is little where the products themselves wait longest for their beginning and their end.
-  static constexpr bool kInTurns = kScaled && kColumns <= 64;
+  static constexpr bool kPingPong = kScaled && kColumns <= 64;
   // Scales, each for 128 of K: of the tile's rows, and of its columns. A tile may begin among 128 columns that have the
   // same: these are columns that surely have.
-  static constexpr int kScaledColumns = std::gcd(kRun, 128);
+  static constexpr int kScaledColumns = std::gcd(kMainColumns, 128);
   static constexpr int kColumnScales = (kColumns + kScaledColumns - 1) / kScaledColumns;
   // Those of four blocks of K lie together. When the first of the four is fetched, all but kStages - 1 blocks of K
   // before it have been multiplied: so many fours are kept that those stages' scales are not overwritten.
-  static constexpr int kScaleFours = (kStages + 3 + 3) / 4;
-  static constexpr int kScales = kScaled ? kScaleFours * 4 * (kRows + kColumnScales) : 0;
+  static constexpr int kScaleQuads = (kStages + 3 + 3) / 4;
+  static constexpr int kScales = kScaled ? kScaleQuads * 4 * (kRows + kColumnScales) : 0;
   // A finished tile leaves through the stage that was multiplied last, of which each warp has a share: 16 rows at a
   // time of so many columns.
   static constexpr int kStagedBytes = kStageBytes / kProductWarps;
-  static constexpr int kStagedColumns = divided(std::min(kGroupColumns, kRun), most_staged(kStagedBytes));
+  static constexpr int kStagedColumns = divided(std::min(kGroupColumns, kMainColumns), most_staged(kStagedBytes));
   static_assert(kStagedBytes % 16 == 0);
 };
 enum class TileKind {
-  // Many rows. The larger a tile, the fewer operands are read; the largest one's sums just find room in registers. The
-  // wide one reads more and has a stage more of it on its way, at the copying warps' expense: it takes as little time,
-  // and less where it needs fewer waves. fp8 sums are held twice until they are promoted: of a wide tile a product at a
+  // Many rows. The larger a tile, the fewer operands are read; the largest one's accumulators just find room in
+  // registers. The
+  // wide one reads more and has a stage more of it in flight, at the copying warps' expense: it takes as little time,
+  // and less where it needs fewer waves. fp8 accumulators are held twice until they are promoted: of a wide tile a
+  // product at a
   // time.
   kLarge,
   kLargeNarrow,
@@ -84,7 +88,7 @@ enum class TileKind {
   kSmall,
   // Few rows of fp8: as many tiles as there are blocks on a card.
   kNarrow,
-  // Few rows: the weight has to come from memory, through as many blocks as there are, with enough of it on its way.
+  // Few rows: the weight has to come from memory, through as many blocks as there are, with enough of it in flight.
   kFewRows,
   kFewRowsManyBlocks,
 };
@@ -143,7 +147,7 @@ struct SharedBytes {
   static constexpr int kOthers = 1024  // for the stages to begin at a multiple of it, as the swizzle's pattern wants
                                  + kOperands + Tiles::kScales * 4 +
                                  (kNorm ? (kQVectors + kKvVectors) * 32 * kVectorBytes : 0);
-  static constexpr int kMostBuffers = kCopierStages, kMostBufferBytes = Tiles::kSpare > 0 ? 6144 : 7168;
+  static constexpr int kMostBuffers = kCopierStages, kMostBufferBytes = Tiles::kTail > 0 ? 6144 : 7168;
   static constexpr int kLeft = (kMost - kOthers) / kCopiers / 16 * 16;
   static constexpr int kCopierBytes = std::min(kMostBuffers * kMostBufferBytes, kLeft);
   static constexpr int kBuffers = kCopierBytes == kMostBuffers * kMostBufferBytes ? kMostBuffers : 2;

@@ -5,16 +5,16 @@
 // ring of shared-memory stages, and two warp groups multiply and write finished tiles into this rank's own slot. One
 // warp counts finished tiles: whoever counts the last one of a row block publishes it. Row block i has signal i of the
 // round, the same number of them on all ranks. Two warps copy finished rows from the peers' slots to the output with
-// the copy engine. In qkv_a_proj_ag_norm a finished row block is normalised first, in its slot: once, at its owner, and
+// TMA. In qkv_a_proj_ag_norm a finished row block is normalised first, in its slot: once, at its owner, and
 // not on every rank. The counting warps of all blocks do it while others multiply and, at the end, the warps that have
 // multiplied.
 //
 // A row's result is one chain of additions over K, in whatever tile it lies: it depends on nothing but the row. fp8
 // operands are multiplied in blocks of 128 along K, each promoted to fp32 with its scales (DeepSeek-V3, section 3.3).
 #pragma once
-#include "../plan/projection.h"
-#include "gemm.cuh"
-#include "signal.cuh"
+#include "../../plan/projection.h"
+#include "../comm/signal.cuh"
+#include "../gemm/wgmma.cuh"
 
 namespace tpf {
 
@@ -32,7 +32,7 @@ constexpr int kNormedRun = 4;  // rows that a counting warp norms one after the 
 // Registers of a thread that multiplies, and of the others. They share what the kernel is launched with: 384 times 168.
 template <typename Tiles>
 constexpr int multiply_registers(bool norm) {
-  return Tiles::kParts * Tiles::kSums > 144 ? (norm ? 208 : 216) : Tiles::kScaled ? 216 : 184;
+  return Tiles::kMTiles * Tiles::kAccumulators > 144 ? (norm ? 208 : 216) : Tiles::kScaled ? 216 : 184;
 }
 template <typename Tiles>
 constexpr int other_registers(bool norm) {
@@ -40,13 +40,13 @@ constexpr int other_registers(bool norm) {
 }
 
 struct ProjectionArgs {
-  CUtensorMap input_map, weight_map, spare_map;  // spare_map: the weight in boxes of the tiles' spare columns
-  char* outputs[3];                              // latent; or q_a, kv_a, k_pe
-  uint32_t columns[3];                           // of each; 0 where there is none
+  CUtensorMap input_map, weight_map, tail_map;  // tail_map: the weight in boxes of the tiles' tail columns
+  char* outputs[3];                             // latent; or q_a, kv_a, k_pe
+  uint32_t columns[3];                          // of each; 0 where there is none
   const float* scale;
   int64_t scale_row_stride, scale_group_stride;
   const float* weight_scale;
-  bool fours_of_scales;  // of a row, and of a column, lie together at a multiple of 16 bytes
+  bool scale_quads;  // of a row, and of a column, lie together at a multiple of 16 bytes
   const void* bias;
   const void* norm_weights[2];
   float eps;
@@ -103,8 +103,8 @@ template <typename Tiles>
 class ScalePosition {
  public:
   __device__ int first() const { return at_ / 4 * (4 * (Tiles::kRows + Tiles::kColumnScales)) + at_ % 4; }
-  __device__ bool begins_four() const { return at_ % 4 == 0; }
-  __device__ void advance() { at_ = at_ + 1 < 4 * Tiles::kScaleFours ? at_ + 1 : 0; }
+  __device__ bool begins_quad() const { return at_ % 4 == 0; }
+  __device__ void advance() { at_ = at_ + 1 < 4 * Tiles::kScaleQuads ? at_ + 1 : 0; }
 
  private:
   int at_ = 0;
@@ -124,8 +124,8 @@ __device__ inline Tile tile_of(int index, const ProjectionArgs& args) {
 // Where a tile's column lies in a row of the output.
 template <typename Tiles>
 __device__ inline int column_of(const ProjectionArgs& args, int column_tile, int column) {
-  if (Tiles::kSpare == 0 || column < Tiles::kRun) return column_tile * Tiles::kRun + column;
-  return args.column_tiles * Tiles::kRun + column_tile * Tiles::kSpare + column - Tiles::kRun;
+  if (Tiles::kTail == 0 || column < Tiles::kMainColumns) return column_tile * Tiles::kMainColumns + column;
+  return args.column_tiles * Tiles::kMainColumns + column_tile * Tiles::kTail + column - Tiles::kMainColumns;
 }
 
 __device__ inline int own_row_blocks(const ProjectionArgs& args, int tile_rows) {
@@ -142,7 +142,7 @@ __device__ inline void for_tiles(const ProjectionArgs& args, Run&& run) {
   }
 }
 
-// The first row block with a tile in the last turn of tiles. When it and those after it are finished, nothing is
+// The first row block with a tile in the last wave of tiles. When it and those after it are finished, nothing is
 // multiplied any more that their norms could hide behind.
 __device__ inline int first_late_row_block(const ProjectionArgs& args) {
   const int last_turn = (args.row_blocks * args.column_tiles - 1) / gridDim.x * gridDim.x;

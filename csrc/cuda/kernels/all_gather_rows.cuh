@@ -1,24 +1,24 @@
-// all_gather_rows_kernel: every rank lays its rows open in its own slot, then copies the others'. all_gather_rows and
+// all_gather_rows_kernel: every rank stages its rows in its own slot, then copies the others'. all_gather_rows and
 // the gathering half of the projections are this kernel.
 //
 // Rows come in one part, or in three that all ranks want as tensors of their own; in a slot, too, the rows of a part
-// lie one after the other. In qkv_a_proj_ag_norm the owner of a row normalises its parts on their way into the slot:
+// lie one after the other. In qkv_a_proj_ag_norm the owner of a row normalises its parts as it stages them:
 // once, where all ranks would do it after the gather.
 //
 // A share is dealt out in chunks: the first ones of all blocks side by side, then the second ones, ... So all blocks
 // are in the same few pages at a time. Chunk c of a block is published at step c, and may be copied while chunk c + 1
-// is being laid open. So block b hears from the peers' blocks b alone.
+// is being staged. So block b waits for the peers' blocks b alone.
 //
-// Two bodies. Direct: all threads lay a chunk open, then copy the peers', some warps for each peer. Bulk, with the copy
-// engine of sm_90 and newer: the last warp copies while the others lay open.
+// Two bodies. Direct: all threads stage a chunk, then copy the peers', some warps for each peer. Bulk, by TMA, from
+// sm_90 on: the last warp copies while the others stage.
 #pragma once
 #include <type_traits>
 
-#include "../plan/gather.h"
-#include "bulk.cuh"
+#include "../../plan/gather.h"
+#include "../comm/bulk_copier.cuh"
+#include "../comm/signal.cuh"
+#include "../ptx/vec.cuh"
 #include "latent_norm.cuh"
-#include "signal.cuh"
-#include "vec.cuh"
 
 namespace tpf {
 
@@ -56,21 +56,22 @@ __device__ inline Rows chunk_of(const GatherArgs& args, int64_t count, int chunk
   return {start, max(min(int64_t{rows}, count - start), int64_t{0})};
 }
 
-// One part of them: where its owner lays it open, where it goes, and how long it is.
+// One part of them: where its owner stages it, where it goes, and how long it is.
 struct Piece {
   __device__ Piece(const GatherArgs& args, uint32_t epoch, int owner, int chunk, const GatherPart& part) {
     const Rows share = args.partition.rows(owner), rows = chunk_of(args, share.count, chunk);
-    open = slot(args.team.region[owner], epoch, args.team.slot_bytes) + part.slot_offset + rows.start * part.row_bytes;
+    staged =
+        slot(args.team.region[owner], epoch, args.team.slot_bytes) + part.slot_offset + rows.start * part.row_bytes;
     output = part.output + (share.start + rows.start) * part.row_bytes;
     bytes = rows.count * part.row_bytes;
   }
-  char* open;
+  char* staged;
   char* output;
   int64_t bytes;
 };
 
 // Copies to one place, or two, with `threads` threads. A warp has kDepth x 512 bytes at a time, and all its loads are
-// on their way before the first store.
+// in flight before the first store.
 template <int kDepth = 8>
 __device__ inline void copy_piece(char* to, char* also, const char* from, int64_t bytes, int thread, int threads,
                                   bool vectors) {
@@ -120,7 +121,7 @@ __device__ inline void store_columns(T* to, const float (&values)[kWidth]) {
 template <typename T>
 using HeldPart = NormedPart<T, kHeldVectors>;
 
-// RMSNorm of one part of a row, by one warp. The part and the weight are on their way at the same time.
+// RMSNorm of one part of a row, by one warp. The part and the weight are loaded at the same time.
 template <typename T>
 __device__ inline void norm_held_part(char* to, char* also, const char* from, const GatherPart& part, float eps) {
   const int columns = static_cast<int>(part.row_bytes / sizeof(T));
@@ -170,14 +171,14 @@ __device__ inline void norm_part(char* to, char* also, const char* from, const G
 // Writes this rank's rows of a chunk to its slot, if there are peers, and to its own outputs. T: of the norms' weights;
 // void where nothing is normalised.
 template <typename T>
-__device__ inline void lay_open(const GatherArgs& args, uint32_t epoch, int chunk, int threads) {
+__device__ inline void stage_rows(const GatherArgs& args, uint32_t epoch, int chunk, int threads) {
   const int rank = args.team.rank, thread = threadIdx.x;
   const bool has_peers = args.team.world_size > 1;
   const Rows rows = chunk_of(args, args.partition.rows(rank).count, chunk);
   const char* input = args.input + rows.start * args.row_bytes;
   if constexpr (std::is_void_v<T>) {
     const Piece piece(args, epoch, rank, chunk, args.parts[0]);
-    copy_piece(piece.output, has_peers ? piece.open : nullptr, input, piece.bytes, thread, threads, args.vectors);
+    copy_piece(piece.output, has_peers ? piece.staged : nullptr, input, piece.bytes, thread, threads, args.vectors);
   } else {
     // A warp takes one part of one row: the first parts of all rows, then the second, ...
     const int count = static_cast<int>(rows.count), lane = thread % 32;
@@ -186,7 +187,7 @@ __device__ inline void lay_open(const GatherArgs& args, uint32_t epoch, int chun
       const int row = task % count;
       const Piece piece(args, epoch, rank, chunk, part);
       char* to = piece.output + row * part.row_bytes;
-      char* also = has_peers ? piece.open + row * part.row_bytes : nullptr;
+      char* also = has_peers ? piece.staged + row * part.row_bytes : nullptr;
       const char* from = input + row * args.row_bytes + part.row_offset;
       if (part.weight == nullptr) {
         copy_piece<1>(to, also, from, part.row_bytes, lane, 32, args.vectors);
@@ -201,10 +202,10 @@ __device__ inline void lay_open(const GatherArgs& args, uint32_t epoch, int chun
   }
 }
 
-// Lays a chunk open and says so. By the first `threads` threads of the block.
+// Stages a chunk and publishes it. By the first `threads` threads of the block.
 template <typename T>
 __device__ inline void publish_chunk(const GatherArgs& args, const BlockRound& round, int chunk, int threads) {
-  lay_open<T>(args, round.epoch, chunk, threads);
+  stage_rows<T>(args, round.epoch, chunk, threads);
   asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
   const int peer = threadIdx.x;
   if (peer < args.team.world_size && peer != args.team.rank) publish_step(args.team, round, chunk, peer);
@@ -225,11 +226,11 @@ __device__ inline void copy_chunk(const GatherArgs& args, uint32_t epoch, int ch
   const int owner = (args.team.rank + offset) % args.team.world_size;
   for (int p = 0; p < args.num_parts; ++p) {
     const Piece piece(args, epoch, owner, chunk, args.parts[p]);
-    copy_piece(piece.output, nullptr, piece.open, piece.bytes, threadIdx.x % threads, threads, args.vectors);
+    copy_piece(piece.output, nullptr, piece.staged, piece.bytes, threadIdx.x % threads, threads, args.vectors);
   }
 }
 
-// A chunk is copied when the next one has been laid open.
+// A chunk is copied when the next one has been staged.
 template <typename T>
 __device__ inline bool gather_directly(const GatherArgs& args, const BlockRound& round) {
 #pragma unroll 1
@@ -237,7 +238,7 @@ __device__ inline bool gather_directly(const GatherArgs& args, const BlockRound&
     if (next < args.num_chunks) publish_chunk<T>(args, round, next, kGatherThreads);
     if (next == 0) continue;
     if (!__syncthreads_and(wait_for_chunk(args, round, next - 1, threadIdx.x))) return false;
-    let_next_kernel_in();  // as in reduce_one_row
+    pdl_trigger();  // as in reduce_one_row
     copy_chunk(args, round.epoch, next - 1);
   }
   return true;
@@ -267,7 +268,7 @@ __device__ inline bool copy_in_bulk(const GatherArgs& args, const BlockRound& ro
         for (int offset = 1; offset < world_size; ++offset) {
           const Piece piece(args, round.epoch, (args.team.rank + offset) % world_size, chunk, args.parts[p]);
           const uint32_t bytes = static_cast<uint32_t>(min(piece.bytes - at, int64_t{kGatherItemBytes}));
-          if (at < piece.bytes) copier.copy(piece.output + at, piece.open + at, bytes, policy);
+          if (at < piece.bytes) copier.copy(piece.output + at, piece.staged + at, bytes, policy);
         }
       }
     }
@@ -294,7 +295,7 @@ __device__ inline void poison_chunks(const GatherArgs& args, uint32_t epoch) {
 
 template <typename T, bool kBulk>
 __global__ void __launch_bounds__(kGatherThreads, 1) all_gather_rows_kernel(const __grid_constant__ GatherArgs args) {
-  wait_for_last_kernel();
+  pdl_wait();
   if constexpr (kBulk) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) char items[];

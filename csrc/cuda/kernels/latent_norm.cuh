@@ -1,6 +1,6 @@
 // RMSNorm of one part of a latent row, by a warp that holds it in registers.
 #pragma once
-#include "vec.cuh"
+#include "../ptx/vec.cuh"
 
 namespace tpf {
 

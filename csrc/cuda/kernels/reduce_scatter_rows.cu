@@ -5,5 +5,5 @@ tpf_status tpf_reduce_scatter_rows_cuda(void* output, const void* input, const t
                                         tpf_stream stream) {
   tpf::ReduceArgs args = tpf::reduce_args(TPF_REDUCE_SCATTER_ROWS, output, input, input_symm, nullptr, nullptr, team,
                                           num_tokens, hidden_size, dtype, 0.0f, 0);
-  return tpf::ReduceLauncher<tpf::Ending::kSum>::run(args, stream);
+  return tpf::ReduceLauncher<tpf::Epilogue::kSum>::run(args, stream);
 }

@@ -7,5 +7,5 @@ tpf_status tpf_rs_rmsnorm_ag_cuda(void* output, void* residual_out, const void* 
   tpf::ReduceArgs args = tpf::reduce_args(TPF_RS_RMSNORM_AG, residual_out, input, input_symm, residual, weight, team,
                                           num_tokens, hidden_size, dtype, eps, variant);
   args.output = output;
-  return tpf::ReduceLauncher<tpf::Ending::kGather>::run(args, stream);
+  return tpf::ReduceLauncher<tpf::Epilogue::kGather>::run(args, stream);
 }

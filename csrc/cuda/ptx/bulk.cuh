@@ -1,6 +1,6 @@
-// The bulk copy engine of sm_90 and newer, and the mbarriers it completes on. PTX ISA, "cp.async.bulk", "mbarrier".
+// TMA bulk copies of sm_90 and newer, and the mbarriers they complete on. PTX ISA, "cp.async.bulk", "mbarrier".
 #pragma once
-#include "../plan/card.h"
+#include "../../plan/card.h"
 
 namespace tpf {
 
@@ -10,7 +10,7 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The copy engine takes its operands from registers that a warp has in common. The compiler has to know that they are
+// TMA takes its operands from registers that a warp has in common. The compiler has to know that they are
 // the same in all threads, and that one thread asks: or it makes a loop over the threads out of each copy, which takes
 // longer than what a product waits for.
 
@@ -34,10 +34,10 @@ __device__ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// Makes initialised mbarriers, and shared memory written by ordinary stores, known to the copy engine.
+// Makes initialised mbarriers, and shared memory written by ordinary stores, visible to the async proxy.
 __device__ inline void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Orders global memory between ordinary accesses and those of the copy engine, both ways.
+// Orders global memory between ordinary accesses and TMA's (the async proxy), both ways.
 __device__ inline void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 __device__ inline void barrier_arrive(uint64_t* barrier) {
@@ -56,7 +56,7 @@ __device__ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   barrier_expect(shared_address(barrier), bytes);
 }
 
-// Within one block and for copies that are on their way: needs no deadline.
+// Within one block and for copies in flight: needs no deadline.
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -132,96 +132,6 @@ __device__ inline void bulk_wait_read() {
 
 // Until all of this thread's stores are in global memory.
 __device__ inline void bulk_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
-// A position in a ring of shared-memory stages, and how often the ring has been gone round before it.
-struct RingPosition {
-  __device__ void advance(int items, int stages) {
-    for (stage += items; stage >= stages; stage -= stages) ++round;
-  }
-  int stage = 0;
-  uint32_t round = 0;
-};
-
-// Moves items through shared memory with the copy engine alone: kBuffers buffers, loads kAhead items ahead of the
-// stores. A warp drives it. `put(item, buffer)` stores an item with bulk_store; one thread calls it.
-template <typename Item, typename Put, int kAhead, int kBuffers = kCopierStages>
-class BulkMover {
- public:
-  __device__ BulkMover(char* buffers, uint64_t* barriers, uint32_t buffer_bytes, Put put)
-      : buffers_(uniform(shared_address(buffers))),
-        barriers_(uniform(shared_address(barriers))),
-        buffer_bytes_(buffer_bytes),
-        put_(put) {}
-
-  __device__ void move(const Item& item, const char* from, uint32_t bytes) {
-    const int stage = loaded_ % kBuffers;
-    if (elect()) {
-      bulk_wait_read<kBuffers - kAhead - 1>();
-      barrier_expect(barrier(stage), bytes);
-      bulk_load(buffer(stage), from, bytes, barrier(stage));
-    }
-    __syncwarp();
-    // The items in flight are remembered in registers, newest first.
-    if (loaded_ - stored_ == kAhead) store(items_[kAhead - 1]);
-#pragma unroll
-    for (int i = kAhead - 1; i > 0; --i) items_[i] = items_[i - 1];
-    items_[0] = item;
-    ++loaded_;
-  }
-
-  // All items are in global memory when this returns.
-  __device__ void flush() {
-#pragma unroll
-    for (int i = kAhead - 1; i >= 0; --i) {
-      if (loaded_ - stored_ == i + 1) store(items_[i]);
-    }
-    if (elect()) bulk_wait_all();
-    __syncwarp();
-  }
-
- private:
-  __device__ void store(const Item& item) {
-    const int stage = stored_ % kBuffers;
-    barrier_wait(barrier(stage), stored_ / kBuffers & 1);
-    if (elect()) {
-      put_(item, buffer(stage));
-      bulk_commit();
-    }
-    __syncwarp();
-    ++stored_;
-  }
-
-  __device__ uint32_t buffer(int stage) const { return buffers_ + stage * buffer_bytes_; }
-  __device__ uint32_t barrier(int stage) const { return barriers_ + stage * sizeof(uint64_t); }
-
-  const uint32_t buffers_, barriers_;  // in shared memory
-  const uint32_t buffer_bytes_;
-  Put put_;
-  uint32_t loaded_ = 0, stored_ = 0;
-  Item items_[kAhead] = {};
-};
-
-struct Run {
-  char* to;
-  uint32_t bytes;
-  uint64_t policy;
-};
-
-struct PutRun {
-  __device__ void operator()(const Run& run, uint32_t buffer) const {
-    bulk_store(run.to, buffer, run.bytes, run.policy);
-  }
-};
-
-// Copies runs of bytes.
-class BulkCopier : public BulkMover<Run, PutRun, 2> {
- public:
-  __device__ BulkCopier(char* buffers, uint64_t* barriers, uint32_t buffer_bytes)
-      : BulkMover(buffers, barriers, buffer_bytes, PutRun{}) {}
-  __device__ void copy(char* to, const char* from, uint32_t bytes, uint64_t policy) {
-    move({to, bytes, policy}, from, bytes);
-  }
-};
 
 #endif
 

@@ -3,8 +3,8 @@
 #pragma once
 #include <cstddef>
 
-#include "../protocol.h"
-#include "vec.cuh"
+#include "../../protocol.h"
+#include "../ptx/vec.cuh"
 
 namespace tpf {
 
@@ -16,15 +16,15 @@ __device__ inline uint64_t now_ns() {
   return now;
 }
 
-// Programmatic dependent launch, from sm_90 on: a kernel may be brought to its SMs while the one before it on the
+// Programmatic dependent launch (PDL), from sm_90 on: a kernel may be brought to its SMs while the one before it on the
 // stream still runs. It then waits here for what that one has done, before it reads anything.
-__device__ inline void wait_for_last_kernel() {
+__device__ inline void pdl_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-__device__ inline void let_next_kernel_in() {
+__device__ inline void pdl_trigger() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
@@ -49,9 +49,9 @@ __device__ inline void report(const tpf_team& team, const tpf_call& call, const 
   const tpf_call* const announced = &control(team.region[peer])->announced[round.epoch & 1];
   if (status == TPF_DISAGREE) {
     // A word that was not released may have come before what its sender announced: a matter of microseconds.
-    constexpr uint64_t kPatienceNs = 1000000;
+    constexpr uint64_t kBackoffNs = 1000000;
     const uint64_t start = now_ns();
-    while (contract_of(*announced) != static_cast<uint32_t>(seen) && now_ns() - start < kPatienceNs) {
+    while (contract_of(*announced) != static_cast<uint32_t>(seen) && now_ns() - start < kBackoffNs) {
       __threadfence_system();
     }
   }
@@ -171,7 +171,7 @@ __device__ inline void publish_unfenced(const tpf_team& team, const BlockRound& 
 
 // How long a wait goes on. It is asked between two looks, of which the last comes after the verdict: a peer that is
 // gone may have written just before.
-class Patience {
+class Backoff {
  public:
   // `missing()` is the peer that is waited for.
   template <typename Missing>
@@ -213,11 +213,11 @@ __device__ inline bool wait_step(const tpf_team& team, const tpf_call& call, con
                                  int peer) {
   uint64_t* word = signal(team.region[team.rank], step, cta, peer);
   uint64_t seen;
-  Patience patience;
+  Backoff backoff;
   const tpf_status status =
-      wait_for(word, round.epoch, round.contract, &seen, [&] { return patience.ask(team, [&] { return peer; }); });
+      wait_for(word, round.epoch, round.contract, &seen, [&] { return backoff.ask(team, [&] { return peer; }); });
   if (status == TPF_OK) return true;
-  report(team, call, round, status, peer, step, seen, patience.waited_ns());
+  report(team, call, round, status, peer, step, seen, backoff.waited_ns());
   return false;
 }
 

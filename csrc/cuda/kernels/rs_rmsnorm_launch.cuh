@@ -1,6 +1,6 @@
 // Launches rs_rmsnorm_kernel with the grid, the body and the width that were planned.
 #pragma once
-#include "launch.cuh"
+#include "../launch.cuh"
 #include "rs_rmsnorm_kernel.cuh"
 
 namespace tpf {
@@ -20,12 +20,12 @@ inline ReduceArgs reduce_args(tpf_op op, void* residual_out, const void* input, 
   return args;
 }
 
-template <Ending kEnding>
+template <Epilogue kEpilogue>
 struct ReduceLauncher {
   template <typename T, int kVecs, Body kBody>
   static tpf_status launch(const ReduceArgs& args, const ReducePlan& plan, const tpf_card& card, tpf_stream stream) {
-    const Grid grid = {plan.blocks, plan.threads, plan.shared_bytes, plan.parts, kBody == Body::kOneRow};
-    return launch_kernel(rs_rmsnorm_kernel<T, kVecs, kEnding, kBody>, args, card, grid, stream);
+    const Grid grid = {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster, kBody == Body::kOneRow};
+    return launch_kernel(rs_rmsnorm_kernel<T, kVecs, kEpilogue, kBody>, args, card, grid, stream);
   }
 
   template <typename T>
@@ -54,7 +54,7 @@ struct ReduceLauncher {
     args.chunk_rows = plan.chunk_rows;
     args.num_chunks = plan.num_chunks;
     args.stages = plan.stages;
-    args.parts = plan.parts;
+    args.cluster = plan.cluster;
     args.contract = contract_of(args.call);
     switch (args.call.dtype) {
       case TPF_BF16:

@@ -1,25 +1,25 @@
 // rs_rmsnorm_kernel: reduce-scatter, and what follows it on a row that is in registers anyway. rs_rmsnorm,
-// rs_rmsnorm_fp8, rs_rmsnorm_ag and reduce_scatter_rows are this kernel with different endings.
+// rs_rmsnorm_fp8, rs_rmsnorm_ag and reduce_scatter_rows are this kernel with different epilogues.
 //
 // Block b of every rank owns rows b, b + grid, b + 2 grid, ... of each rank's share: the rows it stages for a peer are
 // those that block b of the peer adds up. Rows go in chunks; chunk c is published at step c, and may be added up while
 // chunk c + 1 is being staged. A staged row is written straight into the slot of the rank that wants it.
 //
 // Three bodies. kOneRow: at most one row a block; every thread holds its vector of all rows that come and go, and from
-// sm_90 on a cluster of blocks may share the row. kBulk, with the copy engine of sm_90 and newer: one warp stages, one
+// sm_90 on a cluster of blocks may share the row. kBulk, with TMA on sm_90 and newer: one warp stages, one
 // warp fetches rows into a ring of shared-memory buffers, and the others add them up from there. kDirect, everywhere
 // else: every thread loads and stores 16 bytes at a time.
 #pragma once
 #include <cfloat>
 
-#include "../plan/reduce.h"
-#include "bulk.cuh"
-#include "signal.cuh"
-#include "vec.cuh"
+#include "../../plan/reduce.h"
+#include "../comm/bulk_copier.cuh"
+#include "../comm/signal.cuh"
+#include "../ptx/vec.cuh"
 
 namespace tpf {
 
-enum class Ending { kSum, kNorm, kFp8, kGather };
+enum class Epilogue { kSum, kNorm, kFp8, kGather };
 
 constexpr int kGatherStep = kMaxChunks;  // steps 0..6 staging, 7..13 gathering, 15 closing
 constexpr int kMaxPartials = 128;        // warps' shares of a row: its vectors, 32 at a time
@@ -42,14 +42,14 @@ struct ReduceArgs {
   int32_t chunk_rows;  // rows of one chunk, for one block
   int32_t num_chunks;
   int32_t stages;    // kBulk: row buffers of the ring
-  int32_t parts;     // kOneRow: blocks of a cluster that share a row
+  int32_t cluster;   // kOneRow: blocks of a cluster that share a row
   uint32_t no_bits;  // 0, which the compiler does not know: see barrier_arrive_having
 };
 
 // What the threads of a block derive from the arguments once.
 template <typename T>
-struct View {
-  __device__ explicit View(const ReduceArgs& args, uint32_t epoch = 0)
+struct RowView {
+  __device__ explicit RowView(const ReduceArgs& args, uint32_t epoch = 0)
       : args(args),
         rank(args.team.rank),
         world_size(args.team.world_size),
@@ -73,7 +73,7 @@ struct View {
     return reinterpret_cast<T*>(slot(args.team.region[peer], epoch, args.team.slot_bytes)) +
            (source * args.partition.largest() + row) * hidden;
   }
-  // Where `source` lays its normalised row `row` open: in its own slot of the next round.
+  // Where `source` publishes its normalised row `row`: in its own slot of the next round.
   __device__ T* gathered_row(int source, int64_t row) const {
     return reinterpret_cast<T*>(slot(args.team.region[source], epoch + 1, args.team.slot_bytes)) + row * hidden;
   }
@@ -92,16 +92,16 @@ struct View {
 
 // The threads that add up a row together: the whole block, or all but the helping warps. Thread t holds vectors
 // first + t, first + t + threads, ... of the row.
-struct Group {
+struct RowThreads {
   __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
   __device__ int vector(int v) const { return first + v * threads + thread; }
 
   int threads;
-  int thread;                 // this one's place in the group
-  float* partial;             // shared memory: 2 x kMaxPartials
-  int first = 0;              // of the row's vectors: not 0 where blocks share the row
-  int parts = 1;              // how many blocks do
-  uint64_t* heard = nullptr;  // and the mbarrier on which each hears the others' shares
+  int thread;                            // this one's place in the group
+  float* partial;                        // shared memory: 2 x kMaxPartials
+  int first = 0;                         // of the row's vectors: not 0 where blocks share the row
+  int cluster = 1;                       // how many blocks do
+  uint64_t* partials_barrier = nullptr;  // and the mbarrier on which the others' partial sums arrive
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -111,64 +111,65 @@ __device__ inline uint32_t cluster_address(const void* shared, int part) {
   return address;
 }
 
-// Writes to where `to` lies in block `part` of the cluster, and says so on its mbarrier. Unlike a barrier of the
-// cluster, which is a fence too, this does not wait for the rows that were stored before.
-__device__ inline void cluster_store(float* to, uint64_t* heard, int part, float value) {
+// Writes to where `to` lies in block `part` of the cluster, and completes bytes on its mbarrier. Unlike a barrier of
+// the cluster, which is a fence too, this does not wait for the rows that were stored before.
+__device__ inline void cluster_store_partial(float* to, uint64_t* partials_barrier, int part, float value) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(cluster_address(to, part)),
-      "f"(value), "r"(cluster_address(heard, part))
+      "f"(value), "r"(cluster_address(partials_barrier, part))
       : "memory");
 }
 
-// By all threads: all blocks of a cluster have begun, and can hear `bytes` once, when cluster_begun returns.
-__device__ inline void cluster_begin(uint64_t* heard, uint32_t bytes) {
+// By all threads: all blocks of a cluster have begun, and their mbarriers expect `bytes`, when cluster_wait returns.
+__device__ inline void cluster_arrive(uint64_t* partials_barrier, uint32_t bytes) {
   if (threadIdx.x == 0) {
-    barrier_init(heard, 1);
+    barrier_init(partials_barrier, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    barrier_expect(heard, bytes);
+    barrier_expect(partials_barrier, bytes);
   }
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
-__device__ inline void cluster_begun() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
-// Until all have been heard: blocks of a cluster run together, so this needs no deadline.
-__device__ inline void cluster_hear(uint64_t* heard) {
+// Until all partial sums have arrived: blocks of a cluster run together, so this needs no deadline.
+__device__ inline void cluster_wait_partials(uint64_t* partials_barrier) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
       "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(heard))
+      "}\n" ::"r"(shared_address(partials_barrier))
       : "memory");
 }
 #else  // no clusters: a row is not shared
-__device__ inline void cluster_store(float*, uint64_t*, int, float) {}
-__device__ inline void cluster_begin(uint64_t*, uint32_t) {}
-__device__ inline void cluster_begun() {}
-__device__ inline void cluster_hear(uint64_t*) {}
+__device__ inline void cluster_store_partial(float*, uint64_t*, int, float) {}
+__device__ inline void cluster_arrive(uint64_t*, uint32_t) {}
+__device__ inline void cluster_wait() {}
+__device__ inline void cluster_wait_partials(uint64_t*) {}
 #endif
 
 // The sum over the group, added up in an order that depends on the columns alone: 32 vectors at a time, then these. So
 // a row has the same bits whatever body and however many threads work on it. `parity` alternates from row to row
 // between two buffers, so one barrier a row is enough. `meanwhile()` is done before the others are waited for.
 template <int kVecs, typename Meanwhile>
-__device__ inline float group_sum(const float (&values)[kVecs], const Group& group, int parity, Meanwhile&& meanwhile) {
+__device__ inline float group_sum(const float (&values)[kVecs], const RowThreads& group, int parity,
+                                  Meanwhile&& meanwhile) {
   float* partial = group.partial + parity * kMaxPartials;
-  const int lane = group.thread % 32, count = group.parts * kVecs * group.threads / 32;
+  const int lane = group.thread % 32, count = group.cluster * kVecs * group.threads / 32;
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     const float sum = warp_sum(values[v]);
     float* to = &partial[group.vector(v) / 32];
-    if (group.parts > 1) {
-      if (lane < group.parts) cluster_store(to, group.heard, lane, sum);
+    if (group.cluster > 1) {
+      if (lane < group.cluster) cluster_store_partial(to, group.partials_barrier, lane, sum);
     } else if (lane == 0) {
       *to = sum;
     }
   }
   meanwhile();
-  if (group.parts > 1) {
-    cluster_hear(group.heard);
+  if (group.cluster > 1) {
+    cluster_wait_partials(group.partials_barrier);
   } else {
     group.sync();
   }
@@ -190,20 +191,20 @@ template <typename T, int kVecs>
 struct RowWeight {
   static constexpr bool kKept = kVecs <= 3;
 
-  __device__ void init(const View<T>& view, const Group& group) {
+  __device__ void init(const RowView<T>& view, const RowThreads& group) {
     if constexpr (kKept) {
 #pragma unroll
       for (int v = 0; v < kVecs; ++v) kept[v] = read(view, group.vector(v) * kLanes<T>);
     }
   }
-  __device__ uint4 at(int v, const View<T>& view, int column) const {
+  __device__ uint4 at(int v, const RowView<T>& view, int column) const {
     if constexpr (kKept) {
       return kept[v];
     } else {
       return read(view, column);
     }
   }
-  __device__ static uint4 read(const View<T>& view, int column) {
+  __device__ static uint4 read(const RowView<T>& view, int column) {
     return column < view.hidden
                ? __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(view.args.weight) + column))
                : uint4{};
@@ -217,9 +218,9 @@ struct Nothing {
 };
 
 // What is done with a summed row: round, store, normalise, quantise. Threads hold kVecs vectors of it each.
-template <typename T, int kVecs, Ending kEnding, typename Meanwhile = Nothing>
-__device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums)[kVecs][kLanes<T>],
-                                  const RowWeight<T, kVecs>& weight, const Group& group, int parity, bool arrived,
+template <typename T, int kVecs, Epilogue kEpilogue, typename Meanwhile = Nothing>
+__device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&sums)[kVecs][kLanes<T>],
+                                  const RowWeight<T, kVecs>& weight, const RowThreads& group, int parity, bool arrived,
                                   Meanwhile&& meanwhile = {}) {
   const ReduceArgs& args = view.args;
   T* stored = static_cast<T*>(args.residual_out) + row * view.hidden;
@@ -229,13 +230,13 @@ __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums
     const int column = group.vector(v) * kLanes<T>;
     const uint4 rounded = pack(sums[v], T{});
     if (column < view.hidden) {
-      kEnding == Ending::kSum ? store16(stored + column, rounded) : store16_streaming(stored + column, rounded);
+      kEpilogue == Epilogue::kSum ? store16(stored + column, rounded) : store16_streaming(stored + column, rounded);
     }
     unpack(sums[v], rounded, T{});
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) squares[v] = fmaf(sums[v][i], sums[v][i], squares[v]);
   }
-  if constexpr (kEnding == Ending::kSum) return meanwhile();
+  if constexpr (kEpilogue == Epilogue::kSum) return meanwhile();
 
   const float mean = group_sum(squares, group, parity, meanwhile) / static_cast<float>(view.hidden);
   const float rstd = __frsqrt_rn(mean + args.eps);
@@ -248,12 +249,12 @@ __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums
     for (int i = 0; i < kLanes<T>; ++i) scaled[i] *= sums[v][i] * rstd;
     const uint4 rounded = pack(scaled, T{});
     const bool inside = column < view.hidden;
-    if constexpr (kEnding == Ending::kNorm) {
+    if constexpr (kEpilogue == Epilogue::kNorm) {
       if (inside) store16(static_cast<T*>(args.output) + row * view.hidden + column, rounded);
-    } else if constexpr (kEnding == Ending::kGather) {
+    } else if constexpr (kEpilogue == Epilogue::kGather) {
       if (inside) {
         store16_streaming(static_cast<T*>(args.output) + (view.own.start + row) * view.hidden + column, rounded);
-        // After a fault a peer may still read there what the call before laid open.
+        // After a fault a peer may still read there what the call before published.
         if (arrived) store16(view.gathered_row(view.rank, row) + column, rounded);
       }
     } else {
@@ -284,9 +285,9 @@ __device__ inline void finish_row(const View<T>& view, int64_t row, float (&sums
 
 // Whether blocks take their rows one by one, since some SMs come to their data faster than others. What peers stage or
 // gather by chunks is every grid-th row.
-template <Ending kEnding, typename T>
-__device__ inline bool claims_rows(const View<T>& view) {
-  return kEnding != Ending::kGather && !view.staged();
+template <Epilogue kEpilogue, typename T>
+__device__ inline bool claims_rows(const RowView<T>& view) {
+  return kEpilogue != Epilogue::kGather && !view.staged();
 }
 
 // The next row nobody has taken yet, after the first ones, of which each block has one.
@@ -295,23 +296,23 @@ __device__ inline int64_t claim_row(const tpf_team& team, const BlockRound& roun
 }
 
 // Vectors [first, last) of what this rank's outputs have of row `row` of `owner`. 0xff bytes are NaN in every dtype.
-template <typename T, Ending kEnding>
-__device__ inline void poison_row(const View<T>& view, int owner, int64_t row, int first, int last, int thread,
+template <typename T, Epilogue kEpilogue>
+__device__ inline void poison_row(const RowView<T>& view, int owner, int64_t row, int first, int last, int thread,
                                   int threads) {
   const ReduceArgs& args = view.args;
   const uint4 nan = {~0u, ~0u, ~0u, ~0u};
   for (int vector = first + thread; vector < last; vector += threads) {
     const int column = vector * kLanes<T>;
     const int64_t at = row * view.hidden + column;
-    if constexpr (kEnding == Ending::kGather) {
+    if constexpr (kEpilogue == Epilogue::kGather) {
       store16(static_cast<T*>(args.output) + view.rows(owner).start * view.hidden + at, nan);
     }
     if (owner != view.rank) continue;
     store16(static_cast<T*>(args.residual_out) + at, nan);
-    if (kEnding == Ending::kNorm || (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
+    if (kEpilogue == Epilogue::kNorm || (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
       store16(static_cast<T*>(args.output) + at, nan);
     }
-    if constexpr (kEnding == Ending::kFp8) {
+    if constexpr (kEpilogue == Epilogue::kFp8) {
       for (int i = 0; i < kLanes<T>; ++i) args.q[at + i] = 0xff;
       args.scale[row * args.scale_row_stride + column / args.call.group_size * args.scale_group_stride] =
           __uint_as_float(~0u);
@@ -322,36 +323,36 @@ __device__ inline void poison_row(const View<T>& view, int owner, int64_t row, i
 // A block that saw a fault leaves no number that could be taken for a result: rows b, b + blocks, ... of every rank
 // whose rows it brings, and of these the vectors that it brings. Where rows are claimed, another block may have taken
 // one of these: it saw no fault, or poisons it itself; and it is long done when a closing wait fails.
-template <typename T, Ending kEnding>
-__device__ inline void poison_rows(const View<T>& view, int b, int blocks, int first, int last) {
+template <typename T, Epilogue kEpilogue>
+__device__ inline void poison_rows(const RowView<T>& view, int b, int blocks, int first, int last) {
   __syncthreads();  // what other threads write of these rows is written
   for (int owner = 0; owner < view.world_size; ++owner) {
-    if (kEnding != Ending::kGather && owner != view.rank) continue;
+    if (kEpilogue != Epilogue::kGather && owner != view.rank) continue;
     for (int64_t row = b; row < view.rows(owner).count; row += blocks) {
-      poison_row<T, kEnding>(view, owner, row, first, last, threadIdx.x, blockDim.x);
+      poison_row<T, kEpilogue>(view, owner, row, first, last, threadIdx.x, blockDim.x);
     }
   }
 }
 
-template <typename T, Ending kEnding>
-__device__ inline void poison_rows(const View<T>& view) {
-  poison_rows<T, kEnding>(view, blockIdx.x, gridDim.x, 0, view.hidden / kLanes<T>);
+template <typename T, Epilogue kEpilogue>
+__device__ inline void poison_rows(const RowView<T>& view) {
+  poison_rows<T, kEpilogue>(view, blockIdx.x, gridDim.x, 0, view.hidden / kLanes<T>);
 }
 
-// Lanes 0..world_size-1 of a warp (or threads of a block) each speak to one peer.
+// Lanes 0..world_size-1 of a warp (or threads of a block) each signal one peer.
 template <typename T>
-__device__ inline void publish_to_peers(const View<T>& view, const BlockRound& round, int step, int lane) {
+__device__ inline void publish_to_peers(const RowView<T>& view, const BlockRound& round, int step, int lane) {
   if (lane < view.world_size && lane != view.rank) publish_step(view.args.team, round, step, lane);
 }
 
 // Of nothing that this kernel has written.
 template <typename T>
-__device__ inline void publish_unfenced_to_peers(const View<T>& view, const BlockRound& round, int step, int lane) {
+__device__ inline void publish_unfenced_to_peers(const RowView<T>& view, const BlockRound& round, int step, int lane) {
   if (lane < view.world_size && lane != view.rank) publish_unfenced(view.args.team, round, step, lane);
 }
 
 template <typename T>
-__device__ inline bool wait_for_peers(const View<T>& view, const BlockRound& round, int step, int lane) {
+__device__ inline bool wait_for_peers(const RowView<T>& view, const BlockRound& round, int step, int lane) {
   if (lane >= view.world_size || lane == view.rank) return true;
   return wait_step(view.args.team, view.args.call, round, step, blockIdx.x, lane);
 }
@@ -359,17 +360,17 @@ __device__ inline bool wait_for_peers(const View<T>& view, const BlockRound& rou
 // The same of the closing step. A peer that gave up after its own word of that step may have changed its input before
 // it was read here, and has told this rank before: the thread that has no peer looks whether one has.
 template <typename T>
-__device__ inline bool wait_for_readers(const View<T>& view, const BlockRound& round, int lane) {
+__device__ inline bool wait_for_readers(const RowView<T>& view, const BlockRound& round, int lane) {
   if (lane == view.rank) return !was_notified(view.args.team);
   return wait_for_peers(view, round, kClosingStep, lane);
 }
 
 // By all threads, as the last thing an op does: whether all has arrived. In rs_rmsnorm_ag no closing step comes after
 // inputs are read in place; what peers gave up then is looked for when all has been read and gathered, their rows too.
-template <Ending kEnding, typename T>
-__device__ inline bool all_arrived(const View<T>& view, bool arrived) {
+template <Epilogue kEpilogue, typename T>
+__device__ inline bool all_arrived(const RowView<T>& view, bool arrived) {
   if (!__syncthreads_and(arrived)) return false;
-  if (kEnding != Ending::kGather || !view.zero_copy) return true;
+  if (kEpilogue != Epilogue::kGather || !view.zero_copy) return true;
   return __syncthreads_and(threadIdx.x > 0 || !was_notified(view.args.team));
 }
 

@@ -6,5 +6,5 @@ tpf_status tpf_rs_rmsnorm_cuda(void* output, void* residual_out, const void* inp
   tpf::ReduceArgs args = tpf::reduce_args(TPF_RS_RMSNORM, residual_out, input, input_symm, residual, weight, team,
                                           num_tokens, hidden_size, dtype, eps, variant);
   args.output = output;
-  return tpf::ReduceLauncher<tpf::Ending::kNorm>::run(args, stream);
+  return tpf::ReduceLauncher<tpf::Epilogue::kNorm>::run(args, stream);
 }

@@ -1,5 +1,5 @@
+#include "../launch.cuh"
 #include "all_gather_rows.cuh"
-#include "launch.cuh"
 
 namespace tpf {
 namespace {

@@ -4,7 +4,7 @@
 #include <bit>
 #include <type_traits>
 
-#include "qkv_a_proj_ag.cuh"
+#include "../kernels/qkv_a_proj_ag.cuh"
 
 namespace tpf {
 
@@ -31,9 +31,9 @@ class ScaleFetcher {
 
   // Those of the next block of K, or of the next four. Each lane arrives on `full` when its own are there.
   __device__ void fetch(float* scales, const ScalePosition<Tiles>& position, uint32_t full) {
-    if (!args_.fours_of_scales) {
+    if (!args_.scale_quads) {
       copy<4>(scales + position.first(), args_.scale_group_stride, 1);
-    } else if (position.begins_four()) {
+    } else if (position.begins_quad()) {
       copy<16>(scales + position.first(), 4, 4);
     }
     arrive_when_copied(full);
@@ -73,7 +73,7 @@ __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShar
   const uint32_t empty_barriers = uniform(shared_address(shared.empty));
   RingPosition at;
   ScalePosition<Tiles> scales_at;
-  // Blocks begin each turn of tiles together: left to themselves they drift apart, until what they share is no longer
+  // Blocks begin each wave of tiles together: left to themselves they drift apart, until what they share is no longer
   // in the L2 cache when the last of them wants it.
   cuda::atomic_ref<uint32_t, cuda::thread_scope_device> fetched(control(args.team.region[args.team.rank])->fetched);
   const int end = args.row_blocks * args.column_tiles, own = own_row_blocks(args, Tiles::kRows);
@@ -91,13 +91,13 @@ __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShar
         barrier_expect(full, Tiles::kStageBytes);
         tensor_load(stage, &args.input_map, k * kElements, tile.row_block * Tiles::kRows, full);
 #pragma unroll
-        for (int column = 0; column < Tiles::kRun; column += Tiles::kWeightBox) {
+        for (int column = 0; column < Tiles::kMainColumns; column += Tiles::kWeightBox) {
           tensor_load(stage + (Tiles::kRows + column) * kSwizzleBytes, &args.weight_map, k * kElements,
                       column_of<Tiles>(args, tile.column_tile, column), full);
         }
-        if constexpr (Tiles::kSpare > 0) {
-          tensor_load(stage + (Tiles::kRows + Tiles::kRun) * kSwizzleBytes, &args.spare_map, k * kElements,
-                      column_of<Tiles>(args, tile.column_tile, Tiles::kRun), full);
+        if constexpr (Tiles::kTail > 0) {
+          tensor_load(stage + (Tiles::kRows + Tiles::kMainColumns) * kSwizzleBytes, &args.tail_map, k * kElements,
+                      column_of<Tiles>(args, tile.column_tile, Tiles::kMainColumns), full);
         }
       }
       __syncwarp();
@@ -136,12 +136,13 @@ __device__ inline Operands operands_of(const char* stages, Share share) {
 }
 
 // 64 rows of 16-bit operands by all columns of a warp group's share.
-template <typename In, int kSums>
-__device__ inline void multiply_columns(float (&sums)[kSums], uint64_t a, uint64_t b) {
-  constexpr int kFirst = first_product(kSums);
-  multiply(reinterpret_cast<float (&)[kFirst]>(sums), a, b, true, In{});
-  if constexpr (kFirst < kSums) {
-    multiply(reinterpret_cast<float (&)[kSums - kFirst]>(sums[kFirst]), a, columns_further(b, kFirst), true, In{});
+template <typename In, int kAccumulators>
+__device__ inline void multiply_columns(float (&accumulators)[kAccumulators], uint64_t a, uint64_t b) {
+  constexpr int kFirst = first_product(kAccumulators);
+  multiply(reinterpret_cast<float (&)[kFirst]>(accumulators), a, b, true, In{});
+  if constexpr (kFirst < kAccumulators) {
+    multiply(reinterpret_cast<float (&)[kAccumulators - kFirst]>(accumulators[kFirst]), a, columns_further(b, kFirst),
+             true, In{});
   }
 }
 
@@ -149,15 +150,15 @@ __device__ inline void multiply_columns(float (&sums)[kSums], uint64_t a, uint64
 // back, and returns its number.
 template <typename Tiles>
 __device__ inline int multiply_tile(const ProjectionArgs& args, ProjectionShared& shared, const Operands& operands,
-                                    RingPosition& at, float (&sums)[Tiles::kParts][Tiles::kSums]) {
+                                    RingPosition& at, float (&accumulators)[Tiles::kMTiles][Tiles::kAccumulators]) {
   const bool arrives = threadIdx.x % 32 < kArrivingLanes;
   const uint32_t full_barriers = uniform(shared_address(shared.full));
   int last = 0;
 #pragma unroll
-  for (auto& part : sums) {
+  for (auto& m_tile : accumulators) {
 #pragma unroll
-    for (float& sum : part) sum = 0;
-    hold(part);
+    for (float& one : m_tile) one = 0;
+    hold(m_tile);
   }
   for (int k = 0; k < args.k_blocks; ++k) {
     barrier_wait(full_barriers + at.stage * sizeof(uint64_t), at.round & 1);
@@ -166,9 +167,9 @@ __device__ inline int multiply_tile(const ProjectionArgs& args, ProjectionShared
 #pragma unroll
     for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
 #pragma unroll
-      for (int part = 0; part < Tiles::kParts; ++part) {
+      for (int m_tile = 0; m_tile < Tiles::kMTiles; ++m_tile) {
         multiply_columns<typename Tiles::In>(
-            sums[part], operands.a + stage + step * kOperandStep + part * 64 * (kSwizzleBytes >> 4),
+            accumulators[m_tile], operands.a + stage + step * kOperandStep + m_tile * 64 * (kSwizzleBytes >> 4),
             operands.b + stage + step * kOperandStep);
       }
     }
@@ -180,21 +181,21 @@ __device__ inline int multiply_tile(const ProjectionArgs& args, ProjectionShared
   }
   product_wait<0>();
 #pragma unroll
-  for (auto& part : sums) hold(part);
+  for (auto& m_tile : accumulators) hold(m_tile);
   return last;
 }
 
-// The row of a warp group's share that this thread's first sums belong to; the others' lies 8 below.
+// The row of a warp group's share that this thread's first accumulators belong to; the others' lies 8 below.
 __device__ inline int row_of_thread() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 
-// Multiplies a block of K of e4m3 operands and adds the products, times their scales, to the sums from the kFirst'th
-// on. read() is called when operands and scales have been read.
+// Multiplies a block of K of e4m3 operands and adds the products, times their scales, to the accumulators from the
+// kFirst'th on. read() is called when operands and scales have been read.
 template <typename Tiles, int kFirst, int kProducts, typename Read>
-__device__ inline void multiply_and_promote(float (&products)[kProducts], float (&sums)[Tiles::kSums], uint64_t a,
-                                            uint64_t b, float upper, float lower, const float* column_scale, int group,
-                                            const Read& read) {
+__device__ inline void multiply_and_promote(float (&products)[kProducts], float (&accumulators)[Tiles::kAccumulators],
+                                            uint64_t a, uint64_t b, float upper, float lower, const float* column_scale,
+                                            int group, const Read& read) {
   hold(products);
-  if constexpr (Tiles::kInTurns) take_turn(group);
+  if constexpr (Tiles::kPingPong) ping_pong_wait(group);
   product_fence();
 #pragma unroll
   for (int step = 0; step < kSwizzleBytes / kProductBytes; ++step) {
@@ -207,14 +208,14 @@ __device__ inline void multiply_and_promote(float (&products)[kProducts], float 
 #pragma unroll
   for (int i = 0; i < kScales; ++i) scale[i] = column_scale[4 * (kFirstScale + i)];
   product_wait<0>();
-  if constexpr (Tiles::kInTurns) pass_turn(1 - group);
+  if constexpr (Tiles::kPingPong) ping_pong_signal(1 - group);
   hold(products);
   read();
 #pragma unroll
   for (int i = 0; i < kProducts; i += 4) {  // 8 columns of two rows
     const float of_columns = scale[(kFirst + i) * 2 / Tiles::kScaledColumns - kFirstScale];
     const float high = upper * of_columns, low = lower * of_columns;
-    float* to = sums + kFirst + i;
+    float* to = accumulators + kFirst + i;
     to[0] = fmaf(products[i], high, to[0]);
     to[1] = fmaf(products[i + 1], high, to[1]);
     to[2] = fmaf(products[i + 2], low, to[2]);
@@ -229,14 +230,15 @@ template <typename Tiles>
 __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, ProjectionShared& shared,
                                            const Operands& operands, const float* scales, int group, RingPosition& at,
                                            ScalePosition<Tiles>& scales_at,
-                                           float (&sums)[Tiles::kParts][Tiles::kSums]) {
+                                           float (&accumulators)[Tiles::kMTiles][Tiles::kAccumulators]) {
   static_assert(Tiles::kGroupRows == 64);
   // Sums of the product that comes before the last one, if there are two, and of the last one.
-  constexpr int kFirst = first_product(Tiles::kSums) % Tiles::kSums, kLast = Tiles::kSums - kFirst;
+  constexpr int kFirst = first_product(Tiles::kAccumulators) % Tiles::kAccumulators,
+                kLast = Tiles::kAccumulators - kFirst;
   const bool arrives = threadIdx.x % 32 < kArrivingLanes;
   const int row = group * Tiles::kGroupRows + row_of_thread();
 #pragma unroll
-  for (float& sum : sums[0]) sum = 0;
+  for (float& one : accumulators[0]) one = 0;
   const uint32_t full_barriers = uniform(shared_address(shared.full));
   int last = 0;
   for (int k = 0; k < args.k_blocks; ++k) {
@@ -247,7 +249,7 @@ __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, Projectio
     const float* column_scale = row_scale + 4 * Tiles::kRows;
     const float upper = row_scale[4 * row], lower = row_scale[4 * (row + 8)];
     if constexpr (kFirst > 0) {
-      multiply_and_promote<Tiles, 0>(reinterpret_cast<float (&)[kFirst]>(products), sums[0], a, b, upper, lower,
+      multiply_and_promote<Tiles, 0>(reinterpret_cast<float (&)[kFirst]>(products), accumulators[0], a, b, upper, lower,
                                      column_scale, group, [] {});
     }
     const auto give_back = [&] {
@@ -257,8 +259,8 @@ __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, Projectio
       next_stage<Tiles>(at);
       scales_at.advance();
     };
-    multiply_and_promote<Tiles, kFirst>(products, sums[0], a, columns_further(b, kFirst), upper, lower, column_scale,
-                                        group, give_back);
+    multiply_and_promote<Tiles, kFirst>(products, accumulators[0], a, columns_further(b, kFirst), upper, lower,
+                                        column_scale, group, give_back);
   }
   return last;
 }
@@ -272,26 +274,26 @@ __device__ inline void for_constants(const Run& run) {
   }
 }
 
-// The bias of kColumns columns, of which `columns` are there, to the sums from the kFirst'th on.
-template <int kFirst, int kColumns, typename Out, int kSums>
-__device__ inline void add_bias(const Out* bias, int columns, float (&sums)[kSums]) {
+// The bias of kColumns columns, of which `columns` are there, to the accumulators from the kFirst'th on.
+template <int kFirst, int kColumns, typename Out, int kAccumulators>
+__device__ inline void add_bias(const Out* bias, int columns, float (&accumulators)[kAccumulators]) {
 #pragma unroll
   for (int j = 0; j < kColumns / 8; ++j) {
     const int column = j * 8 + threadIdx.x % 4 * 2;
     if (column >= columns) break;
     const float left = static_cast<float>(bias[column]), right = static_cast<float>(bias[column + 1]);
-    float* to = sums + kFirst + 4 * j;
+    float* to = accumulators + kFirst + 4 * j;
     to[0] += left, to[1] += right;
     to[2] += left, to[3] += right;
   }
 }
 
-// Rounds a warp's 16 rows of sums, kColumns columns from the kFirst'th sum on, to where `to` points. `rows` rows and
-// `columns` columns are there from that point on. Through `staged` in shared memory, for whole rows to be written at
-// once.
-template <int kFirst, int kColumns, typename Out, int kSums>
-__device__ inline void store_sums(const ProjectionArgs& args, Out* to, int64_t rows, int columns, Out* staged,
-                                  const float (&sums)[kSums], bool last) {
+// Rounds a warp's 16 rows of accumulators, kColumns columns from the kFirst'th sum on, to where `to` points. `rows`
+// rows and `columns` columns are there from that point on. Through `staged` in shared memory, for whole rows to be
+// written at once.
+template <int kFirst, int kColumns, typename Out, int kAccumulators>
+__device__ inline void store_accumulators(const ProjectionArgs& args, Out* to, int64_t rows, int columns, Out* staged,
+                                          const float (&accumulators)[kAccumulators], bool last) {
   constexpr int kPitch = staged_pitch(kColumns), kVectors = kColumns / 8;
   constexpr int kLanesOfRow = std::max(2u, std::bit_ceil(unsigned{kVectors}));
   const int lane = threadIdx.x % 32;
@@ -299,7 +301,7 @@ __device__ inline void store_sums(const ProjectionArgs& args, Out* to, int64_t r
   Out* const pair = staged + lane % 16 * kPitch + lane / 16 * 8;
 #pragma unroll
   for (int column = 0; column < kColumns; column += 16) {
-    const float* sum = sums + kFirst + column / 2;
+    const float* sum = accumulators + kFirst + column / 2;
     const uint32_t upper = pack2(sum[0], sum[1], Out{}), lower = pack2(sum[2], sum[3], Out{});
     if (column + 8 < kColumns) {
       store_matrices(pair + column, {upper, lower, pack2(sum[4], sum[5], Out{}), pack2(sum[6], sum[7], Out{})});
@@ -307,7 +309,7 @@ __device__ inline void store_sums(const ProjectionArgs& args, Out* to, int64_t r
       store_matrices(pair + column, {upper, lower});
     }
   }
-  // After the last of a tile the copy engine writes there. Behind the stores below the fence would wait for them.
+  // After the last of a tile TMA writes there. Behind the stores below the fence would wait for them.
   if (last) fence_async_shared();
   __syncwarp();
   const int vector = lane % kLanesOfRow;
@@ -325,26 +327,26 @@ __device__ inline void store_sums(const ProjectionArgs& args, Out* to, int64_t r
 // Writes a warp group's share of a finished tile, through the stage that was multiplied last.
 template <typename Tiles, typename Out, bool kNorm>
 __device__ inline void store_tile(const ProjectionArgs& args, const BlockRound& round, Tile tile, Share share,
-                                  char* stage, float (&sums)[Tiles::kParts][Tiles::kSums]) {
+                                  char* stage, float (&accumulators)[Tiles::kMTiles][Tiles::kAccumulators]) {
   const int warp = threadIdx.x / 32 - kOtherWarps;
   Out* const staged = reinterpret_cast<Out*>(stage + warp * Tiles::kStagedBytes);
   const int64_t row = int64_t{tile.row_block} * Tiles::kRows + share.row + warp % 4 * 16;
   const int64_t rows = args.partition.rows(args.team.rank).count;
   products_sync();
 #pragma unroll
-  for (int part = 0; part < Tiles::kParts; ++part) {
-    const int64_t first_row = row + part * 64;
+  for (int m_tile = 0; m_tile < Tiles::kMTiles; ++m_tile) {
+    const int64_t first_row = row + m_tile * 64;
     for_constants<0, Tiles::kGroupColumns, Tiles::kStagedColumns>([&](auto first) {
       constexpr int kFirst = decltype(first)::value;
       constexpr int kColumns = std::min(Tiles::kStagedColumns, Tiles::kGroupColumns - kFirst);
       const int column = column_of<Tiles>(args, tile.column_tile, share.column + kFirst);
       const int left = args.call.columns - column;
       if (args.bias != nullptr) {
-        add_bias<kFirst / 2, kColumns>(static_cast<const Out*>(args.bias) + column, left, sums[part]);
+        add_bias<kFirst / 2, kColumns>(static_cast<const Out*>(args.bias) + column, left, accumulators[m_tile]);
       }
       Out* const to = rows_at<Out, kNorm>(args, round) + first_row * args.call.columns + column;
-      const bool last = part + 1 == Tiles::kParts && kFirst + kColumns == Tiles::kGroupColumns;
-      store_sums<kFirst / 2, kColumns>(args, to, rows - first_row, left, staged, sums[part], last);
+      const bool last = m_tile + 1 == Tiles::kMTiles && kFirst + kColumns == Tiles::kGroupColumns;
+      store_accumulators<kFirst / 2, kColumns>(args, to, rows - first_row, left, staged, accumulators[m_tile], last);
     });
   }
 }
@@ -357,16 +359,16 @@ __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRou
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
   RingPosition at;
   ScalePosition<Tiles> scales_at;
-  if (Tiles::kInTurns && group == 1) pass_turn(0);
+  if (Tiles::kPingPong && group == 1) ping_pong_signal(0);
   for_tiles<Tiles>(args, [&](Tile tile) {
-    float sums[Tiles::kParts][Tiles::kSums];
+    float accumulators[Tiles::kMTiles][Tiles::kAccumulators];
     int stage;
     if constexpr (Tiles::kScaled) {
-      stage = multiply_scaled_tile<Tiles>(args, shared, operands, scales, group, at, scales_at, sums);
+      stage = multiply_scaled_tile<Tiles>(args, shared, operands, scales, group, at, scales_at, accumulators);
     } else {
-      stage = multiply_tile<Tiles>(args, shared, operands, at, sums);
+      stage = multiply_tile<Tiles>(args, shared, operands, at, accumulators);
     }
-    store_tile<Tiles, Out, kNorm>(args, round, tile, share, stages + stage * Tiles::kStageBytes, sums);
+    store_tile<Tiles, Out, kNorm>(args, round, tile, share, stages + stage * Tiles::kStageBytes, accumulators);
     if (threadIdx.x % 32 < kArrivingLanes) barrier_arrive(&shared.empty[stage]);
     if (threadIdx.x % 32 == 0) stored.fetch_add(1, cuda::memory_order_release);
   });

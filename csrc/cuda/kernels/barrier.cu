@@ -1,7 +1,7 @@
 // barrier_kernel: a round without rows, its signal fenced as if there were some, and launched as early as small calls
 // are. The benchmark's yardstick for those.
-#include "launch.cuh"
-#include "signal.cuh"
+#include "../comm/signal.cuh"
+#include "../launch.cuh"
 
 namespace tpf {
 namespace {
@@ -13,14 +13,14 @@ struct BarrierArgs {
 };
 
 __global__ void barrier_kernel(const __grid_constant__ BarrierArgs args) {
-  wait_for_last_kernel();
+  pdl_wait();
   const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
   const int peer = threadIdx.x;
   if (!round.refused && peer < args.team.world_size && peer != args.team.rank) {
     publish_step(args.team, round, 0, peer);
     wait_step(args.team, args.call, round, 0, blockIdx.x, peer);
   }
-  let_next_kernel_in();
+  pdl_trigger();
   round.refused ? end_faulted_op(args.team, args.call, round) : end_op(args.team);
 }
 
@@ -37,6 +37,6 @@ tpf_status tpf_barrier_cuda(const tpf_team* team, tpf_stream stream) {
   args.call.source = -1;
   args.contract = contract_of(args.call);
   Grid grid = {1, 32};
-  grid.early = true;
+  grid.pdl = true;
   return launch_kernel(barrier_kernel, args, card, grid, stream);
 }

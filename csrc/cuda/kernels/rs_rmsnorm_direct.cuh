@@ -1,15 +1,15 @@
-// rs_rmsnorm_kernel without the copy engine: every thread copies and adds by itself.
+// rs_rmsnorm_kernel without TMA: every thread copies and adds by itself.
 #pragma once
 #include "rs_rmsnorm.cuh"
 
 namespace tpf {
 
-template <typename T, int kVecs, Ending kEnding>
-__device__ inline bool reduce_directly(const View<T>& view, const BlockRound& round, float* partial) {
+template <typename T, int kVecs, Epilogue kEpilogue>
+__device__ inline bool reduce_directly(const RowView<T>& view, const BlockRound& round, float* partial) {
   const ReduceArgs& args = view.args;
-  const Group group = {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partial};
+  const RowThreads group = {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partial};
   const auto column_of = [&](int v) { return group.vector(v) * kLanes<T>; };
-  // For every peer that has row `row`: to(peer) <- from(peer). Four loads are on their way before the first store.
+  // For every peer that has row `row`: to(peer) <- from(peer). Four loads are in flight before the first store.
   const auto copy_rows = [&](int64_t row, auto&& to, auto&& from) {
 #pragma unroll 1
     for (int v = 0; v < kVecs; ++v) {
@@ -50,7 +50,7 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
     publish_unfenced_to_peers(view, round, 0, threadIdx.x);
   }
   RowWeight<T, kVecs> weight;
-  if constexpr (kEnding != Ending::kSum) weight.init(view, group);
+  if constexpr (kEpilogue != Epilogue::kSum) weight.init(view, group);
   const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
 #pragma unroll 1
   for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
@@ -82,15 +82,15 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
         }
         if (view.has_residual()) add_vector<T>(sums[v], raw[TPF_MAX_RANKS]);
       }
-      finish_row<T, kVecs, kEnding>(view, row, sums, weight, group, step % 2, arrived);
+      finish_row<T, kVecs, kEpilogue>(view, row, sums, weight, group, step % 2, arrived);
     }
-    if constexpr (kEnding == Ending::kGather) {
+    if constexpr (kEpilogue == Epilogue::kGather) {
       __syncthreads();
       if (arrived) publish_to_peers(view, next, kGatherStep + chunk, threadIdx.x);
     }
   }
 #pragma unroll 1
-  for (int chunk = 0; kEnding == Ending::kGather && chunk < args.num_chunks; ++chunk) {
+  for (int chunk = 0; kEpilogue == Epilogue::kGather && chunk < args.num_chunks; ++chunk) {
     arrived = __syncthreads_and(arrived && wait_for_peers(view, next, kGatherStep + chunk, threadIdx.x));
 #pragma unroll 1
     for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
@@ -102,7 +102,7 @@ __device__ inline bool reduce_directly(const View<T>& view, const BlockRound& ro
   }
   // The input is the caller's again when this kernel ends: all peers must have read it. In rs_rmsnorm_ag the gathering
   // says so already.
-  if (view.zero_copy && kEnding != Ending::kGather && arrived) {
+  if (view.zero_copy && kEpilogue != Epilogue::kGather && arrived) {
     __syncthreads();
     publish_to_peers(view, round, kClosingStep, threadIdx.x);
     arrived = __syncthreads_and(wait_for_readers(view, round, threadIdx.x));

@@ -1,4 +1,4 @@
-// rs_rmsnorm_kernel with the copy engine: it moves the rows, and threads add them up in shared memory.
+// rs_rmsnorm_kernel by TMA: it moves the rows, and threads add them up in shared memory.
 #pragma once
 #include "rs_rmsnorm.cuh"
 
@@ -29,7 +29,7 @@ struct BulkShared {
 // While the ranks still look for each other, a rank's input comes to its L2 cache, as far as it is fetched first: a row
 // for every block of every rank.
 template <typename T>
-__device__ inline void prefetch_rows(const View<T>& view) {
+__device__ inline void prefetch_rows(const RowView<T>& view) {
   if (!view.zero_copy || view.complete) return;
   for (int peer = 0; peer < view.world_size; ++peer) {
     const Rows rows = view.rows(peer);
@@ -39,9 +39,9 @@ __device__ inline void prefetch_rows(const View<T>& view) {
   }
 }
 
-// The staging warp: lays this rank's rows open to the peers, chunk by chunk; in rs_rmsnorm_ag it then collects theirs.
-template <typename T, Ending kEnding>
-__device__ inline bool move_rows(const View<T>& view, const BlockRound& round, BulkShared& shared, char* buffers) {
+// The staging warp: stages this rank's rows for the peers, chunk by chunk; in rs_rmsnorm_ag it then copies theirs.
+template <typename T, Epilogue kEpilogue>
+__device__ inline bool move_rows(const RowView<T>& view, const BlockRound& round, BulkShared& shared, char* buffers) {
   const ReduceArgs& args = view.args;
   const int lane = threadIdx.x % 32;
   const uint32_t row_bytes = static_cast<uint32_t>(view.hidden * sizeof(T));
@@ -71,7 +71,7 @@ __device__ inline bool move_rows(const View<T>& view, const BlockRound& round, B
     __syncwarp();
     publish_to_peers(view, round, chunk, lane);
   }
-  if constexpr (kEnding == Ending::kGather) {
+  if constexpr (kEpilogue == Epilogue::kGather) {
     const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
     for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
       // A peer that still waits for another rank's part of these rows has not laid them open: a fault names that rank.
@@ -91,8 +91,8 @@ __device__ inline bool move_rows(const View<T>& view, const BlockRound& round, B
 }
 
 // The fetching warp: brings every source's version of this block's rows into the ring, then the residual's.
-template <typename T, Ending kEnding>
-__device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, BulkShared& shared, char* ring) {
+template <typename T, Epilogue kEpilogue>
+__device__ inline bool fetch_rows(const RowView<T>& view, const BlockRound& round, BulkShared& shared, char* ring) {
   const ReduceArgs& args = view.args;
   const int lane = threadIdx.x % 32;
   const uint32_t row_bytes = static_cast<uint32_t>(view.hidden * sizeof(T));
@@ -113,10 +113,10 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
       if (to.round > 0) barrier_wait(empty_barriers + to.stage * sizeof(uint64_t), (to.round - 1) & 1);
       if (elect()) {
         if (item == 0) shared.row[to.stage] = row;
-        if (kEnding == Ending::kGather) shared.gave_up[to.stage] = gave_up;
+        if (kEpilogue == Epilogue::kGather) shared.gave_up[to.stage] = gave_up;
         barrier_expect(full, row_bytes);
-        if constexpr (kEnding == Ending::kGather) {
-          // The rows that are laid open shall stay in the L2 cache until the peers have copied them.
+        if constexpr (kEpilogue == Epilogue::kGather) {
+          // Published rows shall stay in the L2 cache until the peers have copied them.
           bulk_load(buffers + to.stage * row_bytes, from, row_bytes, full, streaming_policy());
         } else {
           bulk_load(buffers + to.stage * row_bytes, from, row_bytes, full);
@@ -130,7 +130,7 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
   const auto is_own = [&](int item) { return item == sources || view.complete || item == view.rank; };
   if (row < view.own.count) fetch(row, is_own);
   bool arrived = wait_for_peers(view, round, 0, lane);
-  const bool opened = __all_sync(0xffffffffu, arrived), claims = claims_rows<kEnding>(view);
+  const bool opened = __all_sync(0xffffffffu, arrived), claims = claims_rows<kEpilogue>(view);
   gave_up = !opened;
   for (int step = 0; row < view.own.count; ++step) {
     if (step % args.chunk_rows == 0) {
@@ -150,7 +150,7 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
     row = claims ? claim() : view.row_of(step + 1);
     // After a fault nobody else writes the rows that are claimed here.
     for (; claims && !opened && row < view.own.count; row = claim()) {
-      poison_row<T, kEnding>(view, view.rank, row, 0, view.hidden / kLanes<T>, lane, 32);
+      poison_row<T, kEpilogue>(view, view.rank, row, 0, view.hidden / kLanes<T>, lane, 32);
     }
   }
   // Chunks of which no row is this rank's are waited for all the same: what they say may be a fault.
@@ -166,7 +166,7 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
   }
   // Peers have their inputs back once the last row buffer has been emptied, while the last row is still being finished.
   // In rs_rmsnorm_ag the gathering says so already.
-  if (view.zero_copy && kEnding != Ending::kGather && opened) {
+  if (view.zero_copy && kEpilogue != Epilogue::kGather && opened) {
     if (blockIdx.x < view.own.count) barrier_wait(&shared.empty[last.stage], last.round & 1);
     __syncwarp();
     publish_unfenced_to_peers(view, round, kClosingStep, lane);
@@ -175,23 +175,23 @@ __device__ inline bool fetch_rows(const View<T>& view, const BlockRound& round, 
   return arrived;
 }
 
-// The adding warps. The next source's vectors are on their way from shared memory while one source's are added.
-template <typename T, int kVecs, Ending kEnding>
-__device__ inline void add_rows(const View<T>& view, const BlockRound& round, BulkShared& shared, const char* ring,
-                                const Group& group) {
+// The adding warps. The next source's vectors are in flight from shared memory while one source's are added.
+template <typename T, int kVecs, Epilogue kEpilogue>
+__device__ inline void add_rows(const RowView<T>& view, const BlockRound& round, BulkShared& shared, const char* ring,
+                                const RowThreads& group) {
   const ReduceArgs& args = view.args;
   const int row_bytes = static_cast<int>(view.hidden * sizeof(T));
   const int items = view.num_sources() + view.has_residual();
   RowWeight<T, kVecs> weight;
-  if constexpr (kEnding != Ending::kSum) weight.init(view, group);
+  if constexpr (kEpilogue != Epilogue::kSum) weight.init(view, group);
   RingPosition at;
-  // The first item that is a peer's: none is fetched before all peers have been heard.
+  // The first item that is a peer's: none is fetched before all peers have arrived.
   const int first_of_peers = view.rank == 0 ? 1 : 0;
   bool gave_up = false;
   // Takes the next row buffer of the ring into registers.
   const auto take = [&](uint4(&raw)[kVecs], int item) {
     barrier_wait(&shared.full[at.stage], at.round & 1);
-    if (kEnding == Ending::kGather && item == first_of_peers) gave_up |= shared.gave_up[at.stage];
+    if (kEpilogue == Epilogue::kGather && item == first_of_peers) gave_up |= shared.gave_up[at.stage];
     const char* from = ring + at.stage * row_bytes;
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
@@ -213,7 +213,7 @@ __device__ inline void add_rows(const View<T>& view, const BlockRound& round, Bu
     if (++oldest == args.stages) oldest = 0;
   };
   int chunk = 0;
-  const auto lay_open = [&] {
+  const auto publish_gathered = [&] {
     group.sync();
     const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
     if (!gave_up) publish_to_peers(view, next, kGatherStep + chunk, threadIdx.x);
@@ -221,7 +221,7 @@ __device__ inline void add_rows(const View<T>& view, const BlockRound& round, Bu
   };
 #pragma unroll 1
   for (int step = 0;; ++step) {
-    if (kEnding == Ending::kGather && step == (chunk + 1) * args.chunk_rows) lay_open();
+    if (kEpilogue == Epilogue::kGather && step == (chunk + 1) * args.chunk_rows) publish_gathered();
     barrier_wait(&shared.full[at.stage], at.round & 1);
     const int64_t row = shared.row[at.stage];
     if (row < 0) {
@@ -246,26 +246,26 @@ __device__ inline void add_rows(const View<T>& view, const BlockRound& round, Bu
         give_back(raw[half]);
       }
     }
-    finish_row<T, kVecs, kEnding>(view, row, sums, weight, group, step % 2, !gave_up);
+    finish_row<T, kVecs, kEpilogue>(view, row, sums, weight, group, step % 2, !gave_up);
   }
-  while (kEnding == Ending::kGather && chunk < args.num_chunks) lay_open();
+  while (kEpilogue == Epilogue::kGather && chunk < args.num_chunks) publish_gathered();
 }
 
-template <typename T, int kVecs, Ending kEnding>
-__device__ inline bool reduce_in_bulk(const View<T>& view, const BlockRound& round, BulkShared& shared,
+template <typename T, int kVecs, Epilogue kEpilogue>
+__device__ inline bool reduce_in_bulk(const RowView<T>& view, const BlockRound& round, BulkShared& shared,
                                       float* partial) {
   extern __shared__ __align__(128) char dynamic[];
   const int adding_threads = blockDim.x - kHelperThreads;
   const int64_t row_bytes = view.hidden * sizeof(T);
-  char* ring = dynamic + (kEnding == Ending::kGather || view.staged() ? kCopierStages * row_bytes : 0);
+  char* ring = dynamic + (kEpilogue == Epilogue::kGather || view.staged() ? kCopierStages * row_bytes : 0);
   if (threadIdx.x < adding_threads) {
-    const Group group = {adding_threads, static_cast<int>(threadIdx.x), partial};
-    add_rows<T, kVecs, kEnding>(view, round, shared, ring, group);
+    const RowThreads group = {adding_threads, static_cast<int>(threadIdx.x), partial};
+    add_rows<T, kVecs, kEpilogue>(view, round, shared, ring, group);
     return true;
   }
   const bool moves = threadIdx.x < adding_threads + 32;
-  return moves ? move_rows<T, kEnding>(view, round, shared, dynamic)
-               : fetch_rows<T, kEnding>(view, round, shared, ring);
+  return moves ? move_rows<T, kEpilogue>(view, round, shared, dynamic)
+               : fetch_rows<T, kEpilogue>(view, round, shared, ring);
 }
 
 #endif

@@ -13,5 +13,5 @@ tpf_status tpf_rs_rmsnorm_fp8_cuda(void* q, float* scale, void* residual_out, vo
   args.scale_row_stride = scale_row_stride;
   args.scale_group_stride = scale_group_stride;
   args.call.group_size = static_cast<uint32_t>(group_size);
-  return tpf::ReduceLauncher<tpf::Ending::kFp8>::run(args, stream);
+  return tpf::ReduceLauncher<tpf::Epilogue::kFp8>::run(args, stream);
 }

@@ -12,16 +12,16 @@ __device__ inline void post16(void* address, uint4 raw) {
                : "memory");
 }
 
-__device__ inline bool has_come(uint4 posted) { return min(min(posted.x, posted.y), min(posted.z, posted.w)) != 0; }
+__device__ inline bool has_arrived(uint4 posted) { return min(min(posted.x, posted.y), min(posted.z, posted.w)) != 0; }
 
 __device__ inline uint4 posted_value(uint4 posted) { return {~posted.x, ~posted.y, ~posted.z, ~posted.w}; }
 
-// One thread's part: a vector of each row that goes and comes. What peers wait for is on its way before the epoch is
+// One thread's part: a vector of each row that goes and comes. What peers wait for is loaded before the epoch is
 // known; what only this rank adds up is loaded while it waits for them. A rank has at most TPF_MAX_CTAS rows, so 32
 // bits count all elements: what a warp spends on addresses is time.
 template <typename T>
 struct OneRow {
-  __device__ OneRow(const View<T>& view, int row, int column)
+  __device__ OneRow(const RowView<T>& view, int row, int column)
       : row(row),
         column(column),
         owners(column >= view.hidden            ? 0
@@ -35,7 +35,7 @@ struct OneRow {
       from += share(view, peer) * view.hidden;
     }
   }
-  __device__ void load_own(const View<T>& view) {
+  __device__ void load_own(const RowView<T>& view) {
     if (view.rank >= owners) return;
     own = load16(static_cast<const T*>(view.args.input) + at(view, view.rank));
     if (view.has_residual()) {
@@ -43,50 +43,50 @@ struct OneRow {
     }
   }
   // Where this thread's vector of `owner`'s row is in an array of all tokens, in elements.
-  __device__ int at(const View<T>& view, int owner) const {
+  __device__ int at(const RowView<T>& view, int owner) const {
     return (static_cast<int>(view.rows(owner).start) + row) * view.hidden + column;
   }
-  __device__ static int share(const View<T>& view, int owner) { return static_cast<int>(view.rows(owner).count); }
+  __device__ static int share(const RowView<T>& view, int owner) { return static_cast<int>(view.rows(owner).count); }
   // Whether this thread has a vector of a row that `peer` owns.
-  __device__ bool goes_to(const View<T>& view, int peer) const { return peer < owners && peer != view.rank; }
+  __device__ bool goes_to(const RowView<T>& view, int peer) const { return peer < owners && peer != view.rank; }
   // Whether this thread adds up a vector that `source` sends.
-  __device__ bool comes_from(const View<T>& view, int source) const {
+  __device__ bool comes_from(const RowView<T>& view, int source) const {
     return view.rank < owners && !view.complete && source < view.world_size && source != view.rank;
   }
   // Where it posts that.
-  __device__ char* posted(const View<T>& view, int peer, int source) const {
+  __device__ char* posted(const RowView<T>& view, int peer, int source) const {
     return inbox(view.args.team.region[peer], view.epoch, view.args.team.slot_bytes) + source * posted_bytes(view) +
            (row * view.hidden + column) * int{sizeof(T)};
   }
   // Of one source's rows.
-  __device__ static int posted_bytes(const View<T>& view) { return share(view, 0) * view.hidden * int{sizeof(T)}; }
+  __device__ static int posted_bytes(const RowView<T>& view) { return share(view, 0) * view.hidden * int{sizeof(T)}; }
 
   // To all peers.
-  __device__ void post(const View<T>& view) const {
+  __device__ void post(const RowView<T>& view) const {
 #pragma unroll
     for (int peer = 0; peer < TPF_MAX_RANKS; ++peer) {
       if (goes_to(view, peer)) post16(posted(view, peer, view.rank), vectors[peer]);
     }
   }
 
-  __device__ void begin_sum(const View<T>& view) {
+  __device__ void begin_sum(const RowView<T>& view) {
 #pragma unroll
     for (int source = 0; source < TPF_MAX_RANKS; ++source) vectors[source] = comes_from(view, source) ? uint4{} : own;
   }
 
   // Looks into the inbox until every source's vector has come; false, with the fault on record, where one does not.
-  __device__ bool take_posted(const View<T>& view, const BlockRound& round) {
+  __device__ bool take_posted(const RowView<T>& view, const BlockRound& round) {
     const tpf_team& team = view.args.team;
     const char* const first_row = posted(view, view.rank, 0);
     const auto missing = [&] {
       int first = 0;
 #pragma unroll
       for (int source = TPF_MAX_RANKS - 1; source >= 0; --source) {
-        if (comes_from(view, source) && !has_come(vectors[source])) first = source;
+        if (comes_from(view, source) && !has_arrived(vectors[source])) first = source;
       }
       return first;
     };
-    Patience patience;
+    Backoff backoff;
     tpf_status status;
     do {
       // The sources' addresses are worked out anew at each look: there are not the registers to keep them.
@@ -94,14 +94,14 @@ struct OneRow {
       asm volatile("" : "+r"(bytes));
 #pragma unroll
       for (int source = 0; source < TPF_MAX_RANKS; ++source) {
-        if (comes_from(view, source) && !has_come(vectors[source])) {
+        if (comes_from(view, source) && !has_arrived(vectors[source])) {
           vectors[source] = load16_relaxed(first_row + source * bytes);
         }
       }
       bool all = true;
 #pragma unroll
       for (int source = 0; source < TPF_MAX_RANKS; ++source)
-        all &= !comes_from(view, source) || has_come(vectors[source]);
+        all &= !comes_from(view, source) || has_arrived(vectors[source]);
       if (all) {
 #pragma unroll
         for (int source = 0; source < TPF_MAX_RANKS; ++source) {
@@ -109,18 +109,18 @@ struct OneRow {
         }
         return true;
       }
-      status = patience.ask(team, missing);
+      status = backoff.ask(team, missing);
     } while (status == TPF_OK);
     const int peer = missing();
     report(team, view.args.call, round, status, peer, 0, observe(signal(team.region[team.rank], 0, blockIdx.x, peer)),
-           patience.waited_ns());
+           backoff.waited_ns());
 #pragma unroll
     for (int source = 0; source < TPF_MAX_RANKS; ++source) vectors[source] = {};
     return false;
   }
 
   // What was read is to be 0 again, in time for the round after the next.
-  __device__ void clear_posted(const View<T>& view) const {
+  __device__ void clear_posted(const RowView<T>& view) const {
 #pragma unroll
     for (int source = 0; source < TPF_MAX_RANKS; ++source) {
       if (comes_from(view, source)) store16(posted(view, view.rank, source), {});
@@ -128,7 +128,7 @@ struct OneRow {
   }
 
   // The sources' vectors, where their inputs are read in place.
-  __device__ void load_in_place(const View<T>& view) {
+  __device__ void load_in_place(const RowView<T>& view) {
     const int64_t bytes = view.args.symm.offset + at(view, view.rank) * int64_t{sizeof(T)};
 #pragma unroll
     for (int source = 0; source < TPF_MAX_RANKS; ++source) {
@@ -151,22 +151,22 @@ __device__ inline bool sync_having(float value) {
   return __syncthreads_count(value != value) <= static_cast<int>(blockDim.x);
 }
 
-template <typename T, Ending kEnding>
-__device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& round, OneRow<T>& one,
-                                      const Group& group) {
+template <typename T, Epilogue kEpilogue>
+__device__ inline bool reduce_one_row(const RowView<T>& view, const BlockRound& round, OneRow<T>& one,
+                                      const RowThreads& group) {
   if (!round.refused) {
     publish_unfenced_to_peers(view, round, 0, threadIdx.x);
     if (view.staged()) one.post(view);
   }
   one.load_own(view);
   RowWeight<T, 1> weight;
-  if constexpr (kEnding != Ending::kSum) weight.init(view, group);
+  if constexpr (kEpilogue != Epilogue::kSum) weight.init(view, group);
   bool arrived = __syncthreads_and(!round.refused && wait_for_peers(view, round, 0, threadIdx.x));
   // Blocks b of all ranks are on their SMs. Once all blocks of this grid say so, the next kernel may take what is free
   // without being in anybody's way.
-  let_next_kernel_in();
+  pdl_trigger();
   // A block that saw a fault goes on too: its cluster waits for it.
-  const bool closes = view.zero_copy && kEnding != Ending::kGather && !round.refused;
+  const bool closes = view.zero_copy && kEpilogue != Epilogue::kGather && !round.refused;
   if (one.row < view.own.count) {
     one.begin_sum(view);
     if (view.zero_copy) one.load_in_place(view);
@@ -183,13 +183,13 @@ __device__ inline bool reduce_one_row(const View<T>& view, const BlockRound& rou
       // The peers have their inputs back while this row is still being finished.
       if (sync_having(sums[0][0])) publish_unfenced_to_peers(view, round, kClosingStep, threadIdx.x);
     }
-    finish_row<T, 1, kEnding>(view, one.row, sums, weight, group, 0, arrived, [&] {
+    finish_row<T, 1, kEpilogue>(view, one.row, sums, weight, group, 0, arrived, [&] {
       if (view.staged() && arrived) one.clear_posted(view);
     });
   } else if (closes && arrived) {
     publish_unfenced_to_peers(view, round, kClosingStep, threadIdx.x);
   }
-  if constexpr (kEnding == Ending::kGather) {
+  if constexpr (kEpilogue == Epilogue::kGather) {
     arrived = __syncthreads_and(arrived);
     const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
     if (arrived) {

@@ -1,7 +1,7 @@
 // qkv_a_proj_ag_kernel, and its copying warps.
 #pragma once
+#include "../gemm/qkv_a_proj_ag_multiply.cuh"
 #include "qkv_a_proj_ag_finish.cuh"
-#include "qkv_a_proj_ag_multiply.cuh"
 
 namespace tpf {
 
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
     shared.init<Tiles>();
     if (args.partition.rows(args.team.rank).count > 0) prefetch_map(&args.input_map);
     prefetch_map(&args.weight_map);
-    if (Tiles::kSpare > 0) prefetch_map(&args.spare_map);
+    if (Tiles::kTail > 0) prefetch_map(&args.tail_map);
   }
   if constexpr (kNorm) keep_norm_weights<Out>(args, norm_weights);
   const BlockRound round = begin_op<false>(args.team, args.call, args.contract, 1);

@@ -1,6 +1,6 @@
 #include <cudaTypedefs.h>
 
-#include "launch.cuh"
+#include "../launch.cuh"
 #include "qkv_a_proj_ag_kernel.cuh"
 
 namespace tpf {
@@ -41,7 +41,7 @@ tpf_status launch(ProjectionArgs& args, const ProjectionPlan& plan, const tpf_ca
   using Out = std::conditional_t<Tiles::kScaled, __nv_bfloat16, typename Tiles::In>;
   const int64_t rows = args.partition.rows(args.team.rank).count;
   if (!encode(&args.weight_map, args.call, projection.weight, args.call.columns, Tiles::kWeightBox) ||
-      (Tiles::kSpare > 0 && !encode(&args.spare_map, args.call, projection.weight, args.call.columns, Tiles::kSpare)) ||
+      (Tiles::kTail > 0 && !encode(&args.tail_map, args.call, projection.weight, args.call.columns, Tiles::kTail)) ||
       (rows > 0 && !encode(&args.input_map, args.call, projection.input, rows, Tiles::kRows))) {
     return TPF_UNSUPPORTED;
   }
@@ -101,8 +101,8 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   args.row_blocks = plan.row_blocks;
   args.column_tiles = plan.column_tiles;
   args.k_blocks = plan.k_blocks;
-  args.fours_of_scales = args.k_blocks % 4 == 0 && args.scale_group_stride == 1 && args.scale_row_stride % 4 == 0 &&
-                         begins_at_16_bytes(args.scale) && begins_at_16_bytes(args.weight_scale);
+  args.scale_quads = args.k_blocks % 4 == 0 && args.scale_group_stride == 1 && args.scale_row_stride % 4 == 0 &&
+                     begins_at_16_bytes(args.scale) && begins_at_16_bytes(args.weight_scale);
   switch (call->dtype) {
     case TPF_BF16:
       return launch_planned<__nv_bfloat16>(TilesOf16Bits{}, args, plan, card, *projection, stream);

@@ -1,0 +1,58 @@
+// rs_rmsnorm_kernel: one of its three bodies, and what is done after a fault.
+#pragma once
+#include "rs_rmsnorm_bulk.cuh"
+#include "rs_rmsnorm_direct.cuh"
+#include "rs_rmsnorm_one_row.cuh"
+
+namespace tpf {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kIsSm90 = false;
+#else
+constexpr bool kIsSm90 = true;
+#endif
+
+template <typename T, int kVecs, Epilogue kEpilogue, Body kBody>
+__global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kIsSm90) + (kBody == Body::kBulk ? kHelperThreads : 0),
+                                  1) rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
+  constexpr int kRounds = kEpilogue == Epilogue::kGather ? 2 : 1;
+  __shared__ float partial[2 * kMaxPartials];
+  if constexpr (kBody == Body::kOneRow) {
+    __shared__ uint64_t partials_barrier;
+    if (args.cluster > 1) cluster_arrive(&partials_barrier, args.cluster * (blockDim.x / 32) * sizeof(float));
+    pdl_wait();
+    const RowView<T> early(args);
+    const int part = blockIdx.x % args.cluster, first = part * blockDim.x;
+    const RowThreads group = {
+        static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partial, first, args.cluster, &partials_barrier};
+    OneRow<T> one(early, blockIdx.x / args.cluster, group.vector(0) * kLanes<T>);
+    const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
+    if (args.cluster > 1) cluster_wait();
+    const bool arrived = reduce_one_row<T, kEpilogue>(RowView<T>(args, round.epoch), round, one, group);
+    if (all_arrived<kEpilogue>(early, arrived)) return end_op(args.team);
+    const int last = min(first + static_cast<int>(blockDim.x), early.hidden / kLanes<T>);
+    poison_rows<T, kEpilogue>(early, one.row, gridDim.x / args.cluster, first, last);
+    end_faulted_op(args.team, args.call, round);
+  } else if constexpr (kBody == Body::kDirect) {
+    const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
+    const RowView<T> view(args, round.epoch);
+    const bool arrived = !round.refused && reduce_directly<T, kVecs, kEpilogue>(view, round, partial);
+    if (all_arrived<kEpilogue>(view, arrived)) return end_op(args.team);
+    poison_rows<T, kEpilogue>(view);
+    end_faulted_op(args.team, args.call, round);
+  } else {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    __shared__ BulkShared shared;
+    if (threadIdx.x >= blockDim.x - 32) prefetch_rows(RowView<T>(args));
+    if (threadIdx.x == 0) shared.init(args.stages);
+    const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
+    const RowView<T> view(args, round.epoch);
+    const bool arrived = !round.refused && reduce_in_bulk<T, kVecs, kEpilogue>(view, round, shared, partial);
+    if (all_arrived<kEpilogue>(view, arrived)) return end_op(args.team);
+    poison_rows<T, kEpilogue>(view);
+    end_faulted_op(args.team, args.call, round);
+#endif
+  }
+}
+
+}  // namespace tpf
