@@ -1,11 +1,28 @@
 // qkv_a_proj_ag_kernel, and its copying warps.
 #pragma once
-#include "../gemm/qkv_a_proj_ag_multiply.cuh"
+#include "../gemm/sm90_epilogue.cuh"
+#include "../gemm/sm90_mainloop.cuh"
 #include "qkv_a_proj_ag_finish.cuh"
 
 namespace tpf {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// By a warp group that multiplies: its share of all tiles of this block.
+template <typename Tiles, typename Out, bool kNorm>
+__device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
+                                      int group, char* stages, const float* scales) {
+  const Share share = share_of<Tiles>(group);
+  cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
+  Mainloop<Tiles> mainloop(args, shared, stages, scales, group);
+  for_tiles<Tiles>(args, [&](Tile tile) {
+    typename Mainloop<Tiles>::Accumulators accumulators;
+    const int stage = mainloop.multiply(accumulators);
+    store_tile<Tiles, Out, kNorm>(args, round, tile, share, stages + stage * Tiles::kStageBytes, accumulators);
+    mainloop.give_back(stage);
+    if (threadIdx.x % 32 == 0) stored.fetch_add(1, cuda::memory_order_release);
+  });
+}
 
 // What a copying warp moves at once. Without norms a run of bytes of the latent, `at` its first; with norms some whole
 // rows, `at` the first of them.

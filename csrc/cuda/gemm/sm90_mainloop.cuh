@@ -1,4 +1,8 @@
-// qkv_a_proj_ag_kernel's fetching warp and its multiplying warp groups.
+// The main loop of a projection on sm_90: a warp fetches operands, and the scales of fp8, by TMA into a ring of stages,
+// and two warp groups multiply them with wgmma. What it leaves in registers, sm90_epilogue.cuh stores.
+//
+// The seam: these two files, and the tiles that csrc/plan/tiles.h has for them, are what of a projection depends on the
+// architecture. Another one brings a file beside each, with its own fetch_operands, Mainloop and store_tile.
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -112,16 +116,6 @@ __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShar
       fetched.store(0, cuda::memory_order_relaxed);
     }
   }
-}
-
-// A warp group's share of a tile: where it begins in the tile.
-struct Share {
-  int row, column;
-};
-
-template <typename Tiles>
-__device__ inline Share share_of(int group) {
-  return Tiles::kByRows ? Share{group * Tiles::kGroupRows, 0} : Share{0, group * Tiles::kGroupColumns};
 }
 
 // Its operands in the first stage.
@@ -265,114 +259,43 @@ __device__ inline int multiply_scaled_tile(const ProjectionArgs& args, Projectio
   return last;
 }
 
-// run(std::integral_constant) for kFirst, kFirst + kStep, ... below kEnd.
-template <int kFirst, int kEnd, int kStep, typename Run>
-__device__ inline void for_constants(const Run& run) {
-  if constexpr (kFirst < kEnd) {
-    run(std::integral_constant<int, kFirst>{});
-    for_constants<kFirst + kStep, kEnd, kStep>(run);
-  }
-}
+// The main loop of one warp group: tile after tile.
+template <typename Tiles>
+class Mainloop {
+ public:
+  using Accumulators = float[Tiles::kMTiles][Tiles::kAccumulators];
 
-// The bias of kColumns columns, of which `columns` are there, to the accumulators from the kFirst'th on.
-template <int kFirst, int kColumns, typename Out, int kAccumulators>
-__device__ inline void add_bias(const Out* bias, int columns, float (&accumulators)[kAccumulators]) {
-#pragma unroll
-  for (int j = 0; j < kColumns / 8; ++j) {
-    const int column = j * 8 + threadIdx.x % 4 * 2;
-    if (column >= columns) break;
-    const float left = static_cast<float>(bias[column]), right = static_cast<float>(bias[column + 1]);
-    float* to = accumulators + kFirst + 4 * j;
-    to[0] += left, to[1] += right;
-    to[2] += left, to[3] += right;
+  __device__ Mainloop(const ProjectionArgs& args, ProjectionShared& shared, const char* stages, const float* scales,
+                      int group)
+      : args_(args),
+        shared_(shared),
+        operands_(operands_of<Tiles>(stages, share_of<Tiles>(group))),
+        scales_(scales),
+        group_(group) {
+    if (Tiles::kPingPong && group == 1) ping_pong_signal(0);
   }
-}
 
-// Rounds a warp's 16 rows of accumulators, kColumns columns from the kFirst'th sum on, to where `to` points. `rows`
-// rows and `columns` columns are there from that point on. Through `staged` in shared memory, for whole rows to be
-// written at once.
-template <int kFirst, int kColumns, typename Out, int kAccumulators>
-__device__ inline void store_accumulators(const ProjectionArgs& args, Out* to, int64_t rows, int columns, Out* staged,
-                                          const float (&accumulators)[kAccumulators], bool last) {
-  constexpr int kPitch = staged_pitch(kColumns), kVectors = kColumns / 8;
-  constexpr int kLanesOfRow = std::max(2u, std::bit_ceil(unsigned{kVectors}));
-  const int lane = threadIdx.x % 32;
-  // Of a pair of 8-column matrices lanes 0 to 15 point to the rows of the left one, the others to those of the right.
-  Out* const pair = staged + lane % 16 * kPitch + lane / 16 * 8;
-#pragma unroll
-  for (int column = 0; column < kColumns; column += 16) {
-    const float* sum = accumulators + kFirst + column / 2;
-    const uint32_t upper = pack2(sum[0], sum[1], Out{}), lower = pack2(sum[2], sum[3], Out{});
-    if (column + 8 < kColumns) {
-      store_matrices(pair + column, {upper, lower, pack2(sum[4], sum[5], Out{}), pack2(sum[6], sum[7], Out{})});
-    } else {
-      store_matrices(pair + column, {upper, lower});
-    }
-  }
-  // After the last of a tile TMA writes there. Behind the stores below the fence would wait for them.
-  if (last) fence_async_shared();
-  __syncwarp();
-  const int vector = lane % kLanesOfRow;
-  if (vector < kVectors && vector * 8 < columns) {
-#pragma unroll
-    for (int first = 0; first < 16; first += 32 / kLanesOfRow) {
-      const int row = first + lane / kLanesOfRow;
-      const uint4 raw = *reinterpret_cast<const uint4*>(staged + row * kPitch + vector * 8);
-      if (row < rows) store16(to + int64_t{row} * args.call.columns + vector * 8, raw);
-    }
-  }
-  __syncwarp();
-}
-
-// Writes a warp group's share of a finished tile, through the stage that was multiplied last.
-template <typename Tiles, typename Out, bool kNorm>
-__device__ inline void store_tile(const ProjectionArgs& args, const BlockRound& round, Tile tile, Share share,
-                                  char* stage, float (&accumulators)[Tiles::kMTiles][Tiles::kAccumulators]) {
-  const int warp = threadIdx.x / 32 - kOtherWarps;
-  Out* const staged = reinterpret_cast<Out*>(stage + warp * Tiles::kStagedBytes);
-  const int64_t row = int64_t{tile.row_block} * Tiles::kRows + share.row + warp % 4 * 16;
-  const int64_t rows = args.partition.rows(args.team.rank).count;
-  products_sync();
-#pragma unroll
-  for (int m_tile = 0; m_tile < Tiles::kMTiles; ++m_tile) {
-    const int64_t first_row = row + m_tile * 64;
-    for_constants<0, Tiles::kGroupColumns, Tiles::kStagedColumns>([&](auto first) {
-      constexpr int kFirst = decltype(first)::value;
-      constexpr int kColumns = std::min(Tiles::kStagedColumns, Tiles::kGroupColumns - kFirst);
-      const int column = column_of<Tiles>(args, tile.column_tile, share.column + kFirst);
-      const int left = args.call.columns - column;
-      if (args.bias != nullptr) {
-        add_bias<kFirst / 2, kColumns>(static_cast<const Out*>(args.bias) + column, left, accumulators[m_tile]);
-      }
-      Out* const to = rows_at<Out, kNorm>(args, round) + first_row * args.call.columns + column;
-      const bool last = m_tile + 1 == Tiles::kMTiles && kFirst + kColumns == Tiles::kGroupColumns;
-      store_accumulators<kFirst / 2, kColumns>(args, to, rows - first_row, left, staged, accumulators[m_tile], last);
-    });
-  }
-}
-
-template <typename Tiles, typename Out, bool kNorm>
-__device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
-                                      int group, char* stages, const float* scales) {
-  const Share share = share_of<Tiles>(group);
-  const Operands operands = operands_of<Tiles>(stages, share);
-  cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
-  RingPosition at;
-  ScalePosition<Tiles> scales_at;
-  if (Tiles::kPingPong && group == 1) ping_pong_signal(0);
-  for_tiles<Tiles>(args, [&](Tile tile) {
-    float accumulators[Tiles::kMTiles][Tiles::kAccumulators];
-    int stage;
+  // Multiplies the next tile, and returns the stage that was multiplied last. It is the caller's until give_back.
+  __device__ int multiply(Accumulators& accumulators) {
     if constexpr (Tiles::kScaled) {
-      stage = multiply_scaled_tile<Tiles>(args, shared, operands, scales, group, at, scales_at, accumulators);
+      return multiply_scaled_tile<Tiles>(args_, shared_, operands_, scales_, group_, at_, scales_at_, accumulators);
     } else {
-      stage = multiply_tile<Tiles>(args, shared, operands, at, accumulators);
+      return multiply_tile<Tiles>(args_, shared_, operands_, at_, accumulators);
     }
-    store_tile<Tiles, Out, kNorm>(args, round, tile, share, stages + stage * Tiles::kStageBytes, accumulators);
-    if (threadIdx.x % 32 < kArrivingLanes) barrier_arrive(&shared.empty[stage]);
-    if (threadIdx.x % 32 == 0) stored.fetch_add(1, cuda::memory_order_release);
-  });
-}
+  }
+  __device__ void give_back(int stage) {
+    if (threadIdx.x % 32 < kArrivingLanes) barrier_arrive(&shared_.empty[stage]);
+  }
+
+ private:
+  const ProjectionArgs& args_;
+  ProjectionShared& shared_;
+  const Operands operands_;
+  const float* const scales_;
+  const int group_;
+  RingPosition at_;
+  ScalePosition<Tiles> scales_at_;
+};
 
 #endif
 
