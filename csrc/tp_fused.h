@@ -122,7 +122,7 @@ int64_t tpf_region_bytes(int64_t slot_bytes, int32_t on_cuda);
 
 /* A card, as far as plans depend on it. */
 typedef struct tpf_card {
-  int32_t architecture; /* 80, 90 or 100: of the code that runs on it, which may be older than the card */
+  int32_t architecture; /* 80, 90, 100 or 120: of the code that runs on it, which may be older than the card */
   int32_t sm_count;
   int64_t shared_bytes; /* that a block may have */
   int32_t has_wgmma;    /* sm_90's matrix instructions, and code for them */

@@ -11,7 +11,7 @@ import sass
 from test_cuda_binary import demangle, extract_cubins, run
 
 ARRIVAL = r"SYNCS\.ARRIVE\.TRANS64\.A1T0"  # without bytes to expect: what gives a buffer back, or passes an end on
-ARCHITECTURES = ("sm_90a", "sm_100a")
+ARCHITECTURES = ("sm_90a", "sm_100", "sm_120")
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,10 @@ void ask(tpf_card* card, int ordinal) {
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
   cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, ordinal);
-  const int architecture = major == 9 && TPF_CODE_FOR_90 ? 90 : major > 9 && TPF_CODE_FOR_100 ? 100 : 80;
+  const int architecture = major == 9 && TPF_CODE_FOR_90     ? 90
+                           : major == 10 && TPF_CODE_FOR_100 ? 100
+                           : major == 12 && TPF_CODE_FOR_120 ? 120
+                                                             : 80;
   *card = {architecture, sm_count, shared, major == 9 && TPF_CODE_FOR_90A};
 }
 
