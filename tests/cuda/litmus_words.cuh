@@ -11,10 +11,10 @@ namespace tpf {
 __device__ inline bool post_rows(const Setup& setup, uint32_t& wrong) {
   const int rank = blockIdx.y;
   const ReduceArgs& args = setup.ranks[rank];
-  OneRow<float> one(View<float>(args), blockIdx.x, threadIdx.x * kLanes<float>);
+  OneRow<float> one(RowView<float>(args), blockIdx.x, threadIdx.x * kLanes<float>);
   for (uint32_t epoch = 1; epoch <= kRounds; ++epoch) {
     const BlockRound round = round_of(setup, epoch);
-    const View<float> view(args, epoch);
+    const RowView<float> view(args, epoch);
     const uint4 expected = value(epoch, threadIdx.x);
     if ((epoch & 1) == rank) {
 #pragma unroll

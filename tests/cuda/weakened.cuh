@@ -27,7 +27,7 @@
 // qkv_a_proj_ag_finish.cuh: a tile and those counted before it before the count, and the count before the tiles.
 #define COUNT_ACQ_REL 7
 #define COUNT_ACQUIRE 8
-// bulk.cuh: the copy engine sees what threads wrote, and the other way round.
+// bulk.cuh: TMA sees what threads wrote, and the other way round.
 #define FENCE_ASYNC_SHARED 9
 #define FENCE_ASYNC_GLOBAL 10
 // bulk.cuh: a row buffer has been stored before it is written again; stored rows are there before they are published;
@@ -50,7 +50,7 @@
 #if TPF_WEAKEN == RELAXED_LOAD
 #define load16_relaxed load16_relaxed_unweakened
 #endif
-#include "cuda/vec.cuh"
+#include "cuda/ptx/vec.cuh"
 #undef load16_relaxed
 
 namespace tpf {
@@ -80,7 +80,7 @@ __device__ inline void no_wait() {}
 #elif TPF_WEAKEN == NOTIFIED_ACQUIRE
 #define memory_order_acquire memory_order_relaxed
 #endif
-#include "cuda/signal.cuh"
+#include "cuda/comm/signal.cuh"
 #undef __threadfence_system
 #undef memory_order_release
 #undef memory_order_acquire
@@ -90,11 +90,11 @@ __device__ inline void no_wait() {}
 #elif TPF_WEAKEN == COUNT_ACQUIRE
 #define memory_order_acquire memory_order_relaxed
 #endif
-#include "cuda/qkv_a_proj_ag_finish.cuh"
+#include "cuda/kernels/qkv_a_proj_ag_finish.cuh"
 #undef memory_order_acq_rel
 #undef memory_order_acquire
 
-#include "cuda/rs_rmsnorm_one_row.cuh"
+#include "cuda/kernels/rs_rmsnorm_one_row.cuh"
 
 // Of these the litmus tests call what the product's kernels call.
 #if TPF_WEAKEN == FENCE_ASYNC_SHARED
