@@ -21,9 +21,10 @@ struct Call {
     return input.read(input_tensor) && input.dim == 2 && input.dtype <= largest_dtype && find(string(group_name)) &&
            workspace.caller->admit();
   }
-  bool fits(int64_t num_tokens, int64_t row_bytes) const {
-    return num_tokens >= 0 && num_tokens <= workspace.max_num_tokens && row_bytes > 0 &&
-           row_bytes <= workspace.row_bytes;
+  // Columns reach the launchers as 32-bit integers.
+  bool fits(int64_t num_tokens, int64_t columns, int dtype) const {
+    return num_tokens >= 0 && num_tokens <= workspace.max_num_tokens && columns > 0 &&
+           std::in_range<int32_t>(columns) && columns * kItemBytes[dtype] <= workspace.row_bytes;
   }
   Rows own_rows(int64_t num_tokens) const { return rows_of(num_tokens, team()->rank, team()->world_size); }
   const tpf_team* team() const { return workspace.team->get(); }

@@ -32,7 +32,7 @@ bool run(const Call& call, auto&& launch, auto* cuda, auto* cpu) {
 
 struct Reduction : Call {
   bool read(Value tensor, Value group_name) {
-    return Call::read(tensor, group_name, TPF_F32) && fits(input.rows, input.row_bytes()) &&
+    return Call::read(tensor, group_name, TPF_F32) && fits(input.rows, input.columns, input.dtype) &&
            input.columns <= TPF_MAX_HIDDEN_SIZE && (!on_cuda() || (input.columns % 8 == 0 && input.aligned()));
   }
   // With a norm, `residual` being a Tensor?.
@@ -145,7 +145,7 @@ bool reduce_scatter_rows(const Value* arguments, Results* results) {
 bool all_gather_rows(const Value* arguments, Results* results) {
   Call in;
   const auto num_tokens = static_cast<int64_t>(arguments[1]);
-  if (!in.read(arguments[0], arguments[2], TPF_U8) || !in.fits(num_tokens, in.input.row_bytes())) return false;
+  if (!in.read(arguments[0], arguments[2], TPF_U8) || !in.fits(num_tokens, in.input.columns, in.dtype())) return false;
   if (in.input.rows != in.own_rows(num_tokens).count) return false;
   void* output;
   if (!results->add(&output, in.input, num_tokens, in.input.columns, in.dtype())) return false;

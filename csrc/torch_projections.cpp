@@ -31,9 +31,8 @@ struct Projection : Call {
     num_tokens = static_cast<int64_t>(count);
     if (!Call::read(rows, group_name, largest_dtype)) return false;
     if (!weight.read(weight_tensor) || weight.dim != 2 || !weight.like(input)) return false;
-    if (weight.columns != input.columns) return false;
-    if (!fits(num_tokens, weight.rows * kItemBytes[latent_dtype()]) || input.rows != own_rows(num_tokens).count)
-      return false;
+    if (weight.columns != input.columns || !std::in_range<int32_t>(input.columns)) return false;
+    if (!fits(num_tokens, weight.rows, latent_dtype()) || input.rows != own_rows(num_tokens).count) return false;
     return !on_cuda() || (input.aligned() && weight.aligned());
   }
   // [columns] of the rows' dtype; none is fine.
