@@ -5,6 +5,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 struct AtenTensorOpaque;
 struct TorchLibraryOpaque;
@@ -65,8 +66,8 @@ struct TorchApi {
 extern TorchApi torch;
 extern int32_t torch_dtypes[5];  // torch's numbers, by tpf_dtype
 
-// Look the functions up at their first call; false where one is missing.
-bool have_torch();
-bool have_torch_cuda();
+// Look the functions up at their first call, and say what is missing: a function or library, or nothing.
+const std::string& missing_in_torch();
+const std::string& missing_in_torch_cuda();
 
 }  // namespace tpf

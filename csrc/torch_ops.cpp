@@ -3,6 +3,7 @@
 // reference backend) is said once, in Python, which gets the very same call.
 #include "torch_ops.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <mutex>
@@ -159,7 +160,7 @@ bool all_gather_rows(const Value* arguments, Results* results) {
 
 struct Op {
   const char* name;
-  std::string_view arguments;  // each a (T)ensor, Tensor (?), (s)tring, (f)loat, (i)nt or (b)ool
+  std::string_view arguments;  // as in the schema: each a (T)ensor, Tensor (?), (s)tring, (f)loat, (i)nt or (b)ool
   bool (*serve)(const Value* arguments, Results* results);
 };
 
@@ -260,15 +261,18 @@ constexpr std::array<Kernel*, sizeof...(kIndices)> kernels(std::index_sequence<k
 }
 constexpr auto kKernels = kernels(std::make_index_sequence<std::size(kOps)>());
 
-bool have_python() {
-  if (python != nullptr) return true;
+// Their forms for a single tensor leak it.
+constexpr const char* kTensorsFromHandles = "alloc_tensors_by_stealing_from_void_ptrs";
+constexpr const char* kHandlesFromTensors = "unsafe_alloc_void_ptrs_from_tensors";
+
+std::string missing_in_python() {
+  if (python != nullptr) return "";
   const py::object aoti = py::getattr(py::module_::import("torch._C"), "_aoti", py::none());
-  // Their forms for a single tensor leak it.
-  const py::object tensors_from_handles = py::getattr(aoti, "alloc_tensors_by_stealing_from_void_ptrs", py::none());
-  const py::object handles_from_tensors = py::getattr(aoti, "unsafe_alloc_void_ptrs_from_tensors", py::none());
-  if (tensors_from_handles.is_none() || handles_from_tensors.is_none()) return false;
-  python = new Python{{}, tensors_from_handles, handles_from_tensors};
-  return true;
+  for (const char* name : {kTensorsFromHandles, kHandlesFromTensors}) {
+    if (!py::hasattr(aoti, name)) return std::string("torch._C._aoti.") + name;
+  }
+  python = new Python{{}, aoti.attr(kTensorsFromHandles), aoti.attr(kHandlesFromTensors)};
+  return "";
 }
 
 }  // namespace
@@ -295,16 +299,26 @@ void forget(const Team& team) {
   std::erase_if(workspaces, [&](const auto& entry) { return entry.second.team.get() == &team; });
 }
 
-bool register_kernel(const std::string& name, const std::string& key, const py::function& function) {
-  if (!have_torch() || !have_python() || (key == "CUDA" && !have_torch_cuda())) return false;
-  for (size_t i = 0; i < std::size(kOps); ++i) {
-    if (name != kOps[i].name) continue;
-    python->functions[i] = function;
-    TorchLibraryOpaque* library = nullptr;  // stays, as the op does
-    return torch.aoti_torch_library_init_impl("tp_fused", key.c_str(), "csrc/torch_ops.cpp", __LINE__, &library) == 0 &&
-           torch.torch_library_impl(library, kOps[i].name, kKernels[i], kTorchVersion) == 0;
+void register_kernel(const std::string& name, const std::string& key, const std::string& kinds,
+                     const py::function& function) {
+  std::string missing = missing_in_torch();
+  if (missing.empty() && key == "CUDA") missing = missing_in_torch_cuda();
+  if (missing.empty()) missing = missing_in_python();
+  if (!missing.empty()) {
+    const auto version = py::str(py::module_::import("torch").attr("__version__")).cast<std::string>();
+    throw py::import_error("tp_fused needs torch 2.10 or newer: torch " + version + " has no " + missing);
   }
-  return false;
+  const auto* op = std::find_if(std::begin(kOps), std::end(kOps), [&](const Op& op) { return name == op.name; });
+  if (op == std::end(kOps) || kinds != op->arguments) {
+    throw py::import_error("no native kernel takes what the schema of tp_fused::" + name + " says: " + kinds);
+  }
+  const size_t index = op - kOps;
+  python->functions[index] = function;
+  TorchLibraryOpaque* library = nullptr;  // stays, as the op does
+  if (torch.aoti_torch_library_init_impl("tp_fused", key.c_str(), "csrc/torch_ops.cpp", __LINE__, &library) != 0 ||
+      torch.torch_library_impl(library, op->name, kKernels[index], kTorchVersion) != 0) {
+    throw py::import_error("torch does not take the native kernel of tp_fused::" + name + " for " + key);
+  }
 }
 
 }  // namespace tpf

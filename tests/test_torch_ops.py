@@ -306,33 +306,50 @@ def test_declarations_are_those_of_torch(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_torch_without_these_functions():
-    """Everything is served in Python then."""
-    script = f"""
-import importlib.util, sys, torch, torch.distributed as dist
-from unittest import mock
-spec = importlib.util.spec_from_file_location("tp_fused._C", {_C.__file__!r})
-sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules[spec.name])
-sys.modules[spec.name].register_kernel = lambda name, key, function: False
-import tp_fused
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-with tp_fused.init(max_num_tokens=4, hidden_size=8, dtype=torch.float32, device="cpu"):
-    with mock.patch.object(tp_fused.ops, "get_workspace", wraps=tp_fused.ops.get_workspace) as asked:
-        print(tp_fused.reduce_scatter_rows(torch.ones(1, 8)).tolist(), asked.call_count)
-    try:
-        tp_fused.reduce_scatter_rows(torch.ones(5, 8))
-    except ValueError as error:
-        print(error)
-dist.destroy_process_group()
+def run_python(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, *arguments, "-c", script]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+LOAD = f"""
+import ctypes, importlib.util, sys, types
+sys.modules["torch"] = types.SimpleNamespace(__version__="2.9.1")
+spec = importlib.util.spec_from_file_location("_C", {_C.__file__!r})
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith(f"{[[1.0] * 8]} 1\nnum_tokens=5 is over"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("missing", ["libtorch_cpu.so", "torch_library_impl"])
+def test_torch_without_a_function_is_told_by_name(tmp_path, missing):
+    """As at the import of tp_fused, with a torch that has one function, or none."""
+    script = LOAD
+    if missing == "torch_library_impl":
+        library = tmp_path / "libtorch_cpu.so"
+        source = "void aoti_torch_library_init_impl() {}"
+        command = ["gcc", "-shared", "-Wl,-soname,libtorch_cpu.so", "-x", "c", "-", "-o", library]
+        subprocess.run(command, input=source, text=True, check=True)
+        script += f"ctypes.CDLL({str(library)!r})\n"
+    done = run_python(script + "native.register_kernel('rs_rmsnorm', 'CPU', 'T?Tfsb', print)")
+    assert f"ImportError: tp_fused needs torch 2.10 or newer: torch 2.9.1 has no {missing}\n" in done.stderr
+
+
+def test_every_schema_is_the_one_that_its_kernel_reads():
+    """Whose memory on the dispatcher's stack a kernel frees follows from the types of its arguments."""
+    for kinds in ("T?Tfs", "TTTfsb", "T?Tfsbb"):
+        with pytest.raises(ImportError, match=f"tp_fused::rs_rmsnorm says: {kinds}".replace("?", r"\?")):
+            _C.register_kernel("rs_rmsnorm", "CPU", kinds, print)
+    with pytest.raises(ImportError, match="tp_fused::nothing"):
+        _C.register_kernel("nothing", "CPU", "T", print)
+
+
+def test_a_torch_that_is_newer_than_any_tested_one_is_told_once():
+    script = "import torch; torch.__version__ = '99.0.1+cpu'; import tp_fused, importlib, tp_fused.ops"
+    done = run_python(script)
+    assert done.returncode == 0 and done.stderr.count("UserWarning: torch 99.0.1+cpu is newer than 2.13") == 1
 
 
 def test_a_process_with_kernels_ends_quietly():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "import tp_fused"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = run_python("import tp_fused")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

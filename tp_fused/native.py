@@ -5,6 +5,7 @@ this rank's rows of a projection before they are gathered; no other memory is.
 """
 
 import functools
+import warnings
 
 import torch
 
@@ -17,6 +18,14 @@ except ImportError as error:
         f"tp_fused's native library is missing or does not load: build it with `pip install .`, or `make build` in a "
         f"checkout ({error})"
     ) from error
+
+NEWEST_TESTED_TORCH = (2, 13)
+if tuple(map(int, torch.__version__.split(".")[:2])) > NEWEST_TESTED_TORCH:
+    warnings.warn(
+        f"torch {torch.__version__} is newer than {'.'.join(map(str, NEWEST_TESTED_TORCH))}, the newest that this "
+        f"tp_fused was tested with: run its tests (pytest -m smoke) before you rely on it",
+        stacklevel=2,
+    )
 
 DTYPE_CODES = {
     torch.bfloat16: 0,

@@ -21,6 +21,8 @@ from .workspace import get_workspace, resolve_group_name
 _library = torch.library.Library("tp_fused", "DEF")
 _BACKENDS = {"cuda": native, "cpu": native, "reference": reference}
 _ops = torch.ops.tp_fused
+# By type: what csrc/torch_ops.cpp calls an argument, whose memory its kernels own.
+_KINDS = {"Tensor": "T", "Optional[Tensor]": "?", "str": "s", "float": "f", "int": "i", "bool": "b"}
 
 
 def _define(schema: str, fake):
@@ -30,9 +32,10 @@ def _define(schema: str, fake):
         name = schema[: schema.index("(")]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         implementation = _closed(function)
-        for key in ("CPU", "CUDA"):
-            if not _C.register_kernel(name, key, implementation):
-                _library.impl(name, implementation, key)
+        arguments = getattr(_ops, name).default._schema.arguments
+        kinds = "".join(_KINDS[str(argument.type)] for argument in arguments)
+        for key in ("CPU", "CUDA") if torch.version.cuda else ("CPU",):
+            _C.register_kernel(name, key, kinds, implementation)
         # Tensors of other layouts and devices: the checks have words for them, torch's dispatcher has others.
         _library.impl(name, implementation, "CompositeExplicitAutograd")
         # Without a backward of its own torch would let outputs ask for gradients, and lose them.
