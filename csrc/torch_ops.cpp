@@ -1,6 +1,6 @@
-// A call from Python that is plainly in order is served here: arguments are looked at, outputs allocated and the op
-// launched without the interpreter, in a third of the time. Everything else (errors and their words, faults, the
-// reference backend) is said once, in Python, which gets the very same call.
+// The ops: arguments are checked, outputs allocated and the op launched, without the interpreter. What is not in order,
+// what has faulted and what the reference backend serves goes on to Python with the very same arguments (ops.py). It
+// has the words, or raises an error that says that it finds nothing wrong.
 #include "torch_ops.h"
 
 #include <algorithm>
@@ -34,7 +34,8 @@ bool run(const Call& call, auto&& launch, auto* cuda, auto* cpu) {
 struct Reduction : Call {
   bool read(Value tensor, Value group_name) {
     return Call::read(tensor, group_name, TPF_F32) && fits(input.rows, input.columns, input.dtype) &&
-           input.columns <= TPF_MAX_HIDDEN_SIZE && (!on_cuda() || (input.columns % 8 == 0 && input.aligned()));
+           input.columns <= TPF_MAX_HIDDEN_SIZE &&
+           (!on_cuda() || (input.columns > 0 && input.columns % 8 == 0 && input.aligned()));
   }
   // With a norm, `residual` being a Tensor?.
   bool read(Value tensor, Value residual, Value weight, Value eps, Value group_name) {
@@ -55,7 +56,7 @@ struct Reduction : Call {
     const Rows own = own_rows();
     if (!view.read(tensor) || view.dim != 2 || view.columns != input.columns || !view.like(input)) return false;
     if (view.rows != input.rows && view.rows != own.count) return false;
-    if (on_cuda() && !view.aligned()) return false;
+    if (on_cuda() && own.count > 0 && !view.aligned()) return false;
     residual = static_cast<char*>(view.data) + (view.rows == input.rows ? own.start * input.row_bytes() : 0);
     variant |= TPF_RESIDUAL;
     return true;
@@ -68,7 +69,7 @@ struct Reduction : Call {
   }
 };
 
-// ---- the ops: arguments as in the schemas of tp_fused/ops.py; false where Python is to serve the call ----
+// ---- the ops: arguments as in the schemas of tp_fused/ops.py; false where Python is to say why not ----
 
 bool rs_rmsnorm(const Value* arguments, Results* results) {
   Reduction in;
@@ -175,21 +176,24 @@ constexpr Op kOps[] = {
     {"qkv_a_proj_ag_norm", "TTTTfis", qkv_a_proj_ag_norm},
 };
 
-// Frees what is still on the stack, which owns it.
-void release(std::string_view kinds, const Value* arguments) {
-  for (size_t i = 0; i < kinds.size(); ++i) {
-    if (kinds[i] == 'T' && arguments[i] != 0) {
-      torch.aoti_torch_delete_tensor_object(handle<AtenTensorOpaque>(arguments[i]));
-    }
-    if (kinds[i] == 's') torch.torch_delete_string(handle<StringOpaque>(arguments[i]));
-    if (kinds[i] == '?') {
-      if (Tensor tensor = optional_tensor(arguments[i])) torch.aoti_torch_delete_tensor_object(tensor);
-      delete handle<Value>(arguments[i]);
+// A call's arguments, which the stack owns. Frees what has not been taken off it, also where an exception passes.
+struct Arguments {
+  std::string_view kinds;
+  Value* stack;
+
+  ~Arguments() {
+    for (size_t i = 0; i < kinds.size(); ++i) {
+      if (kinds[i] == 'T' && stack[i] != 0) torch.aoti_torch_delete_tensor_object(handle<AtenTensorOpaque>(stack[i]));
+      if (kinds[i] == 's') torch.torch_delete_string(handle<StringOpaque>(stack[i]));
+      if (kinds[i] == '?') {
+        if (Tensor tensor = optional_tensor(stack[i])) torch.aoti_torch_delete_tensor_object(tensor);
+        delete handle<Value>(stack[i]);
+      }
     }
   }
-}
+};
 
-// The Python implementations, and the functions by which torch's own generated code takes tensors to Python and back.
+// What ops.py has for each op, and the functions by which torch's own generated code takes tensors to Python and back.
 // Never destroyed: an interpreter that ends has no use for that.
 struct Python {
   std::array<py::object, std::size(kOps)> functions;
@@ -198,10 +202,11 @@ struct Python {
 Python* python = nullptr;
 
 // Takes the tensors off the stack.
-py::list take_tensors(std::string_view kinds, Value* stack) {
+py::list take_tensors(const Arguments& call) {
   py::list handles;
-  for (size_t i = 0; i < kinds.size(); ++i) {
-    Value* value = kinds[i] == 'T' ? &stack[i] : kinds[i] == '?' ? handle<Value>(stack[i]) : nullptr;
+  for (size_t i = 0; i < call.kinds.size(); ++i) {
+    const char kind = call.kinds[i];
+    Value* value = kind == 'T' ? &call.stack[i] : kind == '?' ? handle<Value>(call.stack[i]) : nullptr;
     if (value != nullptr) handles.append(py::capsule(handle<void>(std::exchange(*value, 0))));
   }
   return python->tensors_from_handles(handles);
@@ -209,50 +214,46 @@ py::list take_tensors(std::string_view kinds, Value* stack) {
 
 // Through Python itself, not the dispatcher: C functions would be in between, which no exception passes. What Python
 // raises leaves here as pybind11's error_already_set, and torch, which uses pybind11 as well, raises it to its caller.
-void hand_over(size_t index, Value* stack) {
+void ask_python(size_t index, const Arguments& call, Results* results) {
   const py::gil_scoped_acquire locked;
-  if (PyErr_Occurred()) {  // what ended a wait: see interrupted
-    release(kOps[index].arguments, stack);
-    throw py::error_already_set();
-  }
-  const std::string_view kinds = kOps[index].arguments;
-  const py::list tensors = take_tensors(kinds, stack);
+  if (PyErr_Occurred()) throw py::error_already_set();  // what ended a wait: see interrupted
+  const py::list tensors = take_tensors(call);
   py::list arguments;
   size_t next = 0;
-  for (size_t i = 0; i < kinds.size(); ++i) {
-    if (kinds[i] == 'T' || (kinds[i] == '?' && stack[i] != 0))
+  for (size_t i = 0; i < call.kinds.size(); ++i) {
+    const char kind = call.kinds[i];
+    const Value value = call.stack[i];
+    if (kind == 'T' || (kind == '?' && value != 0))
       arguments.append(tensors[next++]);
-    else if (kinds[i] == '?')
+    else if (kind == '?')
       arguments.append(py::none());
-    else if (kinds[i] == 's')
-      arguments.append(string(stack[i]));
-    else if (kinds[i] == 'f')
-      arguments.append(std::bit_cast<double>(stack[i]));
-    else if (kinds[i] == 'i')
-      arguments.append(static_cast<int64_t>(stack[i]));
+    else if (kind == 's')
+      arguments.append(string(value));
+    else if (kind == 'f')
+      arguments.append(std::bit_cast<double>(value));
+    else if (kind == 'i')
+      arguments.append(static_cast<int64_t>(value));
     else
-      arguments.append(boolean(stack[i]));
+      arguments.append(boolean(value));
   }
-  release(kinds, stack);
   const py::object result = python->functions[index](*arguments);
-  const py::list results = py::isinstance<py::tuple>(result) ? py::list(result) : py::list(py::make_tuple(result));
-  const py::list handles = python->handles_from_tensors(results);
-  for (size_t i = 0; i < handles.size(); ++i) {
-    stack[i] = reinterpret_cast<Value>(py::capsule(handles[i]).get_pointer());
+  const py::list made = py::isinstance<py::tuple>(result) ? py::list(result) : py::list(py::make_tuple(result));
+  for (const py::handle tensor : py::list(python->handles_from_tensors(made))) {
+    results->take(static_cast<Tensor>(py::reinterpret_borrow<py::capsule>(tensor).get_pointer()));
   }
 }
 
 template <size_t kIndex>
 void kernel(Value* stack, uint64_t /* num_arguments */, uint64_t /* num_results */) {
+  Results results;
   {
-    Results results;
-    if (kOps[kIndex].serve(stack, &results)) {
-      release(kOps[kIndex].arguments, stack);
-      results.move_to(stack);
-      return;
+    const Arguments call = {kOps[kIndex].arguments, stack};
+    if (!kOps[kIndex].serve(stack, &results)) {
+      results.clear();
+      ask_python(kIndex, call, &results);
     }
   }
-  hand_over(kIndex, stack);
+  results.move_to(stack);
 }
 
 template <size_t... kIndices>
@@ -277,6 +278,18 @@ std::string missing_in_python() {
 
 }  // namespace
 
+bool project_fp8(Tensor rows, Tensor scale, Tensor weight, Tensor weight_scale, Tensor out, int max_ctas) {
+  const py::gil_scoped_acquire locked;
+  py::list handles;
+  for (Tensor tensor : {rows, scale, weight, weight_scale, out}) {
+    Tensor another = nullptr;  // Python's own
+    if (torch.aoti_torch_new_tensor_handle(tensor, &another) != 0) return false;
+    handles.append(py::capsule(static_cast<void*>(another)));
+  }
+  py::module_::import("tp_fused.native").attr("project_fp8")(*python->tensors_from_handles(handles), max_ctas);
+  return true;
+}
+
 std::optional<Workspace> find_workspace(std::string_view group_name, bool on_cuda) {
   const std::lock_guard lock(workspaces_mutex);
   for (const auto& [name, workspace] : workspaces) {
@@ -290,6 +303,11 @@ void serve(const std::string& group_name, const Workspace& workspace) {
   const tpf_team& team = *workspace.team->get();
   const std::string pinned = group_name + '#' + std::to_string(team.rank) + '/' + std::to_string(team.world_size);
   const std::lock_guard lock(workspaces_mutex);
+  // A child that was forked has its parent's workspaces here, and may make one of the same name.
+  std::erase_if(workspaces, [&](const auto& entry) {
+    return (entry.first == group_name || entry.first == pinned) &&
+           entry.second.team->on_cuda() == workspace.team->on_cuda();
+  });
   workspaces.emplace_back(group_name, workspace);
   workspaces.emplace_back(pinned, workspace);
 }

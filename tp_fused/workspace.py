@@ -70,7 +70,8 @@ class Workspace:
 
     def require_caller(self) -> None:
         """Raises where this thread is not the one that calls the ops of this workspace."""
-        if not self.caller.admit():
+        # The native kernel has waited already; only what it has refused comes here.
+        if not self.caller.admit(patience_ms=100 if self.backend == "reference" else 0):
             raise ValueError(
                 f"the workspace of group {self.group_name!r} is used by thread {self.caller.thread_id}, this is thread "
                 f"{threading.get_native_id()}: calls of two threads would come in another order on every rank. Make a "
