@@ -378,6 +378,13 @@ def test_a_torch_that_is_newer_than_any_tested_one_is_told_once():
     assert done.returncode == 0 and done.stderr.count("UserWarning: torch 99.0.1+cpu is newer than 2.13") == 1
 
 
+def test_the_hosted_workflow_tries_every_torch():
+    workflow, project = (ROOT / name for name in (".github/workflows/torch.yml", "pyproject.toml"))
+    tried = re.search(r"for torch in (.*); do", workflow.read_text())[1].split()
+    oldest = re.search(r"torch>=2\.(\d+)", project.read_text())[1]
+    assert tried == [f"2.{minor}" for minor in range(int(oldest), native.NEWEST_TESTED_TORCH[1] + 1)]
+
+
 def test_a_process_with_kernels_ends_quietly():
     done = run_python("import tp_fused")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

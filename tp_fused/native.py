@@ -19,7 +19,7 @@ NEWEST_TESTED_TORCH = (2, 13)
 if tuple(map(int, torch.__version__.split(".")[:2])) > NEWEST_TESTED_TORCH:
     warnings.warn(
         f"torch {torch.__version__} is newer than {'.'.join(map(str, NEWEST_TESTED_TORCH))}, the newest that this "
-        f"tp_fused was tested with: run its tests (pytest -m smoke) before you rely on it",
+        f"tp_fused was tested with: run tests/test_smoke.py of it first",
         stacklevel=2,
     )
 
