@@ -1,15 +1,13 @@
-// The library as tp_fused/native.py calls it: pointers arrive as integers, which it takes from tensors.
+// What Python calls of the library to make workspaces and to look into them, and the ops' registration.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cerrno>
 #include <cstddef>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -23,7 +21,7 @@ namespace py = pybind11;
 
 namespace {
 
-using tpf::Address, tpf::at, tpf::Caller, tpf::Input, tpf::projection_call, tpf::Team;
+using tpf::Address, tpf::at, tpf::Caller, tpf::checked, tpf::Input, tpf::Team;
 
 void check(tpf_status status, const std::string& what) {
   if (status == TPF_OK) return;
@@ -140,40 +138,10 @@ tpf_fault fault_on_host(const Team& team, int rank) {
   return rank == team.get()->rank && team.fault_status() != TPF_OK ? *team.get()->mailbox : tpf_fault{};
 }
 
-int checked(tpf_status status) {
-  if (status == TPF_CUDA_ERROR) throw std::runtime_error(std::string("CUDA: ") + tpf_cuda_error_string());
-  if (status == TPF_UNSUPPORTED) throw std::runtime_error("this build of tp_fused cannot run that");
-  return status;
-}
-
 // Whether a signal has come of which Python makes an exception, Ctrl-C for one. It is left to be raised.
 int32_t interrupted() {
   const py::gil_scoped_acquire locked;
   return PyErr_CheckSignals() != 0;
-}
-
-// Launches for `team`, unless it has faulted. Without the interpreter's lock where the call itself waits for peers:
-// ranks may be threads of one process.
-template <typename Cuda, typename Cpu>
-int run(const Team& team, Address stream, Cuda&& cuda, Cpu&& cpu) {
-  if (const int status = team.fault_status()) return status;
-  if (team.on_cuda()) {
-    checked(team.follow_stream(at(stream)));
-    return checked(cuda());
-  }
-  int status = TPF_OK;
-  {
-    py::gil_scoped_release release;
-    status = cpu();
-  }
-  if (PyErr_Occurred()) throw py::error_already_set();
-  return status;
-}
-
-int gather_latent(Address latent, Address rows, const Team& team, const tpf_call& call, Address stream) {
-  return run(
-      team, stream, [&] { return tpf_gather_latent_cuda(at(latent), at(rows), team.get(), &call, at(stream)); },
-      [&] { return tpf_qkv_a_proj_ag_cpu(at(latent), team.get(), &call); });
 }
 
 }  // namespace
@@ -194,10 +162,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("EPOCH_OFFSET") = offsetof(tpf::Control, progress) + offsetof(tpf::Progress, epoch);
   m.attr("SEGMENT_HEADER_BYTES") = TPF_SEGMENT_HEADER_BYTES;
   m.attr("FAULT_BYTES") = sizeof(tpf_fault);
-  m.attr("COMPLETE") = TPF_COMPLETE;
   m.attr("RESIDUAL") = TPF_RESIDUAL;
-  m.attr("COLUMN_SCALES") = TPF_COLUMN_SCALES;
-  m.attr("KEEP_OUTPUT") = TPF_KEEP_OUTPUT;
   m.attr("QKV_A_PROJ_AG") = static_cast<int>(TPF_QKV_A_PROJ_AG);
   m.attr("QKV_A_PROJ_AG_FP8") = static_cast<int>(TPF_QKV_A_PROJ_AG_FP8);
   m.attr("QKV_A_PROJ_AG_NORM") = static_cast<int>(TPF_QKV_A_PROJ_AG_NORM);
@@ -217,7 +182,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Caller, std::shared_ptr<Caller>>(m, "Caller")
       .def(py::init<>())
-      .def("admit", [](Caller& caller) { return caller.admit(); })
+      .def("admit", &Caller::admit, py::arg("patience_ms") = 100)
       .def("attach", &Caller::attach)
       .def_property_readonly("thread_id", &Caller::thread_id);
 
@@ -257,127 +222,10 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("register_kernel", &tpf::register_kernel);
 
-  m.def("rs_rmsnorm",
-        [](Address output, Address residual_out, Address input, Address residual, Address weight, const Team& team,
-           int64_t num_tokens, int hidden_size, int dtype, float eps, uint32_t variant, Address stream) {
-          const Input symm(team, at(input));
-          const auto launch = [&](auto op, auto... last) {
-            return op(at(output), at(residual_out), at(input), symm.get(), at(residual), at(weight), team.get(),
-                      num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, variant, last...);
-          };
-          return run(
-              team, stream, [&] { return launch(tpf_rs_rmsnorm_cuda, at(stream)); },
-              [&] { return launch(tpf_rs_rmsnorm_cpu); });
-        });
-
-  m.def("rs_rmsnorm_fp8",
-        [](Address q, Address scale, Address residual_out, Address output, Address input, Address residual,
-           Address weight, const Team& team, int64_t num_tokens, int hidden_size, int dtype, float eps, int group_size,
-           int64_t scale_row_stride, int64_t scale_group_stride, uint32_t variant, Address stream) {
-          const Input symm(team, at(input));
-          const auto launch = [&](auto op, auto... last) {
-            return op(at(q), at<float>(scale), at(residual_out), at(output), at(input), symm.get(), at(residual),
-                      at(weight), team.get(), num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, group_size,
-                      scale_row_stride, scale_group_stride, variant, last...);
-          };
-          return run(
-              team, stream, [&] { return launch(tpf_rs_rmsnorm_fp8_cuda, at(stream)); },
-              [&] { return launch(tpf_rs_rmsnorm_fp8_cpu); });
-        });
-
-  m.def("rs_rmsnorm_ag",
-        [](Address output, Address residual_out, Address input, Address residual, Address weight, const Team& team,
-           int64_t num_tokens, int hidden_size, int dtype, float eps, uint32_t variant, Address stream) {
-          const Input symm(team, at(input));
-          const auto launch = [&](auto op, auto... last) {
-            return op(at(output), at(residual_out), at(input), symm.get(), at(residual), at(weight), team.get(),
-                      num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), eps, variant, last...);
-          };
-          return run(
-              team, stream, [&] { return launch(tpf_rs_rmsnorm_ag_cuda, at(stream)); },
-              [&] { return launch(tpf_rs_rmsnorm_ag_cpu); });
-        });
-
-  m.def("reduce_scatter_rows", [](Address output, Address input, const Team& team, int64_t num_tokens, int hidden_size,
-                                  int dtype, Address stream) {
-    const Input symm(team, at(input));
-    const auto launch = [&](auto op, auto... last) {
-      return op(at(output), at(input), symm.get(), team.get(), num_tokens, hidden_size, static_cast<tpf_dtype>(dtype),
-                last...);
-    };
-    return run(
-        team, stream, [&] { return launch(tpf_reduce_scatter_rows_cuda, at(stream)); },
-        [&] { return launch(tpf_reduce_scatter_rows_cpu); });
-  });
-
-  m.def("all_gather_rows", [](Address output, Address input, const Team& team, int64_t num_tokens, int hidden_size,
-                              int dtype, Address stream) {
-    const auto launch = [&](auto op, auto... last) {
-      return op(at(output), at(input), team.get(), num_tokens, hidden_size, static_cast<tpf_dtype>(dtype), last...);
-    };
-    return run(
-        team, stream, [&] { return launch(tpf_all_gather_rows_cuda, at(stream)); },
-        [&] { return launch(tpf_all_gather_rows_cpu); });
-  });
-
   // A round without rows, on CUDA: the least that any op costs. For benchmarks.
-  m.def("barrier", [](const Team& team, Address stream) {
+  m.def("barrier", [](const Team& team, Address stream) -> int {
     if (const int status = team.fault_status()) return status;
     checked(team.follow_stream(at(stream)));
     return checked(tpf_barrier_cuda(team.get(), at(stream)));
-  });
-
-  // The projections in one kernel; None, and nothing launched, where that does not serve: then project and gather.
-  m.def("project_and_gather",
-        [](int op, const std::array<Address, 3>& outputs, Address input, Address scale, int64_t scale_row_stride,
-           int64_t scale_group_stride, Address weight, Address weight_scale, Address bias, Address q_a_weight,
-           Address kv_a_weight, const Team& team, int64_t num_tokens, int hidden_size, int columns, int dtype,
-           int q_columns, int kv_columns, float eps, Address stream) -> std::optional<int> {
-          const tpf_call call = projection_call(static_cast<tpf_op>(op), static_cast<tpf_dtype>(dtype), num_tokens,
-                                                hidden_size, columns, bias != 0, q_columns, kv_columns);
-          const tpf_projection projection = {at(input),        static_cast<const float*>(at(scale)),
-                                             scale_row_stride, scale_group_stride,
-                                             at(weight),       static_cast<const float*>(at(weight_scale)),
-                                             at(bias),         at(q_a_weight),
-                                             at(kv_a_weight),  q_columns,
-                                             kv_columns,       eps};
-          void* const pointers[3] = {at(outputs[0]), at(outputs[1]), at(outputs[2])};
-          if (const int status = team.fault_status()) return status;
-          checked(team.follow_stream(at(stream)));
-          const tpf_status status = tpf_qkv_a_proj_ag_cuda(pointers, &projection, team.get(), &call, at(stream));
-          if (status == TPF_UNSUPPORTED) return std::nullopt;
-          return checked(status);
-        });
-
-  // The gathering halves of the projections, after the product. On the CPU that has been written into the next slot,
-  // and `rows` is not looked at.
-  m.def("qkv_a_proj_ag", [](Address latent, Address rows, const Team& team, int64_t num_tokens, int hidden_size,
-                            int columns, int dtype, bool bias, Address stream) {
-    const tpf_call call =
-        projection_call(TPF_QKV_A_PROJ_AG, static_cast<tpf_dtype>(dtype), num_tokens, hidden_size, columns, bias);
-    return gather_latent(latent, rows, team, call, stream);
-  });
-
-  m.def("qkv_a_proj_ag_fp8", [](Address latent, Address rows, const Team& team, int64_t num_tokens, int hidden_size,
-                                int columns, Address stream) {
-    const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_FP8, TPF_E4M3, num_tokens, hidden_size, columns);
-    return gather_latent(latent, rows, team, call, stream);
-  });
-
-  m.def("qkv_a_proj_ag_norm", [](Address q_a, Address kv_a, Address k_pe, Address rows, Address q_a_weight,
-                                 Address kv_a_weight, const Team& team, int64_t num_tokens, int hidden_size,
-                                 int columns, int dtype, int q_columns, int kv_columns, float eps, Address stream) {
-    const tpf_call call = projection_call(TPF_QKV_A_PROJ_AG_NORM, static_cast<tpf_dtype>(dtype), num_tokens,
-                                          hidden_size, columns, false, q_columns, kv_columns);
-    return run(
-        team, stream,
-        [&] {
-          return tpf_gather_latent_norm_cuda(at(q_a), at(kv_a), at(k_pe), at(rows), at(q_a_weight), at(kv_a_weight),
-                                             team.get(), &call, q_columns, kv_columns, eps, at(stream));
-        },
-        [&] {
-          return tpf_qkv_a_proj_ag_norm_cpu(at(q_a), at(kv_a), at(k_pe), at(q_a_weight), at(kv_a_weight), team.get(),
-                                            &call, q_columns, kv_columns, eps);
-        });
   });
 }

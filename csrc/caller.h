@@ -14,15 +14,15 @@ namespace tpf {
 
 class Caller {
  public:
-  // Whether the calling thread may call. The first one that does becomes the caller, until it ends.
-  bool admit() {
+  // Whether the calling thread may call. The first one that does becomes the caller, until it ends. A thread that has
+  // been joined may still be on its way out: `patience_ms` for that.
+  bool admit(int patience_ms = 100) {
     if (generation() != made_in_) return false;
     const Thread& self = this_thread();
     if (caller_.load(std::memory_order_relaxed) == self.number) return true;
     const std::lock_guard lock(mutex_);
-    // A thread that has been joined may still be on its way out.
     for (int look = 0; !alive_.expired(); ++look) {
-      if (look == 100) return false;
+      if (look == patience_ms) return false;
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
     take(self);

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "caller.h"
@@ -104,6 +106,13 @@ struct Input {
   tpf_symm symm_;
   bool found_;
 };
+
+// Raises for Python what is neither a fault nor in order.
+inline tpf_status checked(tpf_status status) {
+  if (status == TPF_CUDA_ERROR) throw std::runtime_error(std::string("CUDA: ") + tpf_cuda_error_string());
+  if (status == TPF_UNSUPPORTED) throw std::runtime_error("this build of tp_fused cannot run that");
+  return status;
+}
 
 // What the kernels of torch's dispatcher know of a workspace (tp_fused/workspace.py).
 struct Workspace {

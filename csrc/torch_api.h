@@ -5,6 +5,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 struct AtenTensorOpaque;
 struct TorchLibraryOpaque;
@@ -39,6 +40,7 @@ constexpr uint64_t kTorchVersion = 2ull << 56 | 10ull << 48;  // whose conventio
   X(aoti_torch_create_tensor_from_blob,                                                                            \
     (void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t, tpf::Tensor*))            \
   X(aoti_torch__reinterpret_tensor, (tpf::Tensor, int64_t, const int64_t*, const int64_t*, int64_t, tpf::Tensor*)) \
+  X(aoti_torch_new_tensor_handle, (tpf::Tensor, tpf::Tensor*))                                                     \
   X(aoti_torch_delete_tensor_object, (tpf::Tensor))                                                                \
   X(aoti_torch_cpu_mm_out, (tpf::Tensor, tpf::Tensor, tpf::Tensor))                                                \
   X(aoti_torch_cpu_addmm_out, (tpf::Tensor, tpf::Tensor, tpf::Tensor, tpf::Tensor, double, double))                \
@@ -65,8 +67,8 @@ struct TorchApi {
 extern TorchApi torch;
 extern int32_t torch_dtypes[5];  // torch's numbers, by tpf_dtype
 
-// Look the functions up at their first call; false where one is missing.
-bool have_torch();
-bool have_torch_cuda();
+// Look the functions up at their first call, and say what is missing: a function or library, or nothing.
+const std::string& missing_in_torch();
+const std::string& missing_in_torch_cuda();
 
 }  // namespace tpf

@@ -1,4 +1,5 @@
-// What a kernel of torch's dispatcher asks of a call before it serves it: what checks.py asks, in other words.
+// What a kernel of torch's dispatcher asks of a call before it serves it: just what checks.py asks, which has the words
+// for it. tests/test_one_road.py compares the two.
 #pragma once
 #include <optional>
 #include <string_view>
@@ -11,6 +12,9 @@
 
 namespace tpf {
 
+// Has Python write the product of fp8 rows into `out`, [rows, columns] of bf16: torch has no C function for it.
+bool project_fp8(Tensor rows, Tensor scale, Tensor weight, Tensor weight_scale, Tensor out, int max_ctas);
+
 // The workspace that serves a group's tensors, on the card or on the host.
 std::optional<Workspace> find_workspace(std::string_view group_name, bool on_cuda);
 
@@ -21,25 +25,26 @@ struct Call {
     return input.read(input_tensor) && input.dim == 2 && input.dtype <= largest_dtype && find(string(group_name)) &&
            workspace.caller->admit();
   }
-  bool fits(int64_t num_tokens, int64_t row_bytes) const {
-    return num_tokens >= 0 && num_tokens <= workspace.max_num_tokens && row_bytes > 0 &&
-           row_bytes <= workspace.row_bytes;
+  // Columns reach the launchers as 32-bit integers.
+  bool fits(int64_t num_tokens, int64_t columns, int dtype) const {
+    return num_tokens >= 0 && num_tokens <= workspace.max_num_tokens && std::in_range<int32_t>(columns) &&
+           columns * kItemBytes[dtype] <= workspace.row_bytes;
   }
   Rows own_rows(int64_t num_tokens) const { return rows_of(num_tokens, team()->rank, team()->world_size); }
   const tpf_team* team() const { return workspace.team->get(); }
   tpf_dtype dtype() const { return static_cast<tpf_dtype>(input.dtype); }
   bool on_cuda() const { return workspace.team->on_cuda(); }
 
-  // One of the two launches. False where nothing was launched or the call has faulted.
+  // One of the two launches. False where the workspace has faulted, before or in this call.
   bool run(auto&& cuda, auto&& cpu) const {
     if (workspace.team->fault_status() != TPF_OK) return false;
     if (on_cuda()) {
       void* stream = nullptr;
       return torch.aoti_torch_get_current_cuda_stream(team()->device, &stream) == 0 &&
-             workspace.team->follow_stream(stream) == TPF_OK && cuda(stream) == TPF_OK;
+             checked(workspace.team->follow_stream(stream)) == TPF_OK && checked(cuda(stream)) == TPF_OK;
     }
     // Waits for peers, which may be threads of this process: torch has let go of the interpreter's lock.
-    return cpu() == TPF_OK;
+    return checked(cpu()) == TPF_OK;
   }
 
   Tensor input_tensor = nullptr;

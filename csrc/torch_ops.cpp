@@ -1,8 +1,9 @@
-// A call from Python that is plainly in order is served here: arguments are looked at, outputs allocated and the op
-// launched without the interpreter, in a third of the time. Everything else (errors and their words, faults, the
-// reference backend) is said once, in Python, which gets the very same call.
+// The ops: arguments are checked, outputs allocated and the op launched, without the interpreter. What is not in order,
+// what has faulted and what the reference backend serves goes on to Python with the very same arguments (ops.py). It
+// has the words, or raises an error that says that it finds nothing wrong.
 #include "torch_ops.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <mutex>
@@ -32,8 +33,9 @@ bool run(const Call& call, auto&& launch, auto* cuda, auto* cpu) {
 
 struct Reduction : Call {
   bool read(Value tensor, Value group_name) {
-    return Call::read(tensor, group_name, TPF_F32) && fits(input.rows, input.row_bytes()) &&
-           input.columns <= TPF_MAX_HIDDEN_SIZE && (!on_cuda() || (input.columns % 8 == 0 && input.aligned()));
+    return Call::read(tensor, group_name, TPF_F32) && fits(input.rows, input.columns, input.dtype) &&
+           input.columns <= TPF_MAX_HIDDEN_SIZE &&
+           (!on_cuda() || (input.columns > 0 && input.columns % 8 == 0 && input.aligned()));
   }
   // With a norm, `residual` being a Tensor?.
   bool read(Value tensor, Value residual, Value weight, Value eps, Value group_name) {
@@ -54,7 +56,7 @@ struct Reduction : Call {
     const Rows own = own_rows();
     if (!view.read(tensor) || view.dim != 2 || view.columns != input.columns || !view.like(input)) return false;
     if (view.rows != input.rows && view.rows != own.count) return false;
-    if (on_cuda() && !view.aligned()) return false;
+    if (on_cuda() && own.count > 0 && !view.aligned()) return false;
     residual = static_cast<char*>(view.data) + (view.rows == input.rows ? own.start * input.row_bytes() : 0);
     variant |= TPF_RESIDUAL;
     return true;
@@ -67,7 +69,7 @@ struct Reduction : Call {
   }
 };
 
-// ---- the ops: arguments as in the schemas of tp_fused/ops.py; false where Python is to serve the call ----
+// ---- the ops: arguments as in the schemas of tp_fused/ops.py; false where Python is to say why not ----
 
 bool rs_rmsnorm(const Value* arguments, Results* results) {
   Reduction in;
@@ -145,7 +147,7 @@ bool reduce_scatter_rows(const Value* arguments, Results* results) {
 bool all_gather_rows(const Value* arguments, Results* results) {
   Call in;
   const auto num_tokens = static_cast<int64_t>(arguments[1]);
-  if (!in.read(arguments[0], arguments[2], TPF_U8) || !in.fits(num_tokens, in.input.row_bytes())) return false;
+  if (!in.read(arguments[0], arguments[2], TPF_U8) || !in.fits(num_tokens, in.input.columns, in.dtype())) return false;
   if (in.input.rows != in.own_rows(num_tokens).count) return false;
   void* output;
   if (!results->add(&output, in.input, num_tokens, in.input.columns, in.dtype())) return false;
@@ -159,7 +161,7 @@ bool all_gather_rows(const Value* arguments, Results* results) {
 
 struct Op {
   const char* name;
-  std::string_view arguments;  // each a (T)ensor, Tensor (?), (s)tring, (f)loat, (i)nt or (b)ool
+  std::string_view arguments;  // as in the schema: each a (T)ensor, Tensor (?), (s)tring, (f)loat, (i)nt or (b)ool
   bool (*serve)(const Value* arguments, Results* results);
 };
 
@@ -174,21 +176,24 @@ constexpr Op kOps[] = {
     {"qkv_a_proj_ag_norm", "TTTTfis", qkv_a_proj_ag_norm},
 };
 
-// Frees what is still on the stack, which owns it.
-void release(std::string_view kinds, const Value* arguments) {
-  for (size_t i = 0; i < kinds.size(); ++i) {
-    if (kinds[i] == 'T' && arguments[i] != 0) {
-      torch.aoti_torch_delete_tensor_object(handle<AtenTensorOpaque>(arguments[i]));
-    }
-    if (kinds[i] == 's') torch.torch_delete_string(handle<StringOpaque>(arguments[i]));
-    if (kinds[i] == '?') {
-      if (Tensor tensor = optional_tensor(arguments[i])) torch.aoti_torch_delete_tensor_object(tensor);
-      delete handle<Value>(arguments[i]);
+// A call's arguments, which the stack owns. Frees what has not been taken off it, also where an exception passes.
+struct Arguments {
+  std::string_view kinds;
+  Value* stack;
+
+  ~Arguments() {
+    for (size_t i = 0; i < kinds.size(); ++i) {
+      if (kinds[i] == 'T' && stack[i] != 0) torch.aoti_torch_delete_tensor_object(handle<AtenTensorOpaque>(stack[i]));
+      if (kinds[i] == 's') torch.torch_delete_string(handle<StringOpaque>(stack[i]));
+      if (kinds[i] == '?') {
+        if (Tensor tensor = optional_tensor(stack[i])) torch.aoti_torch_delete_tensor_object(tensor);
+        delete handle<Value>(stack[i]);
+      }
     }
   }
-}
+};
 
-// The Python implementations, and the functions by which torch's own generated code takes tensors to Python and back.
+// What ops.py has for each op, and the functions by which torch's own generated code takes tensors to Python and back.
 // Never destroyed: an interpreter that ends has no use for that.
 struct Python {
   std::array<py::object, std::size(kOps)> functions;
@@ -197,10 +202,11 @@ struct Python {
 Python* python = nullptr;
 
 // Takes the tensors off the stack.
-py::list take_tensors(std::string_view kinds, Value* stack) {
+py::list take_tensors(const Arguments& call) {
   py::list handles;
-  for (size_t i = 0; i < kinds.size(); ++i) {
-    Value* value = kinds[i] == 'T' ? &stack[i] : kinds[i] == '?' ? handle<Value>(stack[i]) : nullptr;
+  for (size_t i = 0; i < call.kinds.size(); ++i) {
+    const char kind = call.kinds[i];
+    Value* value = kind == 'T' ? &call.stack[i] : kind == '?' ? handle<Value>(call.stack[i]) : nullptr;
     if (value != nullptr) handles.append(py::capsule(handle<void>(std::exchange(*value, 0))));
   }
   return python->tensors_from_handles(handles);
@@ -208,50 +214,46 @@ py::list take_tensors(std::string_view kinds, Value* stack) {
 
 // Through Python itself, not the dispatcher: C functions would be in between, which no exception passes. What Python
 // raises leaves here as pybind11's error_already_set, and torch, which uses pybind11 as well, raises it to its caller.
-void hand_over(size_t index, Value* stack) {
+void ask_python(size_t index, const Arguments& call, Results* results) {
   const py::gil_scoped_acquire locked;
-  if (PyErr_Occurred()) {  // what ended a wait: see interrupted
-    release(kOps[index].arguments, stack);
-    throw py::error_already_set();
-  }
-  const std::string_view kinds = kOps[index].arguments;
-  const py::list tensors = take_tensors(kinds, stack);
+  if (PyErr_Occurred()) throw py::error_already_set();  // what ended a wait: see interrupted
+  const py::list tensors = take_tensors(call);
   py::list arguments;
   size_t next = 0;
-  for (size_t i = 0; i < kinds.size(); ++i) {
-    if (kinds[i] == 'T' || (kinds[i] == '?' && stack[i] != 0))
+  for (size_t i = 0; i < call.kinds.size(); ++i) {
+    const char kind = call.kinds[i];
+    const Value value = call.stack[i];
+    if (kind == 'T' || (kind == '?' && value != 0))
       arguments.append(tensors[next++]);
-    else if (kinds[i] == '?')
+    else if (kind == '?')
       arguments.append(py::none());
-    else if (kinds[i] == 's')
-      arguments.append(string(stack[i]));
-    else if (kinds[i] == 'f')
-      arguments.append(std::bit_cast<double>(stack[i]));
-    else if (kinds[i] == 'i')
-      arguments.append(static_cast<int64_t>(stack[i]));
+    else if (kind == 's')
+      arguments.append(string(value));
+    else if (kind == 'f')
+      arguments.append(std::bit_cast<double>(value));
+    else if (kind == 'i')
+      arguments.append(static_cast<int64_t>(value));
     else
-      arguments.append(boolean(stack[i]));
+      arguments.append(boolean(value));
   }
-  release(kinds, stack);
   const py::object result = python->functions[index](*arguments);
-  const py::list results = py::isinstance<py::tuple>(result) ? py::list(result) : py::list(py::make_tuple(result));
-  const py::list handles = python->handles_from_tensors(results);
-  for (size_t i = 0; i < handles.size(); ++i) {
-    stack[i] = reinterpret_cast<Value>(py::capsule(handles[i]).get_pointer());
+  const py::list made = py::isinstance<py::tuple>(result) ? py::list(result) : py::list(py::make_tuple(result));
+  for (const py::handle tensor : py::list(python->handles_from_tensors(made))) {
+    results->take(static_cast<Tensor>(py::reinterpret_borrow<py::capsule>(tensor).get_pointer()));
   }
 }
 
 template <size_t kIndex>
 void kernel(Value* stack, uint64_t /* num_arguments */, uint64_t /* num_results */) {
+  Results results;
   {
-    Results results;
-    if (kOps[kIndex].serve(stack, &results)) {
-      release(kOps[kIndex].arguments, stack);
-      results.move_to(stack);
-      return;
+    const Arguments call = {kOps[kIndex].arguments, stack};
+    if (!kOps[kIndex].serve(stack, &results)) {
+      results.clear();
+      ask_python(kIndex, call, &results);
     }
   }
-  hand_over(kIndex, stack);
+  results.move_to(stack);
 }
 
 template <size_t... kIndices>
@@ -260,18 +262,33 @@ constexpr std::array<Kernel*, sizeof...(kIndices)> kernels(std::index_sequence<k
 }
 constexpr auto kKernels = kernels(std::make_index_sequence<std::size(kOps)>());
 
-bool have_python() {
-  if (python != nullptr) return true;
+// Their forms for a single tensor leak it.
+constexpr const char* kTensorsFromHandles = "alloc_tensors_by_stealing_from_void_ptrs";
+constexpr const char* kHandlesFromTensors = "unsafe_alloc_void_ptrs_from_tensors";
+
+std::string missing_in_python() {
+  if (python != nullptr) return "";
   const py::object aoti = py::getattr(py::module_::import("torch._C"), "_aoti", py::none());
-  // Their forms for a single tensor leak it.
-  const py::object tensors_from_handles = py::getattr(aoti, "alloc_tensors_by_stealing_from_void_ptrs", py::none());
-  const py::object handles_from_tensors = py::getattr(aoti, "unsafe_alloc_void_ptrs_from_tensors", py::none());
-  if (tensors_from_handles.is_none() || handles_from_tensors.is_none()) return false;
-  python = new Python{{}, tensors_from_handles, handles_from_tensors};
-  return true;
+  for (const char* name : {kTensorsFromHandles, kHandlesFromTensors}) {
+    if (!py::hasattr(aoti, name)) return std::string("torch._C._aoti.") + name;
+  }
+  python = new Python{{}, aoti.attr(kTensorsFromHandles), aoti.attr(kHandlesFromTensors)};
+  return "";
 }
 
 }  // namespace
+
+bool project_fp8(Tensor rows, Tensor scale, Tensor weight, Tensor weight_scale, Tensor out, int max_ctas) {
+  const py::gil_scoped_acquire locked;
+  py::list handles;
+  for (Tensor tensor : {rows, scale, weight, weight_scale, out}) {
+    Tensor another = nullptr;  // Python's own
+    if (torch.aoti_torch_new_tensor_handle(tensor, &another) != 0) return false;
+    handles.append(py::capsule(static_cast<void*>(another)));
+  }
+  py::module_::import("tp_fused.native").attr("project_fp8")(*python->tensors_from_handles(handles), max_ctas);
+  return true;
+}
 
 std::optional<Workspace> find_workspace(std::string_view group_name, bool on_cuda) {
   const std::lock_guard lock(workspaces_mutex);
@@ -286,6 +303,11 @@ void serve(const std::string& group_name, const Workspace& workspace) {
   const tpf_team& team = *workspace.team->get();
   const std::string pinned = group_name + '#' + std::to_string(team.rank) + '/' + std::to_string(team.world_size);
   const std::lock_guard lock(workspaces_mutex);
+  // A child that was forked has its parent's workspaces here, and may make one of the same name.
+  std::erase_if(workspaces, [&](const auto& entry) {
+    return (entry.first == group_name || entry.first == pinned) &&
+           entry.second.team->on_cuda() == workspace.team->on_cuda();
+  });
   workspaces.emplace_back(group_name, workspace);
   workspaces.emplace_back(pinned, workspace);
 }
@@ -295,16 +317,26 @@ void forget(const Team& team) {
   std::erase_if(workspaces, [&](const auto& entry) { return entry.second.team.get() == &team; });
 }
 
-bool register_kernel(const std::string& name, const std::string& key, const py::function& function) {
-  if (!have_torch() || !have_python() || (key == "CUDA" && !have_torch_cuda())) return false;
-  for (size_t i = 0; i < std::size(kOps); ++i) {
-    if (name != kOps[i].name) continue;
-    python->functions[i] = function;
-    TorchLibraryOpaque* library = nullptr;  // stays, as the op does
-    return torch.aoti_torch_library_init_impl("tp_fused", key.c_str(), "csrc/torch_ops.cpp", __LINE__, &library) == 0 &&
-           torch.torch_library_impl(library, kOps[i].name, kKernels[i], kTorchVersion) == 0;
+void register_kernel(const std::string& name, const std::string& key, const std::string& kinds,
+                     const py::function& function) {
+  std::string missing = missing_in_torch();
+  if (missing.empty() && key == "CUDA") missing = missing_in_torch_cuda();
+  if (missing.empty()) missing = missing_in_python();
+  if (!missing.empty()) {
+    const auto version = py::str(py::module_::import("torch").attr("__version__")).cast<std::string>();
+    throw py::import_error("tp_fused needs torch 2.10 or newer: torch " + version + " has no " + missing);
   }
-  return false;
+  const auto* op = std::find_if(std::begin(kOps), std::end(kOps), [&](const Op& op) { return name == op.name; });
+  if (op == std::end(kOps) || kinds != op->arguments) {
+    throw py::import_error("no native kernel takes what the schema of tp_fused::" + name + " says: " + kinds);
+  }
+  const size_t index = op - kOps;
+  python->functions[index] = function;
+  TorchLibraryOpaque* library = nullptr;  // stays, as the op does
+  if (torch.aoti_torch_library_init_impl("tp_fused", key.c_str(), "csrc/torch_ops.cpp", __LINE__, &library) != 0 ||
+      torch.torch_library_impl(library, op->name, kKernels[index], kTorchVersion) != 0) {
+    throw py::import_error("torch does not take the native kernel of tp_fused::" + name + " for " + key);
+  }
 }
 
 }  // namespace tpf

@@ -12,9 +12,10 @@ namespace tpf {
 void serve(const std::string& group_name, const Workspace& workspace);
 void forget(const Team& team);
 
-// Registers the kernel of tp_fused::`name` for a dispatch key, "CPU" or "CUDA". Calls that are not plainly in order it
-// passes on to `function`, which takes the arguments in the order of the schema. False where there is no such kernel,
-// or this torch lacks what it needs.
-bool register_kernel(const std::string& name, const std::string& key, const pybind11::function& function);
+// Registers the kernel of tp_fused::`name` for a dispatch key, "CPU" or "CUDA". `kinds` says what the op's schema takes
+// (torch_ops.cpp: Op). Calls that are not plainly in order it passes on to `function`, which takes the arguments in the
+// order of the schema. An ImportError says what this torch lacks, or that the schema is another one.
+void register_kernel(const std::string& name, const std::string& key, const std::string& kinds,
+                     const pybind11::function& function);
 
 }  // namespace tpf

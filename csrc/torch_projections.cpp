@@ -1,5 +1,6 @@
 #include "torch_projections.h"
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 
@@ -31,10 +32,9 @@ struct Projection : Call {
     num_tokens = static_cast<int64_t>(count);
     if (!Call::read(rows, group_name, largest_dtype)) return false;
     if (!weight.read(weight_tensor) || weight.dim != 2 || !weight.like(input)) return false;
-    if (weight.columns != input.columns) return false;
-    if (!fits(num_tokens, weight.rows * kItemBytes[latent_dtype()]) || input.rows != own_rows(num_tokens).count)
-      return false;
-    return !on_cuda() || (input.aligned() && weight.aligned());
+    if (weight.columns != input.columns || !std::in_range<int32_t>(input.columns)) return false;
+    if (!fits(num_tokens, weight.rows, latent_dtype()) || input.rows != own_rows(num_tokens).count) return false;
+    return !on_cuda() || (weight.rows > 0 && input.aligned() && weight.aligned());
   }
   // [columns] of the rows' dtype; none is fine.
   bool read_bias(Tensor tensor) {
@@ -59,28 +59,34 @@ struct Projection : Call {
   // Product and gather in one kernel: whether it was launched, or nothing where that kernel does not serve.
   std::optional<bool> run_fused(void* const outputs[3], const tpf_projection& projection, const tpf_call& call) const {
     if (!on_cuda()) return std::nullopt;
-    tpf_status status = TPF_OK;
+    bool serves = true;
     const auto fused = [&](void* stream) {
-      return status = tpf_qkv_a_proj_ag_cuda(outputs, &projection, team(), &call, stream);
+      const tpf_status status = tpf_qkv_a_proj_ag_cuda(outputs, &projection, team(), &call, stream);
+      serves = status != TPF_UNSUPPORTED;
+      return serves ? status : TPF_OK;
     };
-    const bool launched = run(fused, [] { return TPF_UNSUPPORTED; });
-    return status == TPF_UNSUPPORTED ? std::nullopt : std::optional(launched);
+    const bool launched = run(fused, [] { return TPF_OK; });
+    return serves ? std::optional(launched) : std::nullopt;
   }
 
-  // torch's product of this rank's rows, which begins at `data`; on the CPU in this rank's slot of the next round.
-  bool multiply(Temporary* product, void** data) const {
+  // Memory for this rank's rows of the product, which begin at `data`; on the CPU in its slot of the next round.
+  bool make_product(Temporary* product, void** data) const {
     if (workspace.team->fault_status() != TPF_OK) return false;
-    const int64_t sizes[2] = {input.rows, weight.rows}, strides[2] = {weight.rows, 1};
-    const int32_t dtype = torch_dtypes[input.dtype], type = input.device_type, index = input.device_index;
+    const int64_t sizes[2] = {input.rows, weight.rows}, strides[2] = {std::max<int64_t>(weight.rows, 1), 1};
+    const int32_t dtype = torch_dtypes[latent_dtype()], type = input.device_type, index = input.device_index;
     const int32_t made = on_cuda()
                              ? torch.aoti_torch_empty_strided(2, sizes, strides, dtype, type, index, product->out())
                              : torch.aoti_torch_create_tensor_from_blob(tpf_next_slot_cpu(team()), 2, sizes, strides, 0,
                                                                         dtype, type, index, product->out());
-    const int64_t transposed_sizes[2] = {weight.columns, weight.rows}, transposed_strides[2] = {1, weight.columns};
+    return made == 0 && torch.aoti_torch_get_data_ptr(product->get(), data) == 0;
+  }
+
+  // torch's product.
+  bool multiply(Temporary* product, void** data) const {
+    const int64_t sizes[2] = {weight.columns, weight.rows}, strides[2] = {1, std::max<int64_t>(weight.columns, 1)};
     Temporary transposed;  // begins where the weight does: an offset would be counted from there
-    if (made != 0 || torch.aoti_torch_get_data_ptr(product->get(), data) ||
-        torch.aoti_torch__reinterpret_tensor(weight_tensor, 2, transposed_sizes, transposed_strides, 0,
-                                             transposed.out())) {
+    if (!make_product(product, data) ||
+        torch.aoti_torch__reinterpret_tensor(weight_tensor, 2, sizes, strides, 0, transposed.out())) {
       return false;
     }
     if (bias_tensor == nullptr) {
@@ -89,6 +95,11 @@ struct Projection : Call {
     }
     const auto addmm = on_cuda() ? torch.aoti_torch_cuda_addmm_out : torch.aoti_torch_cpu_addmm_out;
     return addmm(product->get(), bias_tensor, input_tensor, transposed.get(), 1, 1) == 0;
+  }
+
+  bool gather(void* latent, const void* rows, const tpf_call& call) const {
+    return run([&](void* stream) { return tpf_gather_latent_cuda(latent, rows, team(), &call, stream); },
+               [&] { return tpf_qkv_a_proj_ag_cpu(latent, team(), &call); });
   }
 
   Tensor weight_tensor = nullptr, bias_tensor = nullptr;
@@ -117,32 +128,36 @@ bool qkv_a_proj_ag(const Value* arguments, Results* results) {
   if (const auto launched = in.run_fused(outputs, in.operands(), call)) return *launched;
   Temporary product;
   void* rows;
-  if (!in.multiply(&product, &rows)) return false;
-  return in.run([&](void* stream) { return tpf_gather_latent_cuda(latent, rows, in.team(), &call, stream); },
-                [&] { return tpf_qkv_a_proj_ag_cpu(latent, in.team(), &call); });
+  return in.multiply(&product, &rows) && in.gather(latent, rows, call);
 }
 
-// By the fused kernel alone: there is no other product of block-scaled rows to call.
 bool qkv_a_proj_ag_fp8(const Value* arguments, Results* results) {
   Projection in;
   if (!in.read(arguments[0], arguments[2], arguments[4], arguments[5], TPF_E4M3)) return false;
-  if (!in.on_cuda() || in.dtype() != TPF_E4M3 || in.weight.rows % 8 != 0 || in.weight.columns % 16 != 0) return false;
+  if (in.dtype() != TPF_E4M3) return false;
+  if (in.on_cuda() && (in.weight.rows % 8 != 0 || in.weight.columns % 16 != 0)) return false;
+  Tensor const scales[2] = {handle<AtenTensorOpaque>(arguments[1]), handle<AtenTensorOpaque>(arguments[3])};
   View scale, weight_scale;
-  if (!read_scale(in.input, handle<AtenTensorOpaque>(arguments[1]), &scale)) return false;
-  if (!weight_scale.read(handle<AtenTensorOpaque>(arguments[3])) || weight_scale.dim != 2 ||
-      !weight_scale.like(scale) || weight_scale.rows != (in.weight.rows + 127) / 128 ||
-      weight_scale.columns != scale.columns) {
+  if (!read_scale(in.input, scales[0], &scale)) return false;
+  if (!weight_scale.read(scales[1]) || weight_scale.dim != 2 || !weight_scale.like(scale) ||
+      weight_scale.rows != (in.weight.rows + 127) / 128 || weight_scale.columns != scale.columns) {
     return false;
   }
   void* latent;
   if (!results->add(&latent, in.input, in.num_tokens, in.weight.rows, in.latent_dtype())) return false;
+  const tpf_call call = in.call(TPF_QKV_A_PROJ_AG_FP8);
   tpf_projection projection = in.operands();
   projection.scale = static_cast<const float*>(scale.data);
   projection.scale_row_stride = scale.row_stride;
   projection.scale_group_stride = scale.column_stride;
   projection.weight_scale = static_cast<const float*>(weight_scale.data);
   void* const outputs[3] = {latent};
-  return in.run_fused(outputs, projection, in.call(TPF_QKV_A_PROJ_AG_FP8)).value_or(false);
+  if (const auto launched = in.run_fused(outputs, projection, call)) return *launched;
+  Temporary product;
+  void* rows;
+  return in.make_product(&product, &rows) &&
+         project_fp8(in.input_tensor, scales[0], in.weight_tensor, scales[1], product.get(), in.team()->max_ctas) &&
+         in.gather(latent, rows, call);
 }
 
 bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {

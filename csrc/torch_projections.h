@@ -1,5 +1,5 @@
 // The projections as kernels of torch's dispatcher: arguments as in the schemas of tp_fused/ops.py; false where Python
-// is to serve the call.
+// is to say why not.
 #pragma once
 #include "torch_values.h"
 

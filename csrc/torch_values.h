@@ -1,5 +1,6 @@
 // Arguments and results as the dispatcher has them on its stack. Only with torch at hand (torch_api.h: have_torch).
 #pragma once
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
@@ -88,19 +89,21 @@ struct View {
   int32_t device_type = 0, device_index = 0;
 };
 
-// The tensors that a kernel makes; freed where it gives up.
+// A kernel's results; freed where it gives up.
 class Results {
  public:
   Results() = default;
   Results(const Results&) = delete;
   Results& operator=(const Results&) = delete;
-  ~Results() {
-    for (int i = 0; i < count_; ++i) torch.aoti_torch_delete_tensor_object(tensors_[i]);
+  ~Results() { clear(); }
+  void clear() {
+    while (count_ > 0) torch.aoti_torch_delete_tensor_object(tensors_[--count_]);
   }
+  void take(Tensor tensor) { tensors_[count_++] = tensor; }
 
   // One more, uninitialised, [rows, columns] of a dtype, on the device of `like`. Null where there is no memory.
   bool add(void** data, const View& like, int64_t rows, int64_t columns, int dtype) {
-    return make(data, like, rows, columns, columns, 1, dtype);
+    return make(data, like, rows, columns, std::max<int64_t>(columns, 1), 1, dtype);
   }
 
   // The same of fp32, column-major with columns `pitch` apart.
@@ -115,7 +118,7 @@ class Results {
   }
 
  private:
-  // Unlike new_empty it goes to the dispatcher once.
+  // Unlike new_empty it goes to the dispatcher once. Its strides are new_empty's.
   bool make(void** data, const View& like, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
             int dtype) {
     const int64_t sizes[2] = {rows, columns}, strides[2] = {row_stride, column_stride};

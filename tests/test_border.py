@@ -116,6 +116,10 @@ BAD_CALLS = {
         *("qkv_a_proj_ag", {"weight": ones(300, 256)}, ValueError),
         r"weight.shape\[0\]=300 of torch.float32 .*does not fit.*latent_size=144",
     ),
+    "projection of rows wider than 32 bits": (
+        *("qkv_a_proj_ag", {"input": ones(0, 2**32 + 8), "weight": ones(0, 2**32 + 8), "num_tokens": 0}, ValueError),
+        r"input.shape\[1\]=4294967304 is over 2147483647",
+    ),
     "projection of another rank's rows": (
         *("qkv_a_proj_ag", {"input": ones(1, 256)}, ValueError),
         r"input has 1 rows; rank 1 of 2 owns 2 of num_tokens=4",

@@ -78,9 +78,12 @@ def test_backends_that_differ_are_named(pool, device, world_size):
             ValueError,
             "max_num_tokens must be a positive integer below 2**31, got 1152921504606",
         ),
+        ("max_num_tokens", True, ValueError, "max_num_tokens must be a positive integer below 2**31, got True"),
         ("timeout_s", "30", ValueError, "timeout_s must be positive seconds, got '30'"),
         ("timeout_s", 0, ValueError, "timeout_s must be positive seconds, got 0"),
         ("timeout_s", float("inf"), ValueError, "timeout_s must be positive seconds, got inf"),
+        ("timeout_s", float("nan"), ValueError, "timeout_s must be positive seconds, got nan"),
+        ("timeout_s", True, ValueError, "timeout_s must be positive seconds, got True"),
         ("dtype", torch.int8, TypeError, "dtype must be one of torch.bfloat16, torch.float16, torch.float32, got tor"),
     ],
 )
@@ -89,6 +92,14 @@ def test_arguments_out_of_range(pool, device, world_size, argument, value, kind,
     for error in pool.run(init_on_each, device, [{argument: value}] * 2, [None] * 2):
         assert type(error) is kind, repr(error)
         assert f"tp_fused.init: {message}" in str(error)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_equal_arguments_of_which_one_is_out_of_range(pool, device, world_size):
+    """True is 1, but no count: no rank raises alone and leaves the other waiting."""
+    for error in pool.run(init_on_each, device, [{"max_num_tokens": 1}, {"max_num_tokens": True}], [None] * 2):
+        assert type(error) is ValueError
+        assert "max_num_tokens must be a positive integer below 2**31, got True" in str(error)
 
 
 @pytest.mark.parametrize("world_size", [2])

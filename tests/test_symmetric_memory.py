@@ -92,6 +92,20 @@ def test_shapes_that_differ_are_named(pool, backend, device, world_size):
         )
 
 
+def beyond_an_address(backend: str, device: str) -> list:
+    """Runs on a rank."""
+    with workspace(backend, device):
+        shapes = (2**32, 2**32), (2**62,), (2**31, 2**31, 4)  # elements, or bytes, that wrap to few in 64 bits
+        return [outcome(tp_fused.symm_empty, shape, torch.float32, device=device)[0] for shape in shapes]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_more_bytes_than_an_address_can_tell(pool, backend, device, world_size):
+    for errors in pool.run(beyond_an_address, backend, device):
+        assert [type(error) for error in errors] == [MemoryError] * 3
+        assert str(errors[0]) == f"symm_empty: (4294967296, 4294967296) of torch.float32 are {2**66} bytes a rank"
+
+
 def on_another_card(device: str):
     """Runs on a rank."""
     with workspace(device, device):

@@ -7,7 +7,7 @@ import torch
 from programs import Call, random, same_bits
 from thread_ranks import ThreadRanks, make_segment
 
-from tp_fused import faults, native, reference
+from tp_fused import faults, reference
 from tp_fused.native import _C
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -23,13 +23,11 @@ def test_six_rounds_of_mixed_ops(world_size):
         for i, num_tokens in enumerate((5, 0, 64, 1, 257, 33)):
             call = Call("rs_rmsnorm", num_tokens, residual="slice", seed=i)
             given = call.arguments(rank, world_size)
-            arguments = workspace, given["input"], given["residual"], given["weight"], given["eps"]
-            call.check(native.rs_rmsnorm(*arguments, False), rank, world_size)
+            call.check(workspace.call("rs_rmsnorm", **given), rank, world_size)
             call = Call("reduce_scatter_rows", num_tokens, seed=i)
-            call.check((native.reduce_scatter_rows(workspace, call.input(rank)),), rank, world_size)
+            call.check((workspace.call("reduce_scatter_rows", call.input(rank)),), rank, world_size)
             call = Call("all_gather_rows", num_tokens, seed=i)
-            given = call.arguments(rank, world_size)
-            call.check((native.all_gather_rows(workspace, **given),), rank, world_size)
+            call.check((workspace.call("all_gather_rows", **call.arguments(rank, world_size)),), rank, world_size)
 
     ThreadRanks(world_size).run(rounds)
 
@@ -44,7 +42,7 @@ def test_symmetric_input_of_threads():
         input = torch.frombuffer(segment, dtype=torch.float32, count=1024, offset=workspace.rank * stride).view(shape)
         assert workspace.team.is_symmetric(input.data_ptr())
         input.fill_(workspace.rank + 1)
-        output = native.reduce_scatter_rows(workspace, input)
+        output = workspace.call("reduce_scatter_rows", input)
         input.fill_(-1)
         return output
 
@@ -59,7 +57,7 @@ def test_a_thread_that_never_comes_is_told_apart():
             return None
         begin = time.monotonic()
         with pytest.raises(faults.CollectiveFault, match="rank 2 never arrived") as raised:
-            native.reduce_scatter_rows(workspace, torch.zeros(4, 8))
+            workspace.call("reduce_scatter_rows", torch.zeros(4, 8))
         assert 1.0 <= time.monotonic() - begin < 3
         return raised.value.rank
 
@@ -83,7 +81,7 @@ def same_numbers(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_a_sum_of_one_is_the_value(dtype):
     values = every_value(dtype)
-    (output,) = ThreadRanks(1).run(lambda workspace: native.reduce_scatter_rows(workspace, values))
+    (output,) = ThreadRanks(1).run(lambda workspace: workspace.call("reduce_scatter_rows", values))
     same_numbers(output, values)
 
 
@@ -95,7 +93,7 @@ def test_sums_round_as_torch_rounds(dtype, seed):
     # The second value: any other, or one near the first, where the sum cancels or carries.
     other = values.flatten()[order] if seed % 2 else values.flatten().roll(seed + 1)
     inputs = [values, other.view(256, 256).contiguous()]
-    outputs = ThreadRanks(2).run(lambda workspace: native.reduce_scatter_rows(workspace, inputs[workspace.rank]))
+    outputs = ThreadRanks(2).run(lambda workspace: workspace.call("reduce_scatter_rows", inputs[workspace.rank]))
     same_numbers(torch.cat(outputs), reference.sum_in_rank_order(inputs))
 
 
@@ -106,7 +104,7 @@ def test_norm_of_large_and_small_rows(dtype):
     rows, weight = (random("rows", (6, 300), torch.float32) * scales).to(dtype), torch.ones(300, dtype=dtype)
     rows = rows.clamp(*(torch.finfo(dtype).min, torch.finfo(dtype).max))
     ((output, residual_out),) = ThreadRanks(1).run(
-        lambda workspace: native.rs_rmsnorm(workspace, rows, None, weight, EPS, False)
+        lambda workspace: workspace.call("rs_rmsnorm", rows, None, weight, EPS)
     )
     same_bits([output, residual_out], [reference.rms_norm(rows, weight, EPS), rows])
 
@@ -122,7 +120,7 @@ def test_fp8_of_every_magnitude(group_size):
     rows[3] = 0
 
     def quantize(workspace):
-        return native.rs_rmsnorm_fp8(workspace, rows, None, weight, EPS, group_size, "row", False, False)
+        return workspace.call("rs_rmsnorm_fp8", rows, None, weight, EPS, group_size=group_size)
 
     ((q, scale, *_),) = ThreadRanks(1).run(quantize)
     same_bits([q, scale], reference.quantize_e4m3(reference.rms_norm(rows, weight, EPS), group_size))
@@ -145,7 +143,7 @@ def test_epochs_wrap_around():
     def six_rounds(workspace) -> None:
         for i in range(6):
             time.sleep(0.02 * (i % 2 == workspace.rank))  # a rank that did not wait would read the round before
-            output = native.reduce_scatter_rows(workspace, rows * i)
+            output = workspace.call("reduce_scatter_rows", rows * i)
             assert torch.equal(output, torch.full_like(output, 2 * i))
 
     ranks.run(six_rounds)
@@ -158,7 +156,7 @@ def test_signals_that_nobody_has_sent_for_long_are_waited_for(finished):
     ranks = ThreadRanks(2, timeout_s=0.2)
     set_rounds(ranks, finished, 0)
     with pytest.raises(faults.CollectiveFault, match="rank 1 never arrived"):
-        native.reduce_scatter_rows(ranks.workspaces[0], torch.ones(3, 8))
+        ranks.workspaces[0].call("reduce_scatter_rows", torch.ones(3, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -168,7 +166,7 @@ def test_fp8_of_the_smallest_numbers(dtype):
     rows[0, 0] = 1e-39
 
     def quantize(workspace):
-        return native.rs_rmsnorm_fp8(workspace, rows, None, torch.ones(256, dtype=dtype), EPS, 128, "row", True, False)
+        return workspace.call("rs_rmsnorm_fp8", rows, None, torch.ones(256, dtype=dtype), EPS, keep_output=True)
 
     ((q, scale, _, output),) = ThreadRanks(1).run(quantize)
     assert output[0, 0] > 0 and not q.float().isnan().any()

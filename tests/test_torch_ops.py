@@ -1,12 +1,13 @@
-"""The kernels of csrc/torch_ops.cpp: they do what the Python implementations do, and hand over what is not in order.
+"""The kernels of csrc/torch_ops.cpp: they serve what is in order without Python, which explains what they refuse.
 
-What the Python implementations do is in the other tests, which call the ops as everybody does: through these kernels.
+What the ops do is in the other tests, which call them as everybody does. tests/test_one_road.py looks for calls on
+which the kernels and the checks in Python do not agree.
 """
 
-import contextlib
 import functools
 import itertools
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -18,12 +19,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from programs import OPS, Call, same_bits
+from programs import OPS, Call
 from ranks import outcome, workspace
 from thread_ranks import ThreadRanks
 
 import tp_fused
-from tp_fused import ops
+from tp_fused import native, ops
 from tp_fused.native import _C
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,20 +46,14 @@ def options_of(op: str) -> list[dict]:
 
 
 def without_python():
-    """No Python implementation serves a call in this context."""
-    return mock.patch.dict(ops._BACKENDS, clear=True)
-
-
-def in_python(op: str, arguments: dict) -> tuple[torch.Tensor, ...]:
-    """The same call, served by the Python implementation."""
-    result = getattr(ops, f"_{op}")(**arguments, group_name=dist.group.WORLD.group_name)
-    return result if isinstance(result, tuple) else (result,)
+    """No call is explained in this context."""
+    return mock.patch.object(ops, "get_workspace", side_effect=AssertionError("the native kernel refused"))
 
 
 # ---- calls that are in order ----
 
 
-def both_ways(device: str, op: str) -> None:
+def in_order(device: str, op: str) -> None:
     """Runs on a rank."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
@@ -67,23 +62,23 @@ def both_ways(device: str, op: str) -> None:
         for num_tokens, dtype, options in itertools.product((0, 1, 13), dtypes, options_of(op))
         for residual in ((None, "full", "slice") if op.startswith("rs_rmsnorm") else (None,))
     ]
-    # torch has no C function that multiplies block-scaled rows on the CPU.
-    served = contextlib.nullcontext if (op, device) == ("qkv_a_proj_ag_fp8", "cpu") else without_python
     with workspace(device, device):
         for call in calls:
             arguments = call.arguments(rank, world_size)
-            with served():
+            with without_python():
                 results = call.run(rank, world_size, arguments)
-            expected = in_python(op, arguments)
-            same_bits(results, expected)
-            assert [t.stride() for t in results] == [t.stride() for t in expected], call
-            assert [t.device for t in results] == [t.device for t in expected], call
+            call.check(results, rank, world_size)
+            promised = getattr(ops, f"_{op}_fake")(**arguments, group_name=dist.group.WORLD.group_name)
+            promised = promised if isinstance(promised, tuple) else (promised,)
+            for made, expected in zip(results, promised, strict=True):
+                seen = made.shape, made.stride(), made.dtype, made.device
+                assert seen == (expected.shape, expected.stride(), expected.dtype, expected.device), call
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_the_kernel_does_what_the_python_implementation_does(pool, device, op):
-    pool.run(both_ways, device, op)
+def test_the_kernel_makes_what_the_fake_kernel_promises(pool, device, op):
+    pool.run(in_order, device, op)
 
 
 def parts_of_larger_tensors(device: str, op: str, dtype: torch.dtype) -> None:
@@ -100,7 +95,7 @@ def parts_of_larger_tensors(device: str, op: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("op", [op for op in OPS if op != "qkv_a_proj_ag_fp8"])
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("world_size", [2])
 def test_arguments_may_be_parts_of_larger_tensors(pool, device, op, dtype):
     pool.run(parts_of_larger_tensors, device, op, dtype)
@@ -159,13 +154,8 @@ def test_a_wait_for_peers_lets_other_threads_run(way):
         op = functools.partial(op.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.CPU))
     ranks = ThreadRanks(2)
 
-    def reduce(workspace) -> torch.Tensor:
-        name = f"thread {workspace.rank}"
-        workspace.team.serve(_C.Caller(), name, 4, 64)
-        try:
-            return torch.cat([op(torch.full((4, 8), float(i)), name) for i in range(50)])
-        finally:
-            workspace.team.close()
+    def reduce(rank) -> torch.Tensor:
+        return torch.cat([op(torch.full((4, 8), float(i)), rank.group_name) for i in range(50)])
 
     for output in ranks.run(reduce):
         assert torch.equal(output[::2, 0], torch.arange(50) * 2.0)
@@ -206,6 +196,44 @@ def test_an_exception_arrives_as_it_was_raised(alone):
     alone(raise_everything)
 
 
+def disagree(device: str) -> list:
+    """Runs on a rank: a check that is missing in Python, and one that is missing in the kernel."""
+    rows, weight = torch.ones(4, 256, device=device), torch.ones(256, device=device)
+    with workspace(device, device), mock.patch.object(ops.checks, "eps"):
+        return outcome(tp_fused.rs_rmsnorm, rows, None, weight, -1.0)[0]
+
+
+def test_a_refusal_without_a_reason_is_told_as_a_bug(alone, device):
+    error = alone(disagree)
+    assert type(error) is RuntimeError
+    given = (
+        rf"torch.float32 \(4, 256\) of strides \(256, 1\) at 0 on {device}.*, None, torch.float32 \(256,\).*, -1.0, "
+    )
+    pattern = (
+        rf"checks.py admits what the native kernel refused: tp_fused.rs_rmsnorm\({given}.*, False\); please report"
+    )
+    assert re.match(pattern, str(error)), str(error)
+
+
+def without_memory(device: str):
+    """Runs on a rank, which has too little left for the output."""
+    rows = torch.zeros(2**14, 2**10)
+    with workspace(device, device, max_num_tokens=2**14, hidden_size=2**10, latent_size=2**10):
+        tp_fused.all_gather_rows(rows, 2**14)
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, limits[1]))
+        try:
+            return outcome(tp_fused.all_gather_rows, rows, 2**14)[0]
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_out_of_memory_is_told_by_torch(pools):
+    (error,) = pools(1).run(without_memory, "cpu")
+    assert type(error) is RuntimeError and "can't allocate memory: you tried to allocate 67108864 bytes" in str(error)
+
+
 def gradients(device: str) -> list:
     """Runs on a rank."""
     rows = torch.ones(4, 256, device=device, requires_grad=True)
@@ -235,6 +263,7 @@ def call_often(device: str) -> list[int]:
     """Runs on a rank: by how much the process grows over calls served, handed over and refused."""
     rows, weight = torch.ones(4, 256, device=device), torch.ones(256, device=device)
     projection = torch.ones(144, 256, device=device)
+    q, scale = torch.zeros(4, 256, dtype=torch.float8_e4m3fn, device=device), torch.ones(4, 2, device=device)
 
     def served() -> None:
         tp_fused.rs_rmsnorm(rows, rows, weight)
@@ -242,9 +271,11 @@ def call_often(device: str) -> list[int]:
         tp_fused.all_gather_rows(rows, 4)
         tp_fused.qkv_a_proj_ag(rows, projection, 4, bias=weight[:144])
         tp_fused.qkv_a_proj_ag_norm(rows, projection, weight[:96], weight[:40], 4)
+        with mock.patch.object(native, "project_fp8", lambda *_: None):
+            tp_fused.qkv_a_proj_ag_fp8(q, scale, q, scale[:1], 4)
 
     def handed_over() -> None:
-        with mock.patch.dict(ops._BACKENDS, {"reference": SameRows}):
+        with mock.patch.object(ops.reference, "rs_rmsnorm", same_rows):
             tp_fused.rs_rmsnorm(rows, rows, weight)
 
     def refused() -> None:
@@ -261,12 +292,9 @@ def call_often(device: str) -> list[int]:
     return grown
 
 
-class SameRows:
-    """A backend that keeps no rows of its own, as torch.distributed does."""
-
-    @staticmethod
-    def rs_rmsnorm(workspace, input, residual, weight, eps, complete):
-        return torch.empty_like(input), torch.empty_like(input)
+def same_rows(workspace, input, residual, weight, eps, complete):
+    """For a backend that keeps no rows of its own, as torch.distributed does."""
+    return torch.empty_like(input), torch.empty_like(input)
 
 
 @pytest.mark.parametrize("world_size", [1])
@@ -306,33 +334,57 @@ def test_declarations_are_those_of_torch(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_torch_without_these_functions():
-    """Everything is served in Python then."""
-    script = f"""
-import importlib.util, sys, torch, torch.distributed as dist
-from unittest import mock
-spec = importlib.util.spec_from_file_location("tp_fused._C", {_C.__file__!r})
-sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules[spec.name])
-sys.modules[spec.name].register_kernel = lambda name, key, function: False
-import tp_fused
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-with tp_fused.init(max_num_tokens=4, hidden_size=8, dtype=torch.float32, device="cpu"):
-    with mock.patch.object(tp_fused.ops, "get_workspace", wraps=tp_fused.ops.get_workspace) as asked:
-        print(tp_fused.reduce_scatter_rows(torch.ones(1, 8)).tolist(), asked.call_count)
-    try:
-        tp_fused.reduce_scatter_rows(torch.ones(5, 8))
-    except ValueError as error:
-        print(error)
-dist.destroy_process_group()
+def run_python(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, *arguments, "-c", script]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+LOAD = f"""
+import ctypes, importlib.util, sys, types
+sys.modules["torch"] = types.SimpleNamespace(__version__="2.9.1")
+spec = importlib.util.spec_from_file_location("_C", {_C.__file__!r})
+native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith(f"{[[1.0] * 8]} 1\nnum_tokens=5 is over"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("missing", ["libtorch_cpu.so", "torch_library_impl"])
+def test_torch_without_a_function_is_told_by_name(tmp_path, missing):
+    """As at the import of tp_fused, with a torch that has one function, or none."""
+    script = LOAD
+    if missing == "torch_library_impl":
+        library = tmp_path / "libtorch_cpu.so"
+        source = "void aoti_torch_library_init_impl() {}"
+        command = ["gcc", "-shared", "-Wl,-soname,libtorch_cpu.so", "-x", "c", "-", "-o", library]
+        subprocess.run(command, input=source, text=True, check=True)
+        script += f"ctypes.CDLL({str(library)!r})\n"
+    done = run_python(script + "native.register_kernel('rs_rmsnorm', 'CPU', 'T?Tfsb', print)")
+    assert f"ImportError: tp_fused needs torch 2.10 or newer: torch 2.9.1 has no {missing}\n" in done.stderr
+
+
+def test_every_schema_is_the_one_that_its_kernel_reads():
+    """Whose memory on the dispatcher's stack a kernel frees follows from the types of its arguments."""
+    for kinds in ("T?Tfs", "TTTfsb", "T?Tfsbb"):
+        with pytest.raises(ImportError, match=f"tp_fused::rs_rmsnorm says: {kinds}".replace("?", r"\?")):
+            _C.register_kernel("rs_rmsnorm", "CPU", kinds, print)
+    with pytest.raises(ImportError, match="tp_fused::nothing"):
+        _C.register_kernel("nothing", "CPU", "T", print)
+
+
+def test_a_torch_that_is_newer_than_any_tested_one_is_told_once():
+    script = "import torch; torch.__version__ = '99.0.1+cpu'; import tp_fused, importlib, tp_fused.ops"
+    done = run_python(script)
+    assert done.returncode == 0 and done.stderr.count("UserWarning: torch 99.0.1+cpu is newer than 2.13") == 1
+
+
+def test_the_hosted_workflow_tries_every_torch():
+    workflow, project = (ROOT / name for name in (".github/workflows/torch.yml", "pyproject.toml"))
+    tried = re.search(r"for torch in (.*); do", workflow.read_text())[1].split()
+    oldest = re.search(r"torch>=2\.(\d+)", project.read_text())[1]
+    assert tried == [f"2.{minor}" for minor in range(int(oldest), native.NEWEST_TESTED_TORCH[1] + 1)]
 
 
 def test_a_process_with_kernels_ends_quietly():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "import tp_fused"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = run_python("import tp_fused")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

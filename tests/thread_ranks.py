@@ -1,11 +1,34 @@
-"""Ranks as threads of one process, on the native layer: no process group, no workspace of `tp_fused.init`."""
+"""Ranks as threads of one process: no process group, no `tp_fused.init`."""
 
 import concurrent.futures
+import os
 import secrets
-import types
 
-from tp_fused import faults
+import torch
+
+from tp_fused import workspace
 from tp_fused.native import _C
+from tp_fused.workspace import Workspace
+
+
+class ThreadRank(Workspace):
+    """A workspace of the cpu backend whose group has another name on every rank: all of them are in one process."""
+
+    def __init__(self, rank: int, regions: list[int], slot_bytes: int, timeout_s: float):
+        self.group_name = f"rank {rank} of threads {secrets.token_hex(8)}"
+        self.rank, self.world_size = rank, len(regions)
+        self.device_type, self.backend, self.device_index = "cpu", "cpu", None
+        self.max_num_tokens, self.row_bytes = 2**20, slot_bytes
+        self.closed, self._pid, self.caller = False, os.getpid(), _C.Caller()
+        self.team = _C.Team(rank=rank, regions=regions, slot_bytes=slot_bytes, timeout_ns=int(timeout_s * 1e9))
+        self.team.serve(self.caller, self.group_name, self.max_num_tokens, self.row_bytes)
+        workspace._workspaces[self.group_name, self.device_type] = self
+
+    def call(self, op: str, *arguments, **options):
+        return getattr(torch.ops.tp_fused, op)(*arguments, **options, group_name=self.group_name)
+
+    def _close(self, end: str) -> None:
+        """Nothing: at the end of the process the regions may be gone."""
 
 
 class ThreadRanks:
@@ -16,17 +39,7 @@ class ThreadRanks:
         region = _C.region_bytes(slot_bytes)
         self.segment = make_segment(region * world_size)
         regions = [self.segment.base + rank * region for rank in range(world_size)]
-        self.workspaces = [self._workspace(rank, regions, slot_bytes, timeout_s) for rank in range(world_size)]
-
-    def _workspace(self, rank: int, regions: list[int], slot_bytes: int, timeout_s: float):
-        """What the functions of tp_fused.native ask of a workspace."""
-        team = _C.Team(rank=rank, regions=regions, slot_bytes=slot_bytes, timeout_ns=int(timeout_s * 1e9))
-
-        def check():
-            raise faults.fault_from(team.fault(rank))
-
-        asked = {"rank": rank, "world_size": self.world_size, "device_index": None, "team": team, "check": check}
-        return types.SimpleNamespace(**asked)
+        self.workspaces = [ThreadRank(rank, regions, slot_bytes, timeout_s) for rank in range(world_size)]
 
     def run(self, function) -> list:
         """function(workspace) of every rank, at the same time."""

@@ -75,10 +75,10 @@ def compare(reports) -> None:
             raise ValueError(f"tp_fused.init: rank {rank}: {report.error}")
     for rank, report in enumerate(reports):
         for name, value in report.arguments.items():
-            if value != reports[0].arguments[name]:
+            first = reports[0].arguments[name]
+            if value != first and repr(value) != repr(first):  # NaN is not equal to itself
                 raise ValueError(
-                    f"tp_fused.init: rank {rank} was called with {name}={value}, rank 0 with "
-                    f"{name}={reports[0].arguments[name]}"
+                    f"tp_fused.init: rank {rank} was called with {name}={value}, rank 0 with {name}={first}"
                 )
 
 
@@ -86,13 +86,17 @@ def check_arguments(arguments: dict) -> None:
     for name in ("max_num_tokens", "hidden_size", "latent_size", "max_ctas"):
         value = arguments[name]
         optional = name in ("latent_size", "max_ctas")
-        if not (optional and value is None) and (not isinstance(value, int) or not 0 < value < 2**31):
+        if not (optional and value is None) and not (_is_number(value, int) and 0 < value < 2**31):
             raise ValueError(f"tp_fused.init: {name} must be a positive integer below 2**31, got {value!r}")
     if arguments["dtype"] not in DTYPES:
         raise TypeError(f"tp_fused.init: dtype must be one of {', '.join(map(str, DTYPES))}, got {arguments['dtype']}")
     timeout_s = arguments["timeout_s"]
-    if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < 1e9:
+    if not (_is_number(timeout_s, (int, float)) and 0 < timeout_s < 1e9):
         raise ValueError(f"tp_fused.init: timeout_s must be positive seconds, got {timeout_s!r}")
+
+
+def _is_number(value, kind) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def grown(arguments: dict, reports) -> dict:

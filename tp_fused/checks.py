@@ -1,4 +1,4 @@
-"""What is checked at the border, before anything is launched. Kernels trust it."""
+"""What is wrong with a call, in words. The native kernels refuse the same calls (csrc/torch_call.h), without words."""
 
 import ctypes
 import math
@@ -229,3 +229,12 @@ def latent_norms(q_a_weight: torch.Tensor, kv_a_weight: torch.Tensor, weight: to
             f"q_a_weight ({q_a_weight.shape[0]}) and kv_a_weight ({kv_a_weight.shape[0]}) are longer than the "
             f"projection's {weight.shape[0]} columns"
         )
+
+
+def described(value) -> str:
+    """An argument, as it is told in an error."""
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    return (
+        f"{value.dtype} {tuple(value.shape)} of strides {value.stride()} at {value.storage_offset()} on {value.device}"
+    )

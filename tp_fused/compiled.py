@@ -107,7 +107,7 @@ def pin(group_name: str, rank: int, world_size: int) -> str:
 
 def unpin(name: str) -> tuple[str, int, int] | None:
     """(group_name, rank, world_size) of a pinned name."""
-    match = re.fullmatch(r"(.*)#(\d+)/(\d+)", name, re.DOTALL)
+    match = re.fullmatch(r"(.*)#(0|[1-9][0-9]*)/([1-9][0-9]*)", name, re.DOTALL)
     return None if match is None else (match[1], int(match[2]), int(match[3]))
 
 

@@ -1,77 +1,22 @@
-"""The public ops: schema, border checks, choice of backend, fake kernel, and the Python wrapper with the docstring.
+"""The public ops: schema, border checks, fake kernel, and the Python wrapper with the docstring.
 
 Each op is registered as `torch.ops.tp_fused.<name>` (what engines and compiled graphs call) and wrapped as
-`tp_fused.<name>` (what people call: a ProcessGroup instead of a name, defaults). `torch.library.Library` registers
-them: the `custom_op` decorator would cost several times more a call. Calls are served in csrc/torch_ops.cpp, and what
-is written here gets those that it does not take.
+`tp_fused.<name>` (what people call: a ProcessGroup instead of a name, defaults). Calls are served in
+csrc/torch_ops.cpp. What is written here gets those that it refuses, says what is wrong with them, and runs the
+reference backend.
 
 In all of them rows are split as `torch.tensor_split` splits them; a rank may own none and still takes part. Inputs are
 never written. Ops that meet trouble between ranks raise `CollectiveFault`; on bad arguments they raise ValueError or
 TypeError before anything is launched. Inference only: no output asks for a gradient, and autocast changes nothing.
 """
 
-import functools
-
 import torch
 
-from . import checks, compiled, native, partition, reference
-from .native import _C
+from . import checks, compiled, partition, reference
+from .registration import define, unfused
 from .workspace import get_workspace, resolve_group_name
 
-_library = torch.library.Library("tp_fused", "DEF")
-_BACKENDS = {"cuda": native, "cpu": native, "reference": reference}
 _ops = torch.ops.tp_fused
-
-
-def _define(schema: str, fake):
-    """Registers the decorated function as the op of this schema, for CPU and CUDA tensors."""
-
-    def register(function):
-        name = schema[: schema.index("(")]
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-        implementation = _closed(function)
-        for key in ("CPU", "CUDA"):
-            if not _C.register_kernel(name, key, implementation):
-                _library.impl(name, implementation, key)
-        # Tensors of other layouts and devices: the checks have words for them, torch's dispatcher has others.
-        _library.impl(name, implementation, "CompositeExplicitAutograd")
-        # Without a backward of its own torch would let outputs ask for gradients, and lose them.
-        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        torch.library.register_fake(f"tp_fused::{name}", _checked(fake), lib=_library)
-        compiled.keep_order(getattr(_ops, name).default)
-        return function
-
-    return register
-
-
-def _closed(function):
-    """To autograd and autocast: neither sees the torch ops that a call is made of."""
-
-    @functools.wraps(function)
-    def closed(input, *rest, **options):
-        if input is None:  # torch takes that for any tensor
-            checks.given("input", input)
-        with torch.no_grad(), torch._C._DisableAutocast():
-            return function(input, *rest, **options)
-
-    return closed
-
-
-def _checked(fake):
-    """torch calls the fake kernel, too, where the input is real and another tensor is on the meta device."""
-
-    @functools.wraps(fake)
-    def checked(input, *rest, **options):
-        checks.given("input", input)
-        compiled.tracing()
-        for tensor in (*rest, *options.values()):
-            if isinstance(tensor, torch.Tensor) and tensor.device != input.device:
-                raise ValueError(
-                    f"a tensor of shape {tuple(tensor.shape)} is on {tensor.device}, the input on {input.device}"
-                )
-        return fake(input, *rest, **options)
-
-    return checked
 
 
 def _own_rows(tensor: torch.Tensor, num_tokens, group_name: str):
@@ -82,12 +27,12 @@ def _own_rows(tensor: torch.Tensor, num_tokens, group_name: str):
 # ---- rs_rmsnorm ----
 
 
-def _rs_rmsnorm_fake(input, residual, weight, eps, group_name, *, complete=False):
+def _rs_rmsnorm_fake(input, residual, weight, eps, group_name, complete=False):
     output = input.new_empty(_own_rows(input, input.shape[0], group_name), input.shape[1])
     return output, torch.empty_like(output)
 
 
-@_define(
+@define(
     "rs_rmsnorm(Tensor input, Tensor? residual, Tensor weight, float eps, str group_name, *, bool complete=False)"
     " -> (Tensor output, Tensor residual_out)",
     _rs_rmsnorm_fake,
@@ -95,7 +40,7 @@ def _rs_rmsnorm_fake(input, residual, weight, eps, group_name, *, complete=False
 def _rs_rmsnorm(input, residual, weight, eps, group_name, complete=False):
     workspace = get_workspace(group_name, input.device)
     residual = checks.normed_reduction(workspace, input, residual, weight, eps)
-    return _BACKENDS[workspace.backend].rs_rmsnorm(workspace, input, residual, weight, eps, complete)
+    return unfused(workspace, reference.rs_rmsnorm, input, residual, weight, eps, complete)
 
 
 def rs_rmsnorm(input, residual, weight, eps=1e-6, group=None, *, complete=False):
@@ -121,7 +66,7 @@ def rs_rmsnorm(input, residual, weight, eps=1e-6, group=None, *, complete=False)
 
 
 def _rs_rmsnorm_fp8_fake(
-    input, residual, weight, eps, group_name, *, group_size=128, scale_layout="row", keep_output=False, complete=False
+    input, residual, weight, eps, group_name, group_size=128, scale_layout="row", keep_output=False, complete=False
 ):
     num_rows, hidden_size = _own_rows(input, input.shape[0], group_name), input.shape[1]
     return (
@@ -132,7 +77,7 @@ def _rs_rmsnorm_fp8_fake(
     )
 
 
-@_define(
+@define(
     "rs_rmsnorm_fp8(Tensor input, Tensor? residual, Tensor weight, float eps, str group_name, *, int group_size=128,"
     ' str scale_layout="row", bool keep_output=False, bool complete=False)'
     " -> (Tensor q, Tensor scale, Tensor residual_out, Tensor output)",
@@ -148,8 +93,17 @@ def _rs_rmsnorm_fp8(
     if workspace.backend == "cuda" and group_size not in (64, 128):
         raise ValueError(f"on cuda, group_size must be 64 or 128, got {group_size}")
     residual = checks.normed_reduction(workspace, input, residual, weight, eps)
-    return _BACKENDS[workspace.backend].rs_rmsnorm_fp8(
-        workspace, input, residual, weight, eps, group_size, scale_layout, keep_output, complete
+    return unfused(
+        workspace,
+        reference.rs_rmsnorm_fp8,
+        input,
+        residual,
+        weight,
+        eps,
+        group_size,
+        scale_layout,
+        keep_output,
+        complete,
     )
 
 
@@ -196,10 +150,11 @@ def rs_rmsnorm_fp8(
 
 
 def _rs_rmsnorm_ag_fake(input, residual, weight, eps, group_name):
-    return torch.empty_like(input), input.new_empty(_own_rows(input, input.shape[0], group_name), input.shape[1])
+    residual_out = input.new_empty(_own_rows(input, input.shape[0], group_name), input.shape[1])
+    return input.new_empty(input.shape), residual_out  # contiguous, whatever strides an input of no or one element has
 
 
-@_define(
+@define(
     "rs_rmsnorm_ag(Tensor input, Tensor? residual, Tensor weight, float eps, str group_name)"
     " -> (Tensor output, Tensor residual_out)",
     _rs_rmsnorm_ag_fake,
@@ -207,7 +162,7 @@ def _rs_rmsnorm_ag_fake(input, residual, weight, eps, group_name):
 def _rs_rmsnorm_ag(input, residual, weight, eps, group_name):
     workspace = get_workspace(group_name, input.device)
     residual = checks.normed_reduction(workspace, input, residual, weight, eps)
-    return _BACKENDS[workspace.backend].rs_rmsnorm_ag(workspace, input, residual, weight, eps)
+    return unfused(workspace, reference.rs_rmsnorm_ag, input, residual, weight, eps)
 
 
 def rs_rmsnorm_ag(input, residual, weight, eps=1e-6, group=None):
@@ -228,11 +183,11 @@ def _reduce_scatter_rows_fake(input, group_name):
     return input.new_empty(_own_rows(input, input.shape[0], group_name), input.shape[1])
 
 
-@_define("reduce_scatter_rows(Tensor input, str group_name) -> Tensor", _reduce_scatter_rows_fake)
+@define("reduce_scatter_rows(Tensor input, str group_name) -> Tensor", _reduce_scatter_rows_fake)
 def _reduce_scatter_rows(input, group_name):
     workspace = get_workspace(group_name, input.device)
     checks.reduction(workspace, input)
-    return _BACKENDS[workspace.backend].reduce_scatter_rows(workspace, input)
+    return unfused(workspace, reference.reduce_scatter_rows, input)
 
 
 def reduce_scatter_rows(input, group=None):
@@ -250,13 +205,13 @@ def _all_gather_rows_fake(input, num_tokens, group_name):
     return input.new_empty(num_tokens, input.shape[1])
 
 
-@_define("all_gather_rows(Tensor input, SymInt num_tokens, str group_name) -> Tensor", _all_gather_rows_fake)
+@define("all_gather_rows(Tensor input, SymInt num_tokens, str group_name) -> Tensor", _all_gather_rows_fake)
 def _all_gather_rows(input, num_tokens, group_name):
     workspace = get_workspace(group_name, input.device)
     checks.rows("input", input, (*checks.FLOATS, checks.E4M3, torch.uint8))
     checks.capacity(workspace, input, num_tokens, input.shape[1], name="input.shape[1]")
     checks.local_rows(workspace, "input", input, num_tokens)
-    return _BACKENDS[workspace.backend].all_gather_rows(workspace, input, num_tokens)
+    return unfused(workspace, reference.all_gather_rows, input, num_tokens)
 
 
 def all_gather_rows(input, num_tokens, group=None):
@@ -272,11 +227,11 @@ def all_gather_rows(input, num_tokens, group=None):
 # ---- qkv_a_proj_ag ----
 
 
-def _qkv_a_proj_ag_fake(input, weight, num_tokens, group_name, *, bias=None):
+def _qkv_a_proj_ag_fake(input, weight, num_tokens, group_name, bias=None):
     return input.new_empty(num_tokens, weight.shape[0])
 
 
-@_define(
+@define(
     "qkv_a_proj_ag(Tensor input, Tensor weight, SymInt num_tokens, str group_name, *, Tensor? bias=None) -> Tensor",
     _qkv_a_proj_ag_fake,
 )
@@ -286,7 +241,7 @@ def _qkv_a_proj_ag(input, weight, num_tokens, group_name, bias=None):
     if bias is not None:
         checks.like("bias", bias, (weight.shape[0],), input.dtype, input.device)
         checks.kernel_starts(workspace, bias=bias)
-    return _BACKENDS[workspace.backend].qkv_a_proj_ag(workspace, input, weight, num_tokens, bias)
+    return unfused(workspace, reference.qkv_a_proj_ag, input, weight, num_tokens, bias, product=(input, weight, bias))
 
 
 def qkv_a_proj_ag(input, weight, num_tokens, group=None, *, bias=None):
@@ -308,7 +263,7 @@ def _qkv_a_proj_ag_fp8_fake(q, scale, weight, weight_scale, num_tokens, group_na
     return q.new_empty(num_tokens, weight.shape[0], dtype=torch.bfloat16)
 
 
-@_define(
+@define(
     "qkv_a_proj_ag_fp8(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, SymInt num_tokens, str group_name)"
     " -> Tensor",
     _qkv_a_proj_ag_fp8_fake,
@@ -319,7 +274,7 @@ def _qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, group_name):
     checks.fp8_scales(scale, q)
     blocks = tuple(-(-size // 128) for size in weight.shape)
     checks.like("weight_scale", weight_scale, blocks, torch.float32, q.device)
-    return _BACKENDS[workspace.backend].qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens)
+    return unfused(workspace, reference.qkv_a_proj_ag_fp8, q, scale, weight, weight_scale, num_tokens)
 
 
 def qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, group=None):
@@ -343,7 +298,7 @@ def _qkv_a_proj_ag_norm_fake(input, weight, q_a_weight, kv_a_weight, eps, num_to
     return tuple(input.new_empty(num_tokens, width) for width in widths)
 
 
-@_define(
+@define(
     "qkv_a_proj_ag_norm(Tensor input, Tensor weight, Tensor q_a_weight, Tensor kv_a_weight, float eps,"
     " SymInt num_tokens, str group_name) -> (Tensor q_a, Tensor kv_a, Tensor k_pe)",
     _qkv_a_proj_ag_norm_fake,
@@ -354,8 +309,16 @@ def _qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, eps, num_tokens,
     checks.latent_norms(q_a_weight, kv_a_weight, weight)
     checks.kernel_starts(workspace, q_a_weight=q_a_weight, kv_a_weight=kv_a_weight)
     checks.eps(eps)
-    return _BACKENDS[workspace.backend].qkv_a_proj_ag_norm(
-        workspace, input, weight, q_a_weight, kv_a_weight, eps, num_tokens
+    return unfused(
+        workspace,
+        reference.qkv_a_proj_ag_norm,
+        input,
+        weight,
+        q_a_weight,
+        kv_a_weight,
+        eps,
+        num_tokens,
+        product=(input, weight),
     )
 
 

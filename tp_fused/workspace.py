@@ -1,6 +1,7 @@
 """The symmetric memory of a process group, and which backend serves it."""
 
 import atexit
+import math
 import os
 import threading
 
@@ -69,7 +70,8 @@ class Workspace:
 
     def require_caller(self) -> None:
         """Raises where this thread is not the one that calls the ops of this workspace."""
-        if not self.caller.admit():
+        # The native kernel has waited already; only what it has refused comes here.
+        if not self.caller.admit(patience_ms=100 if self.backend == "reference" else 0):
             raise ValueError(
                 f"the workspace of group {self.group_name!r} is used by thread {self.caller.thread_id}, this is thread "
                 f"{threading.get_native_id()}: calls of two threads would come in another order on every rank. Make a "
@@ -153,7 +155,9 @@ class Workspace:
                 raise ValueError(f"symm_empty: rank {rank} asked for {request}, rank 0 for {requests[0][0]}")
         if any(size < 0 for size in shape):
             raise ValueError(f"symm_empty: sizes must not be negative, got {shape}")
-        numel = torch.Size(shape).numel()
+        numel = math.prod(shape)  # torch.Size.numel() wraps at 2^63
+        if numel * dtype.itemsize * self.world_size >= 2**63:
+            raise MemoryError(f"symm_empty: {shape} of {dtype} are {numel * dtype.itemsize} bytes a rank")
         if self.backend == "reference" or numel == 0:
             return torch.empty(shape, dtype=dtype, device=self.device_type)
         if self.backend == "cuda":
@@ -331,7 +335,8 @@ def init(
         # Exchanged before any of them is judged: a rank that raised alone would leave the others waiting.
         reports = meeting.gather(report, "call init")
         backends.compare(reports)
-        backends.check_arguments(arguments)
+        for report in reports:  # 1 and True are equal, and only one of them is refused
+            backends.check_arguments(report.arguments)
         backend, reason = backends.choose_backend(reports, device_type, group.size(), arguments["TP_FUSED_BACKEND"])
         if backend == "cuda":
             share = backends.share_card(reports, max_ctas)
