@@ -32,15 +32,17 @@ bool run(const Call& call, auto&& launch, auto* cuda, auto* cpu) {
 }
 
 struct Reduction : Call {
-  bool read(Value tensor, Value group_name) {
+  // `residual` being a Tensor?.
+  bool read(Value tensor, Value residual, Value group_name) {
     return Call::read(tensor, group_name, TPF_F32) && fits(input.rows, input.columns, input.dtype) &&
            input.columns <= TPF_MAX_HIDDEN_SIZE &&
-           (!on_cuda() || (input.columns > 0 && input.columns % 8 == 0 && input.aligned()));
+           (!on_cuda() || (input.columns > 0 && input.columns % 8 == 0 && input.aligned())) &&
+           read_residual(optional_tensor(residual));
   }
-  // With a norm, `residual` being a Tensor?.
+  // With a norm.
   bool read(Value tensor, Value residual, Value weight, Value eps, Value group_name) {
-    return read(tensor, group_name) && read_residual(optional_tensor(residual)) &&
-           read_weight(handle<AtenTensorOpaque>(weight)) && read_eps(eps, &this->eps);
+    return read(tensor, residual, group_name) && read_weight(handle<AtenTensorOpaque>(weight)) &&
+           read_eps(eps, &this->eps);
   }
   Rows own_rows() const { return Call::own_rows(input.rows); }
 
@@ -134,12 +136,13 @@ bool rs_rmsnorm_ag(const Value* arguments, Results* results) {
 
 bool reduce_scatter_rows(const Value* arguments, Results* results) {
   Reduction in;
-  if (!in.read(arguments[0], arguments[1])) return false;
+  if (!in.read(arguments[0], arguments[2], arguments[1])) return false;
   void* output;
   if (!results->add(&output, in.input, in.own_rows().count, in.input.columns, in.dtype())) return false;
   const Input symm(*in.workspace.team, in.input.data);
   const auto launch = [&](auto* op, auto... last) {
-    return op(output, in.input.data, symm.get(), in.team(), in.input.rows, in.input.columns, in.dtype(), last...);
+    return op(output, in.input.data, symm.get(), in.residual, in.team(), in.input.rows, in.input.columns, in.dtype(),
+              in.variant, last...);
   };
   return run(in, launch, tpf_reduce_scatter_rows_cuda, tpf_reduce_scatter_rows_cpu);
 }
@@ -169,7 +172,7 @@ constexpr Op kOps[] = {
     {"rs_rmsnorm", "T?Tfsb", rs_rmsnorm},
     {"rs_rmsnorm_fp8", "T?Tfsisbb", rs_rmsnorm_fp8},
     {"rs_rmsnorm_ag", "T?Tfs", rs_rmsnorm_ag},
-    {"reduce_scatter_rows", "Ts", reduce_scatter_rows},
+    {"reduce_scatter_rows", "Ts?", reduce_scatter_rows},
     {"all_gather_rows", "Tis", all_gather_rows},
     {"qkv_a_proj_ag", "TTis?", qkv_a_proj_ag},
     {"qkv_a_proj_ag_fp8", "TTTTis", qkv_a_proj_ag_fp8},

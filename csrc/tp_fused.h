@@ -217,7 +217,8 @@ tpf_status tpf_rs_rmsnorm_ag_cpu(void* output, void* residual_out, const void* i
                                  int32_t hidden_size, tpf_dtype dtype, float eps, uint32_t variant);
 
 tpf_status tpf_reduce_scatter_rows_cpu(void* output, const void* input, const tpf_symm* input_symm,
-                                       const tpf_team* team, int64_t num_tokens, int32_t hidden_size, tpf_dtype dtype);
+                                       const void* residual, const tpf_team* team, int64_t num_tokens,
+                                       int32_t hidden_size, tpf_dtype dtype, uint32_t variant);
 
 tpf_status tpf_all_gather_rows_cpu(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
                                    int32_t hidden_size, tpf_dtype dtype);
@@ -270,8 +271,8 @@ tpf_status tpf_rs_rmsnorm_ag_cuda(void* output, void* residual_out, const void* 
                                   int32_t hidden_size, tpf_dtype dtype, float eps, uint32_t variant, tpf_stream stream);
 
 tpf_status tpf_reduce_scatter_rows_cuda(void* output, const void* input, const tpf_symm* input_symm,
-                                        const tpf_team* team, int64_t num_tokens, int32_t hidden_size, tpf_dtype dtype,
-                                        tpf_stream stream);
+                                        const void* residual, const tpf_team* team, int64_t num_tokens,
+                                        int32_t hidden_size, tpf_dtype dtype, uint32_t variant, tpf_stream stream);
 
 tpf_status tpf_all_gather_rows_cuda(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
                                     int32_t hidden_size, tpf_dtype dtype, tpf_stream stream);

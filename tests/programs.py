@@ -52,11 +52,12 @@ class Call:
         """What this rank passes, on the call's device."""
         own = self.rows(rank, world_size)
         arguments = {"input": self.input(rank)}
-        if self.op in ("rs_rmsnorm", "rs_rmsnorm_fp8", "rs_rmsnorm_ag"):
+        if self.op in REDUCTIONS:
             full = self._residual()
             arguments["residual"] = full[own] if self.residual == "slice" else full
-            arguments |= {"weight": self._norm_weight("norm", self.hidden_size), "eps": EPS}
-        elif self.op != "reduce_scatter_rows":
+            if self.op != "reduce_scatter_rows":
+                arguments |= {"weight": self._norm_weight("norm", self.hidden_size), "eps": EPS}
+        else:
             arguments = {"input": self.input(0)[own].contiguous(), "num_tokens": self.num_tokens}
         if self.op in PROJECTIONS:
             arguments["weight"] = self._projection_weight()
@@ -155,7 +156,7 @@ class Call:
         return self._random(f"input {rank}", (max(self.num_tokens, 256), self.hidden_size))
 
     def _residual(self) -> torch.Tensor | None:
-        if self.residual is None or self.op == "reduce_scatter_rows":
+        if self.residual is None:
             return None
         return self._random("residual", (self.num_tokens, self.hidden_size))
 

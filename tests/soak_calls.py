@@ -294,7 +294,7 @@ class Segment:
         elif op == "all_gather_rows":
             dtype = rng.choice((dtype, dtype, E4M3, torch.uint8))
         else:
-            residual = rng.choice((None, "full", "slice")) if op != "reduce_scatter_rows" else None
+            residual = rng.choice((None, "full", "slice"))
             in_place = rng.choice((None, None, 0, 16 * rng.randint(1, 64)))
             scale = rng.choice((1.0, 1.0, 32.0, 2.0**-12))
         if op in ("rs_rmsnorm", "rs_rmsnorm_fp8"):

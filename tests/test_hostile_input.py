@@ -124,7 +124,7 @@ ARGUMENTS = {
     "rs_rmsnorm": (*NORM, "complete"),
     "rs_rmsnorm_fp8": (*NORM, "group_size", "scale_layout", "keep_output", "complete"),
     "rs_rmsnorm_ag": NORM,
-    "reduce_scatter_rows": ("input",),
+    "reduce_scatter_rows": ("input", "residual"),
     "all_gather_rows": ("input", "num_tokens"),
     "qkv_a_proj_ag": ("input", "weight", "num_tokens", "bias"),
     "qkv_a_proj_ag_fp8": ("q", "scale", "weight", "weight_scale", "num_tokens"),
@@ -171,11 +171,9 @@ class Hostile:
 
         hidden, rows = self.hidden_size, partition.row_count(self.num_tokens, rank, world_size)
         same = torch.ones(hidden, dtype=self.dtype, device=device) * 0.75
-        if self.op == "reduce_scatter_rows":
-            return {"input": random(self.num_tokens, hidden)}
         if self.op in REDUCTIONS:
             made = {"input": random(self.num_tokens, hidden), "residual": random(self.num_tokens, hidden)}
-            return made | {"weight": same}
+            return made if self.op == "reduce_scatter_rows" else made | {"weight": same}
         if self.op == "all_gather_rows":
             return {"input": random(rows, hidden)}
         if self.op == "qkv_a_proj_ag":

@@ -47,7 +47,7 @@ FP8_OPTIONS = {"keep_output": True, "scale_layout": "column"}
 def reduction(device: str, op: str, form: tuple, residual: str | None = "full", **options) -> Call:
     if op == "rs_rmsnorm_fp8":
         options |= FP8_OPTIONS
-    return Call(op, *form, None if op == "reduce_scatter_rows" else residual, device=device, options=options)
+    return Call(op, *form, residual, device=device, options=options)
 
 
 def reductions(device: str, max_ctas: int) -> list[Call]:

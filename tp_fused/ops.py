@@ -179,26 +179,29 @@ def rs_rmsnorm_ag(input, residual, weight, eps=1e-6, group=None):
 # ---- reduce_scatter_rows, all_gather_rows ----
 
 
-def _reduce_scatter_rows_fake(input, group_name):
+def _reduce_scatter_rows_fake(input, group_name, residual=None):
     return input.new_empty(_own_rows(input, input.shape[0], group_name), input.shape[1])
 
 
-@define("reduce_scatter_rows(Tensor input, str group_name) -> Tensor", _reduce_scatter_rows_fake)
-def _reduce_scatter_rows(input, group_name):
+@define(
+    "reduce_scatter_rows(Tensor input, str group_name, *, Tensor? residual=None) -> Tensor", _reduce_scatter_rows_fake
+)
+def _reduce_scatter_rows(input, group_name, residual=None):
     workspace = get_workspace(group_name, input.device)
-    checks.reduction(workspace, input)
-    return unfused(workspace, reference.reduce_scatter_rows, input)
+    residual = checks.reduction(workspace, input, residual)
+    return unfused(workspace, reference.reduce_scatter_rows, input, residual)
 
 
-def reduce_scatter_rows(input, group=None):
+def reduce_scatter_rows(input, group=None, *, residual=None):
     """Reduce-scatter over the token dimension, any token count.
 
-        output = tensor_split(sum over ranks of input)[rank]
+        output = tensor_split(sum over ranks of input + residual)[rank]
 
-    input: this rank's partial sum [num_tokens, hidden_size]. Returns [rows of this rank, hidden_size], added in fp32 in
-    rank order and rounded once.
+    input: this rank's partial sum [num_tokens, hidden_size]. residual: the same on all ranks, [num_tokens, hidden_size];
+    or this rank's rows of it; or None. Returns [rows of this rank, hidden_size], added in fp32 in rank order, the
+    residual last, and rounded once.
     """
-    return _ops.reduce_scatter_rows(input, resolve_group_name(group))
+    return _ops.reduce_scatter_rows(input, resolve_group_name(group), residual=residual)
 
 
 def _all_gather_rows_fake(input, num_tokens, group_name):

@@ -180,8 +180,8 @@ def rs_rmsnorm_ag(workspace, input, residual, weight, eps):
     return _gather(workspace, rms_norm(residual_out, weight, eps), input.shape[0]), residual_out
 
 
-def reduce_scatter_rows(workspace, input):
-    return _reduce(workspace, "reduce_scatter_rows", input, None, False)
+def reduce_scatter_rows(workspace, input, residual):
+    return _reduce(workspace, "reduce_scatter_rows", input, residual, False)
 
 
 def all_gather_rows(workspace, input, num_tokens):

@@ -26,8 +26,8 @@ tpf_status tpf_rs_rmsnorm_ag_cuda(void*, void*, const void*, const tpf_symm*, co
   return TPF_UNSUPPORTED;
 }
 
-tpf_status tpf_reduce_scatter_rows_cuda(void*, const void*, const tpf_symm*, const tpf_team*, int64_t, int32_t,
-                                        tpf_dtype, tpf_stream) {
+tpf_status tpf_reduce_scatter_rows_cuda(void*, const void*, const tpf_symm*, const void*, const tpf_team*, int64_t,
+                                        int32_t, tpf_dtype, uint32_t, tpf_stream) {
   return TPF_UNSUPPORTED;
 }
 

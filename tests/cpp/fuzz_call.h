@@ -101,7 +101,8 @@ inline Call choose_call(Choices& choices, int world_size) {
   if (call.op == TPF_QKV_A_PROJ_AG_FP8) call.dtype = TPF_E4M3;
   call.hidden_size = static_cast<int32_t>(choices.between(1, choices.yes(8) ? 16384 : choices.yes() ? 600 : 40));
   call.num_tokens = std::min(choices.between(0, choices.yes() ? 70 : 9), kMostElements / call.hidden_size);
-  if (call.op <= TPF_RS_RMSNORM_AG && choices.yes()) call.variant |= TPF_RESIDUAL;
+  const bool reduces = call.op <= TPF_RS_RMSNORM_AG || call.op == TPF_REDUCE_SCATTER_ROWS;
+  if (reduces && choices.yes()) call.variant |= TPF_RESIDUAL;
   if (call.op <= TPF_RS_RMSNORM_FP8 && choices.yes(4)) call.variant |= TPF_COMPLETE;
   if (call.op == TPF_RS_RMSNORM_FP8) {
     if (choices.yes()) call.variant |= TPF_COLUMN_SCALES;

@@ -88,7 +88,7 @@ class Rank {
                                      0) == TPF_OK &&
                reduced(sums);
       case 3:
-        return tpf_reduce_scatter_rows_cpu(sums, input, symm, &team_, tokens_, hidden, TPF_F32) == TPF_OK &&
+        return tpf_reduce_scatter_rows_cpu(sums, input, symm, nullptr, &team_, tokens_, hidden, TPF_F32, 0) == TPF_OK &&
                reduced(sums);
       case 4:
         return tpf_rs_rmsnorm_cpu(out, sums, input, symm, nullptr, weight_, &team_, tokens_, hidden, TPF_F32, kEps,
