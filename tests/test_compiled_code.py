@@ -95,6 +95,12 @@ def test_names_in_graphs(pool, device):
         assert unknown.startswith("group 'none' has no workspace")
 
 
+def test_a_pinned_name_is_written_in_one_way():
+    """The native kernels know that one."""
+    assert compiled.unpin(compiled.pin("0", 1, 12)) == ("0", 1, 12)
+    assert [compiled.unpin(name) for name in ("0#01/2", "0#1/02", "0#\u0661/2", "0#1/0")] == [None] * 4
+
+
 def natively_by_pinned_name(device: str) -> None:
     """Runs on a rank: what a compiled graph calls does not enter the interpreter."""
     name = compiled.pin(dist.group.WORLD.group_name, dist.get_rank(), dist.get_world_size())

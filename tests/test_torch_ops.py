@@ -146,6 +146,14 @@ def test_the_workspace_is_the_one_that_the_group_has_now(pool, device):
         assert "has no workspace" in str(none)
 
 
+def test_a_name_is_that_of_its_last_workspace():
+    """A forked child has its parent's workspaces here, which it cannot close."""
+    first, last = (ThreadRanks(1).workspaces[0] for _ in range(2))
+    last.team.serve(last.caller, first.group_name, last.max_num_tokens, last.row_bytes)
+    first.call("reduce_scatter_rows", torch.ones(4, 8))
+    assert [one.team.progress(0)["calls"] for one in (first, last)] == [0, 1]
+
+
 @pytest.mark.parametrize("way", ["call", "redispatch"])
 def test_a_wait_for_peers_lets_other_threads_run(way):
     """Ranks may be threads of one process: torch must have let go of the interpreter's lock."""

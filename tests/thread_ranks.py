@@ -28,7 +28,7 @@ class ThreadRank(Workspace):
         return getattr(torch.ops.tp_fused, op)(*arguments, **options, group_name=self.group_name)
 
     def _close(self, end: str) -> None:
-        """Nothing: at the end of the process the regions may be gone."""
+        """Nothing: torch's compile caches know no name of it."""
 
 
 class ThreadRanks:
@@ -40,6 +40,8 @@ class ThreadRanks:
         self.segment = make_segment(region * world_size)
         regions = [self.segment.base + rank * region for rank in range(world_size)]
         self.workspaces = [ThreadRank(rank, regions, slot_bytes, timeout_s) for rank in range(world_size)]
+        for one in self.workspaces:
+            one.team.keep(self.segment)
 
     def run(self, function) -> list:
         """function(workspace) of every rank, at the same time."""
