@@ -197,9 +197,9 @@ def reduce_scatter_rows(input, group=None, *, residual=None):
 
         output = tensor_split(sum over ranks of input + residual)[rank]
 
-    input: this rank's partial sum [num_tokens, hidden_size]. residual: the same on all ranks, [num_tokens, hidden_size];
-    or this rank's rows of it; or None. Returns [rows of this rank, hidden_size], added in fp32 in rank order, the
-    residual last, and rounded once.
+    input: this rank's partial sum [num_tokens, hidden_size]. residual: None, [num_tokens, hidden_size], or this rank's
+    rows of it. Returns [rows of this rank, hidden_size], added in fp32 in rank order, the residual last, and rounded
+    once.
     """
     return _ops.reduce_scatter_rows(input, resolve_group_name(group), residual=residual)
 
