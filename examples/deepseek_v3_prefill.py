@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def get_backend(tp) -> str:
-    workspace = tp_fused.workspace.get_workspace(tp.group.group_name, tp.device)
+    workspace = tp_fused.groups.get_workspace(tp.group.group_name, tp.device)
     return f"{workspace.backend} ({workspace.reason}); torch.distributed: {dist.get_backend(tp.group)}"
 
 

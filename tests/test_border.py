@@ -280,7 +280,7 @@ def test_another_device(check, message):
 def other_device(device: str):
     """Runs on a rank: a group's workspace serves one kind of device."""
     with workspace(device, device):
-        return outcome(tp_fused.workspace.get_workspace, dist.group.WORLD.group_name, torch.device("xpu"))[0]
+        return outcome(tp_fused.groups.get_workspace, dist.group.WORLD.group_name, torch.device("xpu"))[0]
 
 
 @pytest.mark.parametrize("world_size", [2])

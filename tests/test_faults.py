@@ -236,7 +236,7 @@ def fork_a_child() -> None:
         if rank == ODD:
             child = os.fork()
             if child == 0:
-                tp_fused.workspace._close_all()  # what runs at exit
+                tp_fused.groups._close_all()  # what runs at exit
                 os._exit(0)
             os.waitpid(child, 0)
         dist.barrier()

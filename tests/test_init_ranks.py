@@ -173,7 +173,7 @@ def in_a_child(backend: str, device: str) -> list[str]:
         if child == 0:
             calls = (
                 lambda: tp_fused.reduce_scatter_rows(torch.zeros(4, 256)),
-                lambda: tp_fused.workspace.get_workspace(made.group_name, torch.device("cpu")),
+                lambda: tp_fused.groups.get_workspace(made.group_name, torch.device("cpu")),
                 made.check,
                 lambda: made.symm_empty(8, 8),
                 lambda: tp_fused.init(device=device, **GOOD),

@@ -253,7 +253,7 @@ def refuse(case: str, device: str) -> None:
         whole.config.quantization_config = {"quant_method": "fp8"}
         parallelize(whole, max_num_tokens=8)
     if case == "closed":
-        tp_fused.workspace.get_workspace(tp.group.group_name, torch.device(device)).close()
+        tp_fused.groups.get_workspace(tp.group.group_name, torch.device(device)).close()
     if case in ("long", "long_all_reduce"):
         tp.way = "fused" if case == "long" else "all_reduce"
     ids = make_ids((3, 3) if case.startswith("long") else (1, 8), device)

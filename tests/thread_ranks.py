@@ -6,7 +6,7 @@ import secrets
 
 import torch
 
-from tp_fused import workspace
+from tp_fused import groups
 from tp_fused.native import _C
 from tp_fused.workspace import Workspace
 
@@ -22,12 +22,12 @@ class ThreadRank(Workspace):
         self.closed, self._pid, self.caller = False, os.getpid(), _C.Caller()
         self.team = _C.Team(rank=rank, regions=regions, slot_bytes=slot_bytes, timeout_ns=int(timeout_s * 1e9))
         self.team.serve(self.caller, self.group_name, self.max_num_tokens, self.row_bytes)
-        workspace._workspaces[self.group_name, self.device_type] = self
+        groups._workspaces[self.group_name, self.device_type] = self
 
     def call(self, op: str, *arguments, **options):
         return getattr(torch.ops.tp_fused, op)(*arguments, **options, group_name=self.group_name)
 
-    def _close(self, end: str) -> None:
+    def close_as(self, end: str) -> None:
         """Nothing: torch's compile caches know no name of it."""
 
 

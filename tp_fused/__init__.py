@@ -4,6 +4,7 @@ from ._version import __version__
 from .diagnose import Diagnosis, diagnose
 from .explain import explain
 from .faults import CollectiveFault
+from .groups import init, symm_empty
 from .ops import (
     all_gather_rows,
     qkv_a_proj_ag,
@@ -15,7 +16,7 @@ from .ops import (
     rs_rmsnorm_fp8,
 )
 from .partition import row_count, row_slice, row_start
-from .workspace import Workspace, init, symm_empty
+from .workspace import Workspace
 
 __all__ = [
     "CollectiveFault",

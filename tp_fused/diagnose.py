@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 
 from . import faults
-from .workspace import _workspaces
+from .groups import _workspaces
 
 _POLL_S = 0.02
 _ended_at: dict[str, float] = {}  # this rank's last diagnosis of a group

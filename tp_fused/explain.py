@@ -3,7 +3,7 @@
 import torch
 
 from . import native, partition, planning
-from .workspace import get_workspace, resolve_group_name, type_of
+from .groups import get_workspace, resolve_group_name, type_of
 
 
 def explain(

@@ -13,8 +13,8 @@ TypeError before anything is launched. Inference only: no output asks for a grad
 import torch
 
 from . import checks, compiled, partition, reference
+from .groups import get_workspace, resolve_group_name
 from .registration import define, unfused
-from .workspace import get_workspace, resolve_group_name
 
 _ops = torch.ops.tp_fused
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 
 from .. import ops, partition
-from ..workspace import get_workspace, init
+from ..groups import get_workspace, init
 from . import sharding
 
 # ---- what callers see ----
