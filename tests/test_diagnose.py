@@ -96,7 +96,7 @@ SITUATIONS = {
     "closed": (close, rf"rank 1 closed the workspace before it entered call #3 {CALL}; ranks 0, 2 and 3 waited 0.*"),
     "calls another": (
         call_another,
-        r"call #3: rank 1 called reduce_scatter_rows\(num_tokens=7, hidden_size=256, dtype=float32\); "
+        r"call #3: rank 1 called reduce_scatter_rows\(num_tokens=7, hidden_size=256, dtype=float32, residual\); "
         rf"ranks 0, 2 and 3 called {CALL}",
     ),
 }
