@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "plan/binding.h"
+#include "plan_binding.h"
 #include "protocol.h"
 #include "team.h"
 #include "torch_ops.h"

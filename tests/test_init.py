@@ -1,7 +1,6 @@
 """`tp_fused.init`: what it refuses, which backend it takes, and what it leaves behind."""
 
 import contextlib
-import dataclasses
 import os
 import re
 import resource
@@ -10,10 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from programs import Call
-from ranks import Pool, outcome, workspace
+from ranks import outcome, workspace
 
 import tp_fused
-from tp_fused import backends
 
 GOOD = {"max_num_tokens": 64, "hidden_size": 256, "dtype": torch.float32, "timeout_s": 20.0}
 
@@ -113,145 +111,6 @@ def test_device_of_one_rank_that_torch_does_not_know(pool, device):
 def test_no_process_group():
     with pytest.raises(ValueError, match=r"call torch\.distributed\.init_process_group first"):
         tp_fused.init(**GOOD)
-
-
-# ---- the choice of the backend ----
-
-
-def report(**changes) -> backends.Report:
-    return dataclasses.replace(backends.report({}, "cpu"), **changes)
-
-
-@pytest.mark.parametrize(
-    ("reports", "asked", "choice", "reason"),
-    [
-        ([report()] * 2, None, "cpu", "all ranks share one host's memory"),
-        ([report()] * 2, "cpu", "cpu", "TP_FUSED_BACKEND asks for it"),
-        ([report()] * 2, "reference", "reference", "TP_FUSED_BACKEND asks for it"),
-        ([report()] * 9, None, "reference", "world size 9 is over 8"),
-        ([report(host="a"), report(host="b")], None, "reference", "rank 1 runs on b, rank 0 on a: they share no mem"),
-        (
-            [report(host="a/b/c"), report(host="a/b/d")],
-            None,
-            "reference",
-            "each with its own /dev/shm",
-        ),
-        ([report(), report(cpu_supported=False)], None, "reference", "the processor of rank 1 lacks AVX2"),
-    ],
-)
-def test_choice_of_backend(reports, asked, choice, reason):
-    chosen, why = backends.choose_backend(reports, "cpu", len(reports), asked)
-    assert chosen == choice and reason in why
-
-
-@pytest.mark.parametrize(
-    ("reports", "device_type", "asked", "message"),
-    [
-        ([report()] * 9, "cpu", "cpu", "TP_FUSED_BACKEND=cpu cannot run: world size 9 is over 8"),
-        ([report(host="a"), report(host="b")], "cpu", "cpu", "TP_FUSED_BACKEND=cpu cannot run: rank 1 runs on b"),
-        ([report(), report(cpu_supported=False)], "cpu", "cpu", "cannot run: the processor of rank 1 lacks AVX2"),
-        ([report()], "cpu", "cuda", "TP_FUSED_BACKEND=cuda cannot run: the workspace is for cpu tensors"),
-        ([report()], "cpu", "fast", "TP_FUSED_BACKEND=fast: must be one of cuda, cpu, reference"),
-    ],
-)
-def test_backend_that_was_asked_for_and_cannot_run(reports, device_type, asked, message):
-    with pytest.raises(ValueError) as raised:
-        backends.choose_backend(reports, device_type, len(reports), asked)
-    assert message in str(raised.value)
-
-
-def on_card(gpu: str, **changes) -> backends.Report:
-    reaches = {"a": True, "b": True}
-    return report(**{"gpu": gpu, "num_sms": 132, "capability": (9, 0), "has_code": True, "reaches": reaches, **changes})
-
-
-@pytest.mark.parametrize(
-    ("reports", "choice", "reason"),
-    [
-        ([on_card("a"), on_card("b")], "cuda", "all ranks share one host's memory"),
-        ([on_card("a"), on_card("a")], "cuda", "all ranks share one host's memory; 2 ranks share a GPU"),
-        # Each sees its own card only, and cannot tell.
-        ([on_card("a", reaches={"a": True}), on_card("b", reaches={"b": True})], "cuda", "all ranks share one host's"),
-        (
-            [on_card("a"), on_card("b", reaches={"a": False, "b": True})],
-            "reference",
-            "the GPU of rank 1 cannot read the memory of rank 0's: there is no peer access",
-        ),
-        (
-            [on_card("a"), on_card("b", capability=(12, 0), has_code=False)],
-            "reference",
-            "this build has no code for the GPU of rank 1, of compute capability (12, 0)",
-        ),
-        ([on_card("a"), on_card("b", capability=(7, 5))], "reference", "rank 1 has compute capability (7, 5); 8.0 is"),
-        (
-            [on_card("a"), on_card("b", capability=(10, 0))],
-            "reference",
-            "the GPUs of ranks 1 and 0 are of compute capability (10, 0) and (9, 0): their kernels are not the same",
-        ),
-    ],
-)
-def test_choice_of_backend_on_cards(monkeypatch, reports, choice, reason):
-    monkeypatch.setattr(backends._C, "cuda_compiled", lambda: True)  # what else there is to choose by
-    chosen, why = backends.choose_backend(reports, "cuda", len(reports), None)
-    assert chosen == choice and reason in why
-
-
-@pytest.mark.parametrize("processors", [78, 108, 114, 132, 148])
-@pytest.mark.parametrize("ranks", range(1, 9))
-def test_blocks_of_ranks_that_share_a_card_leave_room_for_clusters(ranks, processors):
-    reports = [on_card("a", num_sms=processors) for _ in range(ranks)]
-    share = backends.share_card(reports, None)
-    assert (share.ranks, share.free_sms) == (
-        ranks,
-        processors - (ranks - 1) * share.max_ctas if ranks > 1 else 0,
-    )
-    if ranks == 1:
-        assert share.max_ctas == processors
-        return
-    assert 1 <= share.max_ctas <= processors // ranks
-    assert share.max_ctas == 1 or share.free_sms > 8 * 7  # with seven free in each of 8 GPCs, no eight are in one
-    assert share.max_ctas == 1 or share.free_sms - (share.max_ctas - 2) > 8  # likewise the last pair of blocks
-    more = backends.CardShare(ranks, share.max_ctas + 1, processors - (ranks - 1) * (share.max_ctas + 1))
-    assert more.free_sms <= 8 * 7 or more.free_sms - (more.max_ctas - 2) <= 8
-    fills = backends.share_card(reports, processors // ranks)
-    assert (fills.max_ctas, fills.free_sms > 0) == (processors // ranks, fills.max_ctas == share.max_ctas)
-    with pytest.raises(ValueError, match=f"{ranks} ranks share a card of {processors} multiprocessors, at most"):
-        backends.share_card(reports, processors // ranks + 1)
-
-
-def test_cards_without_clusters_are_filled():
-    assert backends.share_card([on_card("a", capability=(8, 0), num_sms=108)] * 4, None).max_ctas == 27
-
-
-def test_a_subgroup_counts_the_others_on_its_cards():
-    pair = [on_card("a", ranks_per_card=8), on_card("a", ranks_per_card=8)]
-    assert backends.share_card(pair, None) == backends.share_card([on_card("a")] * 8, None)
-    apart = [on_card("a"), on_card("b", ranks_per_card=2)]
-    assert backends.share_card(apart, None).ranks == 2
-
-
-@pytest.mark.cuda
-def test_what_a_rank_reports_of_its_card(device):
-    found = backends.report({}, device)
-    assert found.has_code and found.reaches[found.gpu] and len(found.reaches) == torch.cuda.device_count()
-
-
-def nine_ranks() -> tuple:
-    """Runs on a rank."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    os.environ["TP_FUSED_BACKEND"] = "cpu"
-    error, _ = outcome(tp_fused.init, device="cpu", **GOOD)
-    with workspace(None) as made:
-        call = Call("rs_rmsnorm_ag", 20)
-        call.check(call.run(rank, world_size), rank, world_size)
-        return error, made.backend
-
-
-def test_more_ranks_than_a_segment_has_room_for():
-    with Pool(9) as pool:
-        for error, backend in pool.run(nine_ranks):
-            assert "TP_FUSED_BACKEND=cpu cannot run: world size 9 is over 8" in str(error)
-            assert backend == "reference"
 
 
 # ---- shared memory ----

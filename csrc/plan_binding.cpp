@@ -1,4 +1,4 @@
-#include "binding.h"
+#include "plan_binding.h"
 
 #include <pybind11/stl.h>
 
@@ -6,7 +6,7 @@
 #include <string>
 #include <variant>
 
-#include "../protocol.h"
+#include "protocol.h"
 
 namespace py = pybind11;
 
