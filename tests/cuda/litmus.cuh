@@ -83,7 +83,7 @@ __device__ inline bool wait_until(uint32_t lanes, HasCome&& has_come) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// A warp's part of shared memory, which the copy engine loads and stores.
+// A warp's part of shared memory, which TMA loads and stores.
 class RowBuffer {
  public:
   __device__ RowBuffer(char* buffers, uint64_t* barriers)

@@ -1,4 +1,4 @@
-// Litmus tests of rows: passed to a peer, moved by the copy engine, read in place.
+// Litmus tests of rows: passed to a peer, moved by TMA, read in place.
 #pragma once
 #include "litmus.cuh"
 
@@ -6,7 +6,7 @@ namespace tpf {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// kCached: ordinary loads. kThread: as the product's threads do. kBulk: the copy engine.
+// kCached: ordinary loads. kThread: as the product's threads do. kBulk: TMA.
 enum class By { kCached, kThread, kBulk };
 
 // Two ranks write into each other's slots in turn. That a rank publishes says, too, that it has read.
@@ -65,7 +65,7 @@ __device__ inline bool pass_rows(const Setup& setup, uint32_t& wrong) {
   return true;
 }
 
-// A warp writes rows, and has the copy engine bring them back. Nobody else is concerned.
+// A warp writes rows, and has TMA bring them back. Nobody else is concerned.
 __device__ inline bool load_own_rows(const Setup& setup, uint32_t& wrong) {
   extern __shared__ __align__(128) char buffers[];
   __shared__ uint64_t barriers[kWarps];
