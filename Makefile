@@ -51,6 +51,7 @@ gpu-test: gpu-build
 gpu-soak: gpu-build
 	tools/with_mps.sh $(PYTHON) -m tools.soak --device cuda $(ARGS)
 
+# Of a build in which racecheck can follow all arrivals (kArrivingLanes); `make gpu-build` brings the usual one back.
 gpu-sanitize:
 	TP_FUSED_CUDA=1 NVCC_APPEND_FLAGS=-DTPF_RACECHECK \
 	  $(PYTHON) setup.py --quiet build_ext --inplace --build-temp build/racecheck

@@ -70,7 +70,7 @@ class Context(Host):
 
     def _open(self) -> None:
         options, max_ctas = self.options, self.options.max_ctas
-        if max_ctas is None and self.ranks_per_card > 1:  # all of the card: nothing else runs on it
+        if max_ctas is None and self.ranks_per_card > 1:  # init would leave room on the card
             max_ctas = torch.cuda.get_device_properties(self.device).multi_processor_count // self.ranks_per_card
         self.workspace = tp_fused.init(
             self.group,

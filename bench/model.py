@@ -105,10 +105,6 @@ def cost(phases: tuple[Phase, ...], rates: Rates) -> tuple[float, str]:
     return spent.total(), max(spent, key=spent.get)
 
 
-def _sm_count(card: str) -> int:
-    return planning.share_of(card, 1).max_ctas
-
-
 @dataclass(frozen=True)
 class Shape:
     """A call, in elements; its properties are bytes of bf16. `staged`: its input is no symmetric memory. `card`,
@@ -144,7 +140,7 @@ class Shape:
 
     def plan(self, op: str) -> dict:
         """What would be launched. Ranks that share a card fill it, as in the benchmark."""
-        filled = planning.share_of(self.card, self.ranks_per_card, _sm_count(self.card) // self.ranks_per_card)
+        most_ctas = planning.sm_count(self.card) // self.ranks_per_card
         return planning.plan(
             op,
             self.tokens,
@@ -154,7 +150,7 @@ class Shape:
             columns=self.latent if op.startswith("qkv_") else 0,
             dtype=torch.float8_e4m3fn if op.endswith("_fp8") and op.startswith("qkv_") else torch.bfloat16,
             in_place=not self.staged,
-            share=filled,
+            share=planning.share_of(self.card, self.ranks_per_card, most_ctas),
         )
 
     def barriers(self, count: int) -> int:

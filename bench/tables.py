@@ -126,7 +126,7 @@ def predictions(shapes: list[model.Shape], cards: tuple[str, ...], shares: model
     cells = [
         [
             name,
-            planning.share_of(name, 1).max_ctas,
+            planning.sm_count(name),
             *(f"{rate:.0f}" for rate in (card.bf16 / 1e12, card.fp8 / 1e12, card.memory / 1e9, card.link / 1e9)),
         ]
         for name, card in ((name, model.CARDS[name]) for name in cards)

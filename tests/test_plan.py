@@ -32,6 +32,7 @@ class Asked:
     card: str
     ranks_per_card: int
     max_ctas: int | None
+    complete: bool = False
 
     def plan(self, card: str | None = None) -> dict:
         share = planning.share_of(self.card, self.ranks_per_card, self.max_ctas)
@@ -42,6 +43,7 @@ class Asked:
             card=card or self.card,
             dtype=self.dtype,
             in_place=self.in_place,
+            complete=self.complete,
             share=share,
             # As a workspace's: for the largest call, which has the dtype of most bytes.
             slot_bytes=-(-self.num_tokens // self.world_size)
@@ -83,6 +85,7 @@ def calls(draw, ops=OPS) -> Asked:
         card,
         ranks_per_card,
         draw(st.none() | st.integers(1, sms // ranks_per_card)),
+        op in ("rs_rmsnorm", "rs_rmsnorm_fp8") and draw(st.booleans()),
     )
 
 

@@ -11,7 +11,7 @@ from .native import _C
 
 BACKENDS = ("cuda", "cpu", "reference")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MOST_GPCS = 8  # of any card, as kGpcs in csrc/cuda/launch.cuh
+_MOST_GPCS = 8  # of any card, as kMostGpcs in csrc/plan/card.h
 
 
 @dataclass

@@ -30,7 +30,7 @@ def explain(
     gpu: "A100", "H20", "H100", "H200" or "B200" asks about such cards instead, without a workspace and without a GPU:
     about a call of `world_size` ranks, `ranks_per_card` on each card, with an input of `hidden_size` columns of
     `dtype`, in_place in symmetric memory or not, and projections of `latent_size` columns. Without gpu these are not
-    looked at. One GPU decides as another of its kind does, so what is told here is what runs there.
+    looked at. A plan depends on nothing else: what is told here is what runs there.
     """
     if not hasattr(torch.ops.tp_fused, op):
         raise ValueError(f"unknown op {op!r}")

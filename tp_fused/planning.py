@@ -51,6 +51,10 @@ def plan(
     )
 
 
+def sm_count(card: int | str) -> int:
+    return _C.card(card)["sm_count"]
+
+
 def share_of(card: int | str, ranks: int, max_ctas: int | None = None) -> backends.CardShare:
     """What a rank has of a card on which there are so many."""
     about = _C.card(card)

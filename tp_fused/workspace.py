@@ -34,7 +34,7 @@ class Workspace:
         self.row_bytes: int = arguments["row_bytes"]
         self.device_index = torch.cuda.current_device() if device_type == "cuda" else None
         self.closed, self._end = False, ""
-        self.on_close = lambda workspace: None  # tp_fused/groups.py, which then serves the group with it no more
+        self.on_close = lambda workspace: None  # groups.py sets it, and then forgets the workspace
         self._pid = os.getpid()
         self.caller = _C.Caller()
         self.calls, self.fault = 0, None  # the reference backend's; the others keep theirs in the region

@@ -15,7 +15,7 @@ constexpr int kVectorBytes = 16;              // what a thread loads and stores 
 struct Limits {
   int world_size;
   int max_ctas;  // 1..TPF_MAX_CTAS
-  int free_sms;  // as tpf_team's free_sms
+  int free_sms;  // see tpf_team
   int64_t slot_bytes;
 };
 

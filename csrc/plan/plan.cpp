@@ -16,7 +16,7 @@ constexpr struct {
     {"H200", {90, 132, 232448, 1}}, {"B200", {100, 148, 232448, 0}},
 };
 
-bool plan_of_gather(tpf_plan* plan, const tpf_call& call, int64_t columns, tpf_dtype dtype, const tpf::Limits& limits,
+void plan_of_gather(tpf_plan* plan, const tpf_call& call, int64_t columns, tpf_dtype dtype, const tpf::Limits& limits,
                     const tpf_card& card) {
   const int64_t row_bytes = columns * tpf::bytes_of(dtype);
   const tpf::GatherPlan gather =
@@ -28,10 +28,9 @@ bool plan_of_gather(tpf_plan* plan, const tpf_call& call, int64_t columns, tpf_d
   plan->shared_bytes = gather.shared_bytes;
   plan->chunk_rows = gather.chunk_rows;
   plan->chunks = gather.num_chunks;
-  return true;
 }
 
-bool plan_of_projection(tpf_plan* plan, const tpf_call& call, const tpf::Limits& limits, const tpf_card& card) {
+void plan_of_projection(tpf_plan* plan, const tpf_call& call, const tpf::Limits& limits, const tpf_card& card) {
   const tpf::ProjectionPlan projection = tpf::plan_projection(call, true, limits, card);
   plan->few_rows = projection.few_rows;
   if (!projection.fused) return plan_of_gather(plan, call, call.columns, tpf::latent_dtype(call), limits, card);
@@ -43,7 +42,6 @@ bool plan_of_projection(tpf_plan* plan, const tpf_call& call, const tpf::Limits&
   plan->chunk_rows = projection.tile_rows;
   plan->tile_columns = projection.tile_columns;
   plan->chunks = projection.row_blocks;
-  return true;
 }
 
 bool plan_of_reduction(tpf_plan* plan, const tpf_call& call, const tpf::Limits& limits, const tpf_card& card) {
@@ -79,26 +77,21 @@ tpf_status tpf_plan_call(tpf_plan* plan, const tpf_call* call, const tpf_team* t
   const tpf::Limits limits = tpf::limits_of(*team);
   *plan = {};
   plan->source = call->source;
-  bool planned = false;
   switch (call->op) {
     case TPF_RS_RMSNORM:
     case TPF_RS_RMSNORM_FP8:
     case TPF_RS_RMSNORM_AG:
     case TPF_REDUCE_SCATTER_ROWS:
-      planned = plan_of_reduction(plan, *call, limits, *card);
-      break;
-    case TPF_ALL_GATHER_ROWS: {
-      const tpf_dtype dtype = static_cast<tpf_dtype>(call->dtype);
-      planned = plan_of_gather(plan, *call, call->hidden_size, dtype, limits, *card);
-      break;
-    }
+      return plan_of_reduction(plan, *call, limits, *card) ? TPF_OK : TPF_UNSUPPORTED;
+    case TPF_ALL_GATHER_ROWS:
+      plan_of_gather(plan, *call, call->hidden_size, static_cast<tpf_dtype>(call->dtype), limits, *card);
+      return TPF_OK;
     case TPF_QKV_A_PROJ_AG:
     case TPF_QKV_A_PROJ_AG_FP8:
     case TPF_QKV_A_PROJ_AG_NORM:
-      planned = plan_of_projection(plan, *call, limits, *card);
-      break;
+      plan_of_projection(plan, *call, limits, *card);
+      return TPF_OK;
     default:
-      break;
+      return TPF_UNSUPPORTED;
   }
-  return planned ? TPF_OK : TPF_UNSUPPORTED;
 }
