@@ -210,11 +210,14 @@ ADDRESS = r"must begin at a multiple of 16 bytes, got one at address 0x[0-9a-f]+
 BAD_CALLS_ON_CUDA = {
     "odd width": (
         "reduce_scatter_rows",
-        {"input": ones(4, 252)},
+        {"input": ones(4, 252), "residual": ones(4, 252)},
         ValueError,
         r"must be a positive multiple of 8, got 252",
     ),
-    "no width": ("reduce_scatter_rows", {"input": ones(4, 0)}, ValueError, r"must be a positive multiple of 8, got 0"),
+    "no width": (
+        *("reduce_scatter_rows", {"input": ones(4, 0), "residual": ones(4, 0)}, ValueError),
+        r"must be a positive multiple of 8, got 0",
+    ),
     "no columns": ("qkv_a_proj_ag", {"weight": ones(0, 256)}, ValueError, r"a weight must have rows, got \(0, 256\)"),
     "input between vectors": ("rs_rmsnorm", {"input": shifted}, ValueError, rf"input {ADDRESS}"),
     "residual between vectors": ("rs_rmsnorm_fp8", {"residual": shifted}, ValueError, rf"residual {ADDRESS}"),

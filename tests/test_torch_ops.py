@@ -271,7 +271,8 @@ def call_often(device: str) -> list[int]:
     """Runs on a rank: by how much the process grows over calls served, handed over and refused."""
     rows, weight = torch.ones(4, 256, device=device), torch.ones(256, device=device)
     projection = torch.ones(144, 256, device=device)
-    q, scale = torch.zeros(4, 256, dtype=torch.float8_e4m3fn, device=device), torch.ones(4, 2, device=device)
+    fp8_weight = torch.zeros(8, 256, dtype=torch.float8_e4m3fn, device=device)
+    q, scale = fp8_weight[:4], torch.ones(4, 2, device=device)
 
     def served() -> None:
         tp_fused.rs_rmsnorm(rows, rows, weight)
@@ -280,7 +281,7 @@ def call_often(device: str) -> list[int]:
         tp_fused.qkv_a_proj_ag(rows, projection, 4, bias=weight[:144])
         tp_fused.qkv_a_proj_ag_norm(rows, projection, weight[:96], weight[:40], 4)
         with mock.patch.object(native, "project_fp8", lambda *_: None):
-            tp_fused.qkv_a_proj_ag_fp8(q, scale, q, scale[:1], 4)
+            tp_fused.qkv_a_proj_ag_fp8(q, scale, fp8_weight, scale[:1], 4)
 
     def handed_over() -> None:
         with mock.patch.object(ops.reference, "rs_rmsnorm", same_rows):
