@@ -16,7 +16,7 @@
 
 #include "../../plan/gather.h"
 #include "../comm/bulk_copier.cuh"
-#include "../comm/signal.cuh"
+#include "../comm/peers.cuh"
 #include "../ptx/vec.cuh"
 #include "latent_norm.cuh"
 
@@ -60,8 +60,7 @@ __device__ inline Rows chunk_of(const GatherArgs& args, int64_t count, int chunk
 struct Piece {
   __device__ Piece(const GatherArgs& args, uint32_t epoch, int owner, int chunk, const GatherPart& part) {
     const Rows share = args.partition.rows(owner), rows = chunk_of(args, share.count, chunk);
-    staged =
-        slot(args.team.region[owner], epoch, args.team.slot_bytes) + part.slot_offset + rows.start * part.row_bytes;
+    staged = slot_of(args.team, owner, epoch) + part.slot_offset + rows.start * part.row_bytes;
     output = part.output + (share.start + rows.start) * part.row_bytes;
     bytes = rows.count * part.row_bytes;
   }
@@ -207,14 +206,7 @@ template <typename T>
 __device__ inline void publish_chunk(const GatherArgs& args, const BlockRound& round, int chunk, int threads) {
   stage_rows<T>(args, round.epoch, chunk, threads);
   asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
-  const int peer = threadIdx.x;
-  if (peer < args.team.world_size && peer != args.team.rank) publish_step(args.team, round, chunk, peer);
-}
-
-// Lanes 0..world_size-1 of a warp, or threads of a block, each wait for one peer.
-__device__ inline bool wait_for_chunk(const GatherArgs& args, const BlockRound& round, int chunk, int peer) {
-  if (peer >= args.team.world_size || peer == args.team.rank) return true;
-  return wait_step(args.team, args.call, round, chunk, blockIdx.x, peer);
+  publish_to_peers(args.team, round, chunk, threadIdx.x);
 }
 
 // Copies a chunk of all peers' rows: the warps of the block are dealt out to the peers.
@@ -237,7 +229,7 @@ __device__ inline bool gather_directly(const GatherArgs& args, const BlockRound&
   for (int next = 0; next <= args.num_chunks; ++next) {
     if (next < args.num_chunks) publish_chunk<T>(args, round, next, kGatherThreads);
     if (next == 0) continue;
-    if (!__syncthreads_and(wait_for_chunk(args, round, next - 1, threadIdx.x))) return false;
+    if (!__syncthreads_and(wait_for_peers(args.team, args.call, round, next - 1, threadIdx.x))) return false;
     pdl_trigger();  // as in reduce_one_row
     copy_chunk(args, round.epoch, next - 1);
   }
@@ -249,12 +241,12 @@ __device__ inline bool gather_directly(const GatherArgs& args, const BlockRound&
 // The last warp. Peers take turns item by item: all ranks are then at about the same rows, and where ranks share a
 // card, its L2 cache answers most of them.
 __device__ inline bool copy_in_bulk(const GatherArgs& args, const BlockRound& round, uint64_t* barriers, char* items) {
-  const int lane = threadIdx.x % 32, world_size = args.team.world_size;
+  const int lane = threadIdx.x % 32;
   BulkCopier copier(items, barriers, kGatherItemBytes);
   const uint64_t policy = streaming_policy();
   bool arrived = true;
   for (int chunk = 0; chunk < args.num_chunks && arrived; ++chunk) {
-    arrived = wait_for_chunk(args, round, chunk, lane);
+    arrived = wait_for_peers(args.team, args.call, round, chunk, lane);
     __syncwarp();
     arrived = __all_sync(0xffffffffu, arrived);
     if (!arrived) continue;
@@ -264,12 +256,11 @@ __device__ inline bool copy_in_bulk(const GatherArgs& args, const BlockRound& ro
       const int64_t longest = args.chunk_rows * args.parts[p].row_bytes;
 #pragma unroll 1
       for (int64_t at = 0; at < longest; at += kGatherItemBytes) {
-#pragma unroll 1
-        for (int offset = 1; offset < world_size; ++offset) {
-          const Piece piece(args, round.epoch, (args.team.rank + offset) % world_size, chunk, args.parts[p]);
+        for_peers(args.team, [&](int peer) {
+          const Piece piece(args, round.epoch, peer, chunk, args.parts[p]);
           const uint32_t bytes = static_cast<uint32_t>(min(piece.bytes - at, int64_t{kGatherItemBytes}));
           if (at < piece.bytes) copier.copy(piece.output + at, piece.staged + at, bytes, policy);
-        }
+        });
       }
     }
   }
@@ -280,14 +271,13 @@ __device__ inline bool copy_in_bulk(const GatherArgs& args, const BlockRound& ro
 
 #endif
 
-// A block that saw a fault leaves no number that could be taken for a result, in any rank's rows. 0xff bytes are NaN in
-// every dtype that has one.
+// Of a block that saw a fault: its chunks of all ranks' rows.
 __device__ inline void poison_chunks(const GatherArgs& args, uint32_t epoch) {
   for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
     for (int owner = 0; owner < args.team.world_size; ++owner) {
       for (int p = 0; p < args.num_parts; ++p) {
         const Piece piece(args, epoch, owner, chunk, args.parts[p]);
-        for (int64_t at = threadIdx.x; at < piece.bytes; at += kGatherThreads) piece.output[at] = ~0;
+        poison(piece.output, piece.bytes, threadIdx.x, kGatherThreads);
       }
     }
   }

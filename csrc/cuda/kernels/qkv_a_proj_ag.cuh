@@ -13,7 +13,7 @@
 // operands are multiplied in blocks of 128 along K, each promoted to fp32 with its scales (DeepSeek-V3, section 3.3).
 #pragma once
 #include "../../plan/projection.h"
-#include "../comm/signal.cuh"
+#include "../comm/peers.cuh"
 #include "../gemm/wgmma.cuh"
 
 namespace tpf {
@@ -170,7 +170,7 @@ template <typename Out, bool kNorm>
 __device__ inline Out* rows_at(const ProjectionArgs& args, const BlockRound& round) {
   return reinterpret_cast<Out*>(is_output<kNorm>(args)
                                     ? args.outputs[0]
-                                    : slot(args.team.region[args.team.rank], round.epoch, args.team.slot_bytes));
+                                    : slot_of(args.team, args.team.rank, round.epoch));
 }
 
 // To all peers, and to this rank's own copying warps: one lane each.

@@ -87,14 +87,11 @@ __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRo
         const RowPiece piece = {kNorm ? row + at / row_bytes : row * row_bytes + at,
                                 static_cast<uint32_t>(min(piece_bytes, left))};
         if (arrived) {
-          const char* from = slot(args.team.region[source], round.epoch, args.team.slot_bytes) + first * row_bytes + at;
+          const char* from = slot_of(args.team, source, round.epoch) + first * row_bytes + at;
           mover.move(piece, from, piece.bytes);
           continue;
         }
-        // A number that could be taken for a result is not left.
-        for_outputs(piece, [&](char* to, uint32_t, uint32_t size) {
-          for (uint32_t byte = lane * 16; byte < size; byte += 512) store16(to + byte, {~0u, ~0u, ~0u, ~0u});
-        });
+        for_outputs(piece, [&](char* to, uint32_t, uint32_t size) { poison(to, size, lane, 32); });
       }
     }
     turn -= pieces;

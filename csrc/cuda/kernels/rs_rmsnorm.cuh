@@ -14,7 +14,7 @@
 
 #include "../../plan/reduce.h"
 #include "../comm/bulk_copier.cuh"
-#include "../comm/signal.cuh"
+#include "../comm/peers.cuh"
 #include "../ptx/vec.cuh"
 
 namespace tpf {
@@ -63,19 +63,17 @@ struct RowView {
   __device__ const T* source_row(int source, int64_t row) const {
     if (source == rank || complete) return static_cast<const T*>(args.input) + (own.start + row) * hidden;
     if (zero_copy) {
-      return reinterpret_cast<const T*>(static_cast<const char*>(args.symm.base[source]) + args.symm.offset) +
-             (own.start + row) * hidden;
+      return reinterpret_cast<const T*>(input_of(args.symm, source)) + (own.start + row) * hidden;
     }
     return staged_row(rank, source, row);
   }
   // Where `source` stages row `row` of `peer`'s share.
   __device__ T* staged_row(int peer, int source, int64_t row) const {
-    return reinterpret_cast<T*>(slot(args.team.region[peer], epoch, args.team.slot_bytes)) +
-           (source * args.partition.largest() + row) * hidden;
+    return reinterpret_cast<T*>(slot_of(args.team, peer, epoch)) + (source * args.partition.largest() + row) * hidden;
   }
   // Where `source` publishes its normalised row `row`: in its own slot of the next round.
   __device__ T* gathered_row(int source, int64_t row) const {
-    return reinterpret_cast<T*>(slot(args.team.region[source], epoch + 1, args.team.slot_bytes)) + row * hidden;
+    return reinterpret_cast<T*>(slot_of(args.team, source, epoch + 1)) + row * hidden;
   }
   __device__ Rows rows(int peer) const { return args.partition.rows(peer); }
   __device__ int64_t row_of(int step) const { return int64_t{step} * gridDim.x + blockIdx.x; }
@@ -295,27 +293,30 @@ __device__ inline int64_t claim_row(const tpf_team& team, const BlockRound& roun
   return int64_t{gridDim.x} + atomicAdd(&control(team.region[team.rank])->claims[round.call_number & 1], 1u);
 }
 
-// Vectors [first, last) of what this rank's outputs have of row `row` of `owner`. 0xff bytes are NaN in every dtype.
+// Vectors [first, last) of what this rank's outputs have of row `row` of `owner`.
 template <typename T, Epilogue kEpilogue>
 __device__ inline void poison_row(const RowView<T>& view, int owner, int64_t row, int first, int last, int thread,
                                   int threads) {
   const ReduceArgs& args = view.args;
-  const uint4 nan = {~0u, ~0u, ~0u, ~0u};
-  for (int vector = first + thread; vector < last; vector += threads) {
-    const int column = vector * kLanes<T>;
-    const int64_t at = row * view.hidden + column;
-    if constexpr (kEpilogue == Epilogue::kGather) {
-      store16(static_cast<T*>(args.output) + view.rows(owner).start * view.hidden + at, nan);
-    }
-    if (owner != view.rank) continue;
-    store16(static_cast<T*>(args.residual_out) + at, nan);
-    if (kEpilogue == Epilogue::kNorm || (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
-      store16(static_cast<T*>(args.output) + at, nan);
-    }
-    if constexpr (kEpilogue == Epilogue::kFp8) {
-      for (int i = 0; i < kLanes<T>; ++i) args.q[at + i] = 0xff;
-      args.scale[row * args.scale_row_stride + column / args.call.group_size * args.scale_group_stride] =
-          __uint_as_float(~0u);
+  const int64_t at = row * view.hidden + first * kLanes<T>;  // of the owner's rows, in elements
+  const int columns = (last - first) * kLanes<T>;
+  const auto poison_columns = [&](void* rows, int64_t begin, int64_t element_bytes) {
+    poison(static_cast<char*>(rows) + begin * element_bytes, columns * element_bytes, thread, threads);
+  };
+  if constexpr (kEpilogue == Epilogue::kGather) {
+    poison_columns(args.output, view.rows(owner).start * view.hidden + at, sizeof(T));
+  }
+  if (owner != view.rank) return;
+  poison_columns(args.residual_out, at, sizeof(T));
+  if (kEpilogue == Epilogue::kNorm || (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
+    poison_columns(args.output, at, sizeof(T));
+  }
+  if constexpr (kEpilogue == Epilogue::kFp8) {
+    poison_columns(args.q, at, 1);
+    const int group_size = args.call.group_size;
+    const int end = (last * kLanes<T> + group_size - 1) / group_size;
+    for (int group = first * kLanes<T> / group_size + thread; group < end; group += threads) {
+      args.scale[row * args.scale_row_stride + group * args.scale_group_stride] = __uint_as_float(~0u);
     }
   }
 }
@@ -339,22 +340,9 @@ __device__ inline void poison_rows(const RowView<T>& view) {
   poison_rows<T, kEpilogue>(view, blockIdx.x, gridDim.x, 0, view.hidden / kLanes<T>);
 }
 
-// Lanes 0..world_size-1 of a warp (or threads of a block) each signal one peer.
-template <typename T>
-__device__ inline void publish_to_peers(const RowView<T>& view, const BlockRound& round, int step, int lane) {
-  if (lane < view.world_size && lane != view.rank) publish_step(view.args.team, round, step, lane);
-}
-
-// Of nothing that this kernel has written.
-template <typename T>
-__device__ inline void publish_unfenced_to_peers(const RowView<T>& view, const BlockRound& round, int step, int lane) {
-  if (lane < view.world_size && lane != view.rank) publish_unfenced(view.args.team, round, step, lane);
-}
-
 template <typename T>
 __device__ inline bool wait_for_peers(const RowView<T>& view, const BlockRound& round, int step, int lane) {
-  if (lane >= view.world_size || lane == view.rank) return true;
-  return wait_step(view.args.team, view.args.call, round, step, blockIdx.x, lane);
+  return wait_for_peers(view.args.team, view.args.call, round, step, lane);
 }
 
 // The same of the closing step. A peer that gave up after its own word of that step may have changed its input before

@@ -52,14 +52,13 @@ __device__ inline bool move_rows(const RowView<T>& view, const BlockRound& round
     for (int step = chunk * args.chunk_rows; step < (chunk + 1) * args.chunk_rows; ++step) {
       const int64_t row = view.row_of(step);
       if (row >= args.partition.largest()) break;
-      for (int offset = 1; offset < view.world_size; ++offset) {
-        const int peer = (view.rank + offset) % view.world_size;
+      for_peers(args.team, [&](int peer) {
         const Rows rows = view.rows(peer);
         if (row < rows.count) copy_row(peer, row, rows);
-      }
+      });
     }
   };
-  if (!view.staged()) publish_unfenced_to_peers(view, round, 0, lane);
+  if (!view.staged()) publish_unfenced_to_peers(args.team, round, 0, lane);
   for (int chunk = 0; view.staged() && chunk < args.num_chunks; ++chunk) {
     for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
       copier.copy(reinterpret_cast<char*>(view.staged_row(peer, view.rank, row)),
@@ -69,12 +68,12 @@ __device__ inline bool move_rows(const RowView<T>& view, const BlockRound& round
     copier.flush();
     fence_async_global();
     __syncwarp();
-    publish_to_peers(view, round, chunk, lane);
+    publish_to_peers(args.team, round, chunk, lane);
   }
   if constexpr (kEpilogue == Epilogue::kGather) {
     const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
     for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
-      // A peer that still waits for another rank's part of these rows has not laid them open: a fault names that rank.
+      // A peer that still waits for another rank's part of these rows has not published them: a fault names that rank.
       arrived &= wait_for_peers(view, round, view.staged() ? chunk : 0, lane);
       __syncwarp();
       arrived &= wait_for_peers(view, next, kGatherStep + chunk, lane);
@@ -169,7 +168,7 @@ __device__ inline bool fetch_rows(const RowView<T>& view, const BlockRound& roun
   if (view.zero_copy && kEpilogue != Epilogue::kGather && opened) {
     if (blockIdx.x < view.own.count) barrier_wait(&shared.empty[last.stage], last.round & 1);
     __syncwarp();
-    publish_unfenced_to_peers(view, round, kClosingStep, lane);
+    publish_unfenced_to_peers(args.team, round, kClosingStep, lane);
     arrived &= wait_for_readers(view, round, lane);
   }
   return arrived;
@@ -216,7 +215,7 @@ __device__ inline void add_rows(const RowView<T>& view, const BlockRound& round,
   const auto publish_gathered = [&] {
     group.sync();
     const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
-    if (!gave_up) publish_to_peers(view, next, kGatherStep + chunk, threadIdx.x);
+    if (!gave_up) publish_to_peers(args.team, next, kGatherStep + chunk, threadIdx.x);
     ++chunk;
   };
 #pragma unroll 1

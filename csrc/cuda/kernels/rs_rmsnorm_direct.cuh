@@ -9,26 +9,14 @@ __device__ inline bool reduce_directly(const RowView<T>& view, const BlockRound&
   const ReduceArgs& args = view.args;
   const RowThreads group = {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partial};
   const auto column_of = [&](int v) { return group.vector(v) * kLanes<T>; };
-  // For every peer that has row `row`: to(peer) <- from(peer). Four loads are in flight before the first store.
+  // For every peer that has row `row`: to(peer) <- from(peer).
   const auto copy_rows = [&](int64_t row, auto&& to, auto&& from) {
+    const auto has = [&](int peer) { return is_peer(args.team, peer) && row < view.rows(peer).count; };
 #pragma unroll 1
     for (int v = 0; v < kVecs; ++v) {
-      if (column_of(v) >= view.hidden) break;
-#pragma unroll 1
-      for (int first = 0; first < TPF_MAX_RANKS; first += 4) {
-        uint4 raw[4];
-        const auto goes_to = [&](int peer) {
-          return peer < view.world_size && peer != view.rank && row < view.rows(peer).count;
-        };
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (goes_to(first + i)) raw[i] = load16(from(first + i) + column_of(v));
-        }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (goes_to(first + i)) store16(to(first + i) + column_of(v), raw[i]);
-        }
-      }
+      const int column = column_of(v);
+      if (column >= view.hidden) break;
+      copy_vectors_of_peers(has, [&](int peer) { return to(peer) + column; }, [&](int peer) { return from(peer) + column; });
     }
   };
   const auto stage_chunk = [&](int chunk) {
@@ -40,14 +28,14 @@ __device__ inline bool reduce_directly(const RowView<T>& view, const BlockRound&
           [&](int peer) { return static_cast<const T*>(args.input) + (view.rows(peer).start + row) * view.hidden; });
     }
     __syncthreads();
-    publish_to_peers(view, round, chunk, threadIdx.x);
+    publish_to_peers(args.team, round, chunk, threadIdx.x);
   };
 
   bool arrived = true;
   if (view.staged()) {
     stage_chunk(0);
   } else {
-    publish_unfenced_to_peers(view, round, 0, threadIdx.x);
+    publish_unfenced_to_peers(args.team, round, 0, threadIdx.x);
   }
   RowWeight<T, kVecs> weight;
   if constexpr (kEpilogue != Epilogue::kSum) weight.init(view, group);
@@ -86,7 +74,7 @@ __device__ inline bool reduce_directly(const RowView<T>& view, const BlockRound&
     }
     if constexpr (kEpilogue == Epilogue::kGather) {
       __syncthreads();
-      if (arrived) publish_to_peers(view, next, kGatherStep + chunk, threadIdx.x);
+      if (arrived) publish_to_peers(args.team, next, kGatherStep + chunk, threadIdx.x);
     }
   }
 #pragma unroll 1
@@ -104,7 +92,7 @@ __device__ inline bool reduce_directly(const RowView<T>& view, const BlockRound&
   // says so already.
   if (view.zero_copy && kEpilogue != Epilogue::kGather && arrived) {
     __syncthreads();
-    publish_to_peers(view, round, kClosingStep, threadIdx.x);
+    publish_to_peers(args.team, round, kClosingStep, threadIdx.x);
     arrived = __syncthreads_and(wait_for_readers(view, round, threadIdx.x));
   }
   return arrived;

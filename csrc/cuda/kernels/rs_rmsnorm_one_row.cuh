@@ -55,7 +55,7 @@ struct OneRow {
   }
   // Where it posts that.
   __device__ char* posted(const RowView<T>& view, int peer, int source) const {
-    return inbox(view.args.team.region[peer], view.epoch, view.args.team.slot_bytes) + source * posted_bytes(view) +
+    return inbox_of(view.args.team, peer, view.epoch) + source * posted_bytes(view) +
            (row * view.hidden + column) * int{sizeof(T)};
   }
   // Of one source's rows.
@@ -129,11 +129,11 @@ struct OneRow {
 
   // The sources' vectors, where their inputs are read in place.
   __device__ void load_in_place(const RowView<T>& view) {
-    const int64_t bytes = view.args.symm.offset + at(view, view.rank) * int64_t{sizeof(T)};
+    const int64_t bytes = at(view, view.rank) * int64_t{sizeof(T)};
 #pragma unroll
     for (int source = 0; source < TPF_MAX_RANKS; ++source) {
       if (comes_from(view, source)) {
-        vectors[source] = load16(static_cast<const char*>(view.args.symm.base[source]) + bytes);
+        vectors[source] = load16(input_of(view.args.symm, source) + bytes);
       }
     }
   }
@@ -155,7 +155,7 @@ template <typename T, Epilogue kEpilogue>
 __device__ inline bool reduce_one_row(const RowView<T>& view, const BlockRound& round, OneRow<T>& one,
                                       const RowThreads& group) {
   if (!round.refused) {
-    publish_unfenced_to_peers(view, round, 0, threadIdx.x);
+    publish_unfenced_to_peers(view.args.team, round, 0, threadIdx.x);
     if (view.staged()) one.post(view);
   }
   one.load_own(view);
@@ -181,35 +181,25 @@ __device__ inline bool reduce_one_row(const RowView<T>& view, const BlockRound& 
     if (view.has_residual()) add_vector<T>(sums[0], one.residual);
     if (closes && arrived) {
       // The peers have their inputs back while this row is still being finished.
-      if (sync_having(sums[0][0])) publish_unfenced_to_peers(view, round, kClosingStep, threadIdx.x);
+      if (sync_having(sums[0][0])) publish_unfenced_to_peers(view.args.team, round, kClosingStep, threadIdx.x);
     }
     finish_row<T, 1, kEpilogue>(view, one.row, sums, weight, group, 0, arrived, [&] {
       if (view.staged() && arrived) one.clear_posted(view);
     });
   } else if (closes && arrived) {
-    publish_unfenced_to_peers(view, round, kClosingStep, threadIdx.x);
+    publish_unfenced_to_peers(view.args.team, round, kClosingStep, threadIdx.x);
   }
   if constexpr (kEpilogue == Epilogue::kGather) {
     arrived = __syncthreads_and(arrived);
     const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
     if (arrived) {
-      publish_to_peers(view, next, kGatherStep, threadIdx.x);
+      publish_to_peers(view.args.team, next, kGatherStep, threadIdx.x);
       arrived = wait_for_peers(view, next, kGatherStep, threadIdx.x);
     }
     __syncthreads();
-    // Four at a time: the registers of all are not there.
-#pragma unroll 1
-    for (int first = 0; first < TPF_MAX_RANKS; first += 4) {
-      uint4 raw[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (one.goes_to(view, first + i)) raw[i] = load16(view.gathered_row(first + i, one.row) + one.column);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (one.goes_to(view, first + i)) store16(static_cast<T*>(view.args.output) + one.at(view, first + i), raw[i]);
-      }
-    }
+    copy_vectors_of_peers([&](int peer) { return one.goes_to(view, peer); },
+                          [&](int peer) { return static_cast<T*>(view.args.output) + one.at(view, peer); },
+                          [&](int peer) { return view.gathered_row(peer, one.row) + one.column; });
   }
   if (closes && arrived) arrived = wait_for_readers(view, round, threadIdx.x);
   return arrived;
