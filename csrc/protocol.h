@@ -21,9 +21,9 @@
 // published it. CUDA: what such an input holds was written by kernels that have ended, and the round's own kernel only
 // reads it: so the words that open and close the round need no fence.
 //
-// What says itself that it has come. CUDA: rows of small calls are posted into the reader's inbox (epoch & 1). A word
-// of an inbox is 0 until it is written; what is written is the inverted word of the row, and never 0. So the reader
-// looks at the row itself, and neither waits for a fence. It sets back to 0 what it has read, in the same round; the
+// What is flag-in-data. CUDA: rows of small calls are posted into the reader's inbox (epoch & 1). A word of an inbox is
+// 0 until it is written; what is written is the inverted word of the row, and never 0. So the reader looks at the row
+// itself, and neither waits for a fence. It sets back to 0 what it has read, in the same round; the
 // inbox is written again two rounds later, when its reader has published the round in between. The call is still
 // published and observed, before the rows count.
 //
@@ -181,6 +181,9 @@ inline tpf_call gather_call(tpf_dtype dtype, int64_t num_tokens, int32_t hidden_
 inline int64_t bytes_of(tpf_dtype dtype) {
   return dtype == TPF_F32 ? 4 : dtype == TPF_BF16 || dtype == TPF_F16 ? 2 : 1;
 }
+
+// What is added to a norm's weight: of an offset of 0, what leaves every weight as it is, -0 too.
+TPF_HD inline float weight_addend(float offset) { return offset == 0 ? -0.0f : offset; }
 
 // Of what a projection makes: the call announces the dtype of what goes in.
 inline tpf_dtype latent_dtype(const tpf_call& call) {

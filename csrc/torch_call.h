@@ -30,6 +30,11 @@ struct Call {
     return num_tokens >= 0 && num_tokens <= workspace.max_num_tokens && std::in_range<int32_t>(columns) &&
            columns * kItemBytes[dtype] <= workspace.row_bytes;
   }
+  // Whether it may be a norm's weight: of the rows' dtype, or fp32.
+  bool weighs(const View& weight) const {
+    return weight.dim == 1 && weight.device_type == input.device_type && weight.device_index == input.device_index &&
+           (weight.dtype == input.dtype || weight.dtype == TPF_F32) && (!on_cuda() || weight.aligned());
+  }
   Rows own_rows(int64_t num_tokens) const { return rows_of(num_tokens, team()->rank, team()->world_size); }
   const tpf_team* team() const { return workspace.team->get(); }
   tpf_dtype dtype() const { return static_cast<tpf_dtype>(input.dtype); }

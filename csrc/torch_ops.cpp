@@ -31,7 +31,7 @@ bool run(const Call& call, auto&& launch, auto* cuda, auto* cpu) {
   return call.run([&](void* stream) { return launch(cuda, stream); }, [&] { return launch(cpu); });
 }
 
-struct Reduction : Call {
+struct ReduceCall : Call {
   // `residual` being a Tensor?.
   bool read(Value tensor, Value residual, Value group_name) {
     return Call::read(tensor, group_name, TPF_F32) && fits(input.rows, input.columns, input.dtype) &&
@@ -40,15 +40,15 @@ struct Reduction : Call {
            read_residual(optional_tensor(residual));
   }
   // With a norm.
-  bool read(Value tensor, Value residual, Value weight, Value eps, Value group_name) {
+  bool read(Value tensor, Value residual, Value weight, Value eps, Value group_name, Value weight_offset) {
     return read(tensor, residual, group_name) && read_weight(handle<AtenTensorOpaque>(weight)) &&
-           read_eps(eps, &this->eps);
+           read_eps(eps, &this->eps) && read_weight_offset(weight_offset, &this->weight_offset);
   }
   Rows own_rows() const { return Call::own_rows(input.rows); }
 
   const void* residual = nullptr;
   const void* weight = nullptr;
-  float eps = 0;
+  float eps = 0, weight_offset = 0;
   uint32_t variant = 0;
 
  private:
@@ -65,17 +65,18 @@ struct Reduction : Call {
   }
   bool read_weight(Tensor tensor) {
     View view;
-    if (!view.read(tensor) || view.dim != 1 || view.columns != input.columns || !view.like(input)) return false;
+    if (!view.read(tensor) || view.columns != input.columns || !weighs(view)) return false;
+    if (view.dtype != input.dtype) variant |= TPF_FLOAT_WEIGHT;
     weight = view.data;
-    return !on_cuda() || view.aligned();
+    return true;
   }
 };
 
 // ---- the ops: arguments as in the schemas of tp_fused/ops.py; false where Python is to say why not ----
 
 bool rs_rmsnorm(const Value* arguments, Results* results) {
-  Reduction in;
-  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4])) return false;
+  ReduceCall in;
+  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[6])) return false;
   if (boolean(arguments[5])) in.variant |= TPF_COMPLETE;
   void *output, *residual_out;
   for (void** data : {&output, &residual_out}) {
@@ -84,14 +85,14 @@ bool rs_rmsnorm(const Value* arguments, Results* results) {
   const Input symm(*in.workspace.team, in.input.data);
   const auto launch = [&](auto* op, auto... last) {
     return op(output, residual_out, in.input.data, symm.get(), in.residual, in.weight, in.team(), in.input.rows,
-              in.input.columns, in.dtype(), in.eps, in.variant, last...);
+              in.input.columns, in.dtype(), in.eps, in.weight_offset, in.variant, last...);
   };
   return run(in, launch, tpf_rs_rmsnorm_cuda, tpf_rs_rmsnorm_cpu);
 }
 
 bool rs_rmsnorm_fp8(const Value* arguments, Results* results) {
-  Reduction in;
-  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4])) return false;
+  ReduceCall in;
+  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[9])) return false;
   const auto group_size = static_cast<int64_t>(arguments[5]);
   const std::string_view layout = string(arguments[6]);
   const bool column = layout == "column", keep_output = boolean(arguments[7]);
@@ -114,28 +115,28 @@ bool rs_rmsnorm_fp8(const Value* arguments, Results* results) {
   const Input symm(*in.workspace.team, in.input.data);
   const auto launch = [&](auto* op, auto... last) {
     return op(q, static_cast<float*>(scale), residual_out, output, in.input.data, symm.get(), in.residual, in.weight,
-              in.team(), in.input.rows, columns, in.dtype(), in.eps, static_cast<int32_t>(group_size),
+              in.team(), in.input.rows, columns, in.dtype(), in.eps, in.weight_offset, static_cast<int32_t>(group_size),
               column ? 1 : groups, column ? pitch : 1, in.variant, last...);
   };
   return run(in, launch, tpf_rs_rmsnorm_fp8_cuda, tpf_rs_rmsnorm_fp8_cpu);
 }
 
 bool rs_rmsnorm_ag(const Value* arguments, Results* results) {
-  Reduction in;
-  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4])) return false;
+  ReduceCall in;
+  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5])) return false;
   void *output, *residual_out;
   if (!results->add(&output, in.input, in.input.rows, in.input.columns, in.dtype())) return false;
   if (!results->add(&residual_out, in.input, in.own_rows().count, in.input.columns, in.dtype())) return false;
   const Input symm(*in.workspace.team, in.input.data);
   const auto launch = [&](auto* op, auto... last) {
     return op(output, residual_out, in.input.data, symm.get(), in.residual, in.weight, in.team(), in.input.rows,
-              in.input.columns, in.dtype(), in.eps, in.variant, last...);
+              in.input.columns, in.dtype(), in.eps, in.weight_offset, in.variant, last...);
   };
   return run(in, launch, tpf_rs_rmsnorm_ag_cuda, tpf_rs_rmsnorm_ag_cpu);
 }
 
 bool reduce_scatter_rows(const Value* arguments, Results* results) {
-  Reduction in;
+  ReduceCall in;
   if (!in.read(arguments[0], arguments[2], arguments[1])) return false;
   void* output;
   if (!results->add(&output, in.input, in.own_rows().count, in.input.columns, in.dtype())) return false;
@@ -169,14 +170,14 @@ struct Op {
 };
 
 constexpr Op kOps[] = {
-    {"rs_rmsnorm", "T?Tfsb", rs_rmsnorm},
-    {"rs_rmsnorm_fp8", "T?Tfsisbb", rs_rmsnorm_fp8},
-    {"rs_rmsnorm_ag", "T?Tfs", rs_rmsnorm_ag},
+    {"rs_rmsnorm", "T?Tfsbf", rs_rmsnorm},
+    {"rs_rmsnorm_fp8", "T?Tfsisbbf", rs_rmsnorm_fp8},
+    {"rs_rmsnorm_ag", "T?Tfsf", rs_rmsnorm_ag},
     {"reduce_scatter_rows", "Ts?", reduce_scatter_rows},
     {"all_gather_rows", "Tis", all_gather_rows},
     {"qkv_a_proj_ag", "TTis?", qkv_a_proj_ag},
     {"qkv_a_proj_ag_fp8", "TTTTis", qkv_a_proj_ag_fp8},
-    {"qkv_a_proj_ag_norm", "TTTTfis", qkv_a_proj_ag_norm},
+    {"qkv_a_proj_ag_norm", "TTTTfisf", qkv_a_proj_ag_norm},
 };
 
 // A call's arguments, which the stack owns. Frees what has not been taken off it, also where an exception passes.

@@ -163,27 +163,29 @@ bool qkv_a_proj_ag_fp8(const Value* arguments, Results* results) {
 bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
   Projection in;
   if (!in.read(arguments[0], arguments[1], arguments[5], arguments[6], TPF_F32)) return false;
-  float eps = 0;
+  float eps = 0, weight_offset = 0;
   View norms[2];
   int64_t columns[3] = {0, 0, in.weight.rows};
   for (int i = 0; i < 2; ++i) {
-    if (!norms[i].read(handle<AtenTensorOpaque>(arguments[2 + i])) || norms[i].dim != 1) return false;
-    if (!norms[i].like(in.input) || (in.on_cuda() && !norms[i].aligned())) return false;
+    if (!norms[i].read(handle<AtenTensorOpaque>(arguments[2 + i])) || !in.weighs(norms[i])) return false;
     columns[i] = norms[i].columns;
     columns[2] -= columns[i];
   }
-  if (columns[2] < 0 || !read_eps(arguments[4], &eps)) return false;
+  if (columns[2] < 0 || norms[0].dtype != norms[1].dtype) return false;
+  if (!read_eps(arguments[4], &eps) || !read_weight_offset(arguments[7], &weight_offset)) return false;
   void* outputs[3];
   for (int i = 0; i < 3; ++i) {
     if (!results->add(&outputs[i], in.input, in.num_tokens, columns[i], in.dtype())) return false;
   }
-  const tpf_call call = in.call(TPF_QKV_A_PROJ_AG_NORM, columns[0], columns[1]);
+  tpf_call call = in.call(TPF_QKV_A_PROJ_AG_NORM, columns[0], columns[1]);
+  if (norms[0].dtype != in.input.dtype) call.variant |= TPF_FLOAT_WEIGHT;
   tpf_projection projection = in.operands();
   projection.q_a_weight = norms[0].data;
   projection.kv_a_weight = norms[1].data;
   projection.q_columns = static_cast<int32_t>(columns[0]);
   projection.kv_columns = static_cast<int32_t>(columns[1]);
   projection.eps = eps;
+  projection.weight_offset = weight_offset;
   if (const auto launched = in.run_fused(outputs, projection, call)) return *launched;
   Temporary product;
   void* rows;
@@ -192,11 +194,11 @@ bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
   return in.run(
       [&](void* stream) {
         return tpf_gather_latent_norm_cuda(outputs[0], outputs[1], outputs[2], rows, p.q_a_weight, p.kv_a_weight,
-                                           in.team(), &call, p.q_columns, p.kv_columns, p.eps, stream);
+                                           in.team(), &call, p.q_columns, p.kv_columns, p.eps, p.weight_offset, stream);
       },
       [&] {
         return tpf_qkv_a_proj_ag_norm_cpu(outputs[0], outputs[1], outputs[2], p.q_a_weight, p.kv_a_weight, in.team(),
-                                          &call, p.q_columns, p.kv_columns, p.eps);
+                                          &call, p.q_columns, p.kv_columns, p.eps, p.weight_offset);
       });
 }
 

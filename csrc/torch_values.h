@@ -39,6 +39,12 @@ inline bool read_eps(Value value, float* eps) {
   return *eps > 0 && std::isfinite(*eps);
 }
 
+// What is added to a norm's weight.
+inline bool read_weight_offset(Value value, float* offset) {
+  *offset = static_cast<float>(std::bit_cast<double>(value));
+  return std::isfinite(*offset);
+}
+
 inline bool boolean(Value value) { return (value & 0xff) != 0; }
 
 // What a kernel asks of a tensor.

@@ -59,7 +59,8 @@ typedef enum tpf_op {
 #define TPF_COLUMN_SCALES 4u /* fp8 scales are column-major */
 #define TPF_KEEP_OUTPUT 8u   /* the fp8 form also writes the normalised rows */
 #define TPF_BIAS 16u
-#define TPF_FUSED 32u /* a projection's product and gather are one kernel */
+#define TPF_FUSED 32u        /* a projection's product and gather are one kernel */
+#define TPF_FLOAT_WEIGHT 64u /* the norms' weights are fp32, the rows are not */
 
 /* What a rank says it is calling. All ranks must say the same; a 32-bit hash of it travels with every signal. */
 typedef struct tpf_call {
@@ -198,23 +199,25 @@ void* tpf_next_slot_cpu(const tpf_team* team);
 
 /* ---- ops (CPU) ---- */
 /* output, residual_out: [rows, hidden_size]. input: [num_tokens, hidden_size]. input_symm: NULL where the input is
- * staged. residual: this rank's rows, used with TPF_RESIDUAL. variant: the TPF_ bits above, the same on all ranks. */
+ * staged. residual: this rank's rows, used with TPF_RESIDUAL. weight: [hidden_size], of dtype or, with
+ * TPF_FLOAT_WEIGHT, fp32; weight_offset is added to it in fp32. variant: the TPF_ bits above, the same on all ranks. */
 tpf_status tpf_rs_rmsnorm_cpu(void* output, void* residual_out, const void* input, const tpf_symm* input_symm,
                               const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,
-                              int32_t hidden_size, tpf_dtype dtype, float eps, uint32_t variant);
+                              int32_t hidden_size, tpf_dtype dtype, float eps, float weight_offset, uint32_t variant);
 
 /* q: [rows, hidden_size] e4m3. scale: fp32, group g of row i at i*scale_row_stride + g*scale_group_stride.
  * output: [rows, hidden_size], written with TPF_KEEP_OUTPUT. */
 tpf_status tpf_rs_rmsnorm_fp8_cpu(void* q, float* scale, void* residual_out, void* output, const void* input,
                                   const tpf_symm* input_symm, const void* residual, const void* weight,
                                   const tpf_team* team, int64_t num_tokens, int32_t hidden_size, tpf_dtype dtype,
-                                  float eps, int32_t group_size, int64_t scale_row_stride, int64_t scale_group_stride,
-                                  uint32_t variant);
+                                  float eps, float weight_offset, int32_t group_size, int64_t scale_row_stride,
+                                  int64_t scale_group_stride, uint32_t variant);
 
 /* output: [num_tokens, hidden_size]; residual_out: [rows, hidden_size]. */
 tpf_status tpf_rs_rmsnorm_ag_cpu(void* output, void* residual_out, const void* input, const tpf_symm* input_symm,
                                  const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,
-                                 int32_t hidden_size, tpf_dtype dtype, float eps, uint32_t variant);
+                                 int32_t hidden_size, tpf_dtype dtype, float eps, float weight_offset,
+                                 uint32_t variant);
 
 tpf_status tpf_reduce_scatter_rows_cpu(void* output, const void* input, const tpf_symm* input_symm,
                                        const void* residual, const tpf_team* team, int64_t num_tokens,
@@ -229,7 +232,7 @@ tpf_status tpf_qkv_a_proj_ag_cpu(void* latent, const tpf_team* team, const tpf_c
 /* q_a: [num_tokens, q_columns], kv_a: [num_tokens, kv_columns], k_pe: [num_tokens, columns - q - kv]. */
 tpf_status tpf_qkv_a_proj_ag_norm_cpu(void* q_a, void* kv_a, void* k_pe, const void* q_a_weight,
                                       const void* kv_a_weight, const tpf_team* team, const tpf_call* call,
-                                      int32_t q_columns, int32_t kv_columns, float eps);
+                                      int32_t q_columns, int32_t kv_columns, float eps, float weight_offset);
 
 /* ---- CUDA ---- */
 void tpf_team_close_cuda(const tpf_team* team);
@@ -258,17 +261,19 @@ const char* tpf_cuda_error_string(void);   /* of this thread's last TPF_CUDA_ERR
 
 tpf_status tpf_rs_rmsnorm_cuda(void* output, void* residual_out, const void* input, const tpf_symm* input_symm,
                                const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,
-                               int32_t hidden_size, tpf_dtype dtype, float eps, uint32_t variant, tpf_stream stream);
+                               int32_t hidden_size, tpf_dtype dtype, float eps, float weight_offset, uint32_t variant,
+                               tpf_stream stream);
 
 tpf_status tpf_rs_rmsnorm_fp8_cuda(void* q, float* scale, void* residual_out, void* output, const void* input,
                                    const tpf_symm* input_symm, const void* residual, const void* weight,
                                    const tpf_team* team, int64_t num_tokens, int32_t hidden_size, tpf_dtype dtype,
-                                   float eps, int32_t group_size, int64_t scale_row_stride, int64_t scale_group_stride,
-                                   uint32_t variant, tpf_stream stream);
+                                   float eps, float weight_offset, int32_t group_size, int64_t scale_row_stride,
+                                   int64_t scale_group_stride, uint32_t variant, tpf_stream stream);
 
 tpf_status tpf_rs_rmsnorm_ag_cuda(void* output, void* residual_out, const void* input, const tpf_symm* input_symm,
                                   const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,
-                                  int32_t hidden_size, tpf_dtype dtype, float eps, uint32_t variant, tpf_stream stream);
+                                  int32_t hidden_size, tpf_dtype dtype, float eps, float weight_offset,
+                                  uint32_t variant, tpf_stream stream);
 
 tpf_status tpf_reduce_scatter_rows_cuda(void* output, const void* input, const tpf_symm* input_symm,
                                         const void* residual, const tpf_team* team, int64_t num_tokens,
@@ -290,7 +295,7 @@ typedef struct tpf_projection {
   const void* q_a_weight;
   const void* kv_a_weight;
   int32_t q_columns, kv_columns;
-  float eps;
+  float eps, weight_offset;
 } tpf_projection;
 
 /* qkv_a_proj_ag and its two other forms in one kernel: call->op says which. outputs: latent, or q_a, kv_a and k_pe.
@@ -304,7 +309,8 @@ tpf_status tpf_gather_latent_cuda(void* latent, const void* rows, const tpf_team
                                   tpf_stream stream);
 tpf_status tpf_gather_latent_norm_cuda(void* q_a, void* kv_a, void* k_pe, const void* rows, const void* q_a_weight,
                                        const void* kv_a_weight, const tpf_team* team, const tpf_call* call,
-                                       int32_t q_columns, int32_t kv_columns, float eps, tpf_stream stream);
+                                       int32_t q_columns, int32_t kv_columns, float eps, float weight_offset,
+                                       tpf_stream stream);
 
 /* All ranks' kernels meet once, in one block. */
 tpf_status tpf_barrier_cuda(const tpf_team* team, tpf_stream stream);

@@ -119,9 +119,13 @@ def kernels(library, architecture) -> dict[str, Kernel]:
 
 
 def reductions(kernels: dict[str, Kernel], *bodies: int) -> dict[str, Kernel]:
-    """rs_rmsnorm_kernel<dtype, vectors, ending, body> of these bodies; none of them is missing."""
-    name_of = re.compile(r"rs_rmsnorm_kernel<(\w+), \d+, \(tpf::Epilogue\)(\d), \(tpf::Body\)(\d)>")
-    forms = {name: (match[1], int(match[2]), int(match[3])) for name in kernels if (match := name_of.fullmatch(name))}
+    """rs_rmsnorm_kernel<dtype, vectors, epilogue, body> of these bodies; none of them is missing."""
+    name_of = re.compile(r"rs_rmsnorm_kernel<(\w+), (\d+), \(tpf::Epilogue\)(\d), \(tpf::Body\)(\d)>")
+    forms = {name: (match[1], int(match[3]), int(match[4])) for name in kernels if (match := name_of.fullmatch(name))}
+    if any(kernel.count("UBLK") for kernel in kernels.values()):  # TMA moves rows, but the widest: see reduce.h
+        for name in [name for name, (*_, body) in forms.items() if body == DIRECT and ", 4, " in name]:
+            assert not kernels[name].opcodes, f"{name} is never launched here"
+            del forms[name]
     found = {name: form for name, form in forms.items() if form[2] in bodies}
     assert set(found.values()) == set(itertools.product(DTYPES, EPILOGUES, bodies))
     return {name: kernels[name] for name in found}
@@ -182,7 +186,7 @@ def test_inputs_are_given_back_when_they_have_been_read(kernels):
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
 def test_rows_travel_in_bulk_copies(kernels):
     """With TMA rows come and go in bulk; only what is computed is stored by the threads, as vectors. Peers
-    copy gathered rows in bulk; their owners lay them open."""
+    copy gathered rows in bulk; their owners publish them."""
     threads_copy = {
         name: dict(kernel.opcodes)
         for name, kernel in gathers(kernels, bulk=True).items()

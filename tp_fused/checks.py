@@ -71,6 +71,17 @@ def eps(value: float) -> None:
         raise ValueError(f"eps must be positive and finite in fp32, got {value}")
 
 
+def weight_offset(value: float) -> None:
+    if not math.isfinite(ctypes.c_float(value).value):
+        raise ValueError(f"weight_offset must be finite in fp32, got {value}")
+
+
+def norm_weight(name: str, weight: torch.Tensor, shape: tuple[int, ...], rows: torch.Tensor) -> None:
+    """`weight` is contiguous, has this shape and lies where `rows` do, in their dtype or in fp32."""
+    given(name, weight)
+    like(name, weight, shape, torch.float32 if weight.dtype == torch.float32 else rows.dtype, rows.device)
+
+
 def group_size(value: int) -> None:
     """Columns that share an fp8 scale; more than a row has are as many as it has."""
     if value < 1:
@@ -176,11 +187,14 @@ def reduction(workspace, input: torch.Tensor, residual=None, **others: torch.Ten
     return residual
 
 
-def normed_reduction(workspace, input: torch.Tensor, residual, weight, epsilon: float) -> torch.Tensor | None:
+def normed_reduction(
+    workspace, input: torch.Tensor, residual, weight, epsilon: float, offset: float
+) -> torch.Tensor | None:
     """The same of one that norms what it has reduced."""
     residual = reduction(workspace, input, residual, weight=weight)
-    like("weight", weight, (input.shape[1],), input.dtype, input.device)
+    norm_weight("weight", weight, (input.shape[1],), input)
     eps(epsilon)
+    weight_offset(offset)
     return residual
 
 
@@ -223,7 +237,9 @@ def latent_norms(q_a_weight: torch.Tensor, kv_a_weight: torch.Tensor, weight: to
         given(name, norm)
         if norm.dim() != 1:
             raise ValueError(f"{name} must be one-dimensional, got shape {tuple(norm.shape)}")
-        like(name, norm, norm.shape, weight.dtype, weight.device)
+        norm_weight(name, norm, norm.shape, weight)
+    if q_a_weight.dtype != kv_a_weight.dtype:
+        raise TypeError(f"q_a_weight is {q_a_weight.dtype}, kv_a_weight {kv_a_weight.dtype}: they must be the same")
     if q_a_weight.shape[0] + kv_a_weight.shape[0] > weight.shape[0]:
         raise ValueError(
             f"q_a_weight ({q_a_weight.shape[0]}) and kv_a_weight ({kv_a_weight.shape[0]}) are longer than the "

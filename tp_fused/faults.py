@@ -13,7 +13,15 @@ OPS = {
     8: "all_gather_rows",
 }
 DTYPES = {0: "bfloat16", 1: "float16", 2: "float32", 3: "float8_e4m3fn", 4: "uint8"}
-VARIANTS = {1: "complete", 2: "residual", 4: "column scales", 8: "keep_output", 16: "bias", 32: "one kernel"}
+VARIANTS = {
+    1: "complete",
+    2: "residual",
+    4: "column scales",
+    8: "keep_output",
+    16: "bias",
+    32: "one kernel",
+    64: "fp32 norm weight",
+}
 
 
 class CollectiveFault(RuntimeError):

@@ -27,30 +27,31 @@ def _own_rows(tensor: torch.Tensor, num_tokens, group_name: str):
 # ---- rs_rmsnorm ----
 
 
-def _rs_rmsnorm_fake(input, residual, weight, eps, group_name, complete=False):
+def _rs_rmsnorm_fake(input, residual, weight, eps, group_name, complete=False, weight_offset=0.0):
     output = input.new_empty(_own_rows(input, input.shape[0], group_name), input.shape[1])
     return output, torch.empty_like(output)
 
 
 @define(
-    "rs_rmsnorm(Tensor input, Tensor? residual, Tensor weight, float eps, str group_name, *, bool complete=False)"
-    " -> (Tensor output, Tensor residual_out)",
+    "rs_rmsnorm(Tensor input, Tensor? residual, Tensor weight, float eps, str group_name, *, bool complete=False,"
+    " float weight_offset=0.0) -> (Tensor output, Tensor residual_out)",
     _rs_rmsnorm_fake,
 )
-def _rs_rmsnorm(input, residual, weight, eps, group_name, complete=False):
+def _rs_rmsnorm(input, residual, weight, eps, group_name, complete=False, weight_offset=0.0):
     workspace = get_workspace(group_name, input.device)
-    residual = checks.normed_reduction(workspace, input, residual, weight, eps)
-    return unfused(workspace, reference.rs_rmsnorm, input, residual, weight, eps, complete)
+    residual = checks.normed_reduction(workspace, input, residual, weight, eps, weight_offset)
+    return unfused(workspace, reference.rs_rmsnorm, input, residual, weight, eps, weight_offset, complete)
 
 
-def rs_rmsnorm(input, residual, weight, eps=1e-6, group=None, *, complete=False):
+def rs_rmsnorm(input, residual, weight, eps=1e-6, group=None, *, complete=False, weight_offset=0.0):
     """Reduce-scatter, residual add and RMSNorm in one kernel.
 
         x = reduce_scatter(input); residual = residual + x; output = rms_norm(residual, weight, eps)
 
     input: this rank's partial sum, [num_tokens, hidden_size], bf16, fp16 or fp32, contiguous. In symmetric memory
     (`tp_fused.symm_empty`) the peers read it in place. residual: None (the reduced rows become the residual), the full
-    [num_tokens, hidden_size] (this rank's rows are taken) or this rank's slice. weight: [hidden_size].
+    [num_tokens, hidden_size] (this rank's rows are taken) or this rank's slice. weight: [hidden_size], of the input's
+    dtype or fp32. weight_offset: added to it in fp32; 1.0 for models that store a norm's weight less one, as Gemma's.
     complete: the input is the full sum already, on every rank; nothing is added up, the rank's slice is taken.
 
     Returns (output, residual_out), both [rows of this rank, hidden_size]. Partial sums are added in fp32 in rank
@@ -59,14 +60,25 @@ def rs_rmsnorm(input, residual, weight, eps=1e-6, group=None, *, complete=False)
 
     The idea: SGLang's scattered attention input (pull request 10568), there as separate launches.
     """
-    return _ops.rs_rmsnorm(input, residual, weight, eps, resolve_group_name(group), complete=complete)
+    return _ops.rs_rmsnorm(
+        input, residual, weight, eps, resolve_group_name(group), complete=complete, weight_offset=weight_offset
+    )
 
 
 # ---- rs_rmsnorm_fp8 ----
 
 
 def _rs_rmsnorm_fp8_fake(
-    input, residual, weight, eps, group_name, group_size=128, scale_layout="row", keep_output=False, complete=False
+    input,
+    residual,
+    weight,
+    eps,
+    group_name,
+    group_size=128,
+    scale_layout="row",
+    keep_output=False,
+    complete=False,
+    weight_offset=0.0,
 ):
     num_rows, hidden_size = _own_rows(input, input.shape[0], group_name), input.shape[1]
     return (
@@ -79,12 +91,21 @@ def _rs_rmsnorm_fp8_fake(
 
 @define(
     "rs_rmsnorm_fp8(Tensor input, Tensor? residual, Tensor weight, float eps, str group_name, *, int group_size=128,"
-    ' str scale_layout="row", bool keep_output=False, bool complete=False)'
+    ' str scale_layout="row", bool keep_output=False, bool complete=False, float weight_offset=0.0)'
     " -> (Tensor q, Tensor scale, Tensor residual_out, Tensor output)",
     _rs_rmsnorm_fp8_fake,
 )
 def _rs_rmsnorm_fp8(
-    input, residual, weight, eps, group_name, group_size=128, scale_layout="row", keep_output=False, complete=False
+    input,
+    residual,
+    weight,
+    eps,
+    group_name,
+    group_size=128,
+    scale_layout="row",
+    keep_output=False,
+    complete=False,
+    weight_offset=0.0,
 ):
     workspace = get_workspace(group_name, input.device)
     if scale_layout not in ("row", "column"):
@@ -92,7 +113,7 @@ def _rs_rmsnorm_fp8(
     checks.group_size(group_size)
     if workspace.backend == "cuda" and group_size not in (64, 128):
         raise ValueError(f"on cuda, group_size must be 64 or 128, got {group_size}")
-    residual = checks.normed_reduction(workspace, input, residual, weight, eps)
+    residual = checks.normed_reduction(workspace, input, residual, weight, eps, weight_offset)
     return unfused(
         workspace,
         reference.rs_rmsnorm_fp8,
@@ -100,6 +121,7 @@ def _rs_rmsnorm_fp8(
         residual,
         weight,
         eps,
+        weight_offset,
         group_size,
         scale_layout,
         keep_output,
@@ -118,10 +140,11 @@ def rs_rmsnorm_fp8(
     scale_layout="row",
     keep_output=False,
     complete=False,
+    weight_offset=0.0,
 ):
     """Reduce-scatter, residual add, RMSNorm and fp8 quantisation in one kernel.
 
-        output, residual = rs_rmsnorm(input, residual, weight, eps)
+        output, residual = rs_rmsnorm(input, residual, weight, eps, weight_offset=weight_offset)
         amax = max(|output|) of each group_size columns
         scale = amax / 448;  q = e4m3(output * (448 / amax))
 
@@ -143,29 +166,30 @@ def rs_rmsnorm_fp8(
         scale_layout=scale_layout,
         keep_output=keep_output,
         complete=complete,
+        weight_offset=weight_offset,
     )
 
 
 # ---- rs_rmsnorm_ag ----
 
 
-def _rs_rmsnorm_ag_fake(input, residual, weight, eps, group_name):
+def _rs_rmsnorm_ag_fake(input, residual, weight, eps, group_name, weight_offset=0.0):
     residual_out = input.new_empty(_own_rows(input, input.shape[0], group_name), input.shape[1])
     return input.new_empty(input.shape), residual_out  # contiguous, whatever strides an input of no or one element has
 
 
 @define(
-    "rs_rmsnorm_ag(Tensor input, Tensor? residual, Tensor weight, float eps, str group_name)"
-    " -> (Tensor output, Tensor residual_out)",
+    "rs_rmsnorm_ag(Tensor input, Tensor? residual, Tensor weight, float eps, str group_name, *,"
+    " float weight_offset=0.0) -> (Tensor output, Tensor residual_out)",
     _rs_rmsnorm_ag_fake,
 )
-def _rs_rmsnorm_ag(input, residual, weight, eps, group_name):
+def _rs_rmsnorm_ag(input, residual, weight, eps, group_name, weight_offset=0.0):
     workspace = get_workspace(group_name, input.device)
-    residual = checks.normed_reduction(workspace, input, residual, weight, eps)
-    return unfused(workspace, reference.rs_rmsnorm_ag, input, residual, weight, eps)
+    residual = checks.normed_reduction(workspace, input, residual, weight, eps, weight_offset)
+    return unfused(workspace, reference.rs_rmsnorm_ag, input, residual, weight, eps, weight_offset)
 
 
-def rs_rmsnorm_ag(input, residual, weight, eps=1e-6, group=None):
+def rs_rmsnorm_ag(input, residual, weight, eps=1e-6, group=None, *, weight_offset=0.0):
     """All-reduce, residual add and RMSNorm in one kernel, with the residual left scattered.
 
         x = reduce_scatter(input); residual = residual + x; output = all_gather(rms_norm(residual, weight, eps))
@@ -173,7 +197,7 @@ def rs_rmsnorm_ag(input, residual, weight, eps=1e-6, group=None):
     Arguments as `rs_rmsnorm`. Returns (output, residual_out): output [num_tokens, hidden_size] on every rank,
     residual_out [rows of this rank, hidden_size]. For the attention -> MLP boundary and the final norm.
     """
-    return _ops.rs_rmsnorm_ag(input, residual, weight, eps, resolve_group_name(group))
+    return _ops.rs_rmsnorm_ag(input, residual, weight, eps, resolve_group_name(group), weight_offset=weight_offset)
 
 
 # ---- reduce_scatter_rows, all_gather_rows ----
@@ -295,7 +319,7 @@ def qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, group=None):
 # ---- qkv_a_proj_ag_norm ----
 
 
-def _qkv_a_proj_ag_norm_fake(input, weight, q_a_weight, kv_a_weight, eps, num_tokens, group_name):
+def _qkv_a_proj_ag_norm_fake(input, weight, q_a_weight, kv_a_weight, eps, num_tokens, group_name, weight_offset=0.0):
     q_columns, kv_columns = q_a_weight.shape[0], kv_a_weight.shape[0]
     widths = (q_columns, kv_columns, weight.shape[0] - q_columns - kv_columns)
     return tuple(input.new_empty(num_tokens, width) for width in widths)
@@ -303,15 +327,16 @@ def _qkv_a_proj_ag_norm_fake(input, weight, q_a_weight, kv_a_weight, eps, num_to
 
 @define(
     "qkv_a_proj_ag_norm(Tensor input, Tensor weight, Tensor q_a_weight, Tensor kv_a_weight, float eps,"
-    " SymInt num_tokens, str group_name) -> (Tensor q_a, Tensor kv_a, Tensor k_pe)",
+    " SymInt num_tokens, str group_name, *, float weight_offset=0.0) -> (Tensor q_a, Tensor kv_a, Tensor k_pe)",
     _qkv_a_proj_ag_norm_fake,
 )
-def _qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, eps, num_tokens, group_name):
+def _qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, eps, num_tokens, group_name, weight_offset=0.0):
     workspace = get_workspace(group_name, input.device)
     checks.projection(workspace, input, weight, num_tokens)
     checks.latent_norms(q_a_weight, kv_a_weight, weight)
     checks.kernel_starts(workspace, q_a_weight=q_a_weight, kv_a_weight=kv_a_weight)
     checks.eps(eps)
+    checks.weight_offset(weight_offset)
     return unfused(
         workspace,
         reference.qkv_a_proj_ag_norm,
@@ -321,17 +346,28 @@ def _qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, eps, num_tokens,
         kv_a_weight,
         eps,
         num_tokens,
+        weight_offset,
         product=(input, weight),
     )
 
 
-def qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, num_tokens, eps=1e-6, group=None):
+def qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, num_tokens, eps=1e-6, group=None, *, weight_offset=0.0):
     """`qkv_a_proj_ag` and the two latent RMSNorms, split into three contiguous tensors.
 
         q_a, kv_a, k_pe = split(all_gather(input @ weight.T))
         q_a = rms_norm(q_a, q_a_weight, eps); kv_a = rms_norm(kv_a, kv_a_weight, eps)
 
     input, weight: as `qkv_a_proj_ag`. q_a_weight: [q_lora_rank], empty for a model without q_lora; kv_a_weight:
-    [kv_lora_rank]; the columns of weight after both are k_pe. Returns (q_a, kv_a, k_pe), each [num_tokens, ...].
+    [kv_lora_rank], both of the input's dtype or both fp32; the columns of weight after both are k_pe. weight_offset: as
+    in `rs_rmsnorm`, of both norms. Returns (q_a, kv_a, k_pe), each [num_tokens, ...].
     """
-    return _ops.qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, eps, num_tokens, resolve_group_name(group))
+    return _ops.qkv_a_proj_ag_norm(
+        input,
+        weight,
+        q_a_weight,
+        kv_a_weight,
+        eps,
+        num_tokens,
+        resolve_group_name(group),
+        weight_offset=weight_offset,
+    )

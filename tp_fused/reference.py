@@ -8,6 +8,8 @@ Before each op on CPU tensors the ranks compare what they call, and a disagreeme
 wait on the host; there, ranks that disagree are left to the process group's own time-out.
 """
 
+import ctypes
+
 import torch
 import torch.distributed as dist
 
@@ -29,8 +31,8 @@ def sum_in_rank_order(parts: list[torch.Tensor], residual: torch.Tensor | None =
     return total.to(parts[0].dtype)
 
 
-def rms_norm(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm of rows as stored, in fp32, rounded once.
+def rms_norm(rows: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> torch.Tensor:
+    """RMSNorm of rows as stored, in fp32, rounded once; `weight_offset` is added to the weight in fp32.
 
     The mean of squares is summed in double, so that it does not depend on the order of summation, and the root is
     taken in double because torch's fp32 one is off by a bit now and then.
@@ -38,7 +40,9 @@ def rms_norm(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
     mean = rows.double().square().mean(-1, keepdim=True).float()
     root = (mean + eps).double().sqrt().float()
     normed = rows.float() * (1.0 / root)
-    return (normed * weight.float()).to(rows.dtype)
+    offset = ctypes.c_float(weight_offset).value
+    factors = weight.float() + offset if offset else weight.float()  # a weight of -0 stays one
+    return (normed * factors).to(rows.dtype)
 
 
 def scale_pitch(num_rows: int) -> int:
@@ -84,12 +88,12 @@ def project_fp8(q, scale, weight, weight_scale) -> torch.Tensor:
     return product.to(torch.bfloat16)
 
 
-def split_and_norm(latent, q_a_weight, kv_a_weight, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def split_and_norm(latent, q_a_weight, kv_a_weight, eps, weight_offset=0.0) -> tuple[torch.Tensor, ...]:
     """The latent's three parts, contiguous, the first two normalised."""
     q_columns, kv_columns = q_a_weight.numel(), kv_a_weight.numel()
     q_a, kv_a, k_pe = latent.split([q_columns, kv_columns, latent.shape[1] - q_columns - kv_columns], dim=1)
     k_pe = k_pe.clone(memory_format=torch.contiguous_format)  # of one row, .contiguous() would be a view
-    return rms_norm(q_a, q_a_weight, eps), rms_norm(kv_a, kv_a_weight, eps), k_pe
+    return rms_norm(q_a, q_a_weight, eps, weight_offset), rms_norm(kv_a, kv_a_weight, eps, weight_offset), k_pe
 
 
 # ---- how rows travel ----
@@ -159,25 +163,32 @@ def _reduce(workspace, op: str, input, residual, complete: bool, variant: str = 
     return sum_in_rank_order(parts, residual)
 
 
+def _weight_variant(input: torch.Tensor, weight: torch.Tensor) -> str:
+    return "" if weight.dtype == input.dtype else ", fp32 norm weight"
+
+
 # ---- the ops ----
 
 
-def rs_rmsnorm(workspace, input, residual, weight, eps, complete):
-    residual_out = _reduce(workspace, "rs_rmsnorm", input, residual, complete)
-    return rms_norm(residual_out, weight, eps), residual_out
+def rs_rmsnorm(workspace, input, residual, weight, eps, weight_offset, complete):
+    residual_out = _reduce(workspace, "rs_rmsnorm", input, residual, complete, _weight_variant(input, weight))
+    return rms_norm(residual_out, weight, eps, weight_offset), residual_out
 
 
-def rs_rmsnorm_fp8(workspace, input, residual, weight, eps, group_size, scale_layout, keep_output, complete):
+def rs_rmsnorm_fp8(
+    workspace, input, residual, weight, eps, weight_offset, group_size, scale_layout, keep_output, complete
+):
     variant = f", group_size={group_size}, {scale_layout} scales{', keep_output' if keep_output else ''}"
+    variant += _weight_variant(input, weight)
     residual_out = _reduce(workspace, "rs_rmsnorm_fp8", input, residual, complete, variant)
-    output = rms_norm(residual_out, weight, eps)
+    output = rms_norm(residual_out, weight, eps, weight_offset)
     q, scale = quantize_e4m3(output, group_size, scale_layout)
     return q, scale, residual_out, output if keep_output else output.new_empty(0, output.shape[1])
 
 
-def rs_rmsnorm_ag(workspace, input, residual, weight, eps):
-    residual_out = _reduce(workspace, "rs_rmsnorm_ag", input, residual, False)
-    return _gather(workspace, rms_norm(residual_out, weight, eps), input.shape[0]), residual_out
+def rs_rmsnorm_ag(workspace, input, residual, weight, eps, weight_offset):
+    residual_out = _reduce(workspace, "rs_rmsnorm_ag", input, residual, False, _weight_variant(input, weight))
+    return _gather(workspace, rms_norm(residual_out, weight, eps, weight_offset), input.shape[0]), residual_out
 
 
 def reduce_scatter_rows(workspace, input, residual):
@@ -199,8 +210,8 @@ def qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens):
     return _gather(workspace, project_fp8(q, scale, weight, weight_scale), num_tokens)
 
 
-def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, num_tokens):
-    variant = f", columns={weight.shape[0]}, q_a={q_a_weight.numel()}"
+def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, num_tokens, weight_offset):
+    variant = f", columns={weight.shape[0]}, q_a={q_a_weight.numel()}{_weight_variant(input, q_a_weight)}"
     _agree(workspace, "qkv_a_proj_ag_norm", input, num_tokens, variant)
     latent = _gather(workspace, torch.nn.functional.linear(input, weight), num_tokens)
-    return split_and_norm(latent, q_a_weight, kv_a_weight, eps)
+    return split_and_norm(latent, q_a_weight, kv_a_weight, eps, weight_offset)

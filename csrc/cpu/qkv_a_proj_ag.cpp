@@ -14,20 +14,20 @@ tpf_status tpf_qkv_a_proj_ag_cpu(void* latent, const tpf_team* team, const tpf_c
 
 tpf_status tpf_qkv_a_proj_ag_norm_cpu(void* q_a, void* kv_a, void* k_pe, const void* q_a_weight,
                                       const void* kv_a_weight, const tpf_team* team, const tpf_call* call,
-                                      int32_t q_columns, int32_t kv_columns, float eps) {
+                                      int32_t q_columns, int32_t kv_columns, float eps, float weight_offset) {
   using namespace tpf;
   Round round(*team, *call);
   if (const tpf_status status = round.begin(); status != TPF_OK) return status;
   if (const tpf_status status = round.meet(0); status != TPF_OK) return status;
   return visit(static_cast<tpf_dtype>(call->dtype), [&]<typename T>() {
+    const Norm norm(eps, weight_offset, call->variant);
     const int64_t pe_columns = int64_t{call->columns} - q_columns - kv_columns;
     for (int peer = 0; peer < round.world_size(); ++peer) {
       const Rows rows = round.rows(peer);
       const T* row = reinterpret_cast<const T*>(round.slot(peer));
       for (int64_t token = rows.start; token < rows.start + rows.count; ++token, row += call->columns) {
-        norm_row(static_cast<T*>(q_a) + token * q_columns, row, static_cast<const T*>(q_a_weight), q_columns, eps);
-        norm_row(static_cast<T*>(kv_a) + token * kv_columns, row + q_columns, static_cast<const T*>(kv_a_weight),
-                 kv_columns, eps);
+        norm_row(static_cast<T*>(q_a) + token * q_columns, row, q_a_weight, q_columns, norm);
+        norm_row(static_cast<T*>(kv_a) + token * kv_columns, row + q_columns, kv_a_weight, kv_columns, norm);
         std::copy_n(row + q_columns + kv_columns, pe_columns, static_cast<T*>(k_pe) + token * pe_columns);
       }
     }

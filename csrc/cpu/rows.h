@@ -164,15 +164,30 @@ void sum_row(T* stored, const T* const* sources, int num_sources, const T* resid
   });
 }
 
-// output = rms_norm(row) * weight, of a row as stored.
-template <typename T>
-void norm_row(T* output, const T* row, const T* weight, int hidden_size, float eps) {
+// A norm: its weight is of the rows' dtype, or fp32 beside 16-bit rows, and gets an offset in fp32.
+struct Norm {
+  Norm(float eps, float weight_offset, uint32_t variant)
+      : eps(eps), addend(weight_addend(weight_offset)), float_weight((variant & TPF_FLOAT_WEIGHT) != 0) {}
+  float eps, addend;
+  bool float_weight;
+};
+
+template <typename T, typename Weight>
+void norm_row_by(T* output, const T* row, const Weight* weight, int hidden_size, const Norm& norm) {
   SquareSum squares;
   for_columns(hidden_size, [&](int column, auto count) { squares.add(load(row + column, count)); });
-  const float scale = squares.rstd(hidden_size, eps);
+  const float scale = squares.rstd(hidden_size, norm.eps);
   for_columns(hidden_size, [&](int column, auto count) {
-    store(output + column, load(row + column, count) * scale * load(weight + column, count), count);
+    const Floats factors = load(weight + column, count) + norm.addend;
+    store(output + column, load(row + column, count) * scale * factors, count);
   });
+}
+
+// output = rms_norm(row) * (weight + offset), of a row as stored.
+template <typename T>
+void norm_row(T* output, const T* row, const void* weight, int hidden_size, const Norm& norm) {
+  norm.float_weight ? norm_row_by(output, row, static_cast<const float*>(weight), hidden_size, norm)
+                    : norm_row_by(output, row, static_cast<const T*>(weight), hidden_size, norm);
 }
 
 // One row to e4m3 with a scale of amax / 448 for every `group_size` columns; a group of zeros has scale 0.

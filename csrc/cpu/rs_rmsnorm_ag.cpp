@@ -3,7 +3,8 @@
 
 tpf_status tpf_rs_rmsnorm_ag_cpu(void* output, void* residual_out, const void* input, const tpf_symm* input_symm,
                                  const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,
-                                 int32_t hidden_size, tpf_dtype dtype, float eps, uint32_t variant) {
+                                 int32_t hidden_size, tpf_dtype dtype, float eps, float weight_offset,
+                                 uint32_t variant) {
   using namespace tpf;
   const tpf_call call = reduce_call(TPF_RS_RMSNORM_AG, dtype, num_tokens, hidden_size, input_symm, variant);
   Round round(*team, call);
@@ -11,10 +12,11 @@ tpf_status tpf_rs_rmsnorm_ag_cpu(void* output, void* residual_out, const void* i
   return visit(dtype, [&]<typename T>() {
     const Rows rows = round.rows(round.rank());
     T* own = static_cast<T*>(output) + rows.start * hidden_size;
+    const Norm norm(eps, weight_offset, variant);
     const Reduction<T> in(input, input_symm, residual, hidden_size, variant);
     T* sums = static_cast<T*>(residual_out);
     tpf_status status = reduce_rows(round, sums, in, [&](int64_t row) {
-      norm_row(own + row * hidden_size, sums + row * hidden_size, static_cast<const T*>(weight), hidden_size, eps);
+      norm_row(own + row * hidden_size, sums + row * hidden_size, weight, hidden_size, norm);
     });
     if (status == TPF_OK) status = round.end(input_symm != nullptr);
     if (status == TPF_OK) status = round.begin_next();

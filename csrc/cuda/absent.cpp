@@ -11,18 +11,18 @@ tpf_fault tpf_team_fault_cuda(const tpf_team*, int32_t) { return {}; }
 tpf_status tpf_follow_stream_cuda(tpf_stream_order*, const tpf_team*, void*) { return TPF_UNSUPPORTED; }
 
 tpf_status tpf_rs_rmsnorm_cuda(void*, void*, const void*, const tpf_symm*, const void*, const void*, const tpf_team*,
-                               int64_t, int32_t, tpf_dtype, float, uint32_t, tpf_stream) {
+                               int64_t, int32_t, tpf_dtype, float, float, uint32_t, tpf_stream) {
   return TPF_UNSUPPORTED;
 }
 
 tpf_status tpf_rs_rmsnorm_fp8_cuda(void*, float*, void*, void*, const void*, const tpf_symm*, const void*, const void*,
-                                   const tpf_team*, int64_t, int32_t, tpf_dtype, float, int32_t, int64_t, int64_t,
-                                   uint32_t, tpf_stream) {
+                                   const tpf_team*, int64_t, int32_t, tpf_dtype, float, float, int32_t, int64_t,
+                                   int64_t, uint32_t, tpf_stream) {
   return TPF_UNSUPPORTED;
 }
 
 tpf_status tpf_rs_rmsnorm_ag_cuda(void*, void*, const void*, const tpf_symm*, const void*, const void*, const tpf_team*,
-                                  int64_t, int32_t, tpf_dtype, float, uint32_t, tpf_stream) {
+                                  int64_t, int32_t, tpf_dtype, float, float, uint32_t, tpf_stream) {
   return TPF_UNSUPPORTED;
 }
 
@@ -40,7 +40,7 @@ tpf_status tpf_gather_latent_cuda(void*, const void*, const tpf_team*, const tpf
 }
 
 tpf_status tpf_gather_latent_norm_cuda(void*, void*, void*, const void*, const void*, const void*, const tpf_team*,
-                                       const tpf_call*, int32_t, int32_t, float, tpf_stream) {
+                                       const tpf_call*, int32_t, int32_t, float, float, tpf_stream) {
   return TPF_UNSUPPORTED;
 }
 

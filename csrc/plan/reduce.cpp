@@ -81,8 +81,10 @@ bool plan_reduce(ReducePlan* plan, const tpf_call& call, const Limits& limits, c
     return true;
   }
   plan->cluster = 1;
-  return planner.takes(plan, Body::kDirect, 4, shared_out.blocks) ||
-         planner.takes(plan, Body::kDirect, most_vectors(planner.element_bytes), shared_out.blocks);
+  const int most = most_vectors(planner.element_bytes);
+  return (compiled_directly(4, planner.element_bytes, has_tma(card)) &&
+          planner.takes(plan, Body::kDirect, 4, shared_out.blocks)) ||
+         planner.takes(plan, Body::kDirect, most, shared_out.blocks);
 }
 
 }  // namespace tpf

@@ -21,7 +21,12 @@ TPF_HD constexpr int most_threads(Body body, int element_bytes, bool has_tma) {
 }
 
 // Vectors of a row that a thread of kDirect holds at most: enough for the widest row.
-constexpr int most_vectors(int element_bytes) { return element_bytes == 4 ? 16 : 8; }
+TPF_HD constexpr int most_vectors(int element_bytes) { return element_bytes == 4 ? 16 : 8; }
+
+// Which forms of kDirect are compiled for a card: where TMA moves rows, it is left with the widest ones.
+TPF_HD constexpr bool compiled_directly(int vectors, int element_bytes, bool has_tma) {
+  return !has_tma || vectors == most_vectors(element_bytes);
+}
 
 struct ReducePlan {
   Body body;

@@ -41,6 +41,7 @@ tpf_status run(const Call& call, const tpf_team& team) {
   said.num_tokens = tokens;
   said.hidden_size = 7168;
   said.columns = static_cast<uint32_t>(call.hidden_size);
+  said.variant = call.variant & TPF_FLOAT_WEIGHT;
   said.source = -1;
   if (call.projects()) {
     std::memcpy(tpf_next_slot_cpu(&team), input, static_cast<size_t>(call.inputs[rank].bytes()));
@@ -48,16 +49,16 @@ tpf_status run(const Call& call, const tpf_team& team) {
   switch (call.op) {
     case TPF_RS_RMSNORM:
       return tpf_rs_rmsnorm_cpu(output, sums, input, in_place, residual, weight, &team, tokens, call.hidden_size,
-                                call.dtype, kEps, call.variant);
+                                call.dtype, kEps, call.weight_offset, call.variant);
     case TPF_RS_RMSNORM_FP8:
-      return tpf_rs_rmsnorm_fp8_cpu(call.q[rank].data(), reinterpret_cast<float*>(call.scales[rank].data()), sums,
-                                    output, input, in_place, residual, weight, &team, tokens, call.hidden_size,
-                                    call.dtype, kEps, call.group_size, call.column_scales() ? 1 : call.groups(),
-                                    call.column_scales() ? pitch_of(rows_of(tokens, rank, team.world_size).count) : 1,
-                                    call.variant);
+      return tpf_rs_rmsnorm_fp8_cpu(
+          call.q[rank].data(), reinterpret_cast<float*>(call.scales[rank].data()), sums, output, input, in_place,
+          residual, weight, &team, tokens, call.hidden_size, call.dtype, kEps, call.weight_offset, call.group_size,
+          call.column_scales() ? 1 : call.groups(),
+          call.column_scales() ? pitch_of(rows_of(tokens, rank, team.world_size).count) : 1, call.variant);
     case TPF_RS_RMSNORM_AG:
       return tpf_rs_rmsnorm_ag_cpu(output, sums, input, in_place, residual, weight, &team, tokens, call.hidden_size,
-                                   call.dtype, kEps, call.variant);
+                                   call.dtype, kEps, call.weight_offset, call.variant);
     case TPF_REDUCE_SCATTER_ROWS:
       return tpf_reduce_scatter_rows_cpu(sums, input, in_place, residual, &team, tokens, call.hidden_size, call.dtype,
                                          call.variant);
@@ -65,7 +66,7 @@ tpf_status run(const Call& call, const tpf_team& team) {
       return tpf_all_gather_rows_cpu(output, input, &team, tokens, call.hidden_size, call.dtype);
     case TPF_QKV_A_PROJ_AG_NORM:
       return tpf_qkv_a_proj_ag_norm_cpu(output, sums, call.k_pe[rank].data(), weight, call.second_weight->data(), &team,
-                                        &said, call.q_columns, call.kv_columns, kEps);
+                                        &said, call.q_columns, call.kv_columns, kEps, call.weight_offset);
     default:
       return tpf_qkv_a_proj_ag_cpu(output, &team, &said);
   }

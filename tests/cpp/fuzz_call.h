@@ -58,7 +58,8 @@ struct Call {
   int64_t num_tokens;
   int32_t hidden_size;
   int32_t group_size = 128, q_columns = 0, kv_columns = 0;
-  int odd_one = -1;           // this rank calls it with another token count
+  int odd_one = -1;  // this rank calls it with another token count
+  float weight_offset = 0;
   bool in_place = false;      // the input is symmetric memory
   int64_t symm_offset = 0;    // there
   bool any_bits = false;      // NaN and infinity too
@@ -74,6 +75,8 @@ struct Call {
   int64_t row_bytes() const { return hidden_size * item(); }
   int64_t tokens(int rank) const { return num_tokens + (rank == odd_one); }
   int64_t groups() const { return (int64_t{hidden_size} + group_size - 1) / group_size; }
+  bool norms() const { return op <= TPF_RS_RMSNORM_AG || op == TPF_QKV_A_PROJ_AG_NORM; }
+  tpf_dtype weight_dtype() const { return (variant & TPF_FLOAT_WEIGHT) != 0 ? TPF_F32 : dtype; }
   bool column_scales() const { return (variant & TPF_COLUMN_SCALES) != 0; }
 };
 
@@ -115,6 +118,8 @@ inline Call choose_call(Choices& choices, int world_size) {
     call.q_columns = static_cast<int32_t>(choices.between(0, call.hidden_size));
     call.kv_columns = static_cast<int32_t>(choices.between(0, call.hidden_size - call.q_columns));
   }
+  if (call.norms() && choices.yes(4)) call.variant |= TPF_FLOAT_WEIGHT;
+  if (call.norms() && choices.yes(4)) call.weight_offset = choices.of({1.0f, -0.0f, 0.3f});
   if (world_size > 1 && choices.yes(16)) call.odd_one = static_cast<int>(choices.bits(1)) % world_size;
   call.in_place = !call.gathers() && choices.yes(3);
   call.any_bits = choices.yes(4);
@@ -142,6 +147,11 @@ inline void make_memory(Call& call, int world_size, Choices& choices) {
     fill(block, call.stored(), any_bits, random);
     return block;
   };
+  const auto filled_weight = [&](int64_t columns) {
+    Block block(columns * bytes_of(call.weight_dtype()), call.shift);
+    fill(block, call.weight_dtype(), call.any_bits, random);
+    return std::make_unique<Block>(std::move(block));
+  };
   call.symm_offset = call.in_place ? choices.between(0, 40) : 0;
   call.any_bits |= call.symm_offset % call.item() != 0;
   for (int rank = 0; rank < world_size; ++rank) {
@@ -160,7 +170,6 @@ inline void make_memory(Call& call, int world_size, Choices& choices) {
     call.scales.emplace_back(call.groups() * (call.column_scales() ? pitch_of(rows) : rows) * 4);
   }
   const bool latent = call.op == TPF_QKV_A_PROJ_AG_NORM;
-  call.weight = std::make_unique<Block>(
-      filled((latent ? call.q_columns : call.hidden_size) * call.item(), call.shift, call.any_bits));
-  call.second_weight = std::make_unique<Block>(filled(call.kv_columns * call.item(), call.shift, call.any_bits));
+  call.weight = filled_weight(latent ? call.q_columns : call.hidden_size);
+  call.second_weight = filled_weight(call.kv_columns);
 }

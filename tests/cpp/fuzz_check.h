@@ -55,7 +55,9 @@ struct Checker {
     const float scale = 1.0f / std::sqrt(static_cast<float>(squares / static_cast<double>(row.size())) + kEps);
     std::vector<float> out(row.size());
     for (size_t c = 0; c < row.size(); ++c) {
-      out[c] = rounded(row[c] * scale * load(weight.data(), static_cast<int64_t>(c), call.dtype), call.dtype);
+      float factor = load(weight.data(), static_cast<int64_t>(c), call.weight_dtype());
+      if (call.weight_offset != 0) factor += call.weight_offset;
+      out[c] = rounded(row[c] * scale * factor, call.dtype);
     }
     return out;
   }

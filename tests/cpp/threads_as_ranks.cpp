@@ -76,22 +76,22 @@ class Rank {
     gather.source = -1;
     switch (round_ % 8) {
       case 0:
-        return tpf_rs_rmsnorm_cpu(out, sums, input, symm, nullptr, weight_, &team_, tokens_, hidden, TPF_F32, kEps,
+        return tpf_rs_rmsnorm_cpu(out, sums, input, symm, nullptr, weight_, &team_, tokens_, hidden, TPF_F32, kEps, 0,
                                   0) == TPF_OK &&
                reduced(sums);
       case 1:
         return tpf_rs_rmsnorm_fp8_cpu(q_, scale_, sums, out, input, symm, nullptr, weight_, &team_, tokens_, hidden,
-                                      TPF_F32, kEps, 16, 2, 1, TPF_KEEP_OUTPUT) == TPF_OK &&
+                                      TPF_F32, kEps, 0, 16, 2, 1, TPF_KEEP_OUTPUT) == TPF_OK &&
                reduced(sums);
       case 2:
         return tpf_rs_rmsnorm_ag_cpu(out, sums, input, symm, nullptr, weight_, &team_, tokens_, hidden, TPF_F32, kEps,
-                                     0) == TPF_OK &&
+                                     0, 0) == TPF_OK &&
                reduced(sums);
       case 3:
         return tpf_reduce_scatter_rows_cpu(sums, input, symm, nullptr, &team_, tokens_, hidden, TPF_F32, 0) == TPF_OK &&
                reduced(sums);
       case 4:
-        return tpf_rs_rmsnorm_cpu(out, sums, input, symm, nullptr, weight_, &team_, tokens_, hidden, TPF_F32, kEps,
+        return tpf_rs_rmsnorm_cpu(out, sums, input, symm, nullptr, weight_, &team_, tokens_, hidden, TPF_F32, kEps, 0,
                                   TPF_COMPLETE) == TPF_OK;
       case 5:
         for (int64_t i = 0; i < count_ * kHidden; ++i) sums[i] = value(round_, 0, start_ * kHidden + i);
@@ -103,7 +103,7 @@ class Rank {
       default:
         project();
         gather.op = TPF_QKV_A_PROJ_AG_NORM;
-        return tpf_qkv_a_proj_ag_norm_cpu(out, sums, pe_.data(), weight_, weight_, &team_, &gather, kQ, kKv, kEps) ==
+        return tpf_qkv_a_proj_ag_norm_cpu(out, sums, pe_.data(), weight_, weight_, &team_, &gather, kQ, kKv, kEps, 0) ==
                    TPF_OK &&
                gathered_last_columns();
     }

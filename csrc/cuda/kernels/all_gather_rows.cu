@@ -58,10 +58,13 @@ tpf_status tpf_gather_latent_cuda(void* latent, const void* rows, const tpf_team
 
 tpf_status tpf_gather_latent_norm_cuda(void* q_a, void* kv_a, void* k_pe, const void* rows, const void* q_a_weight,
                                        const void* kv_a_weight, const tpf_team* team, const tpf_call* call,
-                                       int32_t q_columns, int32_t kv_columns, float eps, tpf_stream stream) {
+                                       int32_t q_columns, int32_t kv_columns, float eps, float weight_offset,
+                                       tpf_stream stream) {
   const int64_t bytes = tpf::bytes_of(tpf::latent_dtype(*call));
   tpf::GatherArgs args = tpf::gather_args(rows, team, *call);
   args.eps = eps;
+  args.weight_addend = tpf::weight_addend(weight_offset);
+  args.float_weights = (call->variant & TPF_FLOAT_WEIGHT) != 0;
   tpf::add_part(args, q_a, q_a_weight, q_columns * bytes);
   tpf::add_part(args, kv_a, kv_a_weight, kv_columns * bytes);
   tpf::add_part(args, k_pe, nullptr, (int64_t{call->columns} - q_columns - kv_columns) * bytes);

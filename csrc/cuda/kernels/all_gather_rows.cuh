@@ -36,7 +36,8 @@ struct GatherPart {
 struct GatherArgs {
   GatherPart parts[kGatherParts];
   int32_t num_parts;
-  float eps;
+  float eps, weight_addend;
+  bool float_weights;
   const char* input;  // this rank's rows, all parts
   int64_t row_bytes;
   tpf_team team;
@@ -98,16 +99,6 @@ __device__ inline void copy_piece(char* to, char* also, const char* from, int64_
   }
 }
 
-// kWidth columns: a vector of 16 bytes, or one. Through the read-only path: of what no peer writes.
-template <typename T, int kWidth>
-__device__ inline void load_columns(float (&values)[kWidth], const T* from) {
-  if constexpr (kWidth == kLanes<T>) {
-    unpack(values, __ldg(reinterpret_cast<const uint4*>(from)), T{});
-  } else {
-    values[0] = static_cast<float>(__ldg(from));
-  }
-}
-
 template <typename T, int kWidth>
 __device__ inline void store_columns(T* to, const float (&values)[kWidth]) {
   if constexpr (kWidth == kLanes<T>) {
@@ -120,9 +111,10 @@ __device__ inline void store_columns(T* to, const float (&values)[kWidth]) {
 template <typename T>
 using HeldPart = NormedPart<T, kHeldVectors>;
 
-// RMSNorm of one part of a row, by one warp. The part and the weight are loaded at the same time.
+// RMSNorm of one part of a row, by one warp. The part and a weight of its dtype are loaded at the same time.
 template <typename T>
-__device__ inline void norm_held_part(char* to, char* also, const char* from, const GatherPart& part, float eps) {
+__device__ inline void norm_held_part(const GatherArgs& args, char* to, char* also, const char* from,
+                                      const GatherPart& part) {
   const int columns = static_cast<int>(part.row_bytes / sizeof(T));
   HeldPart<T> held;
   held.load(reinterpret_cast<const T*>(from), columns);
@@ -130,11 +122,17 @@ __device__ inline void norm_held_part(char* to, char* also, const char* from, co
 #pragma unroll
   for (int v = 0; v < kHeldVectors; ++v) {
     const int column = held.column_of(v);
-    if (column >= columns) break;
+    if (column >= columns || args.float_weights) break;
     weights[v] = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(part.weight) + column));
   }
   held.norm(
-      columns, eps, [&](int v, int) { return weights[v]; },
+      columns, args.eps,
+      [&](float (&values)[kLanes<T>], int v, int column) {
+        if (args.float_weights) return load_norm_weight<T>(values, part.weight, column, true, args.weight_addend);
+        unpack(values, weights[v], T{});
+#pragma unroll
+        for (float& value : values) value += args.weight_addend;
+      },
       [&](int column, uint4 vector) {
         store16(to + column * sizeof(T), vector);
         if (also != nullptr) store16(also + column * sizeof(T), vector);
@@ -143,23 +141,24 @@ __device__ inline void norm_held_part(char* to, char* also, const char* from, co
 
 // The same of more columns, or of single ones. At the second look the row is in the L1 cache.
 template <typename T, int kWidth>
-__device__ inline void norm_part(char* to, char* also, const char* from, const GatherPart& part, float eps, int lane) {
+__device__ inline void norm_part(const GatherArgs& args, char* to, char* also, const char* from, const GatherPart& part,
+                                 int lane) {
   const int columns = static_cast<int>(part.row_bytes / sizeof(T));
   const T* const row = reinterpret_cast<const T*>(from);
   float squares = 0;
 #pragma unroll 2
   for (int column = lane * kWidth; column < columns; column += 32 * kWidth) {
     float values[kWidth];
-    load_columns<T>(values, row + column);
+    load_weight(values, row + column);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) squares = fmaf(values[i], values[i], squares);
   }
-  const float rstd = __frsqrt_rn(warp_sum(squares) / static_cast<float>(columns) + eps);
+  const float rstd = __frsqrt_rn(warp_sum(squares) / static_cast<float>(columns) + args.eps);
 #pragma unroll 2
   for (int column = lane * kWidth; column < columns; column += 32 * kWidth) {
     float values[kWidth], scaled[kWidth];
-    load_columns<T>(values, row + column);
-    load_columns<T>(scaled, static_cast<const T*>(part.weight) + column);
+    load_weight(values, row + column);
+    load_norm_weight<T>(scaled, part.weight, column, args.float_weights, args.weight_addend);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) scaled[i] *= values[i] * rstd;
     store_columns<T>(reinterpret_cast<T*>(to) + column, scaled);
@@ -191,11 +190,11 @@ __device__ inline void stage_rows(const GatherArgs& args, uint32_t epoch, int ch
       if (part.weight == nullptr) {
         copy_piece<1>(to, also, from, part.row_bytes, lane, 32, args.vectors);
       } else if (args.vectors && part.row_bytes <= HeldPart<T>::kMaxColumns * int64_t{sizeof(T)}) {
-        norm_held_part<T>(to, also, from, part, args.eps);
+        norm_held_part<T>(args, to, also, from, part);
       } else if (args.vectors) {
-        norm_part<T, kLanes<T>>(to, also, from, part, args.eps, lane);
+        norm_part<T, kLanes<T>>(args, to, also, from, part, lane);
       } else {
-        norm_part<T, 1>(to, also, from, part, args.eps, lane);
+        norm_part<T, 1>(args, to, also, from, part, lane);
       }
     }
   }

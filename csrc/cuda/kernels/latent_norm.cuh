@@ -17,9 +17,9 @@ struct NormedPart {
     }
   }
 
-  // Of the row as stored, in fp32, rounded once. weight(v, column) is that of the lane's vector v; store(column,
-  // vector) is called for all vectors that there are. Squares are added up in an order that depends on the columns
-  // alone.
+  // Of the row as stored, in fp32, rounded once. weight(values, v, column) fills in those of the lane's vector v;
+  // store(column, vector) is called for all vectors that there are. Squares are added up in an order that depends on
+  // the columns alone.
   template <typename Weight, typename Store>
   __device__ void norm(int columns, float eps, Weight&& weight, Store&& store) {
     float squares = 0, values[kLanes<T>], scaled[kLanes<T>];
@@ -38,7 +38,7 @@ struct NormedPart {
       const int column = column_of(v);
       if (column >= columns) break;
       unpack(values, raw[v], T{});
-      unpack(scaled, weight(v, column), T{});
+      weight(scaled, v, column);
 #pragma unroll
       for (int i = 0; i < kLanes<T>; ++i) scaled[i] *= values[i] * rstd;
       store(column, pack(scaled, T{}));

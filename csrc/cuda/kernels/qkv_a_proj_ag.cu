@@ -93,6 +93,7 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   args.norm_weights[0] = projection->q_a_weight;
   args.norm_weights[1] = projection->kv_a_weight;
   args.eps = projection->eps;
+  args.weight_addend = weight_addend(projection->weight_offset);
   args.team = *team;
   args.call = *call;
   args.call.variant |= TPF_FUSED;

@@ -49,7 +49,7 @@ struct ProjectionArgs {
   bool scale_quads;  // of a row, and of a column, lie together at a multiple of 16 bytes
   const void* bias;
   const void* norm_weights[2];
-  float eps;
+  float eps, weight_addend;
   tpf_team team;
   tpf_call call;
   uint32_t contract;
@@ -168,9 +168,8 @@ __device__ inline bool is_output(const ProjectionArgs& args) {
 // Where finished tiles are put.
 template <typename Out, bool kNorm>
 __device__ inline Out* rows_at(const ProjectionArgs& args, const BlockRound& round) {
-  return reinterpret_cast<Out*>(is_output<kNorm>(args)
-                                    ? args.outputs[0]
-                                    : slot_of(args.team, args.team.rank, round.epoch));
+  return reinterpret_cast<Out*>(is_output<kNorm>(args) ? args.outputs[0]
+                                                       : slot_of(args.team, args.team.rank, round.epoch));
 }
 
 // To all peers, and to this rank's own copying warps: one lane each.

@@ -7,10 +7,15 @@ namespace tpf {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+__device__ inline bool has_float_weights(const ProjectionArgs& args) {
+  return (args.call.variant & TPF_FLOAT_WEIGHT) != 0;
+}
+
 // By all threads: the two norms' weights, into shared memory. A warp that has few registers would wait for each of a
-// row's vectors out of the L2 cache: acquires of other warps keep emptying the L1.
+// row's vectors out of the L2 cache: acquires of other warps keep emptying the L1. There is no room for fp32 ones.
 template <typename Out>
 __device__ inline void keep_norm_weights(const ProjectionArgs& args, uint4* weights) {
+  if (has_float_weights(args)) return;
   for (int i = threadIdx.x; i < (kQVectors + kKvVectors) * 32; i += kProjectionThreads) {
     const int part = i < kQVectors * 32 ? 0 : 1, column = (i - part * kQVectors * 32) * kLanes<Out>;
     if (column >= args.columns[part]) continue;
@@ -28,12 +33,18 @@ __device__ inline void norm_row(const ProjectionArgs& args, const BlockRound& ro
   NormedPart<Out, kKvVectors> kv_a;
   q_a.load(q_row, q_columns);
   kv_a.load(kv_row, kv_columns);
-  q_a.norm(
-      q_columns, args.eps, [&](int, int column) { return weights[column / kLanes<Out>]; },
-      [&](int column, uint4 vector) { store16(q_row + column, vector); });
-  kv_a.norm(
-      kv_columns, args.eps, [&](int, int column) { return weights[kQVectors * 32 + column / kLanes<Out>]; },
-      [&](int column, uint4 vector) { store16(kv_row + column, vector); });
+  const auto weight_of = [&](int part) {
+    return [&, part](float (&values)[kLanes<Out>], int, int column) {
+      if (has_float_weights(args)) {
+        return load_norm_weight<Out>(values, args.norm_weights[part], column, true, args.weight_addend);
+      }
+      unpack(values, weights[part * kQVectors * 32 + column / kLanes<Out>], Out{});
+#pragma unroll
+      for (float& value : values) value += args.weight_addend;
+    };
+  };
+  q_a.norm(q_columns, args.eps, weight_of(0), [&](int column, uint4 vector) { store16(q_row + column, vector); });
+  kv_a.norm(kv_columns, args.eps, weight_of(1), [&](int column, uint4 vector) { store16(kv_row + column, vector); });
 }
 
 __device__ inline auto count_of(const ProjectionArgs& args, int row_block) {

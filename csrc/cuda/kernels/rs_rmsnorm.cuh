@@ -36,7 +36,7 @@ struct ReduceArgs {
   tpf_team team;
   tpf_call call;
   uint32_t contract;
-  float eps;
+  float eps, weight_addend;
   int64_t scale_row_stride, scale_group_stride;
   Partition partition;
   int32_t chunk_rows;  // rows of one chunk, for one block
@@ -184,30 +184,35 @@ __device__ inline void add_vector(float (&sums)[kLanes<T>], uint4 raw) {
   for (int i = 0; i < kLanes<T>; ++i) sums[i] += values[i];
 }
 
-// The norm's weight: in registers, where threads hold few vectors of a row; otherwise read again for every row.
+// The norm's weight: of the rows' dtype in registers, where threads hold few vectors of a row; otherwise, and where it
+// is fp32 beside 16-bit rows, read again for every row.
 template <typename T, int kVecs>
 struct RowWeight {
   static constexpr bool kKept = kVecs <= 3;
 
   __device__ void init(const RowView<T>& view, const RowThreads& group) {
+    is_float = (view.args.call.variant & TPF_FLOAT_WEIGHT) != 0;
     if constexpr (kKept) {
 #pragma unroll
-      for (int v = 0; v < kVecs; ++v) kept[v] = read(view, group.vector(v) * kLanes<T>);
+      for (int v = 0; v < kVecs; ++v) {
+        const int column = group.vector(v) * kLanes<T>;
+        const T* const weight = static_cast<const T*>(view.args.weight) + column;
+        kept[v] = !is_float && column < view.hidden ? __ldg(reinterpret_cast<const uint4*>(weight)) : uint4{};
+      }
     }
   }
-  __device__ uint4 at(int v, const RowView<T>& view, int column) const {
-    if constexpr (kKept) {
-      return kept[v];
+  // Of vector v, which begins at `column`, inside the row.
+  __device__ void get(float (&values)[kLanes<T>], int v, const RowView<T>& view, int column) const {
+    if (kKept && !is_float) {
+      unpack(values, kept[v], T{});
+#pragma unroll
+      for (float& value : values) value += view.args.weight_addend;
     } else {
-      return read(view, column);
+      load_norm_weight<T>(values, view.args.weight, column, is_float, view.args.weight_addend);
     }
-  }
-  __device__ static uint4 read(const RowView<T>& view, int column) {
-    return column < view.hidden
-               ? __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(view.args.weight) + column))
-               : uint4{};
   }
 
+  bool is_float;
   uint4 kept[kKept ? kVecs : 1];
 };
 
@@ -241,12 +246,12 @@ __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&s
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     const int column = group.vector(v) * kLanes<T>;
-    float scaled[kLanes<T>];
-    unpack(scaled, weight.at(v, view, column), T{});
+    const bool inside = column < view.hidden;
+    float scaled[kLanes<T>] = {};
+    if (inside) weight.get(scaled, v, view, column);
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) scaled[i] *= sums[v][i] * rstd;
     const uint4 rounded = pack(scaled, T{});
-    const bool inside = column < view.hidden;
     if constexpr (kEpilogue == Epilogue::kNorm) {
       if (inside) store16(static_cast<T*>(args.output) + row * view.hidden + column, rounded);
     } else if constexpr (kEpilogue == Epilogue::kGather) {

@@ -7,13 +7,13 @@
 namespace tpf {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kIsSm90 = false;
+constexpr bool kHasTma = false;
 #else
-constexpr bool kIsSm90 = true;
+constexpr bool kHasTma = true;
 #endif
 
 template <typename T, int kVecs, Epilogue kEpilogue, Body kBody>
-__global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kIsSm90) + (kBody == Body::kBulk ? kHelperThreads : 0),
+__global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBody == Body::kBulk ? kHelperThreads : 0),
                                   1) rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
   constexpr int kRounds = kEpilogue == Epilogue::kGather ? 2 : 1;
   __shared__ float partial[2 * kMaxPartials];
@@ -34,12 +34,14 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kIsSm90) + (kBo
     poison_rows<T, kEpilogue>(early, one.row, gridDim.x / args.cluster, first, last);
     end_faulted_op(args.team, args.call, round);
   } else if constexpr (kBody == Body::kDirect) {
-    const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
-    const RowView<T> view(args, round.epoch);
-    const bool arrived = !round.refused && reduce_directly<T, kVecs, kEpilogue>(view, round, partial);
-    if (all_arrived<kEpilogue>(view, arrived)) return end_op(args.team);
-    poison_rows<T, kEpilogue>(view);
-    end_faulted_op(args.team, args.call, round);
+    if constexpr (compiled_directly(kVecs, sizeof(T), kHasTma)) {
+      const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
+      const RowView<T> view(args, round.epoch);
+      const bool arrived = !round.refused && reduce_directly<T, kVecs, kEpilogue>(view, round, partial);
+      if (all_arrived<kEpilogue>(view, arrived)) return end_op(args.team);
+      poison_rows<T, kEpilogue>(view);
+      end_faulted_op(args.team, args.call, round);
+    }
   } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     __shared__ BulkShared shared;

@@ -7,7 +7,7 @@ namespace tpf {
 
 inline ReduceArgs reduce_args(tpf_op op, void* residual_out, const void* input, const tpf_symm* input_symm,
                               const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,
-                              int32_t hidden_size, tpf_dtype dtype, float eps, uint32_t variant) {
+                              int32_t hidden_size, tpf_dtype dtype, float eps, float weight_offset, uint32_t variant) {
   ReduceArgs args = {};
   args.residual_out = residual_out;
   args.input = input;
@@ -17,6 +17,7 @@ inline ReduceArgs reduce_args(tpf_op op, void* residual_out, const void* input, 
   args.team = *team;
   args.call = reduce_call(op, dtype, num_tokens, hidden_size, input_symm, variant);
   args.eps = eps;
+  args.weight_addend = weight_addend(weight_offset);
   return args;
 }
 

@@ -83,6 +83,36 @@ __device__ inline uint4 pack(const float (&values)[4], float) {
           __float_as_uint(values[3])};
 }
 
+// Some columns of a norm's weight: a vector's, or one. Through the read-only path: nobody writes it meanwhile.
+template <int kWidth, typename T>
+__device__ inline void load_weight(float (&values)[kWidth], const T* weight) {
+  if constexpr (kWidth == 1) {
+    values[0] = static_cast<float>(__ldg(weight));
+  } else {
+#pragma unroll
+    for (int begin = 0; begin < kWidth; begin += kLanes<T>) {
+      float vector[kLanes<T>];
+      unpack(vector, __ldg(reinterpret_cast<const uint4*>(weight + begin)), T{});
+#pragma unroll
+      for (int i = 0; i < kLanes<T>; ++i) values[begin + i] = vector[i];
+    }
+  }
+}
+
+// Columns `column` and following of one that is fp32 or, as rows are, T; what is added to it (protocol.h:
+// weight_addend), too.
+template <typename T, int kWidth>
+__device__ inline void load_norm_weight(float (&values)[kWidth], const void* weight, int column, bool is_float,
+                                        float addend) {
+  if (is_float) {
+    load_weight(values, static_cast<const float*>(weight) + column);
+  } else {
+    load_weight(values, static_cast<const T*>(weight) + column);
+  }
+#pragma unroll
+  for (float& value : values) value += addend;
+}
+
 __device__ inline float warp_sum(float value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
