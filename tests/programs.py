@@ -13,6 +13,7 @@ import tp_fused
 from tp_fused import partition, reference
 
 REDUCTIONS = ("rs_rmsnorm", "rs_rmsnorm_fp8", "rs_rmsnorm_ag", "reduce_scatter_rows")
+NORMS = ("rs_rmsnorm", "rs_rmsnorm_fp8", "rs_rmsnorm_ag", "qkv_a_proj_ag_norm")
 PROJECTIONS = ("qkv_a_proj_ag", "qkv_a_proj_ag_fp8", "qkv_a_proj_ag_norm")
 # Which output is the rounded sum.
 SUMS = {"rs_rmsnorm": 1, "rs_rmsnorm_fp8": 2, "rs_rmsnorm_ag": 1, "reduce_scatter_rows": 0}
@@ -40,7 +41,7 @@ class Call:
     seed: int = 0
     device: str = "cpu"
     latent: tuple[int, int, int] = LATENT
-    options: dict = dataclasses.field(default_factory=dict)  # keywords passed on to the op
+    options: dict = dataclasses.field(default_factory=dict)  # the op's keywords; "bias" and "float_weight" are whether
 
     # ---- inputs ----
 
@@ -65,6 +66,7 @@ class Call:
             q_a, kv_a = (self._norm_weight(name, size) for name, size in zip("qk", self.latent[:2], strict=True))
             arguments |= {"q_a_weight": q_a, "kv_a_weight": kv_a, "eps": EPS}
         options = dict(self.options)
+        options.pop("float_weight", None)
         if options.pop("bias", False):
             arguments["bias"] = self._bias()
         if self.op == "qkv_a_proj_ag_fp8":
@@ -119,10 +121,10 @@ class Call:
         residual_out = sums[self.rows(rank, world_size)]
         if self.op == "reduce_scatter_rows":
             return (residual_out,)
-        weight = self._norm_weight("norm", self.hidden_size)
+        norm = (self._norm_weight("norm", self.hidden_size), EPS, self.options.get("weight_offset", 0.0))
         if self.op == "rs_rmsnorm_ag":
-            return reference.rms_norm(sums, weight, EPS), residual_out
-        output = reference.rms_norm(residual_out, weight, EPS)
+            return reference.rms_norm(sums, *norm), residual_out
+        output = reference.rms_norm(residual_out, *norm)
         if self.op == "rs_rmsnorm":
             return output, residual_out
         group_size, layout = self.options.get("group_size", 128), self.options.get("scale_layout", "row")
@@ -143,8 +145,10 @@ class Call:
         if self.op != "qkv_a_proj_ag_norm":
             return (latent,)
         q_a, kv_a, k_pe = latent.split(self.latent, dim=1)
-        q_weight, kv_weight = (self._norm_weight(name, size) for name, size in zip("qk", self.latent[:2], strict=True))
-        return (*(_rms_norm(x, w.to(dtype)) for x, w in ((q_a, q_weight), (kv_a, kv_weight))), k_pe)
+        wide, offset = torch.promote_types(dtype, torch.float32), self.options.get("weight_offset", 0.0)
+        weights = (self._norm_weight(name, size) for name, size in zip("qk", self.latent[:2], strict=True))
+        weights = ((weight.to(wide) + offset).to(dtype) for weight in weights)
+        return (*(_rms_norm(x, weight) for x, weight in zip((q_a, kv_a), weights, strict=True)), k_pe)
 
     # ---- tensors ----
 
@@ -161,6 +165,8 @@ class Call:
         return self._random("residual", (self.num_tokens, self.hidden_size))
 
     def _norm_weight(self, name: str, size: int) -> torch.Tensor:
+        if self.options.get("float_weight"):  # which 16 bits do not hold
+            return random(f"{name} {self.seed} {self.num_tokens}", (size,), torch.float32) + 1
         return self._random(name, (size,)) + 1
 
     def _projection_weight(self) -> torch.Tensor:

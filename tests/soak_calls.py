@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 
 import torch
-from programs import OPS, PROJECTIONS, REDUCTIONS, SUMS, Call
+from programs import NORMS, OPS, PROJECTIONS, REDUCTIONS, SUMS, Call
 
 BF16, FP16, FP32 = FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 E4M3 = torch.float8_e4m3fn
@@ -303,6 +303,9 @@ class Segment:
             groups = (64, 128, 128) if on_cuda else (1, 32, 64, 100, 128, 128)
             options |= {"group_size": rng.choice(groups), "keep_output": rng.random() < 0.5}
             options["scale_layout"] = rng.choice(("row", "column"))
+        if op in NORMS:
+            options["weight_offset"] = rng.choice((0.0, 0.0, 0.0, 1.0, -0.5))
+            options["float_weight"] = rng.random() < 0.2
         call = SoakCall(
             op, tokens, hidden, dtype, residual, rng.getrandbits(40), self.sequence.device, latent, options, 0, scale
         )

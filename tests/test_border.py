@@ -69,6 +69,24 @@ BAD_CALLS = {
     "eps not a number": ("rs_rmsnorm_fp8", {"eps": float("nan")}, ValueError, r"finite in fp32, got nan"),
     "eps of nothing in fp32": ("rs_rmsnorm", {"eps": 1e-50}, ValueError, r"finite in fp32, got 1e-50"),
     "eps of too much in fp32": ("qkv_a_proj_ag_norm", {"eps": 1e39}, ValueError, r"finite in fp32, got 1e\+39"),
+    "weight offset not a number": (
+        *("rs_rmsnorm", {"weight_offset": float("nan")}, ValueError),
+        r"weight_offset must be finite in fp32, got nan",
+    ),
+    "weight offset of the latent norms": (
+        *("qkv_a_proj_ag_norm", {"weight_offset": 1e39}, ValueError),
+        r"weight_offset must be finite in fp32, got 1e\+39",
+    ),
+    "weight of another 16 bits": (
+        *("rs_rmsnorm_ag", {"weight": ones(256, dtype=torch.float16)}, TypeError),
+        r"weight is torch.float16, expected torch.float32",
+    ),
+    "latent norms of two dtypes": (
+        "qkv_a_proj_ag_norm",
+        {name: lambda tensor: tensor.bfloat16() for name in ("input", "weight", "q_a_weight")},
+        TypeError,
+        r"q_a_weight is torch.bfloat16, kv_a_weight torch.float32: they must be the same",
+    ),
     "eps of the latent norms": ("qkv_a_proj_ag_norm", {"eps": 0.0}, ValueError, r"finite in fp32, got 0.0"),
     "residual neither full nor slice": (
         *("rs_rmsnorm", {"residual": ones(3, 256)}, ValueError),

@@ -116,10 +116,11 @@ SCALARS = {
     "scale_layout": ("row", "column", "", "row\0", "Row", "\0"),
     "keep_output": (False, True),
     "complete": (False, True),
+    "weight_offset": (0.0, -0.0, 1.0, -1e38, math.nan, math.inf, -math.inf, 3.5e38, 1e-50),
     "group_name": ("", "\0", "0\0", "nobody", "x" * 10000),
 }
 # By op: which tensors and scalars it takes, beyond the group's name.
-NORM = ("input", "residual", "weight", "eps")
+NORM = ("input", "residual", "weight", "eps", "weight_offset")
 ARGUMENTS = {
     "rs_rmsnorm": (*NORM, "complete"),
     "rs_rmsnorm_fp8": (*NORM, "group_size", "scale_layout", "keep_output", "complete"),
@@ -128,7 +129,7 @@ ARGUMENTS = {
     "all_gather_rows": ("input", "num_tokens"),
     "qkv_a_proj_ag": ("input", "weight", "num_tokens", "bias"),
     "qkv_a_proj_ag_fp8": ("q", "scale", "weight", "weight_scale", "num_tokens"),
-    "qkv_a_proj_ag_norm": ("input", "weight", "q_a_weight", "kv_a_weight", "eps", "num_tokens"),
+    "qkv_a_proj_ag_norm": ("input", "weight", "q_a_weight", "kv_a_weight", "eps", "num_tokens", "weight_offset"),
 }
 MAY_BE_NONE = ("residual", "bias")
 
@@ -153,6 +154,7 @@ class Hostile:
             "scale_layout": ("row", "column"),
             "keep_output": (False, True),
             "complete": (False, True),
+            "weight_offset": (0.0, 1.0, -1e38, 1e-50),
         }
         return all(
             value in good.get(name, RIGHT) or (value == "no tensor" and name in MAY_BE_NONE)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from programs import LATENT, OPS, Call, same_bits
+from programs import LATENT, NORMS, OPS, Call, same_bits
 from ranks import workspace
+
+import tp_fused
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Once a multiple of 128, once a partial group of 128, once below it.
@@ -20,7 +22,8 @@ def check_calls(backend: str, device: str, calls: list[Call]) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     hidden_size = max(call.hidden_size for call in calls)
     sizes = {"max_num_tokens": max(call.num_tokens for call in calls) or 1, "hidden_size": hidden_size}
-    with workspace(backend, device, latent_size=sum(LATENT), **sizes):
+    latent_size = max(sum(call.latent) for call in calls)
+    with workspace(backend, device, latent_size=latent_size, **sizes):
         for call in calls:
             arguments = call.arguments(rank, world_size)
             before = {key: value.clone() for key, value in arguments.items() if torch.is_tensor(value)}
@@ -59,6 +62,45 @@ def test_complete_input_is_not_summed(pool, backend, device, op, residual, world
     options = {"complete": True}
     calls = [Call(op, count, residual=residual, device=device, options=options) for count in (0, 1, 50)]
     pool.run(check_calls, backend, device, calls)
+
+
+# Latents of whole vectors, of 15 columns, and wider than a lane holds; rows of 1 KB and of 16 KB, which other bodies
+# take.
+@pytest.mark.parametrize("op", NORMS)
+@pytest.mark.parametrize(
+    "options", [{"weight_offset": 1.0}, {"float_weight": True}, {"weight_offset": -0.3, "float_weight": True}]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("world_size", [3])
+def test_norm_weights(pool, backend, device, op, options, dtype, world_size):
+    latents = [LATENT, (15, 1024, 3), (2200, 40, 8)] if op == "qkv_a_proj_ag_norm" else [LATENT]
+    sizes = [(1, 512), (7, 8192), (300, 512), (300, 16384)] if op != "qkv_a_proj_ag_norm" else [(2, 512), (300, 512)]
+    calls = [
+        Call(op, count, hidden, DTYPES[dtype], "full", i, device, latent, options)
+        for latent in latents
+        for i, (count, hidden) in enumerate(sizes)
+    ]
+    pool.run(check_calls, backend, device, calls)
+
+
+def signs_of_negative_zeros(backend: str, device: str) -> list[bool]:
+    """Runs on a rank: whether all outputs of a weight of -0 are negative, by offset."""
+    rows, weight = torch.ones(3, 256, device=device), torch.full((256,), -0.0, device=device)
+    with workspace(backend, device):
+        outputs = [
+            output
+            for offset in (0.0, -0.0, 1e-50)
+            for output in (
+                tp_fused.rs_rmsnorm(rows, None, weight, weight_offset=offset)[0],
+                *tp_fused.qkv_a_proj_ag_norm(rows, rows[:2], weight[:1], weight[:1], 3, weight_offset=offset)[:2],
+            )
+        ]
+        return [bool(torch.signbit(output).all()) for output in outputs]
+
+
+@pytest.mark.parametrize("world_size", [1])
+def test_an_offset_of_zero_leaves_every_weight_as_it_is(pool, backend, device, world_size):
+    assert pool.run(signs_of_negative_zeros, backend, device) == [[True] * 9]
 
 
 @pytest.mark.parametrize("scale_layout", ["row", "column"])

@@ -218,7 +218,7 @@ def test_a_refusal_without_a_reason_is_told_as_a_bug(alone, device):
         rf"torch.float32 \(4, 256\) of strides \(256, 1\) at 0 on {device}.*, None, torch.float32 \(256,\).*, -1.0, "
     )
     pattern = (
-        rf"checks.py admits what the native kernel refused: tp_fused.rs_rmsnorm\({given}.*, False\); please report"
+        rf"checks.py admits what the native kernel refused: tp_fused.rs_rmsnorm\({given}.*, False, 0.0\); please report"
     )
     assert re.match(pattern, str(error)), str(error)
 
@@ -301,7 +301,7 @@ def call_often(device: str) -> list[int]:
     return grown
 
 
-def same_rows(workspace, input, residual, weight, eps, complete):
+def same_rows(workspace, input, residual, weight, eps, weight_offset, complete):
     """For a backend that keeps no rows of its own, as torch.distributed does."""
     return torch.empty_like(input), torch.empty_like(input)
 
