@@ -59,13 +59,14 @@ class Projection(ctypes.Structure):
         ("q_columns", ctypes.c_int32),
         ("kv_columns", ctypes.c_int32),
         ("eps", ctypes.c_float),
+        ("weight_offset", ctypes.c_float),
     ]
 
 
 STRUCTS = {"tpf_call": Call, "tpf_team": Team, "tpf_symm": Symm, "tpf_projection": Projection}
 REDUCTION = [
     *(Pointer, Pointer, Pointer, ctypes.POINTER(Symm), Pointer, Pointer, ctypes.POINTER(Team)),
-    *(ctypes.c_int64, ctypes.c_int32, ctypes.c_int, ctypes.c_float, ctypes.c_uint32, Pointer),
+    *(ctypes.c_int64, ctypes.c_int32, ctypes.c_int, ctypes.c_float, ctypes.c_float, ctypes.c_uint32, Pointer),
 ]
 FUNCTIONS = {
     "tpf_barrier_cuda": [ctypes.POINTER(Team), Pointer],

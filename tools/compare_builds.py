@@ -148,7 +148,7 @@ def reductions(ranks: Ranks) -> list[Case]:
                 f"tpf_rs_rmsnorm{'_ag' * gathered}_cuda",
                 *(outputs.data_ptr(), residuals_out.data_ptr(), input.data_ptr()),
                 *(None if staged else ctypes.byref(symm), residual[own].data_ptr(), weight.data_ptr()),
-                *(ctypes.byref(build.team(max_ctas)), tokens, HIDDEN, DTYPE_CODES[BF16], EPS, _C.RESIDUAL),
+                *(ctypes.byref(build.team(max_ctas)), tokens, HIDDEN, DTYPE_CODES[BF16], EPS, 0.0, _C.RESIDUAL),
             )
 
         def wrong() -> int:
