@@ -152,8 +152,8 @@ class Call:
 
     # ---- tensors ----
 
-    def _random(self, name: str, shape, scale: float = 1.0) -> torch.Tensor:
-        return random(f"{name} {self.seed} {self.num_tokens}", shape, self.dtype, scale)
+    def _random(self, name: str, shape, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return random(f"{name} {self.seed} {self.num_tokens}", shape, dtype or self.dtype, scale)
 
     def _sample(self, rank: int) -> torch.Tensor:
         """The rank's rows and, where they are few, some more: rounding errors are measured on all of these."""
@@ -165,9 +165,8 @@ class Call:
         return self._random("residual", (self.num_tokens, self.hidden_size))
 
     def _norm_weight(self, name: str, size: int) -> torch.Tensor:
-        if self.options.get("float_weight"):  # which 16 bits do not hold
-            return random(f"{name} {self.seed} {self.num_tokens}", (size,), torch.float32) + 1
-        return self._random(name, (size,)) + 1
+        # In fp32 it is one that 16 bits do not hold.
+        return self._random(name, (size,), dtype=torch.float32 if self.options.get("float_weight") else None) + 1
 
     def _projection_weight(self) -> torch.Tensor:
         return self._random("weight", (sum(self.latent), self.hidden_size), self.hidden_size**-0.5)
