@@ -150,7 +150,7 @@ class QkvAProjAgFp8(QkvAProjAg):
 
         def call():
             rows = multiply()
-            # A gather's blocks hold their multiprocessors until every rank has come. A product that has not begun may
+            # A gather's blocks hold their SMs until every rank has come. A product that has not begun may
             # not fit on what they leave: gathers begin when all products are done.
             if self.context.ranks_per_card > 1:
                 self.context.meet()

@@ -220,6 +220,7 @@ PYBIND11_MODULE(_C, m) {
         team.on_cuda() ? tpf_team_close_cuda(team.get()) : tpf_team_close_cpu(team.get());
       });
 
+  m.attr("OPS") = tpf::op_names();
   m.def("register_kernel", &tpf::register_kernel);
 
   // A round without rows, on CUDA: the least that any op costs. For benchmarks.

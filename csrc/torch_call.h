@@ -10,6 +10,13 @@
 #include "torch_api.h"
 #include "torch_values.h"
 
+// A CUDA op of the C API. A build without nvcc has none, and no workspace on a card for which it could be called.
+#if TPF_HAS_CUDA
+#define TPF_CUDA_OP(op) op
+#else
+#define TPF_CUDA_OP(op) static_cast<decltype(&op)>(nullptr)
+#endif
+
 namespace tpf {
 
 // Has Python write the product of fp8 rows into `out`, [rows, columns] of bf16: torch has no C function for it.

@@ -87,7 +87,7 @@ bool rs_rmsnorm(const Value* arguments, Results* results) {
     return op(output, residual_out, in.input.data, symm.get(), in.residual, in.weight, in.team(), in.input.rows,
               in.input.columns, in.dtype(), in.eps, in.weight_offset, in.variant, last...);
   };
-  return run(in, launch, tpf_rs_rmsnorm_cuda, tpf_rs_rmsnorm_cpu);
+  return run(in, launch, TPF_CUDA_OP(tpf_rs_rmsnorm_cuda), tpf_rs_rmsnorm_cpu);
 }
 
 bool rs_rmsnorm_fp8(const Value* arguments, Results* results) {
@@ -118,7 +118,7 @@ bool rs_rmsnorm_fp8(const Value* arguments, Results* results) {
               in.team(), in.input.rows, columns, in.dtype(), in.eps, in.weight_offset, static_cast<int32_t>(group_size),
               column ? 1 : groups, column ? pitch : 1, in.variant, last...);
   };
-  return run(in, launch, tpf_rs_rmsnorm_fp8_cuda, tpf_rs_rmsnorm_fp8_cpu);
+  return run(in, launch, TPF_CUDA_OP(tpf_rs_rmsnorm_fp8_cuda), tpf_rs_rmsnorm_fp8_cpu);
 }
 
 bool rs_rmsnorm_ag(const Value* arguments, Results* results) {
@@ -132,7 +132,7 @@ bool rs_rmsnorm_ag(const Value* arguments, Results* results) {
     return op(output, residual_out, in.input.data, symm.get(), in.residual, in.weight, in.team(), in.input.rows,
               in.input.columns, in.dtype(), in.eps, in.weight_offset, in.variant, last...);
   };
-  return run(in, launch, tpf_rs_rmsnorm_ag_cuda, tpf_rs_rmsnorm_ag_cpu);
+  return run(in, launch, TPF_CUDA_OP(tpf_rs_rmsnorm_ag_cuda), tpf_rs_rmsnorm_ag_cpu);
 }
 
 bool reduce_scatter_rows(const Value* arguments, Results* results) {
@@ -145,7 +145,7 @@ bool reduce_scatter_rows(const Value* arguments, Results* results) {
     return op(output, in.input.data, symm.get(), in.residual, in.team(), in.input.rows, in.input.columns, in.dtype(),
               in.variant, last...);
   };
-  return run(in, launch, tpf_reduce_scatter_rows_cuda, tpf_reduce_scatter_rows_cpu);
+  return run(in, launch, TPF_CUDA_OP(tpf_reduce_scatter_rows_cuda), tpf_reduce_scatter_rows_cpu);
 }
 
 bool all_gather_rows(const Value* arguments, Results* results) {
@@ -158,26 +158,27 @@ bool all_gather_rows(const Value* arguments, Results* results) {
   const auto launch = [&](auto* op, auto... last) {
     return op(output, in.input.data, in.team(), num_tokens, in.input.columns, in.dtype(), last...);
   };
-  return run(in, launch, tpf_all_gather_rows_cuda, tpf_all_gather_rows_cpu);
+  return run(in, launch, TPF_CUDA_OP(tpf_all_gather_rows_cuda), tpf_all_gather_rows_cpu);
 }
 
 // ---- the dispatcher's side ----
 
 struct Op {
+  tpf_op number;
   const char* name;
   std::string_view arguments;  // as in the schema: each a (T)ensor, Tensor (?), (s)tring, (f)loat, (i)nt or (b)ool
   bool (*serve)(const Value* arguments, Results* results);
 };
 
 constexpr Op kOps[] = {
-    {"rs_rmsnorm", "T?Tfsbf", rs_rmsnorm},
-    {"rs_rmsnorm_fp8", "T?Tfsisbbf", rs_rmsnorm_fp8},
-    {"rs_rmsnorm_ag", "T?Tfsf", rs_rmsnorm_ag},
-    {"reduce_scatter_rows", "Ts?", reduce_scatter_rows},
-    {"all_gather_rows", "Tis", all_gather_rows},
-    {"qkv_a_proj_ag", "TTis?", qkv_a_proj_ag},
-    {"qkv_a_proj_ag_fp8", "TTTTis", qkv_a_proj_ag_fp8},
-    {"qkv_a_proj_ag_norm", "TTTTfisf", qkv_a_proj_ag_norm},
+    {TPF_RS_RMSNORM, "rs_rmsnorm", "T?Tfsbf", rs_rmsnorm},
+    {TPF_RS_RMSNORM_FP8, "rs_rmsnorm_fp8", "T?Tfsisbbf", rs_rmsnorm_fp8},
+    {TPF_RS_RMSNORM_AG, "rs_rmsnorm_ag", "T?Tfsf", rs_rmsnorm_ag},
+    {TPF_REDUCE_SCATTER_ROWS, "reduce_scatter_rows", "Ts?", reduce_scatter_rows},
+    {TPF_ALL_GATHER_ROWS, "all_gather_rows", "Tis", all_gather_rows},
+    {TPF_QKV_A_PROJ_AG, "qkv_a_proj_ag", "TTis?", qkv_a_proj_ag},
+    {TPF_QKV_A_PROJ_AG_FP8, "qkv_a_proj_ag_fp8", "TTTTis", qkv_a_proj_ag_fp8},
+    {TPF_QKV_A_PROJ_AG_NORM, "qkv_a_proj_ag_norm", "TTTTfisf", qkv_a_proj_ag_norm},
 };
 
 // A call's arguments, which the stack owns. Frees what has not been taken off it, also where an exception passes.
@@ -319,6 +320,12 @@ void serve(const std::string& group_name, const Workspace& workspace) {
 void forget(const Team& team) {
   const std::lock_guard lock(workspaces_mutex);
   std::erase_if(workspaces, [&](const auto& entry) { return entry.second.team.get() == &team; });
+}
+
+std::map<int, std::string> op_names() {
+  std::map<int, std::string> names;
+  for (const Op& op : kOps) names.emplace(op.number, op.name);
+  return names;
 }
 
 void register_kernel(const std::string& name, const std::string& key, const std::string& kinds,

@@ -61,7 +61,7 @@ struct Projection : Call {
     if (!on_cuda()) return std::nullopt;
     bool serves = true;
     const auto fused = [&](void* stream) {
-      const tpf_status status = tpf_qkv_a_proj_ag_cuda(outputs, &projection, team(), &call, stream);
+      const tpf_status status = TPF_CUDA_OP(tpf_qkv_a_proj_ag_cuda)(outputs, &projection, team(), &call, stream);
       serves = status != TPF_UNSUPPORTED;
       return serves ? status : TPF_OK;
     };
@@ -98,7 +98,7 @@ struct Projection : Call {
   }
 
   bool gather(void* latent, const void* rows, const tpf_call& call) const {
-    return run([&](void* stream) { return tpf_gather_latent_cuda(latent, rows, team(), &call, stream); },
+    return run([&](void* stream) { return TPF_CUDA_OP(tpf_gather_latent_cuda)(latent, rows, team(), &call, stream); },
                [&] { return tpf_qkv_a_proj_ag_cpu(latent, team(), &call); });
   }
 
@@ -193,7 +193,7 @@ bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
   const auto& p = projection;
   return in.run(
       [&](void* stream) {
-        return tpf_gather_latent_norm_cuda(outputs[0], outputs[1], outputs[2], rows, p.q_a_weight, p.kv_a_weight,
+        return TPF_CUDA_OP(tpf_gather_latent_norm_cuda)(outputs[0], outputs[1], outputs[2], rows, p.q_a_weight, p.kv_a_weight,
                                            in.team(), &call, p.q_columns, p.kv_columns, p.eps, p.weight_offset, stream);
       },
       [&] {

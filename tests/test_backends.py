@@ -91,27 +91,27 @@ def test_choice_of_backend_on_cards(monkeypatch, reports, choice, reason):
     assert chosen == choice and reason in why
 
 
-@pytest.mark.parametrize("processors", [78, 108, 114, 132, 148])
+@pytest.mark.parametrize("num_sms", [78, 108, 114, 132, 148])
 @pytest.mark.parametrize("ranks", range(1, 9))
-def test_blocks_of_ranks_that_share_a_card_leave_room_for_clusters(ranks, processors):
-    reports = [on_card("a", num_sms=processors) for _ in range(ranks)]
+def test_blocks_of_ranks_that_share_a_card_leave_room_for_clusters(ranks, num_sms):
+    reports = [on_card("a", num_sms=num_sms) for _ in range(ranks)]
     share = backends.share_card(reports, None)
     assert (share.ranks, share.free_sms) == (
         ranks,
-        processors - (ranks - 1) * share.max_ctas if ranks > 1 else 0,
+        num_sms - (ranks - 1) * share.max_ctas if ranks > 1 else 0,
     )
     if ranks == 1:
-        assert share.max_ctas == processors
+        assert share.max_ctas == num_sms
         return
-    assert 1 <= share.max_ctas <= processors // ranks
+    assert 1 <= share.max_ctas <= num_sms // ranks
     assert share.max_ctas == 1 or share.free_sms > 8 * 7  # with seven free in each of 8 GPCs, no eight are in one
     assert share.max_ctas == 1 or share.free_sms - (share.max_ctas - 2) > 8  # likewise the last pair of blocks
-    more = backends.CardShare(ranks, share.max_ctas + 1, processors - (ranks - 1) * (share.max_ctas + 1))
+    more = backends.CardShare(ranks, share.max_ctas + 1, num_sms - (ranks - 1) * (share.max_ctas + 1))
     assert more.free_sms <= 8 * 7 or more.free_sms - (more.max_ctas - 2) <= 8
-    fills = backends.share_card(reports, processors // ranks)
-    assert (fills.max_ctas, fills.free_sms > 0) == (processors // ranks, fills.max_ctas == share.max_ctas)
-    with pytest.raises(ValueError, match=f"{ranks} ranks share a card of {processors} multiprocessors, at most"):
-        backends.share_card(reports, processors // ranks + 1)
+    fills = backends.share_card(reports, num_sms // ranks)
+    assert (fills.max_ctas, fills.free_sms > 0) == (num_sms // ranks, fills.max_ctas == share.max_ctas)
+    with pytest.raises(ValueError, match=f"{ranks} ranks share a card of {num_sms} SMs, at most"):
+        backends.share_card(reports, num_sms // ranks + 1)
 
 
 def test_cards_without_clusters_are_filled():

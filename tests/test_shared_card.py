@@ -1,4 +1,4 @@
-"""Ranks that share a card: a rank that is late finds multiprocessors for what it runs first, while its peers wait."""
+"""Ranks that share a card: a rank that is late finds SMs for what it runs first, while its peers wait."""
 
 import dataclasses
 import functools

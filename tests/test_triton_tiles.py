@@ -84,7 +84,7 @@ def test_the_tile_that_needs_the_fewest_rounds_is_chosen(arch, fp8):
     [(128, 256, 2048, 132), (128, 128, 1024, 132), (128, 64, 512, 132), (64, 16, 64, 132), (128, 256, 1, 9)],
 )
 def test_a_strip_is_cut_into_tiles_of_the_same_size(rows, columns, num_rows, count):
-    # 2112 columns are 33 x 64: cut this way, powers of two are whole rounds of an H100's 132 multiprocessors.
+    # 2112 columns are 33 x 64: cut this way, powers of two are whole waves on an H100's 132 SMs.
     assert tiles.Tile(rows, columns, 64, 1.0).count(num_rows, 2112) == count
 
 

@@ -5,16 +5,8 @@ from .diagnose import Diagnosis, diagnose
 from .explain import explain
 from .faults import CollectiveFault
 from .groups import init, symm_empty
-from .ops import (
-    all_gather_rows,
-    qkv_a_proj_ag,
-    qkv_a_proj_ag_fp8,
-    qkv_a_proj_ag_norm,
-    reduce_scatter_rows,
-    rs_rmsnorm,
-    rs_rmsnorm_ag,
-    rs_rmsnorm_fp8,
-)
+from .ops import *  # noqa: F403
+from .ops import __all__ as _ops
 from .partition import row_count, row_slice, row_start
 from .workspace import Workspace
 
@@ -23,19 +15,12 @@ __all__ = [
     "Diagnosis",
     "Workspace",
     "__version__",
-    "all_gather_rows",
     "diagnose",
     "explain",
     "init",
-    "qkv_a_proj_ag",
-    "qkv_a_proj_ag_fp8",
-    "qkv_a_proj_ag_norm",
-    "reduce_scatter_rows",
     "row_count",
     "row_slice",
     "row_start",
-    "rs_rmsnorm",
-    "rs_rmsnorm_ag",
-    "rs_rmsnorm_fp8",
     "symm_empty",
+    *_ops,
 ]

@@ -168,7 +168,7 @@ def ranks_per_card(reports) -> int:
 
 
 def share_card(reports, asked: int | None) -> CardShare:
-    """All blocks of one call must run at once, and ranks that share a card share its multiprocessors.
+    """All blocks of one call must run at once, and ranks that share a card share its SMs.
 
     A cluster of blocks needs free ones of a single GPC. While peers wait in their kernels, a rank that is late may have
     to run one first: cuBLAS's have up to eight blocks. It finds room wherever the peers' blocks lie if what these leave
@@ -185,7 +185,7 @@ def share_of(ranks: int, num_sms: int, has_clusters: bool, asked: int | None = N
     if asked is not None and asked > fitting:
         raise ValueError(
             f"tp_fused.init: max_ctas={asked} blocks do not fit: {ranks} ranks share a card of "
-            f"{num_sms} multiprocessors, at most {fitting} each"
+            f"{num_sms} SMs, at most {fitting} each"
         )
     roomy = fitting
     if ranks > 1 and has_clusters:

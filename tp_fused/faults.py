@@ -1,17 +1,10 @@
 """What goes wrong between ranks, told in words. The record is `tpf_fault` of csrc/tp_fused.h."""
 
+from .native import _C
+
 NEVER_ARRIVED, DISAGREE, PEER_FAULTED, PEER_CLOSED, PEER_DIED, INTERRUPTED, OVERLAP, CLOSED = range(1, 9)
 
-OPS = {
-    1: "rs_rmsnorm",
-    2: "rs_rmsnorm_fp8",
-    3: "rs_rmsnorm_ag",
-    4: "qkv_a_proj_ag",
-    5: "qkv_a_proj_ag_fp8",
-    6: "qkv_a_proj_ag_norm",
-    7: "reduce_scatter_rows",
-    8: "all_gather_rows",
-}
+OPS = _C.OPS  # names by number
 DTYPES = {0: "bfloat16", 1: "float16", 2: "float32", 3: "float8_e4m3fn", 4: "uint8"}
 VARIANTS = {
     1: "complete",

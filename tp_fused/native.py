@@ -5,8 +5,6 @@ import warnings
 
 import torch
 
-from . import reference
-
 try:
     from . import _C as _C
 except ImportError as error:
@@ -47,6 +45,8 @@ def project_fp8(q, scale, weight, weight_scale, out, max_ctas: int) -> None:
 
     A Triton kernel is compiled at its first call: not while a graph is being captured.
     """
+    from . import reference  # which has the words of faults.py, and so needs the library
+
     triton = triton_projection()[0] if q.is_cuda else None
     with torch.no_grad(), torch._C._DisableAutocast():
         if triton is not None:

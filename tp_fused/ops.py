@@ -16,6 +16,17 @@ from . import checks, compiled, partition, reference
 from .groups import get_workspace, resolve_group_name
 from .registration import define, unfused
 
+__all__ = [
+    "all_gather_rows",
+    "qkv_a_proj_ag",
+    "qkv_a_proj_ag_fp8",
+    "qkv_a_proj_ag_norm",
+    "reduce_scatter_rows",
+    "rs_rmsnorm",
+    "rs_rmsnorm_ag",
+    "rs_rmsnorm_fp8",
+]
+
 _ops = torch.ops.tp_fused
 
 

@@ -31,7 +31,7 @@ tpf_status reduce_rows(Round& round, T* sums, const Reduction<T>& in, Finish&& f
   const int64_t hidden = in.hidden_size;
   const Rows own = round.rows(rank);
 
-  // 1. Lay the other ranks' rows open. A slot holds row t at t * hidden, as the input does.
+  // 1. Stage the other ranks' rows. A slot holds row t at t * hidden, as the input does.
   const bool staged = in.symm == nullptr && !in.complete;
   for (int peer = 0; staged && peer < world_size; ++peer) {
     const Rows rows = round.rows(peer);

@@ -78,11 +78,8 @@ tpf_status tpf_plan_call(tpf_plan* plan, const tpf_call* call, const tpf_team* t
   *plan = {};
   plan->source = call->source;
   switch (call->op) {
-    case TPF_RS_RMSNORM:
-    case TPF_RS_RMSNORM_FP8:
-    case TPF_RS_RMSNORM_AG:
-    case TPF_REDUCE_SCATTER_ROWS:
-      return plan_of_reduction(plan, *call, limits, *card) ? TPF_OK : TPF_UNSUPPORTED;
+    case TPF_BARRIER:
+      return TPF_UNSUPPORTED;
     case TPF_ALL_GATHER_ROWS:
       plan_of_gather(plan, *call, call->hidden_size, static_cast<tpf_dtype>(call->dtype), limits, *card);
       return TPF_OK;
@@ -91,7 +88,7 @@ tpf_status tpf_plan_call(tpf_plan* plan, const tpf_call* call, const tpf_team* t
     case TPF_QKV_A_PROJ_AG_NORM:
       plan_of_projection(plan, *call, limits, *card);
       return TPF_OK;
-    default:
-      return TPF_UNSUPPORTED;
+    default:  // the ops that reduce
+      return plan_of_reduction(plan, *call, limits, *card) ? TPF_OK : TPF_UNSUPPORTED;
   }
 }

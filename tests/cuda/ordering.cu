@@ -189,9 +189,9 @@ bool watch(const Litmus& litmus, Memory& memory, int pairs, double seconds) {
 }  // namespace
 
 int main(int count, char** words) {
-  int processors;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0));
-  const int pairs = std::min(processors / kGridRows, TPF_MAX_CTAS);
+  int num_sms;
+  check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
+  const int pairs = std::min(num_sms / kGridRows, TPF_MAX_CTAS);
   Memory memory(pairs);
   for (int i = 2; i < count; ++i) {
     for (const Litmus& litmus : kAll) {

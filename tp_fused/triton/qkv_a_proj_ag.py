@@ -192,7 +192,7 @@ def prepare(arch: int, tile: tiles.Tile, out, input, weight, bias=None, scale=No
 
 @functools.lru_cache
 def _card(index: int) -> tuple[int, int]:
-    """Architecture (90 for sm_90) and number of multiprocessors."""
+    """Architecture (90 for sm_90) and number of SMs."""
     properties = torch.cuda.get_device_properties(index)
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
@@ -205,8 +205,8 @@ def _launch(out, input, weight, bias, scale, weight_scale, max_ctas: int | None)
     if num_rows == 0:
         return out
     index = input.device.index
-    arch, num_multiprocessors = _card(index)
-    num_ctas = max_ctas or num_multiprocessors
+    arch, num_sms = _card(index)
+    num_ctas = max_ctas or num_sms
     tile = tiles.choose(num_rows, columns, num_ctas, arch, scale is not None)
     arguments, options = prepare(arch, tile, out, input, weight, bias, scale, weight_scale)
     key = (index, tile, weight.shape, input.dtype, bias is None)
@@ -224,7 +224,7 @@ def project(input, weight, bias=None, *, out: torch.Tensor, max_ctas: int | None
     input [num_rows, hidden_size], weight [columns, hidden_size] and bias [columns] or None are of one dtype, bf16 or
     fp16; out [num_rows, columns] is of the same. All are contiguous; input, weight and out begin at multiples of 16
     bytes, columns is a multiple of 8, hidden_size of 16. Any num_rows. Runs on the current stream, on at most
-    `max_ctas` blocks (default: one for each multiprocessor). Returns out.
+    `max_ctas` blocks (default: one for each SM). Returns out.
     """
     return _launch(out, input, weight, bias, None, None, max_ctas)
 
