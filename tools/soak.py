@@ -113,7 +113,7 @@ def describe(sequence: Sequence, outcome: Outcome) -> str:
         for one in (one for one in outcome.wrong if one.number == number):
             first_line, _, traceback = one.message.partition("\n")
             lines.append(f"    rank {one.rank}: {first_line}")
-            if traceback and one is outcome.wrong[0]:
+            if traceback:
                 lines.append(traceback)
     return "\n".join([*lines, "These calls again:", f"    {outcome.repeat}"])
 
