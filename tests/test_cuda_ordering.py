@@ -143,7 +143,7 @@ def machine_code(tmp_path_factory) -> dict[str, dict[str, list]]:
 
     def disassembled(name: str) -> dict[str, list]:
         only = [] if name == SOUND else [f"-DTPF_LITMUS={LOST[name][0]}"]
-        return sass.functions(run("nvdisasm", "-c", "-hex", compile(folder, name, "-cubin", *only)))
+        return sass.functions(run("nvdisasm", "-c", "-hex", "-ndf", compile(folder, name, "-cubin", *only)))
 
     return for_each((SOUND, *LOST), disassembled)
 
