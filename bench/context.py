@@ -7,8 +7,6 @@ import os
 import zlib
 
 import torch
-import torch._dynamo
-import torch._inductor.config
 import torch.distributed as dist
 
 import tp_fused
@@ -60,9 +58,13 @@ class Context(Host):
         if options.backend is not None:
             os.environ["TP_FUSED_BACKEND"] = options.backend
         if options.compile:
+            # Imported here: it takes a second of every start.
+            from torch._dynamo import config as dynamo
+            from torch._inductor import config as inductor
+
             # A function is compiled for every size (past the limit torch would run it as it is), in this process.
-            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
-            torch._inductor.config.compile_threads = 1
+            dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 10_000
+            inductor.compile_threads = 1
         self._variants: dict[str, Context] = {}
         self.workspace, self._symmetric = None, {}
         self._open()

@@ -4,6 +4,7 @@ In each situation one rank, `ODD`, does something else than its peers. Every ran
 `Step`s: test_fault_table.py judges them, and fault_table.py puts them into words.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import os
@@ -308,6 +309,8 @@ def come_about(name: str, device: str) -> dict[str, list[Step]]:
         _warm_up()
     if name == "killed":
         return be_killed(device)
+    if name == "late" and device == "cpu":
+        return be_late(device)
     return {op: _come_about(name, op, device) for op in OPS}
 
 
@@ -340,17 +343,44 @@ def be_killed(device: str) -> dict[str, list[Step]]:
 
     On cuda while it is idle: under MPS, a process that dies with kernels in flight takes others with it.
     """
+    sites = _sites("killed", device)
+    time.sleep(0.2)  # the barrier's messages arrive
+    if dist.get_rank() == ODD:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.1)
+    return {op: [site.step()] for op, site in sites.items()}
+
+
+def be_late(device: str) -> dict[str, list[Step]]:
+    """Runs on a rank: as `_come_about`, but in threads that wait for the deadline at the same time."""
+    sites = _sites("late", device)
+
+    def come(op: str) -> list[Step]:
+        sites[op].made.attach_thread()
+        return [sites[op].step(), sites[op].check()] if sites[op].odd else [sites[op].step()]
+
+    if dist.get_rank() == ODD:
+        dist.barrier()  # the others have given up
+    with concurrent.futures.ThreadPoolExecutor(len(OPS)) as executor:
+        steps = dict(zip(OPS, executor.map(come, OPS), strict=True))
+    if dist.get_rank() != ODD:
+        dist.barrier()
+    dist.barrier()
+    for site in sites.values():
+        site.made.close()
+        dist.destroy_process_group(site.group)
+    return steps
+
+
+def _sites(name: str, device: str) -> dict[str, Site]:
+    """A group and a workspace for every op."""
     os.environ["TP_FUSED_BACKEND"] = device
     everyone = list(range(dist.get_world_size()))
     sizes = {"max_num_tokens": 64, "dtype": torch.float32, "device": device, **SIZES}
     sites = {}
     for op in OPS:
         group = dist.new_group(everyone)
-        made = tp_fused.init(group, timeout_s=deadline_of("killed", op, device), **sizes)
+        made = tp_fused.init(group, timeout_s=deadline_of(name, op, device), **sizes)
         sites[op] = Site(made, call_of(op, device), group)
         _begin_well(sites[op])
-    time.sleep(0.2)  # the barrier's messages arrive
-    if dist.get_rank() == ODD:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.1)
-    return {op: [site.step()] for op, site in sites.items()}
+    return sites

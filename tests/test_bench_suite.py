@@ -29,7 +29,7 @@ def test_a_launch_goes_on_after_failures_and_is_ended_when_it_hangs(tmp_path, ca
         "small": section("rs_rmsnorm", baselines=("own",)),
         "endless": section("rs_rmsnorm", iters=10**9),
     }
-    (document,) = suite.run([suite.Launch("two", 45, sections)], tmp_path)
+    (document,) = suite.run([suite.Launch("two", 25, sections)], tmp_path)
     assert document["results"][0]["wrong"] == 0
     assert json.loads((tmp_path / "small_cpu_2_ranks.json").read_text()) == document
     captured = capfd.readouterr()

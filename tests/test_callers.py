@@ -1,5 +1,6 @@
 """Who calls: threads, forked children, streams, signals. Calls of a workspace have one order, the same on all ranks."""
 
+import concurrent.futures
 import os
 import signal
 import threading
@@ -92,12 +93,17 @@ def leave_a_child_behind() -> tuple:
     call = Call("rs_rmsnorm", 5)
     with workspace("cpu", "cpu", timeout_s=20.0, **SIZES):
         call.check(call.run(rank, world_size), rank, world_size)
+        child = os.fork() if rank == 1 else None
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        children = [None] * world_size
+        dist.all_gather_object(children, child)
         if rank == 1:
-            if os.fork() == 0:
-                time.sleep(8)
-                os._exit(0)
             os.kill(os.getpid(), signal.SIGKILL)
-        return outcome(call.run, rank, world_size)
+        told = outcome(call.run, rank, world_size)
+        os.kill(children[1], signal.SIGKILL)
+        return told
 
 
 @pytest.mark.parametrize("world_size", [2])
@@ -119,7 +125,7 @@ def be_interrupted(op: str) -> tuple:
         arguments = call.arguments(rank, world_size)
         dist.barrier()
         if rank == world_size - 1:
-            time.sleep(2.0)  # it hears on arrival
+            dist.barrier()  # it hears on arrival
         if rank == 0:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -131,6 +137,8 @@ def be_interrupted(op: str) -> tuple:
         except CollectiveFault as error:
             name = str(error)
         seconds = time.monotonic() - begin
+        if rank < world_size - 1:
+            dist.barrier()
         return name, seconds, str(outcome(made.check)[0])
 
 
@@ -212,32 +220,49 @@ def test_graphs_that_overlap_fault(pool, device, op, world_size):
 # ---- late ----
 
 
-def come_when_the_others_gave_up(device: str, op: str, num_tokens: int, calls_again: bool) -> list[str]:
-    """Runs on a rank: the last one comes, or only asks, after the others' deadline."""
+def come_when_the_others_gave_up(device: str, num_tokens: int, calls_again: bool) -> dict[str, list[str]]:
+    """Runs on a rank: the last one comes, or only asks, after the others' deadline, for which all ops wait at once."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    call = Call(op, num_tokens, residual="full", device=device)
-    with workspace(device, device, timeout_s=0.5, **SIZES) as made:
-        call.check(settled(made, call.run, rank, world_size), rank, world_size)
-        arguments = call.arguments(rank, world_size)
-        dist.barrier()
-        if rank == world_size - 1:
-            time.sleep(1.5)
+    late = rank == world_size - 1
+    os.environ["TP_FUSED_BACKEND"] = device
+    calls = {op: Call(op, num_tokens, residual="full", device=device) for op in OPS}
+    groups, made, given = {}, {}, {}
+    for op, call in calls.items():
+        groups[op] = dist.new_group(range(world_size))
+        made[op] = tp_fused.init(groups[op], dtype=torch.float32, timeout_s=0.5, device=device, **SIZES)
+        given[op] = (rank, world_size, call.arguments(rank, world_size) | {"group": groups[op]})
+        call.check(settled(made[op], call.run, *given[op]), rank, world_size)
+
+    def ask(op: str) -> list[str]:
+        made[op].attach_thread()
         told = []
-        if calls_again or rank < world_size - 1:
-            told.append(str(outcome(settled, made, call.run, rank, world_size, arguments)[0]))
-        told.append(str(outcome(made.check)[0]))
+        if calls_again or not late:
+            told.append(str(outcome(settled, made[op], calls[op].run, *given[op])[0]))
+        return [*told, str(outcome(made[op].check)[0])]
+
+    dist.barrier()
+    if late:
+        dist.barrier()  # which the others come to when they have given up
+    with concurrent.futures.ThreadPoolExecutor(len(OPS)) as executor:
+        # A card's kernels wait one after the other.
+        told = dict(zip(OPS, (map if device == "cuda" else executor.map)(ask, OPS), strict=True))
+    if not late:
         dist.barrier()
+    dist.barrier()
+    for op in OPS:
+        made[op].close()
+        dist.destroy_process_group(groups[op])
     return told
 
 
 @pytest.mark.parametrize("calls_again", [True, False])
 @pytest.mark.parametrize("num_tokens", [3, 257])
-@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("world_size", [3])
-def test_who_comes_late_hears_that_the_others_gave_up(pool, device, op, num_tokens, calls_again, world_size):
-    outcomes = pool.run(come_when_the_others_gave_up, device, op, num_tokens, calls_again)
-    for told in outcomes[-1]:
-        assert "has given up on this workspace" in told and "rank 2 never arrived; rank" in told
+def test_who_comes_late_hears_that_the_others_gave_up(pool, device, num_tokens, calls_again, world_size):
+    late = pool.run(come_when_the_others_gave_up, device, num_tokens, calls_again)[-1]
+    for op, all_told in late.items():
+        for told in all_told:
+            assert "has given up on this workspace" in told and f"{op} #2: rank 2 never arrived; rank" in told, op
 
 
 # ---- groups ----

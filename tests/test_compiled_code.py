@@ -1,70 +1,152 @@
 """Compiled code belongs to the rank that it was traced on: caches, exported programs, packages; and few tokens."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.utils
 import torch.distributed as dist
-from ranks import workspace
+from ranks import Pool, outcome, workspace
 
 import tp_fused
 from tp_fused import compiled, ops
 from tp_fused.partition import row_count
 
-ROOT = Path(__file__).resolve().parents[1]
+# ---- caches and programs: what one process makes and another finds ----
+
+NUM_TOKENS = 17  # rank 0 owns 9 rows, rank 1 owns 8
 
 
-# ---- caches and programs, in processes of their own ----
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory):
+    """The first and the second start of a program, on two ranks each: they share a folder and nothing else."""
+    folder = str(tmp_path_factory.mktemp("starts"))
+    pools = {}
+
+    def run(start: str, function, *arguments) -> list:
+        if start not in pools or not pools[start].alive:
+            pools[start] = Pool(2)
+            pools[start].run(use_caches_of, f"{folder}/cache")
+        return pools[start].run(function, folder, *arguments, timeout_s=300)
+
+    yield run
+    for pool in pools.values():
+        pool.close()
 
 
-def run_ranks(folder: Path, run: str, *ways: str) -> list[str]:
-    """What both ranks print."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
-    environment["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # believe the processor, compile no probes
-    environment.pop("TP_FUSED_BACKEND", None)
-    script = str(ROOT / "tests" / "compiled_rank.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(folder), run, ways[rank % len(ways)]],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=500) for process in processes]
-    for rank, (process, (out, err)) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank}: {out}{err[-3000:]}"
-    return [out + err for out, err in outputs]
+def use_caches_of(folder: str) -> None:
+    """Runs on a rank."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    torch._inductor.config.compile_threads = 1
+    torch._inductor.config.cpp.vec_isa_ok = True  # believe the processor, compile no probes
+
+
+def layer(op, gather, input, weight):
+    """Several ops, one rank's rows and those of all."""
+    hidden, residual = op(input, None, weight)
+    again, residual = op(input * 2, residual, weight)
+    return hidden * 2 + residual, gather(again + 1, input.shape[0])
+
+
+def wrapped(input, weight):
+    return layer(tp_fused.rs_rmsnorm, tp_fused.all_gather_rows, input, weight)
+
+
+def raw(input, weight):
+    ops = torch.ops.tp_fused
+    return layer(
+        lambda input, residual, weight: ops.rs_rmsnorm(input, residual, weight, 1e-6, "0"),
+        lambda rows, num_tokens: ops.all_gather_rows(rows, num_tokens, "0"),
+        input,
+        weight,
+    )
+
+
+class Layer(torch.nn.Module):
+    def forward(self, input, weight):
+        return wrapped(input, weight)
+
+
+def inputs(num_tokens: int = NUM_TOKENS):
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    return torch.randn(num_tokens, 256, generator=generator), torch.ones(256)
+
+
+def compare(function, num_tokens: int = NUM_TOKENS) -> None:
+    for output, expected in zip(function(*inputs(num_tokens)), wrapped(*inputs(num_tokens)), strict=True):
+        assert output.shape == expected.shape, f"{tuple(output.shape)} instead of {tuple(expected.shape)}"
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+def compile_and_compare(folder: str, calls: str, shapes: str) -> tuple[int, int]:
+    """Runs on a rank: how many graphs torch found in its cache, and how many not."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile({"raw": raw, "wrapped": wrapped}[calls], fullgraph=True)
+
+    def call(input, weight):
+        if shapes == "dynamic":
+            torch._dynamo.mark_dynamic(input, 0)
+        return compiled(input, weight)
+
+    with workspace("cpu", timeout_s=200.0):
+        compare(call)
+        if shapes == "dynamic":
+            compare(call, 40)
+    found = torch._dynamo.utils.counters["inductor"]
+    return found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("shapes", ["static", "dynamic"])
 @pytest.mark.parametrize("calls", ["wrapped", "raw"])
-def test_a_warm_cache_gives_a_rank_its_own_code(tmp_path, calls, shapes):
+def test_a_warm_cache_gives_a_rank_its_own_code(starts, calls, shapes):
     """Right results at both starts are asserted on the ranks."""
-    cold = run_ranks(tmp_path, "cold", f"{calls} {shapes}")
-    warm = run_ranks(tmp_path, "warm", f"{calls} {shapes}")
-    assert ["hits 0 misses 1" in out for out in cold] == [True, True], cold
-    assert ["hits 1 misses 0" in out for out in warm] == [True, True], warm
+    assert starts("first", compile_and_compare, calls, shapes) == [(0, 1), (0, 1)]
+    assert starts("second", compile_and_compare, calls, shapes) == [(1, 0), (1, 0)]
+
+
+def export(folder: str, shapes: str) -> None:
+    """Runs on a rank: a program, and a package of it."""
+    own = f"{folder}/{shapes}-{dist.get_rank()}"
+    dynamic = {"input": {0: torch.export.Dim("num_tokens", min=4, max=64)}, "weight": None}
+    with workspace("cpu", timeout_s=200.0):
+        program = torch.export.export(Layer(), inputs(), dynamic_shapes=dynamic if shapes == "dynamic" else None)
+        compare(program.module())
+        torch.export.save(program, f"{own}.pt2")
+        quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+        path = f"{own}-aoti.pt2"
+        package = torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=quick)
+        compare(torch._inductor.aoti_load_package(package))
+
+
+def load(folder: str, shapes: str) -> list[str]:
+    """Runs on a rank: its own programs serve it; what those of the other rank tell it."""
+    rank = dist.get_rank()
+    made = [f"{folder}/{shapes}-{of_rank}" for of_rank in (rank, 1 - rank)]
+    told = []
+    with workspace("cpu", timeout_s=200.0):
+        for get in (
+            lambda made: torch.export.load(f"{made}.pt2").module(),
+            lambda made: torch._inductor.aoti_load_package(f"{made}-aoti.pt2"),
+        ):
+            own, other = map(get, made)
+            compare(own)
+            error, _ = outcome(other, *inputs())
+            told.append(f"{type(error).__name__}: {error}")
+    return told
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("shapes", ["static", "dynamic"])
-def test_a_program_is_of_one_rank(tmp_path, shapes):
+def test_a_program_is_of_one_rank(starts, shapes):
     """Exported, and as a package of AOTInductor."""
-    run_ranks(tmp_path, "export", f"export {shapes}")
-    run_ranks(tmp_path, "own", "load 0", "load 1")
-    for rank, out in enumerate(run_ranks(tmp_path, "other", "load 1", "load 0")):
+    starts("first", export, shapes)
+    for rank, (program, package) in enumerate(starts("second", load, shapes)):
         message = f"this graph was traced for rank {1 - rank} of 2 of group '0'; this process is rank {rank} of 2"
-        assert "no error" not in out
-        assert f"ValueError: {message}" in out
-        assert out.count(message) >= 2, out
+        assert program == f"ValueError: {message}"
+        # What passes the C functions of a package is a RuntimeError.
+        assert package.startswith("RuntimeError") and message in package
 
 
 # ---- names ----

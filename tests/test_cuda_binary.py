@@ -12,11 +12,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import sass
 
 from tp_fused.native import _C
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 DTYPES = ("__nv_bfloat16", "__half", "float")
+ENCODED = ("sm_90a", "sm_100")  # of which test_cuda_scoreboards.py reads the code
+ARRIVAL = r"SYNCS\.ARRIVE\.TRANS64\.A1T0"  # without bytes to expect: what gives a buffer back, or passes an end on
 EPILOGUES = (0, 1, 2, 3)  # tpf::Epilogue
 ONE_ROW, DIRECT, BULK = 0, 1, 2  # tpf::Body
 
@@ -29,6 +32,7 @@ class Kernel:
     local_bytes: int
     shared_bytes: int  # static
     opcodes: collections.Counter  # of accesses to memory, products, reducing barriers, loops over threads: "LDG.E.128"
+    code: list = dataclasses.field(default_factory=list)  # sass.py's, where it arrives on mbarriers; of ENCODED alone
 
     def count(self, pattern: str) -> int:
         """Instructions whose opcode matches."""
@@ -68,12 +72,19 @@ def read_cubin(cubin: Path) -> dict[str, Kernel]:
     # An instruction is `/*0070*/  @P0 LDG.E.128 R4, ...`; the predicate may be absent.
     counted = r"(?:LDL|STL|LDG|STG|UBLK|UTMA|[HQ]GMMA|WARPGROUP|BAR\.RED|BRA\.U\.ANY)[\w.]*"
     token = re.compile(rf"^\.text\.(\S+):|\*/ +(?:@!?\w+ )?({counted}) ", re.MULTILINE)
+    encoded = cubin.suffixes[-2][1:] in ENCODED
+    text = run("nvdisasm", "-c", *["-hex"] * encoded, cubin)
     opcodes = None
-    for section, opcode in token.findall(run("nvdisasm", "-c", cubin)):
+    for section, opcode in token.findall(text):
         if section:
             opcodes = kernels[section].opcodes
         else:
             opcodes[opcode] += 1
+    if encoded:
+        # The others are most of the text, and reading it takes longest.
+        kernels_of = re.split(r"^(?=\.text\.)", text, flags=re.MULTILINE)
+        for name, code in sass.functions("".join(text for text in kernels_of if re.search(ARRIVAL, text))).items():
+            kernels[name].code = code
     return kernels
 
 
@@ -95,10 +106,9 @@ def extract_cubins(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.cubin"))
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory) -> dict[str, dict[str, Kernel]]:
-    """The kernels of libtp_fused, by architecture and name. About ten seconds."""
-    cubins = extract_cubins(tmp_path_factory.mktemp("cubins"))
+def read_library(folder: Path) -> dict[str, dict[str, Kernel]]:
+    """The kernels of libtp_fused, by architecture and name."""
+    cubins = extract_cubins(folder)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
         contents = list(executor.map(read_cubin, cubins))
     kernels = collections.defaultdict(dict)

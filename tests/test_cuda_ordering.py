@@ -88,11 +88,10 @@ def compile(folder: Path, weakening: str, *options: str) -> Path:
     return compiled
 
 
-def compile_all(folder: Path, options: dict[str, tuple[str, ...]]) -> dict[str, Path]:
-    """By weakening, each with options of its own."""
+def for_each(weakenings, function) -> dict:
+    """function(weakening) by weakening, on all cores: it starts processes."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
-        compiled = executor.map(lambda name: compile(folder, name, *options[name]), options)
-        return dict(zip(options, compiled, strict=True))
+        return dict(zip(weakenings, executor.map(function, weakenings), strict=True))
 
 
 def watch(program: Path, litmus_tests, seconds: float) -> dict[str, dict]:
@@ -116,7 +115,8 @@ def programs(device, tmp_path_factory) -> dict[str, Path]:
     torch = pytest.importorskip("torch")
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the litmus tests are compiled for sm_90a")
-    return compile_all(tmp_path_factory.mktemp("programs"), dict.fromkeys((SOUND, *SEEN), ()))
+    folder = tmp_path_factory.mktemp("programs")
+    return for_each((SOUND, *SEEN), lambda name: compile(folder, name))
 
 
 @pytest.mark.cuda
@@ -139,9 +139,13 @@ def machine_code(tmp_path_factory) -> dict[str, dict[str, list]]:
 
     if NVCC is None:
         pytest.skip("there is no nvcc")
-    options = {name: ("-cubin", f"-DTPF_LITMUS={litmus}") for name, (litmus, _) in LOST.items()}
-    cubins = compile_all(tmp_path_factory.mktemp("cubins"), {SOUND: ("-cubin",)} | options)
-    return {name: sass.functions(run("nvdisasm", "-c", "-hex", cubin)) for name, cubin in cubins.items()}
+    folder = tmp_path_factory.mktemp("cubins")
+
+    def disassembled(name: str) -> dict[str, list]:
+        only = [] if name == SOUND else [f"-DTPF_LITMUS={LOST[name][0]}"]
+        return sass.functions(run("nvdisasm", "-c", "-hex", "-ndf", compile(folder, name, "-cubin", *only)))
+
+    return for_each((SOUND, *LOST), disassembled)
 
 
 def order_counts(code: list) -> collections.Counter:
@@ -176,7 +180,7 @@ def main(weakenings: list[str]) -> None:
     """Prints what is found in each program; of `weakenings` alone, if there are any. Fails as the tests do."""
     failed = []
     with tempfile.TemporaryDirectory() as folder:
-        programs = compile_all(Path(folder), dict.fromkeys(weakenings or (SOUND, *LOST), ()))
+        programs = for_each(weakenings or (SOUND, *LOST), lambda name: compile(Path(folder), name))
         for name, program in programs.items():
             lines = watch(program, LITMUS_TESTS, SOUND_S if name == SOUND else TABLE_S)
             found = wrong(lines)

@@ -8,44 +8,29 @@ import re
 
 import pytest
 import sass
-from test_cuda_binary import demangle, extract_cubins, run
-
-ARRIVAL = r"SYNCS\.ARRIVE\.TRANS64\.A1T0"  # without bytes to expect: what gives a buffer back, or passes an end on
-ARCHITECTURES = ("sm_90a", "sm_100")
-
-
-@pytest.fixture(scope="module")
-def disassembled(tmp_path_factory) -> dict[str, dict[str, list]]:
-    """The code of the kernels that arrive on mbarriers, by architecture and name."""
-    found: dict[str, dict[str, list]] = {}
-    for cubin in extract_cubins(tmp_path_factory.mktemp("cubins")):
-        architecture = cubin.suffixes[-2][1:]
-        if architecture not in ARCHITECTURES:
-            continue
-        # The others are most of the text, and reading it takes longest.
-        kernels_of = re.split(r"^(?=\.text\.)", run("nvdisasm", "-c", "-hex", cubin), flags=re.MULTILINE)
-        functions = sass.functions("".join(text for text in kernels_of if re.search(ARRIVAL, text)))
-        arriving = {name: code for name, code in functions.items() if arrivals(code)}
-        named = zip(demangle(list(arriving)), arriving.values(), strict=True)
-        found.setdefault(architecture, {}).update(named)
-    return found
+from test_cuda_binary import ARRIVAL, ENCODED
 
 
 def arrivals(code: list) -> list[int]:
     return [i for i, item in enumerate(code) if isinstance(item, sass.Instruction) and re.match(ARRIVAL, item.text)]
 
 
-def kernels(disassembled, architecture: str, name: str) -> dict[str, list]:
-    if architecture not in disassembled:
+def kernels(library, architecture: str, name: str) -> dict[str, list]:
+    """The code of those that arrive on mbarriers."""
+    if architecture not in library:
         pytest.skip(f"libtp_fused was not built for {architecture}")
-    return {kernel: code for kernel, code in disassembled[architecture].items() if re.match(name, kernel)}
+    return {
+        kernel: read.code
+        for kernel, read in library[architecture].items()
+        if re.match(name, kernel) and arrivals(read.code)
+    }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_row_buffer_is_given_back_when_its_row_is_in_registers(disassembled, architecture):
+@pytest.mark.parametrize("architecture", ENCODED)
+def test_a_row_buffer_is_given_back_when_its_row_is_in_registers(library, architecture):
     """The next row may be on its way from shared memory meanwhile, so scoreboards alone do not tell: the arrival's
     address is computed from what the loads have brought. One arrival more passes on that there are no more rows."""
-    bulk = kernels(disassembled, architecture, r"rs_rmsnorm_kernel<.*\(tpf::Body\)2>")
+    bulk = kernels(library, architecture, r"rs_rmsnorm_kernel<.*\(tpf::Body\)2>")
     assert len(bulk) == 3 * 4 * 2  # dtypes, epilogues, widths
     wrong = {}
     for name, code in bulk.items():
@@ -56,11 +41,11 @@ def test_a_row_buffer_is_given_back_when_its_row_is_in_registers(disassembled, a
     assert not wrong
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES[:1])
-def test_a_stage_is_given_back_when_its_scales_are_in_registers(disassembled, architecture):
+@pytest.mark.parametrize("architecture", ENCODED[:1])
+def test_a_stage_is_given_back_when_its_scales_are_in_registers(library, architecture):
     """Operands are read by the products themselves, which are waited for; scales, and finished tiles on their way out,
     by loads."""
-    projections = kernels(disassembled, architecture, "qkv_a_proj_ag_kernel")
+    projections = kernels(library, architecture, "qkv_a_proj_ag_kernel")
     assert projections
     early = {name: sass.outstanding_loads(code, "LDS", ARRIVAL) for name, code in projections.items()}
     assert not {name: places for name, places in early.items() if places}

@@ -1,5 +1,6 @@
 """The protocol as a Promela model (models/): what is proven of it, and that each classic bug is found."""
 
+import concurrent.futures
 import os
 import re
 import shutil
@@ -54,28 +55,28 @@ LARGE = {
 }
 
 WRONG = {
-    "== for >=": ("BUG_EQUAL", ops("stage")),
-    "one slot for two": ("BUG_ONE_SLOT", ops("stage")),
-    "an inbox cleared in the next round": ("BUG_CLEAR_LATE", ops("post")),
-    "one inbox for two": ("BUG_ONE_INBOX", ops("post")),
-    "no closing synchronisation": ("BUG_NO_CLOSING", ops("place")),
-    "published before it is written": ("BUG_PUBLISH_FIRST", ops("stage")),
-    "epochs compared unsigned": ("BUG_UNSIGNED", ops("stage")),
-    "gathering in the slot of the reducing round": ("BUG_GATHER_IN_SAME_SLOT", ops("ag_stage")),
-    "a word that no call has used for all epochs": ("BUG_UNUSED_WORD", ops("stage place")),
-    "no look after the closing step": ("TIMEOUTS=1", "BUG_NO_LOOK_AGAIN", ops("place")),
-    "no look after the gather": ("TIMEOUTS=1", "BUG_NO_LOOK_AGAIN", ops("ag_place")),
+    "== for >=": ("N=3", "BUG_EQUAL", ops("stage")),
+    "one slot for two": ("N=3", "BUG_ONE_SLOT", ops("stage")),
+    "an inbox cleared in the next round": ("N=3", "BUG_CLEAR_LATE", ops("post")),
+    "one inbox for two": ("N=3", "BUG_ONE_INBOX", ops("post")),
+    "no closing synchronisation": ("N=3", "BUG_NO_CLOSING", ops("place")),
+    "published before it is written": ("N=3", "BUG_PUBLISH_FIRST", ops("stage")),
+    "epochs compared unsigned": ("N=3", "BUG_UNSIGNED", ops("stage")),
+    "gathering in the slot of the reducing round": ("N=3", "BUG_GATHER_IN_SAME_SLOT", ops("ag_stage")),
+    "a word that no call has used for all epochs": ("N=3", "BUG_UNUSED_WORD", ops("stage place")),
+    "no look after the closing step": ("N=3", "TIMEOUTS=1", "BUG_NO_LOOK_AGAIN", ops("place")),
+    "no look after the gather": ("N=3", "TIMEOUTS=1", "BUG_NO_LOOK_AGAIN", ops("ag_place")),
     # Why `all_arrived` looks once, after all waits.
-    "a look that does not wait for the gather": ("TIMEOUTS=1", "BUG_LOOK_EARLY", ops("ag_place")),
-    "a rank that is told leaves its other waits": ("CHUNKS=2", "TIMEOUTS=1", "BUG_LEAVE_WAITS", ops("ag_place")),
-    "cpu, no look, a rank gives up": ("CPU", "TIMEOUTS=1", "BUG_NO_LOOK_AGAIN", ops("place")),
-    "cpu, no look, a rank dies while it closes": ("CPU", "DEATHS=1", "BUG_NO_LOOK_AGAIN", ops("place")),
-    "a rank tells its peers after its caller": ("TIMEOUTS=1", "BUG_NOTIFIES_LATE", ops("place")),
+    "a look that does not wait for the gather": ("N=3", "TIMEOUTS=1", "BUG_LOOK_EARLY", ops("ag_place")),
+    "a rank that is told leaves its other waits": ("N=3", "CHUNKS=2", "TIMEOUTS=1", "BUG_LEAVE_WAITS", ops("ag_place")),
+    "cpu, no look, a rank gives up": ("N=3", "CPU", "TIMEOUTS=1", "BUG_NO_LOOK_AGAIN", ops("place")),
+    "cpu, no look, a rank dies while it closes": ("N=3", "CPU", "DEATHS=1", "BUG_NO_LOOK_AGAIN", ops("place")),
+    "a rank tells its peers after its caller": ("N=3", "TIMEOUTS=1", "BUG_NOTIFIES_LATE", ops("place")),
     "a rank that gave up closes": (
-        *("TIMEOUTS=1", "ONLY_OPENING", "BUG_NO_LOOK_AGAIN", "BUG_CLOSES_ANYWAY"),
+        *("N=3", "TIMEOUTS=1", "ONLY_OPENING", "BUG_NO_LOOK_AGAIN", "BUG_CLOSES_ANYWAY"),
         ops("place"),
     ),
-    "a rank that gave up multiplies into its slot": ("CPU", "TIMEOUTS=1", "BUG_CALLS_INTO_SLOT", ops("gather")),
+    "a rank that gave up multiplies into its slot": ("N=3", "CPU", "TIMEOUTS=1", "BUG_CALLS_INTO_SLOT", ops("gather")),
 }
 
 
@@ -93,6 +94,17 @@ def search(folder: Path, *defines: str) -> str:
     return run("./pan", "-m1000000", *["-a"] if live else [])
 
 
+@pytest.fixture(scope="module")
+def reports(request, tmp_path_factory):
+    """{model: what is said of it, in a future} of all that are asked for; as many searches at a time as cores."""
+    tests = (test_the_protocol_is_right, test_bugs_are_found)
+    asked = [item.callspec.params["model"] for item in request.session.items if item.function in tests]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
+        folder = tmp_path_factory.mktemp
+        yield {model: executor.submit(search, folder("model"), *(RIGHT | WRONG)[model]) for model in asked}
+        executor.shutdown(cancel_futures=True)
+
+
 def errors(report: str) -> int:
     assert "max search depth too small" not in report, report
     assert "out of memory" not in report, report
@@ -100,8 +112,8 @@ def errors(report: str) -> int:
 
 
 @pytest.mark.parametrize("model", RIGHT)
-def test_the_protocol_is_right(tmp_path, model):
-    report = search(tmp_path, *RIGHT[model])
+def test_the_protocol_is_right(reports, model):
+    report = reports[model].result()
     assert errors(report) == 0, report
     assert "Search not completed" not in report, report
 
@@ -114,6 +126,6 @@ def test_larger_searches(tmp_path, model):
     assert "Search not completed" not in report, report
 
 
-@pytest.mark.parametrize("bug", WRONG)
-def test_bugs_are_found(tmp_path, bug):
-    assert errors(search(tmp_path, "N=3", *WRONG[bug])) > 0
+@pytest.mark.parametrize("model", WRONG)
+def test_bugs_are_found(reports, model):
+    assert errors(reports[model].result()) > 0

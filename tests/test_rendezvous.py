@@ -105,7 +105,7 @@ def test_two_ranks_that_do_not_come_are_both_named():
 
 @pytest.mark.parametrize("failures", [1, 3])
 def test_a_late_rank_joins_those_who_called_again(store, failures):
-    ranks = Ranks(store, SHORT_S)
+    ranks = Ranks(store, 0.1)
     for _ in range(failures):
         for error, _ in ranks.run(ranks.call, 0, 1):
             assert isinstance(error, CollectiveFault)

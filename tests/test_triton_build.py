@@ -1,7 +1,11 @@
 """The Triton kernels, compiled ahead of time for GPUs that need not be there: registers, local memory, instructions."""
 
+import concurrent.futures
+import multiprocessing
+import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,23 +58,16 @@ class Card:
         return 0
 
 
-@pytest.fixture
-def compile_for(tmp_path, monkeypatch):
-    """compile_for(arch, *arguments of prepare): as the launch compiles it, but for this architecture, and afresh."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-    def compile(arch: int, *arguments):
-        triton.runtime.driver.set_active(Card(arch))
-        prepared, options = qkv_a_proj_ag.prepare(arch, *arguments)
-        return qkv_a_proj_ag.projection_kernel.warmup(*prepared, grid=(1,), **options)
-
-    yield compile
-    if torch.cuda.is_available():  # else there is no driver to go back to
-        triton.runtime.driver.reset_active()
+def compile_for(folder: Path, arch: int, *arguments):
+    """The kernel as a launch with these arguments of prepare compiles it, but for this architecture, and afresh."""
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
+    triton.runtime.driver.set_active(Card(arch))
+    prepared, options = qkv_a_proj_ag.prepare(arch, *arguments)
+    return qkv_a_proj_ag.projection_kernel.warmup(*prepared, grid=(1,), **options)
 
 
-@pytest.mark.parametrize(("arch", "dtype", "tile", "shape"), [*variants()])
-def test_compiled(compile_for, tmp_path, arch, dtype, tile, shape):
+def compile_variant(folder: Path, arch: int, dtype: str, tile: tiles.Tile, shape: tuple[int, int]) -> tuple:
+    """Runs in another process: the resources that the kernel uses, its shared memory in bytes, its instructions."""
     columns, hidden_size = shape
     num_rows = 300
     weight = torch.empty(columns, hidden_size, dtype=DTYPES[dtype])
@@ -80,29 +77,49 @@ def test_compiled(compile_for, tmp_path, arch, dtype, tile, shape):
         groups = -(-hidden_size // 128)
         bias = None
         scales = reference.empty_scale(num_rows, hidden_size, 128, "column", "cpu"), torch.empty(columns, groups)
-    kernel = compile_for(arch, tile, out, weight.new_empty(num_rows, hidden_size), weight, bias, *scales)
+    kernel = compile_for(folder, arch, tile, out, weight.new_empty(num_rows, hidden_size), weight, bias, *scales)
 
-    cubin = tmp_path / "kernel.cubin"
+    cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     tools = triton.knobs.nvidia
     usage = subprocess.check_output([tools.cuobjdump.path, "--dump-resource-usage", cubin], text=True)
+    code = subprocess.check_output([tools.nvdisasm.path, "-c", "-ndf", cubin], text=True)
+    found = re.findall(r"^\s+(?:/\*\w+\*/\s+)?(?:@!?\w+\s+)?([A-Z][A-Z0-9]+)\b", code, re.MULTILINE)
+    return usage, kernel.metadata.shared, set(found)
+
+
+@pytest.fixture(scope="module")
+def compiled(request, tmp_path_factory):
+    """{test: its variant, in a future} of all that are asked for; as many at a time as there are cores."""
+    asked = [item for item in request.session.items if item.function is test_compiled]
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("forkserver")) as executor:
+        yield {
+            item.name: executor.submit(compile_variant, tmp_path_factory.mktemp("variant"), **item.callspec.params)
+            for item in asked
+        }
+        executor.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize(("arch", "dtype", "tile", "shape"), [*variants()])
+def test_compiled(compiled, request, arch, dtype, tile, shape):
+    usage, shared_bytes, found = compiled[request.node.name].result()
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     assert used["REG"] <= 255 and used["STACK"] == used["LOCAL"] == 0, usage
-    assert kernel.metadata.shared <= SHARED_BYTES[arch]
-
-    sass = subprocess.check_output([tools.nvdisasm.path, cubin], text=True)
-    found = set(re.findall(r"^\s+(?:/\*\w+\*/\s+)?(?:@!?\w+\s+)?([A-Z][A-Z0-9]+)\b", sass, re.MULTILINE))
+    assert shared_bytes <= SHARED_BYTES[arch]
     assert found >= {*INSTRUCTIONS[arch, dtype], "STG", "EXIT"}, sorted(found)
     assert not found & {"LDL", "STL"}
 
 
-def test_two_scale_layouts_are_one_kernel(compile_for):
+def test_two_scale_layouts_are_one_kernel(tmp_path, monkeypatch):
     """Nor do the number of rows and the alignment of the scales make another one."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # put back at the end
     kernels = set()
     for num_rows, layout in ((1, "row"), (16, "column"), (17, "row")):
         q, weight = (torch.empty(rows, 256).to(torch.float8_e4m3fn) for rows in (num_rows, 64))
         scale = reference.empty_scale(num_rows + 1, 256, 128, layout, "cpu")[1:]
         out = torch.empty(num_rows, 64, dtype=torch.bfloat16)
         tile = tiles.tiles(90, True)[-1]
-        kernels.add(compile_for(90, tile, out, q, weight, None, scale, torch.empty(1, 2)))
+        kernels.add(compile_for(tmp_path, 90, tile, out, q, weight, None, scale, torch.empty(1, 2)))
     assert len(kernels) == 1
+    if torch.cuda.is_available():  # else there is no driver to go back to
+        triton.runtime.driver.reset_active()
