@@ -96,6 +96,7 @@ def run_segment(sequence: Sequence, first: int, end: int, injection: Injection |
     try:
         with contextlib.ExitStack() as stack:
             run.open(stack)
+            watch.begin()
             for number in range(first, end):
                 watch.step()
                 run.step(number)
@@ -273,7 +274,7 @@ class _Run:
 
     def open(self, stack: contextlib.ExitStack) -> None:
         if self.device == "cuda":
-            fill_allocator()
+            fill_allocator(dist.get_world_size())
             # As the unfused program adds up, of whose errors the bound is made.
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

@@ -15,9 +15,9 @@ __device__ inline char* inbox_of(const tpf_team& team, int rank, uint32_t epoch)
   return inbox(team.region[rank], epoch, team.slot_bytes);
 }
 
-// Byte `at` of the input of `rank`, where inputs are read in place. What ranks have in common is added first, and once.
-__device__ inline const char* input_of(const tpf_symm& symm, int rank, int64_t at) {
-  return static_cast<const char*>(symm.base[rank]) + (symm.offset + at);
+// The input of `rank`, where inputs are read in place.
+__device__ inline const char* input_of(const tpf_symm& symm, int rank) {
+  return static_cast<const char*>(symm.base[rank]) + symm.offset;
 }
 
 // run(peer) for all of them. Each rank begins with the one behind it: they read from different ones at a time.

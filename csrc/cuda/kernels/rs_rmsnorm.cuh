@@ -62,8 +62,9 @@ struct RowView {
   // Row `row` of this rank's share, as `source` contributes it.
   __device__ const T* source_row(int source, int64_t row) const {
     if (source == rank || complete) return static_cast<const T*>(args.input) + (own.start + row) * hidden;
-    const int64_t at = (own.start + row) * hidden * int64_t{sizeof(T)};
-    if (zero_copy) return reinterpret_cast<const T*>(input_of(args.symm, source, at));
+    if (zero_copy) {
+      return reinterpret_cast<const T*>(input_of(args.symm, source)) + (own.start + row) * hidden;
+    }
     return staged_row(rank, source, row);
   }
   // Where `source` stages row `row` of `peer`'s share.
@@ -200,15 +201,14 @@ struct RowWeight {
       }
     }
   }
-  // Of vector v, which begins at `column`; what lies outside the row does not count.
+  // Of vector v, which begins at `column`, inside the row.
   __device__ void get(float (&values)[kLanes<T>], int v, const RowView<T>& view, int column) const {
-    if (!kKept || (sizeof(T) < sizeof(float) && is_float)) {
-      const int inside = column < view.hidden ? column : 0;
-      load_norm_weight<T>(values, view.args.weight, inside, is_float, view.args.weight_addend);
-    } else {
+    if (kKept && !is_float) {
       unpack(values, kept[v], T{});
 #pragma unroll
       for (float& value : values) value += view.args.weight_addend;
+    } else {
+      load_norm_weight<T>(values, view.args.weight, column, is_float, view.args.weight_addend);
     }
   }
 
@@ -246,12 +246,12 @@ __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&s
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     const int column = group.vector(v) * kLanes<T>;
-    float scaled[kLanes<T>];
-    weight.get(scaled, v, view, column);
+    const bool inside = column < view.hidden;
+    float scaled[kLanes<T>] = {};
+    if (inside) weight.get(scaled, v, view, column);
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) scaled[i] *= sums[v][i] * rstd;
     const uint4 rounded = pack(scaled, T{});
-    const bool inside = column < view.hidden;
     if constexpr (kEpilogue == Epilogue::kNorm) {
       if (inside) store16(static_cast<T*>(args.output) + row * view.hidden + column, rounded);
     } else if constexpr (kEpilogue == Epilogue::kGather) {
@@ -298,27 +298,28 @@ __device__ inline int64_t claim_row(const tpf_team& team, const BlockRound& roun
   return int64_t{gridDim.x} + atomicAdd(&control(team.region[team.rank])->claims[round.call_number & 1], 1u);
 }
 
-// Vectors [first, last) of what this rank's outputs have of row `row` of `owner`. The outputs one after the other in a
-// loop: code that is not run takes room among code that is.
+// Vectors [first, last) of what this rank's outputs have of row `row` of `owner`.
 template <typename T, Epilogue kEpilogue>
 __device__ inline void poison_row(const RowView<T>& view, int owner, int64_t row, int first, int last, int thread,
                                   int threads) {
-  constexpr bool kGathers = kEpilogue == Epilogue::kGather, kQuantizes = kEpilogue == Epilogue::kFp8;
   const ReduceArgs& args = view.args;
-  const bool is_own = owner == view.rank, has_output = !kQuantizes || (args.call.variant & TPF_KEEP_OUTPUT) != 0;
-#pragma unroll 1
-  for (int output = 0; output < (kEpilogue == Epilogue::kSum ? 1 : kQuantizes ? 3 : 2); ++output) {
-    if (!is_own && !(kGathers && output == 1)) continue;
-    if (output == 1 && !has_output) continue;
-    const int64_t bytes = output == 2 ? 1 : sizeof(T);  // of an element
-    const int64_t at = row + (kGathers && output == 1 ? view.rows(owner).start : 0);
-    void* const to = output == 0 ? args.residual_out : output == 1 ? args.output : args.q;
-    poison(static_cast<char*>(to) + (at * view.hidden + first * kLanes<T>)*bytes, (last - first) * kLanes<T> * bytes,
-           thread, threads);
+  const int64_t at = row * view.hidden + first * kLanes<T>;  // of the owner's rows, in elements
+  const int columns = (last - first) * kLanes<T>;
+  const auto poison_columns = [&](void* rows, int64_t begin, int64_t element_bytes) {
+    poison(static_cast<char*>(rows) + begin * element_bytes, columns * element_bytes, thread, threads);
+  };
+  if constexpr (kEpilogue == Epilogue::kGather) {
+    poison_columns(args.output, view.rows(owner).start * view.hidden + at, sizeof(T));
   }
-  if constexpr (kQuantizes) {
-    const int group_size = args.call.group_size, end = (last * kLanes<T> + group_size - 1) / group_size;
-#pragma unroll 1
+  if (owner != view.rank) return;
+  poison_columns(args.residual_out, at, sizeof(T));
+  if (kEpilogue == Epilogue::kNorm || (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
+    poison_columns(args.output, at, sizeof(T));
+  }
+  if constexpr (kEpilogue == Epilogue::kFp8) {
+    poison_columns(args.q, at, 1);
+    const int group_size = args.call.group_size;
+    const int end = (last * kLanes<T> + group_size - 1) / group_size;
     for (int group = first * kLanes<T> / group_size + thread; group < end; group += threads) {
       args.scale[row * args.scale_row_stride + group * args.scale_group_stride] = __uint_as_float(~0u);
     }

@@ -133,7 +133,7 @@ struct OneRow {
 #pragma unroll
     for (int source = 0; source < TPF_MAX_RANKS; ++source) {
       if (comes_from(view, source)) {
-        vectors[source] = load16(input_of(view.args.symm, source, bytes));
+        vectors[source] = load16(input_of(view.args.symm, source) + bytes);
       }
     }
   }
