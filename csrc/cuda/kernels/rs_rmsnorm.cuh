@@ -103,18 +103,18 @@ struct RowThreads {
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ inline uint32_t cluster_address(const void* shared, int part) {
+__device__ inline uint32_t cluster_address(const void* shared, int cta) {
   uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(part));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(cta));
   return address;
 }
 
-// Writes to where `to` lies in block `part` of the cluster, and completes bytes on its mbarrier. Unlike a barrier of
+// Writes to where `to` lies in block `cta` of the cluster, and completes bytes on its mbarrier. Unlike a barrier of
 // the cluster, which is a fence too, this does not wait for the rows that were stored before.
-__device__ inline void cluster_store_partial(float* to, uint64_t* partials_barrier, int part, float value) {
+__device__ inline void cluster_store_partial(float* to, uint64_t* partials_barrier, int cta, float value) {
   asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(cluster_address(to, part)),
-      "f"(value), "r"(cluster_address(partials_barrier, part))
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(cluster_address(to, cta)),
+      "f"(value), "r"(cluster_address(partials_barrier, cta))
       : "memory");
 }
 

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBo
     if (args.cluster > 1) cluster_arrive(&partials_barrier, args.cluster * (blockDim.x / 32) * sizeof(float));
     pdl_wait();
     const RowView<T> early(args);
-    const int part = blockIdx.x % args.cluster, first = part * blockDim.x;
+    const int cta = blockIdx.x % args.cluster, first = cta * blockDim.x;
     const RowThreads group = {
         static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partial, first, args.cluster, &partials_barrier};
     OneRow<T> one(early, blockIdx.x / args.cluster, group.vector(0) * kLanes<T>);
