@@ -13,7 +13,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 # The build calls cmake and ninja by name.
 $(VENV)/built: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test soak fuzz bench gpu-build gpu-test gpu-soak gpu-sanitize gpu-bench gpu-multi build format lint clean
+.PHONY: FORCE demo test soak fuzz bench gpu-build gpu-test gpu-soak gpu-sanitize gpu-bench gpu-multi build format lint clean
 
 demo: build
 	tools/with_mps.sh $(BIN)/python examples/deepseek_v3_prefill.py $(ARGS)
@@ -67,15 +67,21 @@ gpu-multi: gpu-build
 build: $(VENV)/built
 
 # An editable install in effect, but one that keeps its build folder and compiles again only what has changed.
-$(VENV)/built: $(VENV)/packages $(SOURCES)
+$(VENV)/built: $(VENV)/packages $(VENV)/asked $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace --build-temp build/make
 	$(BIN)/python -c "import pathlib, sysconfig; \
 	  pathlib.Path(sysconfig.get_path('purelib'), 'tp_fused.pth').write_text('$(CURDIR)')"
 	touch $@
 
+# What was asked of the build: where that changes, it is built again.
+ASKED := TP_FUSED_CUDA=$(TP_FUSED_CUDA) TP_FUSED_CUDA_ARCHITECTURES=$(TP_FUSED_CUDA_ARCHITECTURES)
+$(VENV)/asked: $(VENV)/packages FORCE
+	@echo '$(ASKED)' | cmp -s - $@ || echo '$(ASKED)' > $@
+
 $(VENV)/packages: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed") if sys.version_info < (3, 10) else None'
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed") if sys.version_info < (3, 10) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned packages of requirements.txt into $(VENV): about 2 GB, once"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from . import faults, partition
 
 E4M3_MAX = 448.0
+CALL_BYTES = 256  # of a call as ranks tell each other
 
 # Renamed in torch 2.13, where the old name warns.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -110,15 +111,22 @@ def _agree(workspace, op: str, input: torch.Tensor, num_tokens: int, variant: st
         workspace.fault = faults.CollectiveFault(message, op, workspace.calls, workspace.rank, peer, reason)
         return workspace.fault
 
-    calls = [None] * workspace.world_size
     call = f"{op}(num_tokens={num_tokens}, hidden_size={input.shape[1]}, dtype={input.dtype}{variant})"
     try:
-        dist.all_gather_object(calls, call, group=workspace.group)
+        calls = _tell(workspace, call)
     except RuntimeError as error:
         raise fault(f"rank {workspace.rank} did not hear from all peers: {error}", -1, "never arrived") from error
     for peer, other in enumerate(calls):
         if other != call:
             raise fault(f"rank {peer} called {other}, rank {workspace.rank} {call}", peer, "disagrees")
+
+
+def _tell(workspace, call: str) -> list[str]:
+    """What every rank calls. As bytes of one length: torch's collectives of objects need numpy."""
+    told = call.encode()[:CALL_BYTES].ljust(CALL_BYTES)
+    heard = torch.empty(workspace.world_size * CALL_BYTES, dtype=torch.uint8)
+    _all_gather(heard, torch.frombuffer(bytearray(told), dtype=torch.uint8), group=workspace.group)
+    return [bytes(words).rstrip().decode(errors="replace") for words in heard.view(-1, CALL_BYTES).tolist()]
 
 
 def _exchange(workspace, input: torch.Tensor) -> list[torch.Tensor]:
