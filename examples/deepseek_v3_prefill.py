@@ -39,6 +39,7 @@ WAYS = {
     "fused": "tp_fused",
 }
 PARTS = ("communication", "rms_norm", "qkv_a_proj")
+WIDTHS = (8, 9, 8, 8, 8, 6, 8)  # of the table's columns: 80 with the first
 
 # ---- measuring ----
 
@@ -79,8 +80,7 @@ def summarize(runs: dict[str, list[list[dict[str, float]]]]) -> dict[str, dict[s
     """Of runs[way][rank][round], each way's round of median total, and its speedup over today's way.
 
     A round takes as long as its slowest rank. Its parts are means over the ranks, because one rank's waiting is
-    another's work; "rest" is what they leave of the total. The speedup is the median of the rounds' own ratios: the
-    ways of one round met the same load on the machine.
+    another's work; "rest" is what they leave of the total. The speedup is that of the totals.
     """
     totals = {way: [max(run["total"] for run in ranks) for ranks in zip(*runs[way], strict=True)] for way in runs}
     summary = {}
@@ -91,7 +91,7 @@ def summarize(runs: dict[str, list[list[dict[str, float]]]]) -> dict[str, dict[s
             **parts,
             "rest": rounds[chosen] - sum(parts.values()),
             "total": rounds[chosen],
-            "speedup": statistics.median(today / own for today, own in zip(totals[TODAY], rounds, strict=True)),
+            "speedup": statistics.median_low(totals[TODAY]) / rounds[chosen],
         }
     return summary
 
@@ -158,7 +158,8 @@ def run(args: argparse.Namespace) -> None:
     ids, taken = read_prompt(args.text_file, args.num_tokens)
     ids = ids.to(device)
     say = print if rank == 0 else lambda *_: None
-    say(f"DeepSeek-V3 prefill: {args.preset}, {args.num_tokens} tokens ({taken}), {args.dtype}, {world_size} ranks")
+    say(f"DeepSeek-V3 prefill: {args.preset}, {args.dtype}, {world_size} ranks, {args.num_tokens} tokens")
+    say(taken)
     if place.sentence():
         say(place.sentence())
     steps = 2 + len(WAYS) * (1 + args.repeats)
@@ -219,31 +220,33 @@ def unsharded_logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def print_times(times: dict, args: argparse.Namespace, backend: str) -> None:
-    print(f"\ntp_fused backend: {backend}. Median of {args.repeats} rounds, milliseconds:\n")
-    heads = ("communication", "RMSNorm", "qkv_a proj", "rest", "total", "tokens/s", "vs today")
-    print(f"{'':26}" + "".join(f"{head:>15}" for head in heads))
+    print(f"\ntp_fused: {backend}\nMedians of {args.repeats} rounds, in ms:\n")
+    heads = ("comm.", "RMSNorm", "qkv_a", "rest", "total", "tok/s", "speedup")
+    print(f"{'':25}" + "".join(f"{head:>{width}}" for head, width in zip(heads, WIDTHS, strict=True)))
     for way, title in WAYS.items():
         run = times[way]
         cells = [f"{run[part] * 1e3:.1f}" for part in (*PARTS, "rest", "total")]
         if way == "fused":
-            cells = [cells[0] + " *", "*", cells[2] + " *", *cells[3:]]
+            cells = [cells[0] + "*", "*", cells[2] + "*", *cells[3:]]
         cells += [f"{args.num_tokens / run['total']:.0f}", f"{run['speedup']:.2f} x"]
-        print(f"{title:26}" + "".join(f"{cell:>15}" for cell in cells))
+        print(f"{title:25}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)))
     print(
-        "\n* One kernel does several of these. communication holds rs_rmsnorm and rs_rmsnorm_ag, with their residual\n"
-        "  additions and RMSNorms; qkv_a proj holds qkv_a_proj_ag_norm, with its all-gather and the latent RMSNorms.\n"
-        "Total is the slowest rank's; parts are means over ranks, and communication includes waiting for peers.\n"
-        "vs today is the median of the rounds' ratios. Logits of the last position only, as engines prefill."
+        "\n* One kernel does several of these: comm. holds rs_rmsnorm and rs_rmsnorm_ag,\n"
+        "  with their residual additions and RMSNorms; qkv_a holds qkv_a_proj_ag_norm,\n"
+        "  with its all-gather and the latent RMSNorms.\n"
+        "Total: of the slowest rank. Parts: means over ranks; comm. has waiting in it.\n"
+        "Speedup: of the totals. As in an engine, only the last token's logits are made."
     )
 
 
 def print_check(found: dict, wrong: list[str], expected: torch.Tensor) -> None:
     num_tokens, largest = expected.shape[0], expected.abs().max().item()
-    print(f"\nAll logits against the unsharded model, whose largest is {largest:.3g}; the worst of all ranks:\n")
+    print(f"\nAll logits beside the unsharded model's, of which the largest is {largest:.3g}:")
+    print("by how much they differ, and how many tokens have the same argmax; worst rank\n")
     for way, title in WAYS.items():
         most, mean = (max(result[kind] for result in found[way]) for kind in ("max_difference", "mean_difference"))
         same = num_tokens - max(len(result["flipped"]) for result in found[way])
-        print(f"{title:26}  difference at most {most:.2e}, mean {mean:.2e}; same argmax at {same} of {num_tokens}")
+        print(f"{title:25} {most:.1e} at most, {mean:.1e} on average, {same} of {num_tokens}")
     for line in wrong:
         print(f"WRONG  {line}", file=sys.stderr)
     print("\n" + ("MISMATCH: the logits are not the unsharded model's." if wrong else "OK"))
