@@ -149,6 +149,7 @@ int32_t interrupted() {
 PYBIND11_MODULE(_C, m) {
   tpf::bind_plan(m);
   m.def("cuda_compiled", [] { return tpf_cuda_compiled() != 0; });
+  m.attr("CUDA_ARCHITECTURES") = tpf_cuda_compiled() != 0 ? TPF_ARCHITECTURES : "";
   m.def("cuda_has_code", [](int device) { return tpf_cuda_has_code(device) != 0; });
   m.def("cpu_supported", [] { return tpf_cpu_supported() != 0; });
   m.def("region_bytes", &tpf_region_bytes, py::arg("slot_bytes"), py::arg("on_cuda") = false);

@@ -133,7 +133,7 @@ def _obstacle(reports, device_type: str, world_size: int, asked: str | None) -> 
     if device_type not in ("cpu", "cuda"):
         return f"there are no kernels for {device_type}"
     if device_type == "cuda" and not _C.cuda_compiled():
-        return "this build has no CUDA kernels: there was no nvcc"
+        return "this build has no CUDA kernels: there was no nvcc, or no GPU and no TP_FUSED_CUDA=1"
     if world_size > _C.MAX_RANKS:
         return f"world size {world_size} is over {_C.MAX_RANKS}, the ranks that one segment is made for"
     for rank, report in enumerate(reports):
