@@ -13,7 +13,21 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 # The build calls cmake and ninja by name.
 $(VENV)/built: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: FORCE demo test soak fuzz bench gpu-build gpu-test gpu-soak gpu-sanitize gpu-bench gpu-multi build format lint clean
+.PHONY: FORCE help demo test soak fuzz bench build format lint clean
+.PHONY: gpu-build gpu-demo gpu-test gpu-soak gpu-sanitize gpu-bench gpu-multi
+
+help:
+	@echo "make demo          a small DeepSeek-V3 on 4 ranks, as engines run it today and with scattered rows"
+	@echo "make test          the tests, without a GPU          ARGS=\"-k faults\""
+	@echo "make bench         a benchmark                       ARGS=\"rs_rmsnorm --world-size 4\""
+	@echo "make soak          random calls, all compared        ARGS=\"--world-size 2 3 8 --calls 20000\""
+	@echo "make fuzz          the C API under AddressSanitizer  ARGS=\"-max_total_time=600\""
+	@echo "make lint, format  the style of the code"
+	@echo
+	@echo "On a machine with GPUs, with its own Python, torch and nvcc:"
+	@echo "make gpu-demo, gpu-test, gpu-soak, gpu-sanitize, gpu-bench; gpu-multi with several GPUs"
+	@echo
+	@echo "python -m tp_fused doctor tells what this machine can run."
 
 demo: build
 	tools/with_mps.sh $(BIN)/python examples/deepseek_v3_prefill.py $(ARGS)
@@ -44,6 +58,9 @@ bench: build
 # On a machine with GPUs: its own Python, torch and nvcc; the build lands beside the sources.
 gpu-build:
 	TP_FUSED_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
+
+gpu-demo: gpu-build
+	tools/with_mps.sh $(PYTHON) examples/deepseek_v3_prefill.py $(ARGS)
 
 gpu-test: gpu-build
 	tools/with_mps.sh $(PYTHON) -m pytest --device cuda $(ARGS)
