@@ -60,7 +60,7 @@ gpu-build:
 	TP_FUSED_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
 
 gpu-demo: gpu-build
-	tools/with_mps.sh $(PYTHON) examples/deepseek_v3_prefill.py $(ARGS)
+	PYTHONPATH=$(CURDIR) tools/with_mps.sh $(PYTHON) examples/deepseek_v3_prefill.py $(ARGS)
 
 gpu-test: gpu-build
 	tools/with_mps.sh $(PYTHON) -m pytest --device cuda $(ARGS)
