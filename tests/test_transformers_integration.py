@@ -1,6 +1,7 @@
 """DeepSeek-V2 and V3 of transformers, parallelized, against the unsharded model in one process."""
 
 import copy
+import functools
 import os
 
 import pytest
@@ -288,3 +289,25 @@ def test_what_cannot_run_raises_on_every_rank(pool, device, case, error, message
     for outcome in pool.outcomes(refuse, case, device):
         with pytest.raises(error, match=message):
             raise outcome
+
+
+def copies(device: str, folder: str) -> tuple[bool, str, str]:
+    """Runs on a rank: whether a copy of the model computes the same, and what saving it in two ways says."""
+    _, model = make_both("v3", device, device)[:2]
+    ids = make_ids((1, 9), device)
+    same = torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
+    said = []
+    for save in (model.save_pretrained, functools.partial(torch.save, model)):
+        try:
+            save(f"{folder}/saved")
+        except (NotImplementedError, TypeError) as error:
+            said.append(str(error))
+    return same, *said
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_model_is_copied_but_not_saved(pool, device, tmp_path, world_size):
+    for same, pretrained, pickled in pool.run(copies, device, str(tmp_path)):
+        assert same
+        assert "save it before parallelize" in pretrained and "save it before parallelize" in pickled
+    assert not (tmp_path / "saved").is_dir()

@@ -49,7 +49,8 @@ def parallelize(
     timeout_s, and replaces the one it has. None: the group's own workspace serves. way: see `TensorParallel`.
 
     Afterwards every rank must call the model with the same tokens, and gets all logits. It is for inference: weights no
-    longer require gradients, `output_hidden_states` raises.
+    longer require gradients, `output_hidden_states` raises. So does `save_pretrained`: what is left on a rank are its
+    shards. `copy.deepcopy` copies these, and shares the group.
 
     Raises ValueError, before anything is changed, when the model is of another class, quantised, of mixed dtypes, on
     several devices or not on the workspace's, or has fewer heads than there are ranks. A forward of more than
@@ -79,7 +80,15 @@ def parallelize(
     decoder.norm = _FinalNorm(tp, decoder.norm)
     parameters = list(inspect.signature(decoder.forward).parameters)
     decoder.register_forward_pre_hook(functools.partial(tp.admit, parameters), with_kwargs=True)
+    model.save_pretrained = _refuse_to_save
     return tp
+
+
+def _refuse_to_save(*_, **__):
+    raise NotImplementedError(
+        "save_pretrained: a parallelized model holds this rank's shards, under names of their own; save it before "
+        "parallelize"
+    )
 
 
 class TensorParallel:
@@ -105,6 +114,15 @@ class TensorParallel:
         }
         self.way = way
         get_workspace(group.group_name, device)  # raises where there is none
+
+    def __deepcopy__(self, memo) -> "TensorParallel":
+        """A copied model's ranks are the same."""
+        return self
+
+    def __reduce__(self):
+        raise TypeError(
+            "a parallelized model cannot be pickled: it holds this process's group; save it before parallelize"
+        )
 
     @property
     def way(self) -> str:
