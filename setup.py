@@ -26,8 +26,9 @@ def cuda_arguments() -> list[str]:
     if switch is None:
         raise SystemExit(f"TP_FUSED_CUDA must be 0 or 1, not {os.environ['TP_FUSED_CUDA']!r}")
     if not switch:
-        switch = "AUTO" if has_gpu() else "OFF"
+        switch = "AUTO"
         if not has_gpu():
+            switch = "OFF"
             say("no GPU here: without CUDA kernels (TP_FUSED_CUDA=1 compiles them all the same)")
     arguments = [f"-DTPF_CUDA={switch}"]
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = {
     "memcheck": ("--report-api-errors", "no", "--print-limit", "20"),
     "racecheck": ("--print-limit", "20"),
-    "initcheck": ("--print-limit", "5000", "--show-backtrace", "no"),  # with those of the host it took over 200 s
+    "initcheck": ("--print-limit", "5000", "--show-backtrace", "no"),  # torch's kernels have thousands of host stacks
     "synccheck": ("--print-limit", "20"),
 }
 LIMIT_S = 200  # for one tool

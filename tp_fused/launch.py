@@ -32,7 +32,7 @@ def launch(main, world_size: int, *args, timeout_s: float = 600.0) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"
-        # Of a fork server what `main` needs is imported once, and not by every rank. A process with CUDA does not fork.
+        # A fork server imports once what `main` needs. Where there is CUDA, processes are not forked.
         method = "spawn" if torch.cuda.is_available() else "forkserver"
         rank_args = (world_size, store, timeout_s, main, args)
         torch.multiprocessing.start_processes(_run_rank, rank_args, nprocs=world_size, start_method=method)

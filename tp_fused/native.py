@@ -45,7 +45,7 @@ def project_fp8(q, scale, weight, weight_scale, out, max_ctas: int) -> None:
 
     A Triton kernel is compiled at its first call: not while a graph is being captured.
     """
-    from . import reference  # which has the words of faults.py, and so needs the library
+    from . import reference  # not above: it imports faults.py, which imports this module
 
     triton = triton_projection()[0] if q.is_cuda else None
     with torch.no_grad(), torch._C._DisableAutocast():

@@ -1,5 +1,5 @@
-// A rank's peers: where their rows lie, who is told and waited for, how all threads copy from them, and what is left
-// where one of them failed.
+// A rank's peers: the addresses of their rows, signals to them and waits for them, copies by threads; and poison, where
+// one of them failed.
 #pragma once
 #include "signal.cuh"
 
@@ -20,7 +20,7 @@ __device__ inline const char* input_of(const tpf_symm& symm, int rank) {
   return static_cast<const char*>(symm.base[rank]) + symm.offset;
 }
 
-// run(peer) for all of them. Each rank begins with the one behind it: they read from different ones at a time.
+// run(peer) for all of them. Each rank begins with its successor, so that they read from different ranks at a time.
 template <typename Run>
 __device__ inline void for_peers(const tpf_team& team, Run&& run) {
 #pragma unroll 1
@@ -35,7 +35,7 @@ __device__ inline void publish_to_peers(const tpf_team& team, const BlockRound& 
   if (is_peer(team, lane)) publish_step(team, round, step, lane);
 }
 
-// Of nothing that this kernel has written.
+// Without a fence: see publish_unfenced.
 __device__ inline void publish_unfenced_to_peers(const tpf_team& team, const BlockRound& round, int step, int lane) {
   if (is_peer(team, lane)) publish_unfenced(team, round, step, lane);
 }
@@ -49,7 +49,7 @@ __device__ inline bool wait_for_peers(const tpf_team& team, const tpf_call& call
 // ---- rows ----
 
 // By one thread: to(peer) <- from(peer), a vector of 16 bytes of each peer that has(peer). Four are loaded before the
-// first is stored: the registers of all are not there.
+// first is stored: there are no registers for all.
 template <typename Has, typename To, typename From>
 __device__ inline void copy_vectors_of_peers(Has&& has, To&& to, From&& from) {
 #pragma unroll 1
