@@ -9,16 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from programs import Call
-from ranks import outcome, workspace
+from ranks import names_in_shared_memory, outcome, workspace
 
 import tp_fused
 from tp_fused import backends
 
 GOOD = {"max_num_tokens": 64, "hidden_size": 256, "dtype": torch.float32, "timeout_s": 20.0}
-
-
-def names_in_shared_memory() -> list[str]:
-    return [name for name in os.listdir("/dev/shm") if "tp_fused" in name]
 
 
 # ---- arguments ----
@@ -209,7 +205,6 @@ def names_while_open(device: str) -> list[str]:
 @pytest.mark.parametrize("world_size", [2])
 def test_segments_have_no_name(pool, device, world_size):
     assert pool.run(names_while_open, device) == [[], []]
-    assert names_in_shared_memory() == []
 
 
 # ---- life of a workspace ----

@@ -43,7 +43,8 @@ def shared_segment(meeting: Meeting, bytes_per_rank: int):
             return None, error
 
     step = "get as far as making the shared memory"
-    named = {"name": f"/tp_fused-{secrets.token_hex(16)}", "token": secrets.randbits(64)}
+    # With the process that makes it: should one be left behind, whose it was can be seen.
+    named = {"name": f"/tp_fused-{os.getpid()}-{secrets.token_hex(16)}", "token": secrets.randbits(64)}
     named = meeting.gather(named, step)[0]
     segment, error = attempt(lambda: _C.Segment(size, True, **named)) if meeting.rank == 0 else (None, None)
     try:
