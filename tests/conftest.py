@@ -13,6 +13,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "inductor: its ranks compile")
     config.addinivalue_line("markers", "packaging: builds a wheel of the project")
     config.addinivalue_line("markers", "cuda: has no meaning on the CPU")
     progress.watch(config)
@@ -27,6 +28,11 @@ def pytest_collection_modifyitems(config, items):
     other = [item for item in items if "device" not in inspect.signature(item.function).parameters]
     config.hook.pytest_deselected(items=other)
     items[:] = [item for item in items if item not in other]
+
+
+def pytest_collection_finish(session):
+    if any(item.get_closest_marker("inductor") for item in session.items):
+        ranks.preload("torch._inductor.compile_fx")
 
 
 def pytest_generate_tests(metafunc):
