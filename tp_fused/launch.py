@@ -7,6 +7,7 @@ import datetime
 import faulthandler
 import functools
 import gc
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -39,8 +40,10 @@ def launch(main, world_size: int, *args, timeout_s: float = 600.0) -> None:
         )
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"
-        # A fork server imports once what `main` needs. Where there is CUDA, processes are not forked.
+        # A fork server imports torch once for all ranks, and what a program imports at its head: not the module of
+        # `main`, which may be edited between two launches of a session. Where there is CUDA, processes are not forked.
         method = "spawn" if torch.cuda.is_available() else "forkserver"
+        multiprocessing.set_forkserver_preload(["__main__", __name__])
         rank_args = (world_size, store, timeout_s, main, args)
         torch.multiprocessing.start_processes(_run_rank, rank_args, nprocs=world_size, start_method=method)
 
