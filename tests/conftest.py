@@ -13,7 +13,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "inductor: its ranks compile")
+    config.addinivalue_line("markers", "preload(*modules): what its ranks import, and takes seconds")
     config.addinivalue_line("markers", "packaging: builds a wheel of the project")
     config.addinivalue_line("markers", "cuda: has no meaning on the CPU")
     progress.watch(config)
@@ -31,8 +31,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    if any(item.get_closest_marker("inductor") for item in session.items):
-        ranks.preload("torch._inductor.compile_fx")
+    marks = [mark for item in session.items for mark in item.iter_markers("preload")]
+    ranks.preload(*dict.fromkeys(module for mark in marks for module in mark.args))
 
 
 def pytest_generate_tests(metafunc):

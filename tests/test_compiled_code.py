@@ -12,7 +12,7 @@ import tp_fused
 from tp_fused import compiled, ops
 from tp_fused.partition import row_count
 
-pytestmark = pytest.mark.inductor
+pytestmark = pytest.mark.preload("torch._inductor.compile_fx")
 
 # ---- caches and programs: what one process makes and another finds ----
 
