@@ -104,6 +104,7 @@ typedef struct tpf_team {
   tpf_fault* mailbox;  /* CUDA: pinned host memory, zeroed; the kernel's fault record arrives there, status last */
   int32_t (*interrupted)(void); /* CPU: a wait asks it some times a second, and ends where it is not 0; may be NULL */
   int32_t free_sms; /* CUDA: a card's SMs less its other ranks' blocks; 0: clusters of any size are launched */
+  int32_t free_cluster_sms; /* likewise of tpf_card's cluster_sms */
 } tpf_team;
 
 /* An input that lies in symmetric memory: at `offset` in every rank's base[r]. */
@@ -125,6 +126,7 @@ int64_t tpf_region_bytes(int64_t slot_bytes, int32_t on_cuda);
 typedef struct tpf_card {
   int32_t architecture; /* 80, 90, 100 or 120: of the code that runs on it, which may be older than the card */
   int32_t sm_count;
+  int32_t cluster_sms;  /* those that clusters of eight blocks fill, a block an SM: some SMs are in no such cluster */
   int64_t shared_bytes; /* that a block may have */
   int32_t has_wgmma;    /* sm_90's matrix instructions, and code for them */
 } tpf_card;
