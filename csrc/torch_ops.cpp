@@ -176,9 +176,9 @@ constexpr Op kOps[] = {
     {TPF_RS_RMSNORM_AG, "rs_rmsnorm_ag", "T?Tfsf", rs_rmsnorm_ag},
     {TPF_REDUCE_SCATTER_ROWS, "reduce_scatter_rows", "Ts?", reduce_scatter_rows},
     {TPF_ALL_GATHER_ROWS, "all_gather_rows", "Tis", all_gather_rows},
-    {TPF_QKV_A_PROJ_AG, "qkv_a_proj_ag", "TTis?", qkv_a_proj_ag},
-    {TPF_QKV_A_PROJ_AG_FP8, "qkv_a_proj_ag_fp8", "TTTTis", qkv_a_proj_ag_fp8},
-    {TPF_QKV_A_PROJ_AG_NORM, "qkv_a_proj_ag_norm", "TTTTfisf", qkv_a_proj_ag_norm},
+    {TPF_QKV_A_PROJ_AG, "qkv_a_proj_ag", "TTis?b", qkv_a_proj_ag},
+    {TPF_QKV_A_PROJ_AG_FP8, "qkv_a_proj_ag_fp8", "TTTTisb", qkv_a_proj_ag_fp8},
+    {TPF_QKV_A_PROJ_AG_NORM, "qkv_a_proj_ag_norm", "TTTTfisfb", qkv_a_proj_ag_norm},
 };
 
 // A call's arguments, which the stack owns. Frees what has not been taken off it, also where an exception passes.

@@ -117,6 +117,8 @@ typedef struct tpf_symm {
 /* ---- the row rule and the layout of a region ---- */
 /* No rows where num_tokens is negative or there is no such rank. */
 void tpf_rows_of(int64_t* start, int64_t* count, int64_t num_tokens, int32_t rank, int32_t world_size);
+/* The columns of a projection that a rank multiplies of rows that all ranks have. None where there is no such rank. */
+void tpf_columns_of(int64_t* start, int64_t* count, const tpf_call* call, int32_t rank, int32_t world_size);
 /* -1 where slot_bytes is negative or that is more than an int64_t takes. */
 int64_t tpf_region_bytes(int64_t slot_bytes, int32_t on_cuda);
 
@@ -228,7 +230,8 @@ tpf_status tpf_reduce_scatter_rows_cpu(void* output, const void* input, const tp
 tpf_status tpf_all_gather_rows_cpu(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
                                    int32_t hidden_size, tpf_dtype dtype);
 
-/* The projected rows lie in tpf_next_slot_cpu already. latent: [num_tokens, columns]. */
+/* The projected rows lie in tpf_next_slot_cpu already; with TPF_COMPLETE, of all rows the columns that this rank
+ * multiplies: [num_tokens, columns of the rank] (tpf_columns_of). latent: [num_tokens, columns]. */
 tpf_status tpf_qkv_a_proj_ag_cpu(void* latent, const tpf_team* team, const tpf_call* call);
 
 /* q_a: [num_tokens, q_columns], kv_a: [num_tokens, kv_columns], k_pe: [num_tokens, columns - q - kv]. */

@@ -69,7 +69,8 @@ class Call:
             if self.op != "reduce_scatter_rows":
                 arguments |= {"weight": self._norm_weight("norm", self.hidden_size), "eps": EPS}
         else:
-            arguments = {"input": self.input(0)[own].contiguous(), "num_tokens": self.num_tokens}
+            rows = self.input(0) if self.options.get("complete") else self.input(0)[own].contiguous()
+            arguments = {"input": rows, "num_tokens": self.num_tokens}
         if self.op in PROJECTIONS:
             arguments["weight"] = self._projection_weight()
         if self.op == "qkv_a_proj_ag_norm":

@@ -20,7 +20,8 @@ class StallWatch:
     def text(self) -> str:
         self._file.seek(0)
         stacks = self._file.read()
-        return f"\nAfter {STALL_S:.0f} s of call {self._number} the host was here:\n{stacks}" if stacks else ""
+        where = f"\nAfter {STALL_S:.0f} s of call {self._number}, or one before, the host was here:\n"
+        return where + stacks if stacks else ""
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()

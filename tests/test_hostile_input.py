@@ -127,9 +127,11 @@ ARGUMENTS = {
     "rs_rmsnorm_ag": NORM,
     "reduce_scatter_rows": ("input", "residual"),
     "all_gather_rows": ("input", "num_tokens"),
-    "qkv_a_proj_ag": ("input", "weight", "num_tokens", "bias"),
-    "qkv_a_proj_ag_fp8": ("q", "scale", "weight", "weight_scale", "num_tokens"),
-    "qkv_a_proj_ag_norm": ("input", "weight", "q_a_weight", "kv_a_weight", "eps", "num_tokens", "weight_offset"),
+    "qkv_a_proj_ag": ("input", "weight", "num_tokens", "bias", "complete"),
+    "qkv_a_proj_ag_fp8": ("q", "scale", "weight", "weight_scale", "num_tokens", "complete"),
+    "qkv_a_proj_ag_norm": (
+        *("input", "weight", "q_a_weight", "kv_a_weight", "eps", "num_tokens", "weight_offset", "complete"),
+    ),
 }
 MAY_BE_NONE = ("residual", "bias")
 
@@ -172,6 +174,9 @@ class Hostile:
         replicated = functools.partial(random, generator=of_all)  # in this order on all ranks
 
         hidden, rows = self.hidden_size, partition.row_count(self.num_tokens, rank, world_size)
+        if self.changes.get("complete") and self.op not in REDUCTIONS:
+            rows, of_rank = self.num_tokens, torch.Generator().manual_seed(seed)
+            random = functools.partial(random, generator=of_rank)
         same = torch.ones(hidden, dtype=self.dtype, device=device) * 0.75
         if self.op in REDUCTIONS:
             made = {"input": random(self.num_tokens, hidden), "residual": random(self.num_tokens, hidden)}

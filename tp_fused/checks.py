@@ -198,15 +198,20 @@ def normed_reduction(
     return residual
 
 
-def projection(workspace, input, weight, num_tokens: int, input_dtypes=FLOATS, output_dtype=None) -> None:
-    """The inputs of an op that projects this rank's rows by a replicated [columns, hidden_size] weight."""
+def projection(
+    workspace, input, weight, num_tokens: int, complete: bool, input_dtypes=FLOATS, output_dtype=None
+) -> None:
+    """The inputs of an op that projects this rank's rows, or all, by a replicated [columns, hidden_size] weight."""
     rows("input", input, input_dtypes)
     rows("weight", weight, (input.dtype,), input.device)
     if weight.shape[1] != input.shape[1]:
         raise ValueError(f"weight is {tuple(weight.shape)}, but the input has {input.shape[1]} columns")
     capacity(workspace, input, num_tokens, weight.shape[0], output_dtype, "weight.shape[0]")
     narrow("input.shape[1]", input.shape[1])
-    local_rows(workspace, "input", input, num_tokens)
+    if not complete:
+        local_rows(workspace, "input", input, num_tokens)
+    elif input.shape[0] != num_tokens:
+        raise ValueError(f"input has {input.shape[0]} rows; with complete=True it is all num_tokens={num_tokens}")
     kernel_starts(workspace, input=input, weight=weight)
     if workspace.backend == "cuda" and weight.shape[0] == 0:
         raise ValueError(f"on cuda, a weight must have rows, got {tuple(weight.shape)}")

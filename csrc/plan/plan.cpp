@@ -20,8 +20,10 @@ constexpr struct {
 void plan_of_gather(tpf_plan* plan, const tpf_call& call, int64_t columns, tpf_dtype dtype, const tpf::Limits& limits,
                     const tpf_card& card) {
   const int64_t row_bytes = columns * tpf::bytes_of(dtype);
+  const bool of_columns = call.op != TPF_ALL_GATHER_ROWS && (call.variant & TPF_COMPLETE) != 0;
   const tpf::GatherPlan gather =
-      tpf::plan_gather(call.num_tokens, row_bytes, row_bytes % tpf::kVectorBytes == 0, limits, card);
+      of_columns ? tpf::plan_gather_columns(call.num_tokens, limits)
+                 : tpf::plan_gather(call.num_tokens, row_bytes, row_bytes % tpf::kVectorBytes == 0, limits, card);
   plan->blocks = gather.blocks;
   plan->threads = tpf::kGatherThreads;
   plan->cluster = 1;
