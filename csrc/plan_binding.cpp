@@ -6,6 +6,7 @@
 #include <string>
 #include <variant>
 
+#include "plan/prologue.h"
 #include "protocol.h"
 
 namespace py = pybind11;
@@ -77,6 +78,7 @@ py::dict plan(int op, int dtype, int64_t num_tokens, int hidden_size, int column
 
 void bind_plan(py::module_& m) {
   m.def("card", &describe);
+  m.def("gathers_normed_rows", &gathers_normed_rows);
   m.def("plan", &plan, py::arg("op"), py::arg("dtype"), py::arg("num_tokens"), py::arg("hidden_size"), py::kw_only(),
         py::arg("columns") = 0, py::arg("in_place") = false, py::arg("complete") = false, py::arg("world_size"),
         py::arg("max_ctas"), py::arg("free_sms"), py::arg("free_cluster_sms"), py::arg("slot_bytes"), py::arg("card"));

@@ -1,11 +1,12 @@
-#include "torch_projections.h"
-
 #include <algorithm>
+#include <bit>
 #include <optional>
 #include <utility>
 
+#include "plan/prologue.h"
 #include "protocol.h"
 #include "torch_call.h"
+#include "torch_served.h"
 
 namespace tpf {
 namespace {
@@ -32,11 +33,21 @@ struct Projection : Call {
     num_tokens = static_cast<int64_t>(count);
     complete = boolean(whole);
     if (!Call::read(rows, group_name, largest_dtype)) return false;
-    if (!weight.read(weight_tensor) || weight.dim != 2 || !weight.like(input)) return false;
-    if (weight.columns != input.columns || !std::in_range<int32_t>(input.columns)) return false;
-    if (!fits(num_tokens, weight.rows, latent_dtype())) return false;
-    if (input.rows != (complete ? num_tokens : own_rows(num_tokens).count)) return false;
-    return !on_cuda() || (weight.rows > 0 && input.aligned() && weight.aligned());
+    if (!read_weight() || input.rows != (complete ? num_tokens : own_rows(num_tokens).count)) return false;
+    return !on_cuda() || input.aligned();
+  }
+  // Of rows that are still to be made from `rows`, all num_tokens of them.
+  bool read_ahead(Value rows, Value weight_value, Value group_name) {
+    weight_tensor = handle<AtenTensorOpaque>(weight_value);
+    if (!Call::read(rows, group_name, TPF_F32)) return false;
+    num_tokens = input.rows;
+    return read_weight();
+  }
+  // The weights of the latent norms.
+  bool read_norms(Value q_a, Value kv_a) {
+    if (!norms[0].read(handle<AtenTensorOpaque>(q_a)) || !norms[1].read(handle<AtenTensorOpaque>(kv_a))) return false;
+    return weighs(norms[0]) && weighs(norms[1]) && norms[0].dtype == norms[1].dtype &&
+           norms[0].columns + norms[1].columns <= weight.rows;
   }
   // [columns] of the rows' dtype; none is fine.
   bool read_bias(Tensor tensor) {
@@ -122,9 +133,17 @@ struct Projection : Call {
   }
 
   Tensor weight_tensor = nullptr, bias_tensor = nullptr;
-  View weight, bias;
+  View weight, bias, norms[2];
   int64_t num_tokens = 0;
   bool complete = false;
+
+ private:
+  bool read_weight() {
+    if (!weight.read(weight_tensor) || weight.dim != 2 || !weight.like(input)) return false;
+    if (weight.columns != input.columns || !std::in_range<int32_t>(input.columns)) return false;
+    if (!fits(num_tokens, weight.rows, latent_dtype())) return false;
+    return !on_cuda() || (weight.rows > 0 && weight.aligned());
+  }
 };
 
 // The scales of fp8 rows, row-major or column-major.
@@ -190,14 +209,9 @@ bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
   Projection in;
   if (!in.read(arguments[0], arguments[1], arguments[5], arguments[6], arguments[8], TPF_F32)) return false;
   float eps = 0, weight_offset = 0;
-  View norms[2];
-  int64_t columns[3] = {0, 0, in.weight.rows};
-  for (int i = 0; i < 2; ++i) {
-    if (!norms[i].read(handle<AtenTensorOpaque>(arguments[2 + i])) || !in.weighs(norms[i])) return false;
-    columns[i] = norms[i].columns;
-    columns[2] -= columns[i];
-  }
-  if (columns[2] < 0 || norms[0].dtype != norms[1].dtype) return false;
+  if (!in.read_norms(arguments[2], arguments[3])) return false;
+  const auto& norms = in.norms;
+  const int64_t columns[3] = {norms[0].columns, norms[1].columns, in.weight.rows - norms[0].columns - norms[1].columns};
   if (!read_eps(arguments[4], &eps) || !read_weight_offset(arguments[7], &weight_offset)) return false;
   void* outputs[3];
   for (int i = 0; i < 3; ++i) {
@@ -219,13 +233,35 @@ bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
   const auto& p = projection;
   return in.run(
       [&](void* stream) {
-        return TPF_CUDA_OP(tpf_gather_latent_norm_cuda)(outputs[0], outputs[1], outputs[2], rows, p.q_a_weight, p.kv_a_weight,
-                                           in.team(), &call, p.q_columns, p.kv_columns, p.eps, p.weight_offset, stream);
+        return TPF_CUDA_OP(tpf_gather_latent_norm_cuda)(outputs[0], outputs[1], outputs[2], rows, p.q_a_weight,
+                                                        p.kv_a_weight, in.team(), &call, p.q_columns, p.kv_columns,
+                                                        p.eps, p.weight_offset, stream);
       },
       [&] {
         return tpf_qkv_a_proj_ag_norm_cpu(outputs[0], outputs[1], outputs[2], p.q_a_weight, p.kv_a_weight, in.team(),
                                           &call, p.q_columns, p.kv_columns, p.eps, p.weight_offset);
       });
+}
+
+// Two ops, one after the other. What the second one would refuse is known before the first is launched.
+bool mla_prologue(const Value* arguments, Results* results) {
+  const Value input = arguments[0], residual = arguments[1], norm_weight = arguments[2], weight = arguments[3];
+  const Value q_a_weight = arguments[4], kv_a_weight = arguments[5], eps = arguments[6], group_name = arguments[7];
+  const Value complete = arguments[8], no_offset = std::bit_cast<Value>(0.0);
+  Projection ahead;
+  if (!ahead.read_ahead(input, weight, group_name) || !ahead.read_norms(q_a_weight, kv_a_weight)) return false;
+  const int64_t num_tokens = ahead.num_tokens;
+  const bool gathers =
+      !boolean(complete) && gathers_normed_rows(num_tokens, ahead.weight.rows, ahead.team()->world_size);
+  const Value for_all[] = {input, residual, norm_weight, eps, group_name, no_offset};
+  const Value for_owner[] = {input, residual, norm_weight, eps, group_name, complete, no_offset};
+  Results normed;
+  if (!(gathers ? rs_rmsnorm_ag(for_all, &normed) : rs_rmsnorm(for_owner, &normed))) return false;
+  const Value rows = reinterpret_cast<Value>(normed[0]), count = static_cast<Value>(num_tokens);
+  const Value projected[] = {rows, weight, q_a_weight, kv_a_weight, eps, count, group_name, no_offset, Value{gathers}};
+  if (!qkv_a_proj_ag_norm(projected, results)) return false;
+  results->take(normed.release_last());
+  return true;
 }
 
 }  // namespace tpf

@@ -103,7 +103,7 @@ typedef struct tpf_team {
   int32_t device;      /* CUDA: the ordinal; -1: the CPU backend */
   tpf_fault* mailbox;  /* CUDA: pinned host memory, zeroed; the kernel's fault record arrives there, status last */
   int32_t (*interrupted)(void); /* CPU: a wait asks it some times a second, and ends where it is not 0; may be NULL */
-  int32_t free_sms; /* CUDA: a card's SMs less its other ranks' blocks; 0: clusters of any size are launched */
+  int32_t free_sms;         /* CUDA: a card's SMs less its other ranks' blocks; 0: clusters of any size are launched */
   int32_t free_cluster_sms; /* likewise of tpf_card's cluster_sms */
 } tpf_team;
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from . import faults, partition
+from .native import _C
 
 E4M3_MAX = 448.0
 CALL_BYTES = 256  # of a call as ranks tell each other
@@ -230,3 +231,15 @@ def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, n
     linear = torch.nn.functional.linear
     latent = _projected(workspace, "qkv_a_proj_ag_norm", input, num_tokens, variant, complete, linear, weight)
     return split_and_norm(latent, q_a_weight, kv_a_weight, eps, weight_offset)
+
+
+def mla_prologue(
+    workspace, input, residual, norm_weight, weight, q_a_weight, kv_a_weight, eps, complete
+) -> tuple[torch.Tensor, ...]:
+    gathers = not complete and _C.gathers_normed_rows(len(input), len(weight), workspace.world_size)
+    if gathers:
+        hidden, residual_out = rs_rmsnorm_ag(workspace, input, residual, norm_weight, eps, 0.0)
+    else:
+        hidden, residual_out = rs_rmsnorm(workspace, input, residual, norm_weight, eps, 0.0, complete)
+    latent = (weight, q_a_weight, kv_a_weight, eps, len(input), 0.0, gathers)
+    return *qkv_a_proj_ag_norm(workspace, hidden, *latent), residual_out

@@ -14,7 +14,7 @@ constexpr int kVectorBytes = 16;              // what a thread loads and stores 
 // The same on all ranks.
 struct Limits {
   int world_size;
-  int max_ctas;  // 1..TPF_MAX_CTAS
+  int max_ctas;                    // 1..TPF_MAX_CTAS
   int free_sms, free_cluster_sms;  // see tpf_team
   int64_t slot_bytes;
 };

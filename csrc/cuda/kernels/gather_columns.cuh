@@ -13,7 +13,7 @@
 namespace tpf {
 
 struct GatherColumnsArgs {
-  GatherArgs gather;  // input: [num_tokens, this rank's columns]; the parts follow each other in a row of a slot
+  GatherArgs gather;   // input: [num_tokens, this rank's columns]; the parts follow each other in a row of a slot
   int64_t own_offset;  // bytes of a row that come before this rank's
   int64_t own_bytes;
 };
