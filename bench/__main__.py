@@ -17,7 +17,7 @@ import typer
 import tp_fused.launch
 from tp_fused.native import _C
 
-from . import goals, model, multi, tables
+from . import goals, model, multi, pages, tables
 from . import options as run_options
 from .baselines import BASELINES
 from .run import CASES, run_rank
@@ -173,11 +173,13 @@ def plot(
     typer.echo(f"wrote {output}")
 
 
-@app.command("tables", help=_paragraphs(tables.__doc__))
-def fill_tables(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)] = Path("docs/performance.md"),
+@app.command("tables", help=_paragraphs(pages.__doc__))
+def write_tables(
+    docs: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The folder of performance.md")] = Path(
+        "docs"
+    ),
 ) -> None:
-    file.write_text(tables.fill(file.read_text()))
+    pages.write(docs)
 
 
 _Results = Annotated[
