@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 from . import model, tables
-from .questions import QUESTIONS, Found
-from .suite import RESULTS, device_name, device_title
+from .questions import QUESTIONS, Found, machine_name, page_name
+from .suite import RESULTS
 
 _PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _FIRST = ("goals", "multi")  # what the others are summed up in
@@ -102,23 +102,20 @@ def fill(text: str, documents: dict[str, dict]) -> str:
 
 def pages(documents: dict[str, dict]) -> dict[str, str]:
     """The text of every page of docs/results, by its file's name."""
-    by_machine: dict[str, list[str]] = {}
+    of_page: dict[str, list[str]] = {}
     for name in sorted(documents, key=lambda name: (not name.startswith(_FIRST), name)):
-        by_machine.setdefault(device_name(documents[name]["machine"]), []).append(name)
-    made = {f"{machine}.md": _page(names, documents) for machine, names in sorted(by_machine.items())}
-    runs = [document for document in documents.values() if model.counts(document)]
-    made |= {"counted.md": _counted(runs), "compared.md": _compared(runs)}
+        of_page.setdefault(page_name(documents[name]), []).append(name)
+    made = {page: _page(names, documents) for page, names in sorted(of_page.items())}
     lines = [
-        f"| [{device_title(documents[names[0]]['machine'])}]({machine}.md) | {len(names)} |\n"
-        for machine, names in sorted(by_machine.items())
+        f"| [{machine_name(documents[names[0]])}]({page}) | {len(names)} |\n" for page, names in sorted(of_page.items())
     ]
-    made["index.md"] = _INDEX + "".join(lines) + _LAST
-    return made
+    runs = [document for document in documents.values() if model.counts(document)]
+    index = _INDEX + "".join(lines) + _LAST
+    return {**made, "counted.md": _counted(runs), "compared.md": _compared(runs), "index.md": index}
 
 
 def _page(names: list[str], documents: dict[str, dict]) -> str:
-    title = device_title(documents[names[0]]["machine"])
-    parts = [f"# Results: {title}\n\n[Results](index.md) explains the columns.\n"]
+    parts = [f"# Results: {machine_name(documents[names[0]])}\n\n[Results](index.md) explains the columns.\n"]
     parts += [f"## {name.removesuffix('.json')}\n\n{tables.markdown(documents[name])}" for name in names]
     return "\n".join(parts)
 

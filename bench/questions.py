@@ -5,12 +5,22 @@ from collections.abc import Callable
 from . import model
 from .goals import ENGINES, speedup
 from .report import short_commit
-from .suite import device_name, device_title
 from .tables import table
 
 TOKENS = (1, 64, 512, 4096, 16384)
 CARDS = {"2xh100": "2 x H100", "2xh200": "2 x H200"}
 OPS = ("rs_rmsnorm", "rs_rmsnorm_ag", "qkv_a_proj_ag", "chain")
+
+
+def machine_name(document: dict) -> str:
+    """Such as 2 x H200, or CPU."""
+    machine = document["machine"]
+    return f"{machine['gpus']} x {model.card_of(document) or machine['gpu']}" if machine["gpu"] else "CPU"
+
+
+def page_name(document: dict) -> str:
+    """Of docs/results: the page of the document's machine."""
+    return f"{machine_name(document).lower().replace(' ', '')}.md"
 
 
 class Found:
@@ -56,8 +66,7 @@ def _side_by_side(found: Found, columns: dict[str, Callable[[dict], str]]) -> st
 def machines(found: Found) -> str:
     last = {}
     for document in sorted(found.documents.values(), key=lambda document: document["date"]):
-        if "copy_gb_s" in document["machine"]:
-            last[device_name(document["machine"])] = document
+        last[machine_name(document)] = document
     cells = []
     for name, document in sorted(last.items()):
         machine = document["machine"]
@@ -66,7 +75,7 @@ def machines(found: Found) -> str:
         if not machine["gpu"]:
             software[1:] = ["-", "-"]
         shown = [document["date"][:10], *software, f"{machine['copy_gb_s']:.0f}", link, short_commit(machine)]
-        cells.append([f"[{device_title(machine)}](results/{name}.md)", *shown])
+        cells.append([f"[{name}](results/{page_name(document)})", *shown])
     return table(["machine", "date", "torch", "driver", "NCCL", "copies, GB/s", "link, GB/s", "commit"], cells)
 
 
@@ -115,7 +124,7 @@ def link(found: Found) -> str:
 def resources(found: Found) -> str:
     """What an op takes beside its time."""
     needed = {
-        (device_name(document["machine"]), row["op"], row["tokens"]): row["blocks"] or "more"
+        (machine_name(document), row["op"], row["tokens"]): row["blocks"] or "more"
         for document in found.made_of("blocks")
         for row in document["blocks"]
     }
@@ -127,7 +136,7 @@ def resources(found: Found) -> str:
                 line.append(f"{found.row(op, device, 2, 64)['host_us']:.1f}")
             except KeyError:
                 line.append("-")
-        line += [", ".join(str(needed[device, op, tokens]) for tokens in (64, 1024, 16384)) for device in CARDS]
+        line += [", ".join(str(needed[name, op, tokens]) for tokens in (64, 1024, 16384)) for name in CARDS.values()]
         cells.append(line)
     head = [f"{what}, {name}" for what in ("CPU, us", "blocks") for name in CARDS.values()]
     return table(["op", *head], cells)
@@ -140,7 +149,7 @@ def missed(found: Found) -> str:
         for goal in document["goals"]:
             if not goal["met"]:
                 bound = f"{'at least' if goal['at_least'] else 'at most'} {goal['bound']:g}"
-                place = f"{device_title(document['machine'])}, {goal['world_size']} ranks"
+                place = f"{machine_name(document)}, {goal['world_size']} ranks"
                 cells.append([place, f"`{goal['op']}`", goal["tokens"], goal["what"], f"{goal['value']:.3g}", bound])
     return table(["where", "op", "tokens", f"missed: {len(cells)} of {count}", "measured", "goal"], cells)
 

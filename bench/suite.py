@@ -67,18 +67,10 @@ def run(launches: list[Launch], results: Path) -> list[dict]:
 
 def file_name(section: str, document: dict) -> str:
     """Such as rs_rmsnorm_1xh100_8_ranks.json: the section, the devices by their shortest name, the ranks."""
-    return f"{section}_{device_name(document['machine'])}_{document['options']['world_size']}_ranks.json"
-
-
-def device_name(machine: dict) -> str:
-    """Such as 2xh200, or cpu."""
+    machine = document["machine"]
     gpu = re.search(r"[A-Z]+\d+\w*", machine["gpu"] or "")
-    return f"{machine['gpus']}x{gpu.group().lower()}" if gpu else machine["device"]
-
-
-def device_title(machine: dict) -> str:
-    """The same for people: 2 x H200, or CPU."""
-    return " x ".join(device_name(machine).upper().split("X", 1))
+    device = f"{machine['gpus']}x{gpu.group().lower()}" if gpu else machine["device"]
+    return f"{section}_{device}_{document['options']['world_size']}_ranks.json"
 
 
 def _run_launch(launch: Launch, folder: Path) -> str:
