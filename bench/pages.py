@@ -37,7 +37,12 @@ checks each result before it times it: `make gpu-bench` on one card, `make gpu-m
 Where ranks share a card they are processes under MPS; between cards, NVLink multicast is off. CUDA graphs of 8 to 32
 calls are replayed, on the same tensors: what fits the L2 cache, a weight of 30 MB for example, stays there from one
 call to the next. In a model other kernels lie between. A `rs_rmsnorm` of a few rows is brought to the SMs while the one
-before it ends; of the other programs only *barrier* is. The CPU was doing other things as well.
+before it ends; of the other programs only *barrier* is.
+
+Eight ranks on one card do the redundant work of what engines do, of all eight, on that card; eight cards do it side by
+side, so there the chain gains less. Blocks of torch's symmetric-memory kernels have to be on a card at once, and those
+of five ranks do not fit: hence the runs of four. The runs on one H200 are of an earlier commit, with 16 blocks a rank.
+The CPU was doing other things as well.
 
 | machine | files |
 | --- | --- |

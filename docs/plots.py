@@ -36,7 +36,7 @@ text {{ fill: #ddd }} .back {{ fill: #1e2129 }}
 </style>"""
 
 
-def draw(section: str, title: str, programs: dict[str, str], name: str) -> None:
+def draw(section: str, title: str, programs: dict[str, str], picture: Path) -> None:
     """programs: of the file of results, in the words of the picture."""
     document = json.loads((ROOT / f"bench/results/{section}.json").read_text())
     rows = [row for row in document["results"] if row["tokens"] > 0]
@@ -81,10 +81,10 @@ def draw(section: str, title: str, programs: dict[str, str], name: str) -> None:
             place -= 1
         taken.append(place)
         parts.append(f'<text class="c{index}" x="{WIDTH - RIGHT + 10}" y="{place:.1f}">{words}</text>')
-    (ROOT / "docs" / "images" / name).write_text("\n".join([*parts, "</svg>"]) + "\n")
+    picture.write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 
-if __name__ == "__main__":
+def draw_all(folder: Path) -> None:
     took = "how many times as long as tp_fused"
     transport = "unfused, tp_fused's transport"
     programs = {
@@ -93,8 +93,12 @@ if __name__ == "__main__":
         "dist-rs": "scattered, unfused, NCCL",
         "own-rs": "scattered, tp_fused's transport",
     }
-    draw("chain_2xh200_2_ranks", f"rs_rmsnorm + qkv_a_proj_ag_norm: {took}", programs, "chain.svg")
+    draw("chain_2xh200_2_ranks", f"rs_rmsnorm + qkv_a_proj_ag_norm: {took}", programs, folder / "chain.svg")
     programs = {"dist": "NCCL, add, norm", "own": transport, "symm": "torch reduce-scatter alone"}
-    draw("rs_rmsnorm_2xh200_2_ranks", f"rs_rmsnorm: {took}", programs, "rs_rmsnorm.svg")
+    draw("rs_rmsnorm_2xh200_2_ranks", f"rs_rmsnorm: {took}", programs, folder / "rs_rmsnorm.svg")
     programs = {"dist": "cuBLAS, NCCL", "own": transport, "gemm": "cuBLAS alone, no gather"}
-    draw("qkv_a_proj_ag_2xh200_2_ranks", f"qkv_a_proj_ag: {took}", programs, "qkv_a_proj_ag.svg")
+    draw("qkv_a_proj_ag_2xh200_2_ranks", f"qkv_a_proj_ag: {took}", programs, folder / "qkv_a_proj_ag.svg")
+
+
+if __name__ == "__main__":
+    draw_all(ROOT / "docs" / "images")

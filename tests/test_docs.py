@@ -1,5 +1,7 @@
 """The documents say what is so: their programs run, their lists are complete. Tables: tests/test_bench_suite.py."""
 
+import importlib
+import json
 import os
 import re
 import shutil
@@ -88,3 +90,20 @@ def test_short_pages_stay_short():
     assert len(page("README.md").splitlines()) < 100
     assert len(page("docs/performance.md").splitlines()) <= 120
     assert not [path for path in ROOT.glob("docs/**/*.md") if "Not measured yet" in path.read_text()]
+
+
+@pytest.mark.parametrize("cards", ["h100", "h200"])
+@pytest.mark.parametrize("op", ["rs_rmsnorm", "qkv_a_proj_ag"])
+def test_the_readme_tells_what_was_measured(op, cards):
+    document = json.loads((ROOT / f"bench/results/{op}_2x{cards}_2_ranks.json").read_text())
+    (row,) = [row for row in document["results"] if row["tokens"] == 16384]
+    assert f" {row['speedup']['dist']:.2f} " in page("README.md").replace("\n", " ")
+
+
+def test_the_pictures_are_of_the_results(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    plots = importlib.import_module("plots")
+    plots.draw_all(tmp_path)
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert len(drawn) == 3
+    assert drawn == {name: page(f"docs/images/{name}") for name in drawn}, "python docs/plots.py"
