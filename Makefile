@@ -106,13 +106,14 @@ $(VENV)/packages: requirements.txt
 # The site of docs/, in site/; a warning is an error. Its packages have a venv of their own: it needs no torch.
 DOCS_VENV := .venv-docs
 docs: $(DOCS_VENV)/packages
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
 $(DOCS_VENV)/packages: docs/requirements.txt
-	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
-	touch $@
+	@echo "installing the pinned packages of $< into $(DOCS_VENV), once"
+	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 lint: $(VENV)/packages
 	$(BIN)/ruff check .
