@@ -65,8 +65,8 @@ def test_the_c_program_runs_and_prints_what_its_page_says(tmp_path):
 def test_every_op_is_in_the_tables_and_in_the_reference():
     assert set(ops.__all__) <= first_cells(page("README.md"))
     assert set(ops.__all__) <= first_cells(page("docs/support.md"))
-    referred = set(re.findall(r"^::: tp_fused\.(\w+)$", page("docs/ops.md"), re.MULTILINE))
-    assert referred == set(tp_fused.__all__) - {"__version__"}
+    referred = set(re.findall(r"^::: tp_fused\..*?(\w+)$", page("docs/ops.md"), re.MULTILINE))
+    assert set(tp_fused.__all__) - {"__version__"} <= referred
 
 
 def test_every_reason_of_a_fault_is_explained():
