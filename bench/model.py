@@ -18,10 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from tp_fused import partition, planning
-
 TOKENS = (64, 512, 1024, 4096, 8192, 16384)
 GROUP = 128  # columns of a scale of fp8 rows
 BF16, FP8 = 2, 1  # bytes of what is multiplied
@@ -120,6 +116,8 @@ class Shape:
 
     @property
     def own_tokens(self) -> int:
+        from tp_fused import partition
+
         return partition.row_count(self.tokens, 0, self.world_size)
 
     @property
@@ -140,6 +138,10 @@ class Shape:
 
     def plan(self, op: str) -> dict:
         """What would be launched. Ranks that share a card fill it, as in the benchmark."""
+        import torch
+
+        from tp_fused import planning
+
         most_ctas = planning.sm_count(self.card) // self.ranks_per_card
         return planning.plan(
             op,

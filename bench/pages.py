@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import model, tables
 from .questions import QUESTIONS, Found, machine_name, page_name
-from .suite import RESULTS
+from .results import RESULTS
 
 _PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _FIRST = ("goals", "multi")  # what the others are summed up in

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from . import model
 from .goals import ENGINES, speedup
-from .report import short_commit
+from .results import short_commit
 from .tables import table
 
 TOKENS = (1, 64, 512, 4096, 16384)

@@ -2,11 +2,9 @@
 
 import statistics
 
-from tp_fused import planning
-
 from . import model
 from .baselines import BASELINES
-from .report import short_commit, variant_meaning
+from .results import device_name, short_commit, variant_meaning
 
 
 def markdown(document: dict) -> str:
@@ -23,11 +21,7 @@ def markdown(document: dict) -> str:
 
 def _caption(document: dict) -> str:
     machine, options = document["machine"], document.get("options")
-    if machine["gpu"]:
-        device = f"{machine['gpus']} x {machine['gpu']}"
-    else:
-        device = f"{machine['cpu']}, {machine['cores']} cores"
-    words = [device, f"torch {machine['torch']}", f"commit {short_commit(machine)}"]
+    words = [device_name(machine), f"torch {machine['torch']}", f"commit {short_commit(machine)}"]
     words.append(f"copies {machine['copy_gb_s']:.0f} GB/s")
     if machine.get("link_gb_s"):
         words.append(f"between cards {machine['link_gb_s']:.0f} GB/s")
@@ -87,6 +81,8 @@ def _blocks(blocks: list[dict]) -> str:
 
 def predictions(shapes: list[model.Shape], cards: tuple[str, ...], shares: model.Shares, barrier_s: float) -> str:
     """A table for every op: us, what bounds it, and how many times as long the unfused program takes."""
+    from tp_fused import planning
+
     cells = [
         [
             name,

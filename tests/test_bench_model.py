@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bench import model, run, tables
 from bench.__main__ import app
 from bench.cases import RsRmsnorm
-from bench.suite import RESULTS
+from bench.results import RESULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = model.Rates("H100", bf16=1e12, fp8=2e12, memory=1e12, link=1e11, barrier_s=10e-6)

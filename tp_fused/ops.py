@@ -14,7 +14,7 @@ import torch
 
 from . import checks, compiled, partition, reference
 from .groups import get_workspace, resolve_group_name
-from .registration import define, unfused
+from .registration import define, typed, unfused
 
 __all__ = [
     "all_gather_rows",
@@ -54,6 +54,7 @@ def _rs_rmsnorm(input, residual, weight, eps, group_name, complete=False, weight
     return unfused(workspace, reference.rs_rmsnorm, input, residual, weight, eps, weight_offset, complete)
 
 
+@typed
 def rs_rmsnorm(input, residual, weight, eps=1e-6, group=None, *, complete=False, weight_offset=0.0):
     """Reduce-scatter, residual add and RMSNorm in one kernel.
 
@@ -140,6 +141,7 @@ def _rs_rmsnorm_fp8(
     )
 
 
+@typed
 def rs_rmsnorm_fp8(
     input,
     residual,
@@ -200,6 +202,7 @@ def _rs_rmsnorm_ag(input, residual, weight, eps, group_name, weight_offset=0.0):
     return unfused(workspace, reference.rs_rmsnorm_ag, input, residual, weight, eps, weight_offset)
 
 
+@typed
 def rs_rmsnorm_ag(input, residual, weight, eps=1e-6, group=None, *, weight_offset=0.0):
     """All-reduce, residual add and RMSNorm in one kernel, with the residual left scattered.
 
@@ -227,6 +230,7 @@ def _reduce_scatter_rows(input, group_name, residual=None):
     return unfused(workspace, reference.reduce_scatter_rows, input, residual)
 
 
+@typed
 def reduce_scatter_rows(input, group=None, *, residual=None):
     """Reduce-scatter over the token dimension, any token count.
 
@@ -252,6 +256,7 @@ def _all_gather_rows(input, num_tokens, group_name):
     return unfused(workspace, reference.all_gather_rows, input, num_tokens)
 
 
+@typed
 def all_gather_rows(input, num_tokens, group=None):
     """All-gather of scattered rows, any token count.
 
@@ -282,6 +287,7 @@ def _qkv_a_proj_ag(input, weight, num_tokens, group_name, bias=None):
     return unfused(workspace, reference.qkv_a_proj_ag, input, weight, num_tokens, bias, product=(input, weight, bias))
 
 
+@typed
 def qkv_a_proj_ag(input, weight, num_tokens, group=None, *, bias=None):
     """A replicated projection of scattered rows, all-gathered while it is computed.
 
@@ -315,6 +321,7 @@ def _qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, group_name):
     return unfused(workspace, reference.qkv_a_proj_ag_fp8, q, scale, weight, weight_scale, num_tokens)
 
 
+@typed
 def qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, group=None):
     """`qkv_a_proj_ag` on fp8 rows and weight with DeepSeek-V3's block scales.
 
@@ -362,6 +369,7 @@ def _qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, eps, num_tokens,
     )
 
 
+@typed
 def qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, num_tokens, eps=1e-6, group=None, *, weight_offset=0.0):
     """`qkv_a_proj_ag` and the two latent RMSNorms, split into three contiguous tensors.
 
