@@ -31,7 +31,7 @@ def _why_missing(error: ImportError) -> str:
 try:
     from . import _C as _C
 except ImportError as error:
-    raise ImportError(_why_missing(error)) from error
+    raise ImportError(_why_missing(error)) from None
 
 NEWEST_TESTED_TORCH = (2, 13)
 if tuple(map(int, torch.__version__.split(".")[:2])) > NEWEST_TESTED_TORCH:
