@@ -41,6 +41,7 @@ def launch(main, world_size: int, *args, timeout_s: float = 600.0) -> None:
         store = f"file://{folder}/store"
         # A fork server imports once what `main` needs. Where there is CUDA, processes are not forked.
         method = "spawn" if torch.cuda.is_available() else "forkserver"
+        torch.multiprocessing.set_forkserver_preload(["tp_fused.launch", main.__module__, "tp_fused.frozen"])
         rank_args = (world_size, store, timeout_s, main, args)
         torch.multiprocessing.start_processes(_run_rank, rank_args, nprocs=world_size, start_method=method)
 
