@@ -145,8 +145,9 @@ def resources(found: Found) -> str:
 def missed(found: Found) -> str:
     cells, count = [], 0
     for document in found.made_of("goals"):
-        count += len(document["goals"])
-        for goal in document["goals"]:
+        measured = [goal for goal in document["goals"] if goal["met"] is not None]
+        count += len(measured)
+        for goal in measured:
             if not goal["met"]:
                 bound = f"{'at least' if goal['at_least'] else 'at most'} {goal['bound']:g}"
                 place = f"{machine_name(document)}, {goal['world_size']} ranks"
