@@ -169,14 +169,17 @@ def run(args: argparse.Namespace) -> None:
     say(taken)
     if place.sentence():
         say(place.sentence())
-    steps = 2 + len(WAYS) * (1 + args.repeats)
+    steps = 3 + len(WAYS) + args.repeats
     with torch.inference_mode(), tqdm(total=steps, disable=None if rank == 0 else True, leave=False) as bar:
 
         def step(what: str) -> None:
+            """Begins one: a bar on a terminal, a line elsewhere."""
             bar.set_description(what)
             bar.update()
+            if rank == 0 and bar.disable:
+                print(f"{what} ...", file=sys.stderr, flush=True)
 
-        bar.set_description("building the model")
+        step("building the model")
         model = make_model(make_config(args.preset, args.num_tokens), args.seed, dtype, device)
         step("unsharded model")
         expected = unsharded_logits(model, ids)
@@ -184,14 +187,14 @@ def run(args: argparse.Namespace) -> None:
         tp = parallelize(model, place.group, max_num_tokens=args.num_tokens)
         found, runs = {}, {way: [] for way in WAYS}
         for way in WAYS:  # also the warm-up
+            step(f"checking {way}")
             tp.way = way
             found[way] = compare(model(ids).logits[0], expected)
-            step(f"checking {way}")
         for repeat in range(args.repeats):
+            step(f"timing, round {repeat + 1} of {args.repeats}")
             for offset in range(len(WAYS)):
                 way = list(WAYS)[(repeat + offset) % len(WAYS)]
                 runs[way].append(prefill(model, tp, way, ids))
-                step(f"timing {way}")
     everyone = [None] * world_size
     dist.all_gather_object(everyone, (found, runs))
     found, runs = ({way: [kind[way] for kind in kinds] for way in WAYS} for kinds in zip(*everyone, strict=True))
