@@ -14,6 +14,8 @@ extern "C" {
 #endif
 #pragma GCC visibility push(default) /* all else in the library is hidden */
 
+#define TPF_VERSION 100 /* 10000 * major + 100 * minor + patch, of tp_fused/_version.py */
+
 #define TPF_MAX_RANKS 8           /* ranks of one workspace: the GPUs of one node */
 #define TPF_MAX_CTAS 256          /* blocks of one grid that synchronise with their peers */
 #define TPF_MAX_ROW_BLOCKS 512    /* of 64 to 256 rows, that a rank has in a fused projection */
@@ -113,6 +115,10 @@ typedef struct tpf_symm {
   int64_t offset;
   uint32_t buffer; /* which of the workspace's symmetric buffers, from 1; the same number on all ranks */
 } tpf_symm;
+
+/* ---- which build this is: for programs that load it without having been compiled with its header ---- */
+int32_t tpf_version(void);            /* its TPF_VERSION */
+int64_t tpf_sizeof(const char* name); /* of a struct that callers fill in, tpf_team for one; 0 where there is none */
 
 /* ---- the row rule and the layout of a region ---- */
 /* No rows where num_tokens is negative or there is no such rank. */

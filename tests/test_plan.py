@@ -134,7 +134,7 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
     assert plans[0] == plans[1]
 
 
-# What was measured and chosen on H100 and H200, docs/performance.md.
+# What was measured and chosen on H100 and H200, docs/notes.
 @pytest.mark.parametrize(
     ("op", "num_tokens", "options", "chosen"),
     [

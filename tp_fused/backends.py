@@ -1,5 +1,6 @@
 """Which backend serves a group: decided from what all ranks report, the same on all of them."""
 
+import errno
 import os
 import secrets
 import socket
@@ -48,7 +49,9 @@ def report(arguments: dict, device: str) -> Report:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
         mount = os.stat("/dev/shm").st_dev  # two containers of one machine may have a /dev/shm each
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # says nothing of the host
+            raise
         boot, mount = "unknown", "none"
     host = f"{socket.gethostname()}/{boot}/{mount}"
     made = Report(arguments, host, _C.cpu_supported())
@@ -132,7 +135,8 @@ def choose_backend(reports, device_type: str, world_size: int, asked: str | None
 def _obstacle(reports, device_type: str, world_size: int, asked: str | None) -> str | None:
     """What keeps the shared-memory backend of this device from running, if anything does."""
     if asked is not None and asked != device_type:
-        return f"the workspace is for {device_type} tensors"
+        unseen = "; torch sees no GPU" if asked == "cuda" and not torch.cuda.is_available() else ""
+        return f"the workspace is for {device_type} tensors{unseen}"
     if device_type not in ("cpu", "cuda"):
         return f"there are no kernels for {device_type}"
     if device_type == "cuda" and not _C.cuda_compiled():

@@ -1,7 +1,10 @@
 """What is wrong with a call, in words. The native kernels refuse the same calls (csrc/torch_call.h), without words."""
 
 import ctypes
+import dataclasses
 import math
+import numbers
+import reprlib
 
 import torch
 
@@ -9,18 +12,58 @@ from . import partition
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 E4M3 = torch.float8_e4m3fn
-
-
+_PLAIN = (bool, int, float, str, torch.dtype)
 LARGEST = 2**31 - 1  # widths and group sizes reach the kernels as 32-bit integers
 
 
 def given(name: str, tensor: torch.Tensor | None) -> None:
-    """There is a dense tensor, with memory: torch takes None for any tensor, and any layout."""
-    if tensor is None:
-        raise TypeError(f"{name} must be a tensor, got None")
+    """There is a dense tensor: torch takes None for any tensor, and any layout."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {described(tensor)}")
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else tensor.layout
         raise TypeError(f"{name} must be a dense tensor, got a {layout} one")
+
+
+# By the type in an op's schema: how it is called here, and what torch's dispatcher takes for it.
+_TYPES = {
+    "Tensor": ("a tensor", torch.Tensor),
+    "Optional[Tensor]": ("a tensor or None", (torch.Tensor, type(None))),
+    "float": ("a number", (numbers.Real, torch.SymFloat)),
+    "int": ("an integer", (numbers.Integral, torch.SymInt)),
+    "bool": ("True or False", bool),
+    "str": ("a string", str),
+}
+
+
+def types(schema: dict[str, str], arguments: dict) -> None:
+    """The arguments that the schema knows are of its types, tensors dense."""
+    for name, value in arguments.items():
+        if name not in schema:
+            continue
+        words, admitted = _TYPES[schema[name]]
+        if not isinstance(value, admitted):
+            raise TypeError(f"{name} must be {words}, got {described(value)}")
+        if isinstance(value, torch.Tensor):
+            given(name, value)
+
+
+def count(name: str, value, least: int = 0, most: int = LARGEST) -> None:
+    """An integer from `least`, which is 0 or 1, to `most`."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {described(value)}")
+    if value < least:
+        raise ValueError(f"{name} must {'be positive' if least else 'not be negative'}, got {value}")
+    if value > most:
+        raise ValueError(f"{name}={value} is over {most}")
+
+
+def device(value) -> torch.device:
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"device {described(value)} cannot be used: {error}") from None
 
 
 def memory(name: str, tensor: torch.Tensor) -> None:
@@ -260,9 +303,29 @@ def latent_norms(weight: torch.Tensor, **norms: torch.Tensor) -> None:
 
 
 def described(value) -> str:
-    """An argument, as it is told in an error."""
-    if not isinstance(value, torch.Tensor):
-        return repr(value)
-    return (
-        f"{value.dtype} {tuple(value.shape)} of strides {value.stride()} at {value.storage_offset()} on {value.device}"
-    )
+    """An argument, as it is told in an error: short, whatever it is."""
+    if isinstance(value, torch.Tensor):
+        if value.is_nested or value.layout != torch.strided:
+            return f"a {'nested' if value.is_nested else value.layout} tensor"
+        where = f"of strides {value.stride()} at {value.storage_offset()} on {value.device}"
+        return f"{value.dtype} {tuple(value.shape)} {where}"
+    if value is None or isinstance(value, (*_PLAIN, torch.device)):
+        return reprlib.repr(value)
+    kind, shape = type(value), getattr(value, "shape", ())
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"{name} of shape {shape}" if shape else f"{reprlib.repr(value)} ({name})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Strange:
+    """What ranks tell each other of an argument of a type that no check admits: it may not be picklable."""
+
+    words: str
+
+    def __repr__(self) -> str:
+        return self.words
+
+
+def exchangeable(value):
+    """The argument itself, or words for it."""
+    return value if value is None or isinstance(value, _PLAIN) else Strange(described(value))

@@ -2,8 +2,10 @@
 
 import torch
 
-from . import native, partition, planning
+from . import checks, faults, native, partition, planning
 from .groups import get_workspace, resolve_group_name, type_of
+
+OPS = (*faults.OPS.values(), "mla_prologue")
 
 
 def explain(
@@ -26,19 +28,31 @@ def explain(
 
     input: the tensor that would be passed; with it, the answer says whether the peers read it in place. Without it, a
     tensor of the workspace's hidden_size and dtype is assumed. A projection is taken to make latent_size columns.
-    complete: as the call would be. Raises ValueError where the call itself would: no workspace, an unknown op.
+    complete: as the call would be. Raises ValueError or TypeError where the call itself would: no workspace, an unknown
+    op, a count below zero.
 
     gpu: "A100", "H20", "H100", "H200" or "B200" asks about such cards instead, without a workspace and without a GPU:
     about a call of `world_size` ranks, `ranks_per_card` on each card, with an input of `hidden_size` columns of
     `dtype`, in_place in symmetric memory or not, and projections of `latent_size` columns. Without gpu these are not
     looked at. A plan depends on nothing else: what is told here is what runs there.
     """
-    if not hasattr(torch.ops.tp_fused, op):
-        raise ValueError(f"unknown op {op!r}")
+    if not isinstance(op, str) or op not in OPS:
+        raise ValueError(f"unknown op {checks.described(op)}; there are {', '.join(OPS)}")
+    checks.count("num_tokens", num_tokens)
+    if input is not None:
+        checks.rows("input", input, tuple(native.DTYPE_CODES))
     if op == "mla_prologue":
         asked = {key: value for key, value in locals().items() if key not in ("op", "num_tokens", "complete")}
         return _explain_prologue(num_tokens, complete, asked)
     if gpu is not None:
+        if not isinstance(gpu, str):
+            raise TypeError(f"gpu must be a card's name, got {checks.described(gpu)}")
+        if dtype not in native.DTYPE_CODES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, native.DTYPE_CODES))}, got {dtype!r}")
+        checks.count("world_size", world_size, 1, native._C.MAX_RANKS)
+        checks.count("ranks_per_card", ranks_per_card, 1, world_size)
+        checks.count("hidden_size", hidden_size, 1)
+        checks.count("latent_size", latent_size, 1)
         share = planning.share_of(gpu, ranks_per_card)
         sizes = {"world_size": world_size, "hidden_size": hidden_size, "columns": latent_size, "complete": complete}
         about = f"{world_size} ranks, {ranks_per_card} on each {gpu}; rank 0 of them owns "

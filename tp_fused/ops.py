@@ -15,7 +15,7 @@ import torch
 
 from . import checks, reference
 from .groups import get_workspace, resolve_group_name
-from .registration import define, own_rows, unfused
+from .registration import define, own_rows, typed, unfused
 
 __all__ = [
     "all_gather_rows",
@@ -47,6 +47,7 @@ def _rs_rmsnorm(input, residual, weight, eps, group_name, complete=False, weight
     return unfused(workspace, reference.rs_rmsnorm, input, residual, weight, eps, weight_offset, complete)
 
 
+@typed
 def rs_rmsnorm(input, residual, weight, eps=1e-6, group=None, *, complete=False, weight_offset=0.0):
     """Reduce-scatter, residual add and RMSNorm in one kernel.
 
@@ -133,6 +134,7 @@ def _rs_rmsnorm_fp8(
     )
 
 
+@typed
 def rs_rmsnorm_fp8(
     input,
     residual,
@@ -193,6 +195,7 @@ def _rs_rmsnorm_ag(input, residual, weight, eps, group_name, weight_offset=0.0):
     return unfused(workspace, reference.rs_rmsnorm_ag, input, residual, weight, eps, weight_offset)
 
 
+@typed
 def rs_rmsnorm_ag(input, residual, weight, eps=1e-6, group=None, *, weight_offset=0.0):
     """All-reduce, residual add and RMSNorm in one kernel, with the residual left scattered.
 
@@ -220,6 +223,7 @@ def _reduce_scatter_rows(input, group_name, residual=None):
     return unfused(workspace, reference.reduce_scatter_rows, input, residual)
 
 
+@typed
 def reduce_scatter_rows(input, group=None, *, residual=None):
     """Reduce-scatter over the token dimension, any token count.
 
@@ -245,6 +249,7 @@ def _all_gather_rows(input, num_tokens, group_name):
     return unfused(workspace, reference.all_gather_rows, input, num_tokens)
 
 
+@typed
 def all_gather_rows(input, num_tokens, group=None):
     """All-gather of scattered rows, any token count.
 

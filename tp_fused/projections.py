@@ -7,7 +7,7 @@ import torch
 
 from . import checks, reference
 from .groups import get_workspace, resolve_group_name
-from .registration import define, own_rows, unfused
+from .registration import define, own_rows, typed, unfused
 
 __all__ = ["mla_prologue", "qkv_a_proj_ag", "qkv_a_proj_ag_fp8", "qkv_a_proj_ag_norm"]
 
@@ -44,6 +44,7 @@ def _qkv_a_proj_ag(input, weight, num_tokens, group_name, bias=None, complete=Fa
     )
 
 
+@typed
 def qkv_a_proj_ag(input, weight, num_tokens, group=None, *, bias=None, complete=False):
     """A replicated projection of scattered rows, all-gathered while it is computed.
 
@@ -78,6 +79,7 @@ def _qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, group_name, c
     return unfused(workspace, reference.qkv_a_proj_ag_fp8, q, scale, weight, weight_scale, num_tokens, complete)
 
 
+@typed
 def qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, group=None, *, complete=False):
     """`qkv_a_proj_ag` on fp8 rows and weight with DeepSeek-V3's block scales.
 
@@ -134,6 +136,7 @@ def _qkv_a_proj_ag_norm(
     )
 
 
+@typed
 def qkv_a_proj_ag_norm(
     input, weight, q_a_weight, kv_a_weight, num_tokens, eps=1e-6, group=None, *, weight_offset=0.0, complete=False
 ):
@@ -190,6 +193,7 @@ def _mla_prologue(
     return unfused(workspace, reference.mla_prologue, input, residual, *weights, eps, complete)
 
 
+@typed
 def mla_prologue(
     input,
     residual,

@@ -4,6 +4,7 @@
 """
 
 import functools
+import inspect
 
 import torch
 
@@ -36,6 +37,27 @@ def define(schema: str, fake):
         return function
 
     return register
+
+
+def typed(wrapper):
+    """Decorates what people call of an op.
+
+    torch's dispatcher refuses what is not of the schema's types before any kernel hears of it: as a RuntimeError.
+    """
+
+    @functools.wraps(wrapper)
+    def called(*arguments, **options):
+        try:
+            return wrapper(*arguments, **options)
+        except RuntimeError as error:
+            if "Expected a value of type" not in str(error) and not isinstance(error, NotImplementedError):
+                raise
+            schema = getattr(torch.ops.tp_fused, wrapper.__name__).default._schema
+            given = inspect.signature(wrapper).bind(*arguments, **options).arguments
+            checks.types({argument.name: str(argument.type) for argument in schema.arguments}, given)
+            raise
+
+    return called
 
 
 def _explained(function, fake):

@@ -5,7 +5,9 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstring>
 #include <limits>
+#include <utility>
 
 #include "../protocol.h"
 #include "liveness.h"
@@ -107,6 +109,27 @@ int32_t tpf_cpu_supported(void) {
 #else
   return 1;
 #endif
+}
+
+int32_t tpf_version(void) { return TPF_VERSION; }
+
+int64_t tpf_sizeof(const char* name) {
+  static constexpr std::pair<const char*, size_t> kStructs[] = {
+      {"tpf_call", sizeof(tpf_call)},
+      {"tpf_fault", sizeof(tpf_fault)},
+      {"tpf_team", sizeof(tpf_team)},
+      {"tpf_symm", sizeof(tpf_symm)},
+      {"tpf_card", sizeof(tpf_card)},
+      {"tpf_plan", sizeof(tpf_plan)},
+      {"tpf_segment", sizeof(tpf_segment)},
+      {"tpf_refusal", sizeof(tpf_refusal)},
+      {"tpf_stream_order", sizeof(tpf_stream_order)},
+      {"tpf_projection", sizeof(tpf_projection)},
+  };
+  for (const auto& [known, bytes] : kStructs) {
+    if (std::strcmp(known, name) == 0) return static_cast<int64_t>(bytes);
+  }
+  return 0;
 }
 
 void tpf_rows_of(int64_t* start, int64_t* count, int64_t num_tokens, int32_t rank, int32_t world_size) {

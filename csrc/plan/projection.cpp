@@ -73,7 +73,7 @@ struct Planner {
   }
 
   // By the shape and the grid alone, so that all ranks take the same. Of 256 x 144 beside peers cost_of promises too
-  // much: up to 1.1 of the others' time (docs/performance.md).
+  // much: up to 1.1 of the others' time (docs/notes/tiles_own_card.md).
   template <int kElementBytes, TileKind... kKinds>
   TileNumbers cheapest(TileKinds<kKinds...>, int k_blocks, int blocks) const {
     static constexpr TileNumbers kTiles[] = {numbers_of<kElementBytes, kKinds>()...};
