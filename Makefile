@@ -3,17 +3,19 @@
 #
 #   make demo ARGS="--world-size 3"        make test ARGS="-k faults"        make bench ARGS="rs_rmsnorm --world-size 4"
 #   make PYTHON=python3.12 test            TP_FUSED_CUDA=0 make build        (see setup.py)
+#   make wheel WHEELS=/tmp
 
 PYTHON ?= python3
 ARGS ?=
+WHEELS ?= dist
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # The build calls cmake and ninja by name.
-$(VENV)/built: export PATH := $(CURDIR)/$(BIN):$(PATH)
+$(VENV)/built wheel: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: FORCE help demo test soak fuzz bench build format lint clean
+.PHONY: FORCE help demo test soak fuzz bench build docs wheel format lint clean
 .PHONY: gpu-build gpu-demo gpu-test gpu-soak gpu-sanitize gpu-bench gpu-multi
 
 help:
@@ -22,6 +24,8 @@ help:
 	@echo "make bench         a benchmark                       ARGS=\"rs_rmsnorm --world-size 4\""
 	@echo "make soak          random calls, all compared        ARGS=\"--world-size 2 3 8 --calls 20000\""
 	@echo "make fuzz          the C API under AddressSanitizer  ARGS=\"-max_total_time=600\""
+	@echo "make docs          the documents as a site, in site/"
+	@echo "make wheel         a wheel in dist/, to install on another machine"
 	@echo "make lint, format  the style of the code"
 	@echo
 	@echo "On a machine with GPUs, with its own Python, torch and nvcc:"
@@ -90,6 +94,13 @@ $(VENV)/built: $(VENV)/packages $(VENV)/asked $(SOURCES)
 	  pathlib.Path(sysconfig.get_path('purelib'), 'tp_fused.pth').write_text('$(CURDIR)')"
 	touch $@
 
+# For this Python and architecture, and for a glibc and libstdc++ as new as this machine's; the hosted workflow
+# (.github/workflows/wheels.yml) builds those that older machines take, too. What earlier wheels left is not packed again.
+wheel: $(VENV)/packages
+	rm -rf build/lib.* build/bdist.*
+	$(BIN)/python -m pip wheel . --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir $(WHEELS)
+	@ls -l $(WHEELS)/*.whl
+
 # What was asked of the build: where that changes, it is built again.
 ASKED := TP_FUSED_CUDA=$(TP_FUSED_CUDA) TP_FUSED_CUDA_ARCHITECTURES=$(TP_FUSED_CUDA_ARCHITECTURES)
 $(VENV)/asked: $(VENV)/packages FORCE
@@ -102,6 +113,18 @@ $(VENV)/packages: requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
 
+# The site of docs/, in site/; a warning is an error. Its packages have a venv of their own: it needs no torch.
+DOCS_VENV := .venv-docs
+docs: $(DOCS_VENV)/packages
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+$(DOCS_VENV)/packages: docs/requirements.txt
+	@echo "installing the pinned packages of $< into $(DOCS_VENV), once"
+	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
 lint: $(VENV)/packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -112,5 +135,5 @@ format: $(VENV)/packages
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info tp_fused/*.so .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS_VENV) site build dist *.egg-info tp_fused/*.so .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

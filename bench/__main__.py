@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from . import catalog, goals, model, multi, tables
+from . import catalog, goals, model, multi, pages, tables
 from . import options as run_options
 from .baselines import BASELINES
 from .results import RESULTS
@@ -204,11 +204,13 @@ def plot(
         typer.echo(picture)
 
 
-@app.command("tables", help=_paragraphs(tables.__doc__))
-def fill_tables(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)] = Path("docs/performance.md"),
+@app.command("tables", help=_paragraphs(pages.__doc__))
+def write_tables(
+    docs: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The folder of performance.md")] = Path(
+        "docs"
+    ),
 ) -> None:
-    file.write_text(tables.fill(file.read_text()))
+    pages.write(docs)
 
 
 _Results = Annotated[Path, typer.Option(file_okay=False, show_default="bench/results", help="Where the files go")]

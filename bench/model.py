@@ -271,12 +271,13 @@ def predict(program: Callable[[Shape], tuple[Phase, ...]], shape: Shape, rates: 
 def documents(results: Path) -> list[dict]:
     """The runs on cards that are known here, in bf16, that `results` holds."""
     read = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    return [document for document in read if card_of(document) and _fits(document.get("options", {}))]
+    return [document for document in read if counts(document)]
 
 
-def _fits(options: dict) -> bool:
+def counts(document: dict) -> bool:
     """Not what several runs were made into, which has no options, nor a sweep of blocks, which has no baselines."""
-    return options.get("dtype") == "bf16" and options.get("baselines") != []
+    options = document.get("options", {})
+    return card_of(document) is not None and options.get("dtype") == "bf16" and options.get("baselines") != []
 
 
 def card_of(document: dict) -> str | None:

@@ -13,13 +13,20 @@ when the logits of any way, on any rank, are not the unsharded model's.
 
 import argparse
 import contextlib
+import gc
 import json
+import multiprocessing.forkserver
 import os
 import platform
 import statistics
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__" and "RANK" not in os.environ:
+    # The server that `launch` takes ranks from. It imports what they need while this process does, which takes seconds.
+    multiprocessing.set_forkserver_preload(["tp_fused.integrations.transformers", "tp_fused.frozen"])
+    multiprocessing.forkserver.ensure_running()
 
 import torch
 import torch.distributed as dist
@@ -162,14 +169,17 @@ def run(args: argparse.Namespace) -> None:
     say(taken)
     if place.sentence():
         say(place.sentence())
-    steps = 2 + len(WAYS) * (1 + args.repeats)
+    steps = 3 + len(WAYS) + args.repeats
     with torch.inference_mode(), tqdm(total=steps, disable=None if rank == 0 else True, leave=False) as bar:
 
         def step(what: str) -> None:
+            """Begins one: a bar on a terminal, a line elsewhere."""
             bar.set_description(what)
             bar.update()
+            if rank == 0 and bar.disable:
+                print(f"{what} ...", file=sys.stderr, flush=True)
 
-        bar.set_description("building the model")
+        step("building the model")
         model = make_model(make_config(args.preset, args.num_tokens), args.seed, dtype, device)
         step("unsharded model")
         expected = unsharded_logits(model, ids)
@@ -177,14 +187,14 @@ def run(args: argparse.Namespace) -> None:
         tp = parallelize(model, place.group, max_num_tokens=args.num_tokens)
         found, runs = {}, {way: [] for way in WAYS}
         for way in WAYS:  # also the warm-up
+            step(f"checking {way}")
             tp.way = way
             found[way] = compare(model(ids).logits[0], expected)
-            step(f"checking {way}")
         for repeat in range(args.repeats):
+            step(f"timing, round {repeat + 1} of {args.repeats}")
             for offset in range(len(WAYS)):
                 way = list(WAYS)[(repeat + offset) % len(WAYS)]
                 runs[way].append(prefill(model, tp, way, ids))
-                step(f"timing {way}")
     everyone = [None] * world_size
     dist.all_gather_object(everyone, (found, runs))
     found, runs = ({way: [kind[way] for kind in kinds] for way in WAYS} for kinds in zip(*everyone, strict=True))
@@ -231,9 +241,9 @@ def print_times(times: dict, args: argparse.Namespace, backend: str) -> None:
         cells += [f"{args.num_tokens / run['total']:.0f}", f"{run['speedup']:.2f} x"]
         print(f"{title:25}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)))
     print(
-        "\n* One kernel does several of these: comm. holds rs_rmsnorm and rs_rmsnorm_ag,\n"
-        "  with their residual additions and RMSNorms; qkv_a holds qkv_a_proj_ag_norm,\n"
-        "  with its all-gather and the latent RMSNorms.\n"
+        "\n* One op does several of these: comm. holds rs_rmsnorm_ag, with its residual\n"
+        "  addition and RMSNorm; qkv_a holds mla_prologue, which is all that comes\n"
+        "  before the attention.\n"
         "Total: of the slowest rank. Parts: means over ranks; comm. has waiting in it.\n"
         "Speedup: of the totals. As in an engine, only the last token's logits are made."
     )
@@ -293,7 +303,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--text-file", type=Path, default=readme, help="its bytes are the prompt (the README)")
     parser.add_argument("--num-tokens", type=int, default=1024, help="cut or repeat the text to this length (1024)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (7)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds (5)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs if any")
     parser.add_argument("--json", type=Path, help="write the results there too")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (0)")
@@ -317,6 +327,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    gc.freeze()  # when Python ends it would look through all that was imported, for a second
     try:
         launch(run, args.world_size, args)
     except torch.multiprocessing.ProcessExitedException as error:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.initialization import no_init_weights
 
 VOCAB_SIZE = 256  # token ids are bytes
 
@@ -77,7 +78,8 @@ def make_model(config: DeepseekV3Config, seed: int, dtype: torch.dtype, device: 
     Each projection is scaled to keep its input's size, so that every block moves the residual and every logit hangs on
     all of it; norm weights differ from one another, so that one left out or swapped shows.
     """
-    model = DeepseekV3ForCausalLM(config)
+    with no_init_weights():  # all are set below
+        model = DeepseekV3ForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,6 +1,7 @@
 """Many sections in one command, the goals that they are held against, and the tables made of what they leave."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ pytest.importorskip("rich", reason="the bench extra is not installed")
 
 from typer.testing import CliRunner
 
-from bench import goals, multi, results, run, suite, tables
+from bench import goals, multi, pages, results, run, suite, tables
 from bench.__main__ import app
 from bench.catalog import OPS
 from bench.options import Options
+from bench.questions import QUESTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -112,13 +114,16 @@ def test_the_fewest_blocks_near_the_best_time(tmp_path):
 
 
 def test_the_documentation_shows_the_results_as_they_are():
+    documents = pages.load()
     text = (ROOT / "docs" / "performance.md").read_text()
-    assert "| tokens |" in text and tables.fill(text) == text, "python -m bench tables"
+    shown = re.findall("<!-- table: (.*) -->", text)
+    assert sorted(shown) == sorted(QUESTIONS) and pages.fill(text, documents) == text, "python -m bench tables"
+    folder = ROOT / "docs" / "results"
+    written = {path.name: path.read_text() for path in folder.iterdir()}
+    assert written == pages.pages(documents), "python -m bench tables"
 
 
-def test_tables_name_what_was_measured(tmp_path):
-    text = "a\n<!-- results: x.json -->\nold\n<!-- end -->\nb\n"
-    assert tables.fill(text, tmp_path) == text.replace("old", "Not measured yet.")
+def test_tables_name_what_was_measured():
     machine = {"gpu": "H100", "gpus": 1, "torch": "2.11", "commit": "0123456789abcdef", "copy_gb_s": 3000.4}
     programs = {
         "fused": {"median_us": 10.04, "copy_share": 0.951},
@@ -134,14 +139,23 @@ def test_tables_name_what_was_measured(tmp_path):
         "host_us_fastest": 8.0,
     }
     options = {"world_size": 8, "hidden": 7168, "dtype": "bf16", "zero_copy": True}
-    (tmp_path / "x.json").write_text(json.dumps({"machine": machine, "options": options, "results": [row]}))
-    filled = tables.fill(text, tmp_path)
+    filled = tables.markdown({"machine": machine, "options": options, "results": [row]})
     assert (
         "1 x H100; torch 2.11; commit 0123456789ab; copies 3000 GB/s; 8 ranks" in filled and "inputs in place" in filled
     )
     assert "| tokens | rs_rmsnorm | of copies | on the CPU | ctas8 | own |" in filled
     assert "| 64 | 10.0 | 0.95 | 8.0 to 9.0 | 12.0 (1.20 x, 0.90 of copies) | 20.0 (2.00 x) |" in filled
-    assert tables.fill(filled, tmp_path) == filled
+
+
+def test_every_result_is_on_one_page(tmp_path):
+    (tmp_path / "performance.md").touch()
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "gone.md").touch()
+    pages.write(tmp_path)
+    text = "".join(path.read_text() for path in (tmp_path / "results").glob("[1-9c]*.md"))
+    assert not (tmp_path / "results" / "gone.md").exists()
+    for path in results.RESULTS.glob("*.json"):
+        assert text.count(f"## {path.stem}\n") == 1, path.name
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """tools/compare_builds.py, and whether what it calls without a header (tools/c_api.py) is what csrc/tp_fused.h says."""
 
 import ctypes
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tp_fused
 from tools import c_api
 from tp_fused.native import _C
 
@@ -31,9 +33,38 @@ def test_structs_are_laid_out_as_in_the_header(tmp_path):
 
 
 def test_the_library_has_the_functions():
+    if not _C.cuda_compiled():
+        with pytest.raises(ValueError, match=r"libtp_fused\.so has no tpf_rs_rmsnorm_cuda: it was built without"):
+            c_api.load(LIBRARY)
+        pytest.skip("needs a build with CUDA kernels")
+    assert c_api.load(LIBRARY).tpf_region_bytes
+
+
+def test_the_library_tells_its_version_and_the_sizes_of_structs():
     library = ctypes.CDLL(str(LIBRARY))
-    for name in (*c_api.FUNCTIONS, "tpf_region_bytes"):
-        assert getattr(library, name)
+    for name, struct in c_api.STRUCTS.items():
+        assert library.tpf_sizeof(name.encode()) == ctypes.sizeof(struct)
+    assert library.tpf_sizeof(b"tpf_teams") == 0
+    major, minor, patch = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", tp_fused.__version__).groups()
+    assert library.tpf_version() == 10000 * int(major) + 100 * int(minor) + int(patch)
+
+
+def test_a_build_with_other_structs_is_refused(monkeypatch):
+    class Longer(c_api.Team):
+        _fields_ = (("new", ctypes.c_int64),)
+
+    here, there = ctypes.sizeof(Longer), ctypes.sizeof(c_api.Team)
+    monkeypatch.setattr(c_api, "STRUCTS", {"tpf_team": Longer})
+    words = rf"tpf_team has {there} bytes in {re.escape(str(LIBRARY))} \(version \d+\) and {here} in .*c_api\.py"
+    with pytest.raises(ValueError, match=words):
+        c_api.load(LIBRARY)
+
+
+def test_a_build_that_tells_no_sizes_is_refused(tmp_path):
+    library = tmp_path / "libtp_fused.so"
+    subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", "-o", library], check=True, timeout=60)
+    with pytest.raises(ValueError, match=r"libtp_fused\.so does not tell the sizes of its structs"):
+        c_api.load(library)
 
 
 def compare(*arguments: str) -> subprocess.CompletedProcess:

@@ -76,6 +76,8 @@ def test_demo_from_the_command_line(text_file, tmp_path):
         [*command, "--json", output], capture_output=True, text=True, timeout=150, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
+    for progress in ("building the model ...", "checking fused ...", "timing, round 2 of 2 ..."):
+        assert progress in done.stderr.splitlines()
     assert "OK" in done.stdout
     assert "tp_fused transport" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80

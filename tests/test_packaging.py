@@ -1,11 +1,13 @@
-"""`pip install .`: what is in the wheel, and that building it asks neither for torch nor for nvcc."""
+"""Wheels: what is in them, that they work where torch is alone, and that the build needs neither torch nor nvcc."""
 
+import importlib.metadata
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
+import venv
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 pytest.importorskip("pybind11", reason="the build needs pybind11")
 
 ROOT = Path(__file__).resolve().parents[1]
+OTHER_PYTHONS = [f"3.{minor}" for minor in (14, 13, 12, 11, 10) if minor != sys.version_info.minor]
 pytestmark = pytest.mark.packaging
 
 
@@ -25,66 +28,162 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
-def build_wheel(checkout: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Builds with a torch that cannot be imported, and with no nvcc in reach; what is compiled is not optimised."""
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def run(command, cwd: Path, environment: dict, timeout: int = 280) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def away_from_here(**more: str) -> dict[str, str]:
+    """An environment in which nothing of this checkout is found by chance."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "TP_FUSED", "PYTHONPATH"))}
+    return {**kept, **more}
+
+
+def build_environment(checkout: Path, **more: str) -> dict[str, str]:
+    """A torch that cannot be imported, no nvcc in reach; what is compiled is not optimised."""
     poison = checkout.parent / "poison"
-    poison.mkdir(exist_ok=True)
+    compiler = script(poison / "c++", f'exec {os.environ.get("CXX", "c++")} "$@" -O0 -fno-lto')
     (poison / "torch.py").write_text("raise ImportError('the build imports torch')\n")
-    compiler = poison / "c++"
-    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0 -fno-lto\n')
-    compiler.chmod(0o755)
     reachable = [entry for entry in os.environ["PATH"].split(":") if not os.access(f"{entry}/nvcc", os.X_OK)]
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "TP_FUSED"))}
     path = ":".join([str(Path(sys.executable).parent), *reachable])
-    return subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", str(checkout.parent)],
-        cwd=checkout,
-        env={**inherited, "PATH": path, "PYTHONPATH": str(poison), "CXX": str(compiler), **environment},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    return away_from_here(**{"PATH": path, "PYTHONPATH": str(poison), "CXX": str(compiler), **more})
+
+
+def build_wheel(checkout: Path, *pip_options: str, **environment: str) -> subprocess.CompletedProcess:
+    to = str(checkout.parent / "wheels")
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", to]
+    command = [sys.executable, "-m", "pip", *pip_options, "wheel", ".", *options]
+    return run(command, checkout, build_environment(checkout, **environment))
+
+
+def the_wheel(checkout: Path, python: str) -> Path:
+    (wheel,) = checkout.parent.glob(f"wheels/*-cp{python.replace('.', '')}-*.whl")
+    return wheel
 
 
 @pytest.fixture(scope="module")
 def architectures(checkout) -> list[str]:
     """Those that two builds in the same folder are for: the first is asked for one, the second for none."""
     seen = []
-    for environment in ({"TP_FUSED_CUDA_ARCHITECTURES": "90a-real"}, {}):
+    # The first one ends before anything is compiled.
+    cmake = script(checkout.parent / "half/cmake", f'[ "$1" != --build ] && exec {shutil.which("cmake")} "$@"')
+    path = f"{cmake.parent}:{build_environment(checkout)['PATH']}"
+    for environment in ({"TP_FUSED_CUDA_ARCHITECTURES": "90a-real", "PATH": path}, {}):
         done = build_wheel(checkout, **environment)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert (done.returncode != 0) == ("PATH" in environment), done.stdout + done.stderr
         (cache,) = checkout.glob("build/temp.*/CMakeCache.txt")
         seen.append(re.search(r"^TPF_CUDA_ARCHITECTURES:STRING=(.*)$", cache.read_text(), re.MULTILINE)[1])
     return seen
 
 
+def link_distributions(site_packages: Path, *names: str) -> None:
+    """Puts distributions of this environment, and what they require, into another one."""
+    wanted, linked = list(names), set()
+    while wanted:
+        name = wanted.pop()
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:  # of another platform, or Python
+            continue
+        if name in linked:
+            continue
+        linked.add(name)
+        wanted += [
+            re.match(r"[\w.-]+", line)[0] for line in distribution.requires or [] if not re.search(r"\bextra\b", line)
+        ]
+        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            link = site_packages / top
+            if not link.exists():
+                link.symlink_to(distribution.locate_file(top))
+
+
+class Environment:
+    """A fresh one of a Python, without pip: this one's serves it."""
+
+    def __init__(self, folder: Path, python: Path | None = None):
+        self.python, self.folder = folder / "bin/python", folder
+        if python is None:
+            venv.create(folder, symlinks=True)
+        else:
+            subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True, timeout=60)
+        (self.site_packages,) = folder.glob("lib/python*/site-packages")
+
+    def install(self, wheel: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "pip", "--python", str(self.python), "install", "--no-index", *options, wheel]
+        done = run(command, self.folder, away_from_here())
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def run(self, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+        return run([self.python, *arguments], cwd or self.folder, away_from_here(), timeout=120)
+
+
 @pytest.fixture(scope="module")
-def installed(checkout, architectures) -> Path:
-    """A folder with the contents of the last wheel."""
-    (wheel,) = checkout.parent.glob("*.whl")
-    folder = checkout.parent / "installed"
-    zipfile.ZipFile(wheel).extractall(folder)
-    return folder
+def installed(checkout, architectures) -> Environment:
+    """The wheel, in an environment with torch alone."""
+    environment = Environment(checkout.parent / "environment")
+    link_distributions(environment.site_packages, "torch")
+    environment.install(the_wheel(checkout, f"{sys.version_info.major}.{sys.version_info.minor}"))
+    return environment
 
 
 def test_contents(installed):
-    files = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
+    record = importlib.metadata.PathDistribution(next(installed.site_packages.glob("tp_fused-*.dist-info")))
+    files = {str(file) for file in record.files if "__pycache__" not in file.parts}
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("tp_fused/**/*.py")}
     assert modules <= files
-    assert "tp_fused/libtp_fused.so" in files
+    assert {"tp_fused/libtp_fused.so", "tp_fused/include/tp_fused.h", "tp_fused/py.typed"} <= files
     assert [name for name in files if name.startswith("tp_fused/_C.")]
-    strangers = [name for name in files if not name.startswith(("tp_fused/", "tp_fused-"))]
+    strangers = [name for name in files if not name.startswith(("tp_fused/", "tp_fused-", "../../../bin/tp-fused"))]
     assert strangers == []
 
 
-def test_the_wheel_works(installed):
-    """Away from the checkout; the extension finds the library beside it."""
-    script = "import tp_fused; print(tp_fused.__file__, tp_fused.native._C.rows_of(10, 1, 4))"
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=installed, env=environment, capture_output=True, text=True, timeout=60
+def test_ranks_run_where_there_is_nothing_but_torch(installed):
+    done = installed.run("-c", "import tp_fused; print(tp_fused.__file__)")
+    assert done.stdout == f"{installed.site_packages}/tp_fused/__init__.py\n", done.stderr
+    done = installed.run("-m", "tp_fused", "doctor", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (tried,) = [finding for finding in json.loads(done.stdout)["findings"] if finding["check"] == "2 ranks on cpu"]
+    assert tried["state"] == "ok", tried
+
+
+def test_a_c_program_finds_header_and_library(installed, tmp_path):
+    package = installed.site_packages / "tp_fused"
+    source = tmp_path / "version.c"
+    source.write_text(
+        '#include <stdio.h>\n#include "tp_fused.h"\n'
+        "int main(void) {\n"
+        '  printf("%d %d", tpf_version() == TPF_VERSION, tpf_sizeof("tpf_team") == sizeof(tpf_team));\n}\n'
     )
-    assert done.stdout == f"{installed}/tp_fused/__init__.py (3, 3)\n", done.stderr
+    program = tmp_path / "version"
+    flags = [f"-I{package}/include", f"-L{package}", "-ltp_fused", f"-Wl,-rpath,{package}"]
+    subprocess.run(["cc", source, *flags, "-o", program], check=True, timeout=60)
+    assert subprocess.run([program], check=True, capture_output=True, text=True, timeout=60).stdout == "1 1"
+
+
+def test_a_checkout_that_hides_it_says_so(installed, checkout):
+    done = installed.run("-c", "import tp_fused", cwd=checkout)
+    told = done.stderr.splitlines()[-1]
+    assert told.endswith(
+        f"{checkout}/tp_fused has not been built, and hides the tp_fused that is installed in "
+        f"{installed.site_packages}/tp_fused: start Python in another folder than {checkout}, or build this one, "
+        f"`make build` there"
+    )
+
+
+def test_without_the_library_it_says_what_to_do(checkout, tmp_path):
+    environment = Environment(tmp_path / "environment")
+    link_distributions(environment.site_packages, "torch")
+    done = environment.run("-c", "import tp_fused", cwd=checkout)
+    told = done.stderr.splitlines()[-1]
+    assert told.endswith(
+        f"tp_fused's native library is missing: {checkout}/tp_fused has not been built; build it, `make build` there"
+    )
 
 
 def test_a_kept_build_folder_forgets_the_architectures_asked_for_last(architectures):
@@ -92,27 +191,81 @@ def test_a_kept_build_folder_forgets_the_architectures_asked_for_last(architectu
     assert architectures == ["90a-real", default]
 
 
+def other_python() -> tuple[str, Path]:
+    """Another version than this one: its number and where it is."""
+    for version in OTHER_PYTHONS:
+        command = [f"python{version}", "-c", "import sys; print(sys.executable)"]
+        # For pyenv, whose python3.x refuses unless that version has been chosen.
+        try:
+            done = run(command, ROOT, {**os.environ, "PYENV_VERSION": version}, timeout=60)
+        except FileNotFoundError:
+            continue
+        if done.returncode == 0:
+            return version, Path(done.stdout.strip())
+    pytest.skip(f"needs another Python on PATH, one of {', '.join(OTHER_PYTHONS)}")
+
+
+def test_another_python(checkout):
+    """Its wheel is built and installed there. torch is rarely there, too: then the extension alone is loaded."""
+    version, python = other_python()
+    environment = Environment(checkout.parent / f"python{version}", python)
+    link_distributions(environment.site_packages, "setuptools", "wheel", "pybind11")  # which are pure Python
+    done = build_wheel(checkout, "--python", str(environment.python))
+    assert done.returncode == 0, done.stdout + done.stderr
+    environment.install(the_wheel(checkout, version), "--no-deps")
+    loads = (
+        "import glob, importlib.util as util\n"
+        f"(path,) = glob.glob('{environment.site_packages}/tp_fused/_C.*.so')\n"
+        "spec = util.spec_from_file_location('tp_fused._C', path)\n"
+        "_C = util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(_C)\n"
+        "print(_C.rows_of(10, 1, 4))\n"
+    )
+    done = environment.run("-c", loads)
+    assert done.stdout == "(3, 3)\n", done.stderr
+
+
+# ---- what cannot be built ----
+
+
+def old_nvcc(folder: Path) -> str:
+    return str(script(folder / "nvcc", "echo 'Cuda compilation tools, release 12.4, V12.4.131'"))
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
         ({"TP_FUSED_CUDA": "2"}, "TP_FUSED_CUDA must be 0 or 1, not '2'"),
-        ({"TP_FUSED_CUDA": "1", "CUDACXX": "/nowhere/nvcc"}, "/nowhere/nvcc"),
+        ({"TP_FUSED_CUDA": "1"}, "TP_FUSED_CUDA=1, but there is no nvcc on PATH or in CUDA_HOME"),
+        (
+            {"TP_FUSED_CUDA": "1", "CUDACXX": "/nowhere/nvcc"},
+            "TP_FUSED_CUDA=1, but there is no nvcc where CUDACXX=/nowhere/nvcc says",
+        ),
+        (
+            {"TP_FUSED_CUDA": "1", "CUDACXX": old_nvcc},
+            "nvcc is of CUDA 12.4, the CUDA kernels need one from 12.8 on: name it in CUDA_HOME, or build without "
+            "them, TP_FUSED_CUDA=0",
+        ),
+        (
+            {"CXX": "/nowhere/c++"},
+            "tp_fused: /nowhere/c++ does not compile C++20 (No such file or directory); a C++20 compiler is needed, "
+            "g++ 11 or newer: apt-get install g++, or name one in CXX",
+        ),
+        (
+            {"CXX": lambda folder: str(script(folder / "c++", "echo \"error: '-std=c++20'\" >&2; exit 1"))},
+            "c++ does not compile C++20 (error: '-std=c++20'); a C++20 compiler is needed",
+        ),
+        ({"CXX": "", "PATH": ""}, "tp_fused: there is no C++ compiler on PATH; a C++20 compiler is needed"),
     ],
 )
-def test_what_cannot_be_built_says_so(checkout, environment, message):
-    done = build_wheel(checkout, **environment)
-    assert done.returncode != 0
-    assert message in done.stdout + done.stderr
-
-
-def test_import_without_the_library_says_what_to_do(checkout):
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    done = subprocess.run(
-        [sys.executable, "-c", "import tp_fused"],
-        cwd=checkout.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert "tp_fused's native library is missing or does not load: build it with `pip install .`" in done.stderr
+def test_what_cannot_be_built_says_so_in_a_sentence(checkout, tmp_path, environment, message):
+    environment = {name: value(tmp_path) if callable(value) else value for name, value in environment.items()}
+    if environment.get("PATH") == "":
+        for tool in ("cmake", "ninja"):
+            script(tmp_path / tool, "")
+        environment["PATH"] = str(tmp_path)
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-temp", str(tmp_path / "build")]
+    done = run(command, checkout, build_environment(checkout, **environment))
+    assert done.returncode == 1
+    (told,) = [line for line in done.stderr.splitlines() if "no GPU here" not in line]
+    assert message in told

@@ -1,9 +1,10 @@
 """The C API of libtp_fused (csrc/tp_fused.h), as far as compare_builds.py calls it.
 
-tests/test_compare_builds.py compares the layouts with the header's.
+tests/test_compare_builds.py compares the layouts with the header's; `load` the sizes with those of a build.
 """
 
 import ctypes
+from pathlib import Path
 
 Pointer = ctypes.c_void_p
 
@@ -38,6 +39,7 @@ class Team(ctypes.Structure):
         ("mailbox", Pointer),
         ("interrupted", Pointer),
         ("free_sms", ctypes.c_int32),
+        ("free_cluster_sms", ctypes.c_int32),
     ]
 
 
@@ -79,3 +81,24 @@ FUNCTIONS = {
         *(ctypes.POINTER(Pointer), ctypes.POINTER(Projection), ctypes.POINTER(Team), ctypes.POINTER(Call), Pointer)
     ],
 }
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """A build of libtp_fused, its functions declared. Raises ValueError where its structs are not those above."""
+    library = ctypes.CDLL(str(path.resolve()))  # symbols stay apart from those of other builds
+    if not hasattr(library, "tpf_sizeof"):
+        raise ValueError(f"{path} does not tell the sizes of its structs: it was built before tpf_sizeof was there")
+    library.tpf_sizeof.argtypes, library.tpf_sizeof.restype = [ctypes.c_char_p], ctypes.c_int64
+    for name, struct in STRUCTS.items():
+        theirs, ours = library.tpf_sizeof(name.encode()), ctypes.sizeof(struct)
+        if theirs != ours:
+            version = library.tpf_version()
+            raise ValueError(
+                f"{name} has {theirs} bytes in {path} (version {version}) and {ours} in {__file__}: "
+                f"compare it with the tools of its own checkout"
+            )
+    for name, arguments in FUNCTIONS.items():
+        if not hasattr(library, name):
+            raise ValueError(f"{path} has no {name}: it was built without CUDA kernels")
+        getattr(library, name).argtypes = arguments
+    return library

@@ -32,7 +32,7 @@ from tp_fused import reference
 from tp_fused.launch import launch, take_device
 from tp_fused.native import _C, DTYPE_CODES
 
-from .c_api import FUNCTIONS, Call, Pointer, Projection, Symm, Team
+from .c_api import Call, Pointer, Projection, Symm, Team, load
 
 HIDDEN, WIDTHS = 7168, (1536, 512, 64)  # of DeepSeek-V3
 LATENT = sum(WIDTHS)
@@ -76,9 +76,7 @@ class Build:
 
     def __init__(self, path: Path, ranks: Ranks):
         self.path, self.ranks = path, ranks
-        self.library = ctypes.CDLL(str(path.resolve()))  # symbols stay apart from those of the other builds
-        for name, arguments in FUNCTIONS.items():
-            getattr(self.library, name).argtypes = arguments
+        self.library = load(path)
         self.library.tpf_region_bytes.argtypes = [ctypes.c_int64, ctypes.c_int32]
         self.library.tpf_region_bytes.restype = ctypes.c_int64
         regions = ranks.symmetric(self.library.tpf_region_bytes(SLOT_BYTES, 1))
@@ -315,6 +313,11 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU")
+    try:
+        for library in options.libraries:
+            load(library)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     # No kernel is loaded while others wait for each other; and ranks may share a card.
     os.environ |= {"CUDA_MODULE_LOADING": "EAGER", "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
     try:

@@ -231,28 +231,39 @@ def reduction(workspace, input: torch.Tensor, residual=None, **others: torch.Ten
 
 
 def normed_reduction(
-    workspace, input: torch.Tensor, residual, weight, epsilon: float, offset: float
+    workspace, input: torch.Tensor, residual, weight, epsilon: float, offset: float, name: str = "weight"
 ) -> torch.Tensor | None:
-    """The same of one that norms what it has reduced."""
-    residual = reduction(workspace, input, residual, weight=weight)
-    norm_weight("weight", weight, (input.shape[1],), input)
+    """The same of one that norms what it has reduced. name: of its weight."""
+    residual = reduction(workspace, input, residual, **{name: weight})
+    norm_weight(name, weight, (input.shape[1],), input)
     eps(epsilon)
     weight_offset(offset)
     return residual
 
 
-def projection(workspace, input, weight, num_tokens: int, input_dtypes=FLOATS, output_dtype=None) -> None:
-    """The inputs of an op that projects this rank's rows by a replicated [columns, hidden_size] weight."""
-    rows("input", input, input_dtypes)
-    rows("weight", weight, (input.dtype,), input.device)
+def projection_weight(workspace, input, weight, num_tokens: int, output_dtype=None, name: str = "weight") -> None:
+    """A replicated [columns, hidden_size] weight, by which num_tokens rows like the input's are multiplied."""
+    rows(name, weight, (input.dtype,), input.device)
     if weight.shape[1] != input.shape[1]:
-        raise ValueError(f"weight is {tuple(weight.shape)}, but the input has {input.shape[1]} columns")
-    capacity(workspace, input, num_tokens, weight.shape[0], output_dtype, "weight.shape[0]")
+        raise ValueError(f"{name} is {tuple(weight.shape)}, but the input has {input.shape[1]} columns")
+    capacity(workspace, input, num_tokens, weight.shape[0], output_dtype, f"{name}.shape[0]")
     narrow("input.shape[1]", input.shape[1])
-    local_rows(workspace, "input", input, num_tokens)
-    kernel_starts(workspace, input=input, weight=weight)
+    kernel_starts(workspace, **{name: weight})
     if workspace.backend == "cuda" and weight.shape[0] == 0:
-        raise ValueError(f"on cuda, a weight must have rows, got {tuple(weight.shape)}")
+        raise ValueError(f"on cuda, {name} must have rows, got {tuple(weight.shape)}")
+
+
+def projection(
+    workspace, input, weight, num_tokens: int, complete: bool, input_dtypes=FLOATS, output_dtype=None
+) -> None:
+    """The inputs of an op that projects this rank's rows or, if they are complete, all of them."""
+    rows("input", input, input_dtypes)
+    projection_weight(workspace, input, weight, num_tokens, output_dtype)
+    if not complete:
+        local_rows(workspace, "input", input, num_tokens)
+    elif input.shape[0] != num_tokens:
+        raise ValueError(f"input has {input.shape[0]} rows; with complete=True it is all num_tokens={num_tokens}")
+    kernel_starts(workspace, input=input)
     if workspace.backend == "cuda" and input.dtype == E4M3 and (weight.shape[0] % 8 or weight.shape[1] % 16):
         raise ValueError(
             f"on cuda, an fp8 weight must have a multiple of 8 rows and of 16 columns, got {tuple(weight.shape)}"
@@ -274,19 +285,20 @@ def fp8_scales(scale: torch.Tensor, q: torch.Tensor, group_size: int = 128) -> N
     memory("scale", scale)
 
 
-def latent_norms(q_a_weight: torch.Tensor, kv_a_weight: torch.Tensor, weight: torch.Tensor) -> None:
-    """The weights of the two latent norms fit into the projection's columns."""
-    for name, norm in (("q_a_weight", q_a_weight), ("kv_a_weight", kv_a_weight)):
+def latent_norms(weight: torch.Tensor, **norms: torch.Tensor) -> None:
+    """The weights of the two latent norms, by name, fit into the projection's columns."""
+    for name, norm in norms.items():
         given(name, norm)
         if norm.dim() != 1:
             raise ValueError(f"{name} must be one-dimensional, got shape {tuple(norm.shape)}")
         norm_weight(name, norm, norm.shape, weight)
-    if q_a_weight.dtype != kv_a_weight.dtype:
-        raise TypeError(f"q_a_weight is {q_a_weight.dtype}, kv_a_weight {kv_a_weight.dtype}: they must be the same")
-    if q_a_weight.shape[0] + kv_a_weight.shape[0] > weight.shape[0]:
+    (q_name, q_a), (kv_name, kv_a) = norms.items()
+    if q_a.dtype != kv_a.dtype:
+        raise TypeError(f"{q_name} is {q_a.dtype}, {kv_name} {kv_a.dtype}: they must be the same")
+    if q_a.shape[0] + kv_a.shape[0] > weight.shape[0]:
         raise ValueError(
-            f"q_a_weight ({q_a_weight.shape[0]}) and kv_a_weight ({kv_a_weight.shape[0]}) are longer than the "
-            f"projection's {weight.shape[0]} columns"
+            f"{q_name} ({q_a.shape[0]}) and {kv_name} ({kv_a.shape[0]}) are longer than the projection's "
+            f"{weight.shape[0]} columns"
         )
 
 

@@ -1,17 +1,37 @@
 """The native library, `_C`, and what it asks of Python: the one product that torch has no C function for."""
 
 import functools
+import importlib.machinery
+import sys
 import warnings
+from pathlib import Path
 
 import torch
+
+
+def _why_missing(error: ImportError) -> str:
+    """What keeps `_C` from being imported, and what to type."""
+    here = Path(__file__).parent
+    built = sorted(path.name for path in here.glob("_C.*.so"))
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    if any(name.endswith(suffix) for name in built for suffix in suffixes):
+        return f"tp_fused's native library in {here} does not load ({error}): build it again, `pip install .`"
+    how = "`make build` there" if (here.parent / "Makefile").is_file() else "`pip install .` in a checkout"
+    found = f"was built for another Python ({', '.join(built)})" if built else "has not been built"
+    others = [entry for entry in sys.path if Path(entry or ".").resolve() != here.parent]
+    hidden = importlib.machinery.PathFinder.find_spec("tp_fused", others)
+    if hidden is not None and hidden.origin is not None:
+        return (
+            f"{here} {found}, and hides the tp_fused that is installed in {Path(hidden.origin).parent}: "
+            f"start Python in another folder than {here.parent}, or build this one, {how}"
+        )
+    return f"tp_fused's native library is missing: {here} {found}; build it, {how}"
+
 
 try:
     from . import _C as _C
 except ImportError as error:
-    raise ImportError(
-        f"tp_fused's native library is missing or does not load: build it with `pip install .`, or `make build` in a "
-        f"checkout ({error})"
-    ) from error
+    raise ImportError(_why_missing(error)) from None
 
 NEWEST_TESTED_TORCH = (2, 13)
 if tuple(map(int, torch.__version__.split(".")[:2])) > NEWEST_TESTED_TORCH:

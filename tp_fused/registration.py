@@ -8,7 +8,8 @@ import inspect
 
 import torch
 
-from . import checks, compiled
+from . import checks, compiled, partition
+from .groups import get_workspace
 from .native import _C
 
 _library = torch.library.Library("tp_fused", "DEF")
@@ -94,6 +95,12 @@ def unfused(workspace, op, *arguments, product=None):
     if product is not None:
         torch.nn.functional.linear(*product)
     return None
+
+
+def own_rows(tensor: torch.Tensor, num_tokens, group_name: str):
+    """For fake kernels: how many of num_tokens rows this rank owns."""
+    workspace = get_workspace(group_name, tensor.device)
+    return compiled.free_size(num_tokens, lambda n: partition.row_count(n, workspace.rank, workspace.world_size))
 
 
 def _checked(fake):

@@ -256,6 +256,7 @@ class Workspace:
             device=self.device_index,
             mailbox=self._mailbox.data_ptr(),
             free_sms=self.share.free_sms,
+            free_cluster_sms=self.share.free_cluster_sms,
         )
         # Nobody signals into a region that is not zeroed yet.
         meeting.gather(None, "get as far as clearing its memory")

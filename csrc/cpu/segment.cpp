@@ -5,7 +5,9 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstring>
 #include <limits>
+#include <utility>
 
 #include "../protocol.h"
 #include "liveness.h"
@@ -109,12 +111,40 @@ int32_t tpf_cpu_supported(void) {
 #endif
 }
 
+int32_t tpf_version(void) { return TPF_VERSION; }
+
+int64_t tpf_sizeof(const char* name) {
+  static constexpr std::pair<const char*, size_t> kStructs[] = {
+      {"tpf_call", sizeof(tpf_call)},
+      {"tpf_fault", sizeof(tpf_fault)},
+      {"tpf_team", sizeof(tpf_team)},
+      {"tpf_symm", sizeof(tpf_symm)},
+      {"tpf_card", sizeof(tpf_card)},
+      {"tpf_plan", sizeof(tpf_plan)},
+      {"tpf_segment", sizeof(tpf_segment)},
+      {"tpf_refusal", sizeof(tpf_refusal)},
+      {"tpf_stream_order", sizeof(tpf_stream_order)},
+      {"tpf_projection", sizeof(tpf_projection)},
+  };
+  for (const auto& [known, bytes] : kStructs) {
+    if (std::strcmp(known, name) == 0) return static_cast<int64_t>(bytes);
+  }
+  return 0;
+}
+
 void tpf_rows_of(int64_t* start, int64_t* count, int64_t num_tokens, int32_t rank, int32_t world_size) {
   *start = *count = 0;
   if (num_tokens < 0 || rank < 0 || rank >= world_size) return;
   const tpf::Rows rows = tpf::rows_of(num_tokens, rank, world_size);
   *start = rows.start;
   *count = rows.count;
+}
+
+void tpf_columns_of(int64_t* start, int64_t* count, const tpf_call* call, int32_t rank, int32_t world_size) {
+  tpf::Rows columns = {};
+  if (world_size > 0 && rank >= 0 && rank < world_size) columns = tpf::latent_columns_of(*call, rank, world_size);
+  *start = columns.start;
+  *count = columns.count;
 }
 
 int64_t tpf_region_bytes(int64_t slot_bytes, int32_t on_cuda) {
