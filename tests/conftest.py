@@ -73,11 +73,3 @@ def fresh_pool(device, world_size):
     """A pool for one test: for those that kill, stop or confuse ranks."""
     with ranks.Pool(world_size, device) as made:
         yield made
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    """What is read of libtp_fused's machine code: half a minute, once for all that look at it."""
-    from test_cuda_binary import read_library
-
-    return read_library(tmp_path_factory.mktemp("cubins"))
