@@ -39,8 +39,8 @@ struct ProjectionFp8 : Projection {
     return make_product(columns, product, data) &&
            part_of(weight_tensor, 2, sizes, strides, columns.start * sizes[1], &own_weight) &&
            part_of(scales[1], 2, groups, pitch, blocks.start * groups[1], &own_scale) &&
-           (columns.count == 0 || project_fp8(input_tensor, scales[0], own_weight.get(), own_scale.get(),
-                                              product->get(), team()->max_ctas));
+           (columns.count == 0 ||
+            project_fp8(input_tensor, scales[0], own_weight.get(), own_scale.get(), product->get(), team()->max_ctas));
   }
 
   Tensor scales[2] = {};
@@ -171,8 +171,8 @@ bool qkv_a_proj_ag_norm_fp8(const Value* arguments, Results* results) {
   void* rows;
   if (!in.multiply(call, &product, &rows) || !gather_normed(in, outputs, rows, call, projection)) return false;
   if (!quantize) return true;
-  const tpf_quantization to = {static_cast<uint8_t*>(q), static_cast<float*>(scale), column ? 1 : groups,
-                               column ? pitch : 1, 128, rounded};
+  const tpf_quantization to = {
+      static_cast<uint8_t*>(q), static_cast<float*>(scale), column ? 1 : groups, column ? pitch : 1, 128, rounded};
   const auto rows_of = [&](auto* op, auto... last) {
     return op(&to, outputs[0], tokens, static_cast<int32_t>(columns[0]), static_cast<tpf_dtype>(in.latent_dtype()),
               last...);
@@ -214,15 +214,26 @@ bool mla_prologue_fp8(const Value* a, Results* results) {
       (string(layout) != "row" && string(layout) != "column")) {
     return false;
   }
-  const bool gathers = !boolean(complete) && gathers_normed_rows(in.input.rows, ahead.weight.rows, in.team()->world_size);
+  const bool gathers =
+      !boolean(complete) && gathers_normed_rows(in.input.rows, ahead.weight.rows, in.team()->world_size);
   if (boolean(complete)) in.variant |= TPF_COMPLETE;
   if (boolean(rounded)) in.variant |= TPF_ROUND_SCALES;
   Results normed;
   if (!(gathers ? reduce_and_gather_fp8(in, {}, group_name, &normed) : reduce_fp8(in, {}, &normed))) return false;
   const auto count = static_cast<Value>(in.input.rows);
-  const Value projected[] = {reinterpret_cast<Value>(normed[0]), reinterpret_cast<Value>(normed[1]), weight,
-                             weight_scale, q_a_weight, kv_a_weight, eps, count, group_name, quantize_q_a, layout,
-                             Value{gathers}, rounded};
+  const Value projected[] = {reinterpret_cast<Value>(normed[0]),
+                             reinterpret_cast<Value>(normed[1]),
+                             weight,
+                             weight_scale,
+                             q_a_weight,
+                             kv_a_weight,
+                             eps,
+                             count,
+                             group_name,
+                             quantize_q_a,
+                             layout,
+                             Value{gathers},
+                             rounded};
   if (!qkv_a_proj_ag_norm_fp8(projected, results)) return false;
   normed.drop_last();  // the normed rows in 16 bits, of which there are none
   results->take(normed.release_last());

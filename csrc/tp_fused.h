@@ -62,8 +62,8 @@ typedef enum tpf_op {
 #define TPF_COLUMN_SCALES 4u /* fp8 scales are column-major */
 #define TPF_KEEP_OUTPUT 8u   /* the fp8 form also writes the normalised rows */
 #define TPF_BIAS 16u
-#define TPF_FUSED 32u        /* a projection's product and gather are one kernel */
-#define TPF_FLOAT_WEIGHT 64u /* the norms' weights are fp32, the rows are not */
+#define TPF_FUSED 32u         /* a projection's product and gather are one kernel */
+#define TPF_FLOAT_WEIGHT 64u  /* the norms' weights are fp32, the rows are not */
 #define TPF_ROUND_SCALES 128u /* fp8 scales are powers of two */
 
 /* What a rank says it is calling. All ranks must say the same; a 32-bit hash of it travels with every signal. */
