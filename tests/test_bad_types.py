@@ -8,11 +8,12 @@ import os
 
 import numpy
 import pytest
+import test_fp8
+import test_mla_prologue
 import torch
 import torch.distributed as dist
 from programs import LATENT, OPS, Call
 from ranks import outcome, workspace
-from test_mla_prologue import arguments as prologue_arguments
 
 import tp_fused
 from tp_fused import checks
@@ -35,8 +36,7 @@ ADMITTED = {
     "residual": ("None",),
     "bias": ("None",),
     "group": ("None",),
-    "complete": ("None", "a float", "an integer"),
-    "keep_output": ("None", "a float", "an integer"),
+    **dict.fromkeys(("complete", "keep_output", "quantize_q_a", "round_scales"), ("None", "a float", "an integer")),
     "weight_offset": ("a float", "an integer"),
     "eps": ("a float",),
 }
@@ -69,20 +69,25 @@ def complaint(function, argument: str, value, given: dict) -> str | None:
 
 def right_call(op: str, device: str) -> tuple:
     """The wrapper of an op, and arguments of which none is wrong."""
-    function = getattr(tp_fused, op)
+    function, place = getattr(tp_fused, op), (dist.get_rank(), dist.get_world_size())
     if op in OPS:
-        return function, Call(op, 4, 256, residual="full", device=device).arguments(
-            dist.get_rank(), dist.get_world_size()
-        )
-    assert op == "mla_prologue"
-    names = list(inspect.signature(function).parameters)
-    return function, dict(zip(names, prologue_arguments(4, torch.float32, "full", device), strict=False))
+        return function, Call(op, 4, 256, residual="full", device=device).arguments(*place)
+    if op == "qkv_a_proj_ag_norm_fp8":
+        norms = (torch.ones(size, device=device) for size in LATENT[:2])
+        given = Call("qkv_a_proj_ag_fp8", 4, 256, device=device).arguments(*place)
+        return function, given | dict(zip(("q_a_weight", "kv_a_weight"), norms, strict=True))
+    if op == "mla_prologue":
+        given = test_mla_prologue.arguments(4, torch.float32, "full", device)
+    else:  # rs_rmsnorm_ag_fp8 takes the first of mla_prologue_fp8's
+        assert op in ("mla_prologue_fp8", "rs_rmsnorm_ag_fp8")
+        given = test_fp8.arguments(4, torch.bfloat16, "full", device)[: 3 if op.startswith("rs_") else None]
+    return function, dict(zip(inspect.signature(function).parameters, given, strict=False))
 
 
 def ops_given_all(backend: str, device: str, op: str) -> list[str]:
     """Runs on a rank."""
     complaints = []
-    with workspace(backend, device, latent_size=sum(LATENT)):
+    with workspace(backend, device, latent_size=256):
         function, right = right_call(op, device)
         for name in inspect.signature(function).parameters:
             # Of tensors on the meta device alone torch asks the fake kernel.
