@@ -31,6 +31,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
+    if session.config.getoption("--device") == "cuda":
+        return  # what is imported may look for GPUs, which a process that is forked from it could not use any more
     marks = [mark for item in session.items for mark in item.iter_markers("preload")]
     ranks.preload(*dict.fromkeys(module for mark in marks for module in mark.args))
 
