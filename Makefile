@@ -36,8 +36,10 @@ help:
 demo: build
 	tools/with_mps.sh $(BIN)/python examples/deepseek_v3_prefill.py $(ARGS)
 
+# Two files of tests at a time, in their order: much of what tests do is wait. WORKERS=0: one after the other.
+WORKERS ?= 2
 test: build
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Random calls for as long as asked: make soak ARGS="--world-size 2 3 8 --calls 20000"
 soak: build

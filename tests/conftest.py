@@ -13,6 +13,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "preload(*modules): what its ranks import, and takes seconds")
     config.addinivalue_line("markers", "packaging: builds a wheel of the project")
     config.addinivalue_line("markers", "cuda: has no meaning on the CPU")
     progress.watch(config)
@@ -27,6 +28,13 @@ def pytest_collection_modifyitems(config, items):
     other = [item for item in items if "device" not in inspect.signature(item.function).parameters]
     config.hook.pytest_deselected(items=other)
     items[:] = [item for item in items if item not in other]
+
+
+def pytest_collection_finish(session):
+    if session.config.getoption("--device") == "cuda":
+        return  # what is imported may look for GPUs, which a process that is forked from it could not use any more
+    marks = [mark for item in session.items for mark in item.iter_markers("preload")]
+    ranks.preload(*dict.fromkeys(module for mark in marks for module in mark.args))
 
 
 def pytest_generate_tests(metafunc):
@@ -67,11 +75,3 @@ def fresh_pool(device, world_size):
     """A pool for one test: for those that kill, stop or confuse ranks."""
     with ranks.Pool(world_size, device) as made:
         yield made
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    """What is read of libtp_fused's machine code: half a minute, once for all that look at it."""
-    from test_cuda_binary import read_library
-
-    return read_library(tmp_path_factory.mktemp("cubins"))

@@ -26,9 +26,18 @@ import torch.distributed as dist
 
 import tp_fused
 
+# Inductor compiles in the rank itself, and believes the processor where it would compile probes.
+os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "1"}
 _context = multiprocessing.get_context("forkserver")
-# The last one is what torch.use_deterministic_algorithms imports: two seconds of it.
-_context.set_forkserver_preload(["torch", "torch.distributed", "tp_fused", "torch._inductor.config"])
+
+
+def preload(*more: str) -> None:
+    """What the server imports, for all ranks at once; before the first pool is made."""
+    # The last one is what torch.use_deterministic_algorithms imports: two seconds of it.
+    _context.set_forkserver_preload(["torch", "torch.distributed", "tp_fused", "torch._inductor.config", *more])
+
+
+preload()
 
 # What takes no time may take so long on a busy machine. Waits that must not come to their deadline have a longer one.
 BUSY_S = 15.0

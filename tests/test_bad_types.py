@@ -1,6 +1,6 @@
 """Arguments of a type that nothing here takes: TypeError or ValueError in our words, with what was given.
 
-Of every op, and of `init`, `symm_empty` and `explain`: each argument is given each of these values in turn.
+Of every op, and of `init`, `symm_empty`, `explain` and `diagnose`: each argument is given each of these values in turn.
 """
 
 import inspect
@@ -8,6 +8,8 @@ import os
 
 import numpy
 import pytest
+import test_fp8
+import test_mla_prologue
 import torch
 import torch.distributed as dist
 from programs import LATENT, OPS, Call
@@ -34,8 +36,7 @@ ADMITTED = {
     "residual": ("None",),
     "bias": ("None",),
     "group": ("None",),
-    "complete": ("None", "a float", "an integer"),
-    "keep_output": ("None", "a float", "an integer"),
+    **dict.fromkeys(("complete", "keep_output", "quantize_q_a", "round_scales"), ("None", "a float", "an integer")),
     "weight_offset": ("a float", "an integer"),
     "eps": ("a float",),
 }
@@ -66,22 +67,38 @@ def complaint(function, argument: str, value, given: dict) -> str | None:
     return about if any(words in str(error) for words in NOT_OURS) or not str(error) else None
 
 
+def right_call(op: str, device: str) -> tuple:
+    """The wrapper of an op, and arguments of which none is wrong."""
+    function, place = getattr(tp_fused, op), (dist.get_rank(), dist.get_world_size())
+    if op in OPS:
+        return function, Call(op, 4, 256, residual="full", device=device).arguments(*place)
+    if op == "qkv_a_proj_ag_norm_fp8":
+        norms = (torch.ones(size, device=device) for size in LATENT[:2])
+        given = Call("qkv_a_proj_ag_fp8", 4, 256, device=device).arguments(*place)
+        return function, given | dict(zip(("q_a_weight", "kv_a_weight"), norms, strict=True))
+    if op == "mla_prologue":
+        given = test_mla_prologue.arguments(4, torch.float32, "full", device)
+    else:  # rs_rmsnorm_ag_fp8 takes the first of mla_prologue_fp8's
+        assert op in ("mla_prologue_fp8", "rs_rmsnorm_ag_fp8")
+        given = test_fp8.arguments(4, torch.bfloat16, "full", device)[: 3 if op.startswith("rs_") else None]
+    return function, dict(zip(inspect.signature(function).parameters, given, strict=False))
+
+
 def ops_given_all(backend: str, device: str, op: str) -> list[str]:
     """Runs on a rank."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    call, complaints = Call(op, 4, 256, residual="full", device=device), []
-    with workspace(backend, device, latent_size=sum(LATENT)):
-        function, right = getattr(tp_fused, op), call.arguments(rank, world_size)
+    complaints = []
+    with workspace(backend, device, latent_size=256):
+        function, right = right_call(op, device)
         for name in inspect.signature(function).parameters:
             # Of tensors on the meta device alone torch asks the fake kernel.
             alone = ("meta",) if (op, name) == ("all_gather_rows", "input") else ()
             for value in unfit(right.get(name), ADMITTED.get(name, alone)):
                 complaints.append(complaint(function, name, value, right))
-        call.check(call.run(rank, world_size, right), rank, world_size)
+        function(**right)
     return [text for text in complaints if text]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [name for name in tp_fused.__all__ if hasattr(torch.ops.tp_fused, name)])
 @pytest.mark.parametrize("world_size", [2])
 def test_op(pool, backend, device, op, world_size):
     """No rank has launched anything: the right call after all of them is the first of both."""
@@ -102,6 +119,7 @@ def others_given_all(device: str) -> list[str]:
         (tp_fused.symm_empty, symm_empty | {"shape": (4, -1)}),
         (tp_fused.explain, explain),
         (tp_fused.explain, on_a_card),
+        (tp_fused.diagnose, {"group": None, "timeout_s": 1.0}),
     ]
     complaints = []
     with workspace(None, device):
@@ -116,6 +134,6 @@ def others_given_all(device: str) -> list[str]:
 
 
 @pytest.mark.parametrize("world_size", [2])
-def test_init_symm_empty_explain(pool, device, world_size):
+def test_what_is_no_op(pool, device, world_size):
     """None of them leaves the group in a state in which a call fails."""
     assert pool.run(others_given_all, device) == [[], []]

@@ -9,6 +9,8 @@ from ranks import workspace
 
 import tp_fused
 
+pytestmark = pytest.mark.preload("torch._inductor.compile_fx")
+
 SIZES = {"max_num_tokens": 300, "hidden_size": 256, "latent_size": sum(LATENT)}
 
 
@@ -86,7 +88,6 @@ def layer_inputs(num_tokens: int, device: str) -> list[torch.Tensor]:
 def compile_layer(backend: str, device: str, compiler: str, token_counts: list[int]) -> int:
     """Runs on a rank: the compiled layer against the eager one; how many graphs were made."""
     torch._dynamo.reset()
-    torch._inductor.config.compile_threads = 1
     counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
     with workspace(backend, device, timeout_s=100.0, **SIZES):  # ranks compile at their own speed
         compiled = torch.compile(layer, fullgraph=True, backend=counter)

@@ -9,6 +9,8 @@ from ranks import workspace
 
 import tp_fused
 
+pytestmark = pytest.mark.preload("torch._inductor.compile_fx")
+
 NUM_TOKENS, HIDDEN = 5, 64  # shares of two ranks: 3 and 2 rows, which compilers weigh differently
 WIDTHS = (8, 16, 64)
 
@@ -64,7 +66,7 @@ def compare(backend: str, device: str, seed: int) -> float:
     sums = [normal(NUM_TOKENS, HIDDEN) for _ in range(3)]
     weights = {(rows, columns): normal(rows, columns) for rows in WIDTHS for columns in WIDTHS}
     program, norm = random_program(seed), torch.ones(HIDDEN, device=device)
-    patched = torch._inductor.config.patch(force_disable_caches=True, compile_threads=1)
+    patched = torch._inductor.config.patch(force_disable_caches=True)
     with workspace(backend, device, hidden_size=HIDDEN, timeout_s=100.0), patched:
         expected = run(program, sums, norm, weights)
         outputs = torch.compile(run, fullgraph=True)(program, sums, norm, weights)

@@ -18,6 +18,8 @@ sys.path.insert(0, str(EXAMPLES))
 import deepseek_v3_prefill as demo  # noqa: E402
 from presets import read_prompt  # noqa: E402
 
+pytestmark = pytest.mark.preload("transformers.models.deepseek_v3.modeling_deepseek_v3")
+
 WAYS = ("all_reduce", "transport", "fused")
 
 

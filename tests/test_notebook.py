@@ -40,6 +40,14 @@ def test_the_cells_of_the_document(tmp_path):
     assert len(lines) == 2 and all(f"`{line}`" in text for line in lines), done.stdout
 
 
+def test_a_file_is_imported_anew_by_every_launch(tmp_path):
+    told = "%%writefile told.py\ndef main(): open('told', 'a').write({!r})\n"
+    start = "import told\nfrom tp_fused.launch import launch\nlaunch(told.main, 1)"
+    done = run_cells([told.format("first "), start, told.format("second, and longer"), start], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "told").read_text() == "first second, and longer"
+
+
 def test_a_function_of_a_cell_is_refused(tmp_path):
     done = run_cells(["def main(): pass", "from tp_fused.launch import launch\nlaunch(main, 2)"], tmp_path)
     assert "ValueError: main was typed into an interactive session" in done.stderr, done.stderr

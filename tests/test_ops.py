@@ -76,7 +76,8 @@ def test_complete_input_is_not_summed(pool, backend, device, op, residual, world
 @pytest.mark.parametrize("world_size", [3])
 def test_norm_weights(pool, backend, device, op, options, dtype, world_size):
     latents = [LATENT, (15, 1024, 3), (2200, 40, 8)] if op == "qkv_a_proj_ag_norm" else [LATENT]
-    sizes = [(1, 512), (7, 8192), (300, 512), (300, 16384)] if op != "qkv_a_proj_ag_norm" else [(2, 512), (300, 512)]
+    many = 300 if device == "cuda" else 20  # on the CPU all wide rows go the same way
+    sizes = [(1, 512), (7, 8192), (300, 512), (many, 16384)] if op != "qkv_a_proj_ag_norm" else [(2, 512), (300, 512)]
     calls = [
         Call(op, count, hidden, DTYPES[dtype], "full", i, device, latent, options)
         for latent in latents

@@ -24,6 +24,10 @@ from transformers import (
 
 from tp_fused.integrations.transformers import parallelize
 
+pytestmark = pytest.mark.preload(
+    "transformers.models.deepseek_v2.modeling_deepseek_v2", "transformers.models.deepseek_v3.modeling_deepseek_v3"
+)
+
 WAYS = ("all_reduce", "transport", "fused")
 VOCAB_SIZE = 61  # what 2, 3 and 4 ranks cannot share out evenly; so are the heads and the columns below
 SIZES = dict(

@@ -58,6 +58,13 @@ def count(name: str, value, least: int = 0, most: int = LARGEST) -> None:
         raise ValueError(f"{name}={value} is over {most}")
 
 
+def seconds(name: str, value) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number of seconds, got {described(value)}")
+    if not value >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+
+
 def device(value) -> torch.device:
     try:
         return torch.device(value)

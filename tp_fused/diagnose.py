@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from . import faults
-from .groups import _workspaces
+from . import checks, faults
+from .groups import _workspaces, process_group
 
 _POLL_S = 0.02
 _ended_at: dict[str, float] = {}  # this rank's last diagnosis of a group
@@ -91,9 +91,8 @@ def diagnose(group: dist.ProcessGroup | None = None, timeout_s: float = 5.0) -> 
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("tp_fused.diagnose needs torch.distributed: call torch.distributed.init_process_group first")
-    group = group if group is not None else dist.group.WORLD
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("tp_fused.diagnose: this rank is not in the group")
+    group = process_group(group) if group is not None else dist.group.WORLD
+    checks.seconds("timeout_s", timeout_s)
     workspaces = {made.token: made for (name, _), made in _workspaces.items() if name == group.group_name}
     if any(made._pid != os.getpid() for made in workspaces.values()):
         raise ValueError("tp_fused.diagnose: this process was forked from the rank, and is none itself")

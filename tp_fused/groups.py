@@ -62,7 +62,7 @@ def init(
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("tp_fused.init needs torch.distributed: call torch.distributed.init_process_group first")
-    group = _process_group(group) if group is not None else dist.group.WORLD
+    group = process_group(group) if group is not None else dist.group.WORLD
     device = str(device) if device is not None else default_type()
     device_type = device.split(":")[0]
     arguments = {
@@ -156,13 +156,13 @@ def resolve_group_name(group: dist.ProcessGroup | str | None) -> str:
         return _pinned_name(group)
     if isinstance(group, str):
         return group
-    name = _process_group(group).group_name
+    name = process_group(group).group_name
     if _groups.get(name, group) is not group:
         raise ValueError(f"this process group {name!r} was destroyed; the workspace of that name is of a later group")
     return name
 
 
-def _process_group(group) -> dist.ProcessGroup:
+def process_group(group) -> dist.ProcessGroup:
     if isinstance(group, dist.ProcessGroup):
         return group
     if type(group) is int and group == dist.GroupMember.NON_GROUP_MEMBER:

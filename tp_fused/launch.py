@@ -32,18 +32,25 @@ def launch(main, world_size: int, *args, timeout_s: float = 600.0) -> None:
             raise ValueError(f"world size {world_size} was asked for, torchrun runs {os.environ['WORLD_SIZE']} ranks")
         _run_rank(int(os.environ["RANK"]), world_size, "env://", timeout_s, main, args)
         return
-    if main.__module__ == "__main__" and not os.path.exists(getattr(sys.modules["__main__"], "__file__", "")):
+    if main.__module__ == "__main__" and _in_a_session():
         raise ValueError(
             f"{main.__qualname__} was typed into an interactive session, which the processes of the ranks do not have: "
             f"write it to a file and import it from there (docs/notebook.md)"
         )
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"
-        # A fork server imports once what `main` needs. Where there is CUDA, processes are not forked.
+        # A fork server imports once what the ranks need. In a session it outlives the launch, and the module of `main`
+        # may be edited before the next. Where there is CUDA, processes are not forked.
         method = "spawn" if torch.cuda.is_available() else "forkserver"
-        torch.multiprocessing.set_forkserver_preload(["tp_fused.launch", main.__module__, "tp_fused.frozen"])
+        lasting = [] if _in_a_session() else [main.__module__]
+        torch.multiprocessing.set_forkserver_preload(["tp_fused.launch", *lasting, "tp_fused.frozen"])
         rank_args = (world_size, store, timeout_s, main, args)
         torch.multiprocessing.start_processes(_run_rank, rank_args, nprocs=world_size, start_method=method)
+
+
+def _in_a_session() -> bool:
+    """The program is typed, into a notebook for one: no file holds it."""
+    return not os.path.exists(getattr(sys.modules["__main__"], "__file__", ""))
 
 
 def _run_rank(rank: int, world_size: int, init_method: str, timeout_s: float, main, args) -> None:
