@@ -193,8 +193,9 @@ bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
   const auto& p = projection;
   return in.run(
       [&](void* stream) {
-        return TPF_CUDA_OP(tpf_gather_latent_norm_cuda)(outputs[0], outputs[1], outputs[2], rows, p.q_a_weight, p.kv_a_weight,
-                                           in.team(), &call, p.q_columns, p.kv_columns, p.eps, p.weight_offset, stream);
+        return TPF_CUDA_OP(tpf_gather_latent_norm_cuda)(outputs[0], outputs[1], outputs[2], rows, p.q_a_weight,
+                                                        p.kv_a_weight, in.team(), &call, p.q_columns, p.kv_columns,
+                                                        p.eps, p.weight_offset, stream);
       },
       [&] {
         return tpf_qkv_a_proj_ag_norm_cpu(outputs[0], outputs[1], outputs[2], p.q_a_weight, p.kv_a_weight, in.team(),
