@@ -15,7 +15,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 # The build calls cmake and ninja by name.
 $(VENV)/built wheel: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: FORCE help demo test soak fuzz bench build wheel format lint hooks clean
+.PHONY: FORCE help demo test soak fuzz bench build wheel format lint clean
 .PHONY: gpu-build gpu-demo gpu-test gpu-soak gpu-sanitize gpu-bench gpu-multi
 
 help:
@@ -25,7 +25,7 @@ help:
 	@echo "make soak          random calls, all compared        ARGS=\"--world-size 2 3 8 --calls 20000\""
 	@echo "make fuzz          the C API under AddressSanitizer  ARGS=\"-max_total_time=600\""
 	@echo "make wheel         a wheel in dist/, to install on another machine"
-	@echo "make lint, format  the style of the code; make hooks: before every commit, too"
+	@echo "make lint, format  the style of the code, its types"
 	@echo
 	@echo "On a machine with GPUs, with its own Python, torch and nvcc:"
 	@echo "make gpu-demo, gpu-test, gpu-soak, gpu-sanitize, gpu-bench; gpu-multi with several GPUs"
@@ -122,10 +122,6 @@ format: $(VENV)/packages
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
-
-# Once a clone: `make lint` then runs before every commit.
-hooks: $(VENV)/packages
-	$(BIN)/pre-commit install
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info tp_fused/*.so .pytest_cache .ruff_cache
