@@ -180,7 +180,7 @@ def residual_rows(workspace, residual: torch.Tensor | None, input: torch.Tensor)
 def reduction(workspace, input: torch.Tensor, residual=None, **others: torch.Tensor) -> torch.Tensor | None:
     """The inputs of an op that reduces; returns this rank's rows of the residual."""
     rows("input", input)
-    capacity(workspace, input, *input.shape)
+    capacity(workspace, input, input.shape[0], input.shape[1])
     workspace.require_kernel_width(input.shape[1])
     residual = residual_rows(workspace, residual, input)
     kernel_vectors(workspace, input.shape[1], input=input, residual=residual, **others)

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.cuda.nccl
 import torch.distributed as dist
 
 from . import native, nvml
@@ -163,9 +164,8 @@ def _driver() -> list[Finding]:
         return []
     connected, why_not = nvml.connect()
     driver = f"{connected.driver}, " if connected else ""
-    serves, torchs = divmod(torch._C._cuda_getDriverVersion(), 1000), torch.version.cuda
-    serves = (serves[0], serves[1] // 10)
-    needed = tuple(map(int, torchs.split(".")[:2]))
+    number, torchs = torch._C._cuda_getDriverVersion(), torch.version.cuda  # pyright: ignore[reportAttributeAccessIssue]
+    serves, needed = (number // 1000, number % 1000 // 10), tuple(map(int, torchs.split(".")[:2]))
     found = f"{driver}serves CUDA {serves[0]}.{serves[1]}, torch was built with {torchs}"
     findings = []
     if connected is None:

@@ -58,7 +58,7 @@ def init(
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("tp_fused.init needs torch.distributed: call torch.distributed.init_process_group first")
-    group = group if group is not None else dist.group.WORLD
+    group = group if group is not None else default_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("tp_fused.init: this rank is not in the group")
     device = str(device) if device is not None else default_type()
@@ -172,6 +172,10 @@ def _pinned_name(group: dist.ProcessGroup | str) -> str:
 def type_of(device: str | torch.device | None) -> torch.device:
     """The kind of device that is asked for; by default a GPU, where torch sees one."""
     return torch.device(torch.device(device).type if device is not None else default_type())
+
+
+def default_group() -> dist.ProcessGroup:
+    return dist.distributed_c10d._get_default_group()
 
 
 def default_type() -> str:

@@ -31,7 +31,7 @@ def symmetric(meeting: Meeting, num_bytes: int, device: torch.device):
     return tensor, meeting.rendezvous(tensor)
 
 
-def shared_segment(meeting: Meeting, bytes_per_rank: int):
+def shared_segment(meeting: Meeting, bytes_per_rank: int) -> _C.Segment:
     """One segment, mapped by all ranks of this host and nameless by the time this returns."""
     size = bytes_per_rank * meeting.world_size
 
@@ -60,6 +60,7 @@ def shared_segment(meeting: Meeting, bytes_per_rank: int):
                 f"{_free_bytes('/dev/shm') / 2**20:.1f} MiB free: ask for fewer tokens, enlarge it (docker run "
                 f"--shm-size), or use TP_FUSED_BACKEND=reference"
             )
+    assert segment is not None
     return segment
 
 

@@ -30,7 +30,7 @@ def connect() -> tuple[Nvml | None, str]:
     """NVML, by way of cuda-python or pynvml; or None, and what keeps it from being there."""
     try:
         try:
-            from cuda.bindings import nvml
+            from cuda.bindings import nvml  # pyright: ignore[reportMissingImports]
 
             nvml.init_v2()
             version, handle, status = (
@@ -39,7 +39,7 @@ def connect() -> tuple[Nvml | None, str]:
                 nvml.device_get_p2p_status,
             )
         except ImportError:  # not installed, or without the numpy that it wants
-            import pynvml
+            import pynvml  # pyright: ignore[reportMissingImports]
 
             pynvml.nvmlInit()
             version, handle, status = (
