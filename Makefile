@@ -93,8 +93,8 @@ $(VENV)/built: $(VENV)/packages $(VENV)/asked $(SOURCES)
 	  pathlib.Path(sysconfig.get_path('purelib'), 'tp_fused.pth').write_text('$(CURDIR)')"
 	touch $@
 
-# For this Python and architecture, and for a glibc and libstdc++ as new as this machine's; the hosted workflow
-# (.github/workflows/wheels.yml) builds those that older machines take, too. What earlier wheels left is not packed again.
+# For this Python, and for machines whose glibc and libstdc++ are as new as this one's: the hosted workflow
+# (.github/workflows/wheels.yml) builds those for older ones. Modules that have gone since the last wheel are not packed.
 wheel: $(VENV)/packages
 	rm -rf build/lib.* build/bdist.*
 	$(BIN)/python -m pip wheel . --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir $(WHEELS)
