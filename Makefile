@@ -15,7 +15,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 # The build calls cmake and ninja by name.
 $(VENV)/built wheel: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: FORCE help demo test soak fuzz bench build wheel format lint clean
+.PHONY: FORCE help demo test soak fuzz bench build docs wheel format lint clean
 .PHONY: gpu-build gpu-demo gpu-test gpu-soak gpu-sanitize gpu-bench gpu-multi
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make bench         a benchmark                       ARGS=\"rs_rmsnorm --world-size 4\""
 	@echo "make soak          random calls, all compared        ARGS=\"--world-size 2 3 8 --calls 20000\""
 	@echo "make fuzz          the C API under AddressSanitizer  ARGS=\"-max_total_time=600\""
+	@echo "make docs          the documents as a site, in site/"
 	@echo "make wheel         a wheel in dist/, to install on another machine"
 	@echo "make lint, format  the style of the code, its types"
 	@echo
@@ -112,6 +113,18 @@ $(VENV)/packages: requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
 
+# The site of docs/, in site/; a warning is an error. Its packages have a venv of their own: it needs no torch.
+DOCS_VENV := .venv-docs
+docs: $(DOCS_VENV)/packages
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+$(DOCS_VENV)/packages: docs/requirements.txt
+	@echo "installing the pinned packages of $< into $(DOCS_VENV), once"
+	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
 lint: $(VENV)/packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -124,5 +137,5 @@ format: $(VENV)/packages
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info tp_fused/*.so .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS_VENV) site build dist *.egg-info tp_fused/*.so .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,8 +1,10 @@
 """`python -m bench OP`: checks an op on every rank, then times it beside the unfused program.
 
-`python -m bench plot FILE.json...` draws what runs have left.
+`python -m bench plot FILE.json...` draws what runs have left. torch is imported when ranks are to run: help, and what
+is wrong with an option, come at once.
 """
 
+import dataclasses
 import functools
 import os
 import sys
@@ -10,18 +12,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import torch.multiprocessing
 import typer
 
-import tp_fused.launch
-from tp_fused.native import _C
-
-from . import goals, model, multi, tables
+from . import catalog, goals, model, multi, pages, tables
 from . import options as run_options
 from .baselines import BASELINES
-from .run import CASES, run_rank
-from .suite import RESULTS
+from .results import RESULTS
 
 HELP = """Times tp_fused's ops, each beside other programs of the same effect, interleaved in one run: over
 torch.distributed ("dist"), over tp_fused's own transport ("own"), and others that the table explains.
@@ -32,13 +28,28 @@ rank. bytes, algbw and busbw mean what they mean in nccl-tests. Rank processes a
 Exit codes: 0, 1 wrong results, 2 bad options or set-up, 3 a fault between ranks.
 """
 
+FIRST = """Times tp_fused's ops, each beside the unfused program. To begin with:
+
+  python -m bench rs_rmsnorm                                  one op: checked, then timed beside what it replaces
+  python -m bench all --json build/bench/all.json             every op in turn, and all numbers in a file
+  python -m bench plot build/bench/all.json -o build/bench    a picture for each of these ops
+
+python -m bench --help lists the ops and the other commands, python -m bench OP --help what can be chosen.
+"""
+
 
 def _paragraphs(text: str) -> str:
     """Without the line breaks of the source, which typer would keep."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
-app = typer.Typer(help=_paragraphs(HELP), no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.callback(help=_paragraphs(HELP), invoke_without_command=True)
+def begin(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(FIRST, nl=False)
 
 
 class Dtype(str, Enum):
@@ -97,21 +108,20 @@ def run_op(
     compile: Annotated[bool, _timing("--compile", help="torch.compile the unfused programs' local parts")] = False,
 ) -> None:
     torchrun_ranks = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+    # By name: typer brings a click of its own, or not.
+    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
     try:
-        counts = run_options.token_counts(tokens, min_tokens, max_tokens, step_factor)
-        if json is not None and not json.absolute().parent.is_dir():
-            raise run_options.OptionError("--json", f"there is no directory {json.parent}")
         options = run_options.Options(
-            ops=ALL_OPS if context.info_name == "all" else (context.info_name,),
+            ops=catalog.EVERYWHERE if context.info_name == "all" else (context.info_name,),
             world_size=world_size or torchrun_ranks or 2,
-            tokens=counts,
+            tokens=run_options.token_counts(tokens, min_tokens, max_tokens, step_factor),
             hidden=hidden,
             latent=latent,
             kv_lora=kv_lora,
             rope=rope,
             dtype=dtype.value,
             scale_layout=scale_layout.value,
-            device=_choose_device(device),
+            device=device.value,
             backend=backend.value if backend else None,
             zero_copy=zero_copy,
             check=bool(check),
@@ -126,26 +136,36 @@ def run_op(
             json=None if json is None else str(json),
             argv=tuple(sys.argv[1:]),
         )
+        run_options.check_use(options, given)
+        if device is Device.auto:
+            options = dataclasses.replace(options, device=_any_device())
+        run_options.check_device(options, given)
         launch(options, torchrun_ranks)
     except run_options.OptionError as error:
         raise typer.BadParameter(str(error), ctx=context, param_hint=error.option) from None
 
 
-ALL_OPS = tuple(op for op, case in CASES.items() if not case.cuda_only)
+def _any_device() -> str:
+    import tp_fused.launch
 
-
-def _choose_device(device: Device) -> str:
-    try:
-        return tp_fused.launch.choose_device(device.value)
-    except ValueError as error:
-        raise run_options.OptionError("--device", str(error)) from None
+    return tp_fused.launch.choose_device()
 
 
 def launch(options: run_options.Options, torchrun_ranks: int | None) -> None:
+    import torch.multiprocessing
+
+    import tp_fused.launch
+    from tp_fused.native import _C
+
+    from .run import run_rank
+
+    try:
+        tp_fused.launch.choose_device(options.device)
+    except ValueError as error:
+        raise run_options.OptionError("--device", str(error)) from None
     run_options.check(options, _C.MAX_HIDDEN_SIZE, _C.MAX_RANKS, torchrun_ranks)
-    for op in options.ops:
-        if CASES[op].cuda_only and options.device != "cuda":
-            raise run_options.OptionError("--device", f"{op} needs cuda")
+    if options.json is not None:
+        _make_folder(Path(options.json).absolute().parent, "--json")
     try:
         # The process group waits longer than the ops: between two of them a rank may be busy with the oracle.
         tp_fused.launch.launch(run_rank, options.world_size, options, timeout_s=max(600.0, 10 * options.timeout_s))
@@ -159,30 +179,41 @@ def launch(options: run_options.Options, torchrun_ranks: int | None) -> None:
         raise typer.Exit(1) from None
 
 
-@app.command(help="Draws time and bandwidth over tokens from JSON files, with the unfused programs and the floor.")
+def _make_folder(folder: Path, option: str) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot make the folder {folder}: {error.strerror}", param_hint=option) from None
+    return folder
+
+
+@app.command(help="Draws a picture for every op of every file: time over tokens, the unfused programs', and the floor.")
 def plot(
     files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="What --json wrote")],
-    output: Annotated[Path, typer.Option("--output", "-o", dir_okay=False, help="The picture")] = Path("bench.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", file_okay=False, help="The folder for the pictures")] = Path(
+        "build/plots"
+    ),
 ) -> None:
     from .plot import draw  # matplotlib is for this command only
 
     try:
-        draw(files, output)
+        pictures = draw(files, _make_folder(output, "--output"))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="FILES") from None
-    typer.echo(f"wrote {output}")
+    for picture in pictures:
+        typer.echo(picture)
 
 
-@app.command("tables", help=_paragraphs(tables.__doc__))
-def fill_tables(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)] = Path("docs/performance.md"),
+@app.command("tables", help=_paragraphs(pages.__doc__))
+def write_tables(
+    docs: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The folder of performance.md")] = Path(
+        "docs"
+    ),
 ) -> None:
-    file.write_text(tables.fill(file.read_text()))
+    pages.write(docs)
 
 
-_Results = Annotated[
-    Path, typer.Option(exists=True, file_okay=False, show_default="bench/results", help="Where the files go")
-]
+_Results = Annotated[Path, typer.Option(file_okay=False, show_default="bench/results", help="Where the files go")]
 
 
 def _launches(named: str, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -202,9 +233,10 @@ def run_goals(
     results: _Results = RESULTS,
 ) -> None:
     names = _launches(launches, tuple(launch.name for launch in goals.LAUNCHES))
-    if tp_fused.launch.choose_device() != "cuda":
+    if _any_device() != "cuda":
         raise typer.BadParameter("there is no card, or no build for it")
-    goals.check([launch for launch in goals.LAUNCHES if launch.name in names], results)
+    chosen = [launch for launch in goals.LAUNCHES if launch.name in names]
+    goals.check(chosen, _make_folder(results, "--results"))
 
 
 @app.command("multi", help=_paragraphs(multi.__doc__))
@@ -213,9 +245,12 @@ def run_multi(
     results: _Results = RESULTS,
 ) -> None:
     parts = _launches(launches, multi.PARTS)
-    if torch.cuda.device_count() < 2:
-        raise typer.BadParameter(f"torch sees {torch.cuda.device_count()} cards; two are the least")
-    multi.check(multi.launches(torch.cuda.device_count(), parts), results)
+    import torch
+
+    cards = torch.cuda.device_count()
+    if cards < 2:
+        raise typer.BadParameter(f"torch sees {cards} cards; two are the least")
+    multi.check(multi.launches(cards, parts), _make_folder(results, "--results"))
 
 
 _share = functools.partial(typer.Option, min=0.01, max=1.0, rich_help_panel="Of the datasheet's rates")
@@ -224,11 +259,13 @@ _share = functools.partial(typer.Option, min=0.01, max=1.0, rich_help_panel="Of 
 @app.command("model", help=_paragraphs(model.__doc__))
 def count_costs(
     cards: Annotated[str, _general(help="Of these")] = ",".join(model.CARDS),
-    world_size: Annotated[int, _general(min=1, max=_C.MAX_RANKS, help="Ranks, each with a card")] = 8,
+    world_size: Annotated[int, _general(min=1, help="Ranks, each with a card")] = 8,
     barrier: Annotated[
         float | None, _general(min=0.001, help="us of a synchronisation", show_default="measured")
     ] = None,
-    results: _Results = RESULTS,
+    results: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, show_default="bench/results", help="Where the files are")
+    ] = RESULTS,
     tokens: Annotated[str, _sizes(help="These sizes")] = ",".join(map(str, model.TOKENS)),
     hidden: Annotated[int, _sizes(min=1, help="Columns of the reduced rows")] = 7168,
     latent: Annotated[int, _sizes(min=1, help="Columns of the projection")] = 2112,
@@ -237,8 +274,12 @@ def count_costs(
     bf16: Annotated[float, _share(help="By a product")] = model.Shares.bf16,
     fp8: Annotated[float, _share(help="By a product with block scales")] = model.Shares.fp8,
 ) -> None:
+    from tp_fused.native import _C
+
     shares = model.Shares(memory, link, bf16, fp8)
     try:
+        if world_size > _C.MAX_RANKS:
+            raise run_options.OptionError("--world-size", f"{world_size} is over {_C.MAX_RANKS}")
         chosen = run_options.names(cards, tuple(model.CARDS), "--cards")
         counts = run_options.token_counts(tokens, 1, 1, 2.0)
         if min(counts) == 0:
@@ -254,8 +295,8 @@ def count_costs(
         raise typer.BadParameter(str(error), param_hint="--results") from None
 
 
-for _op, _case in CASES.items():
-    app.command(_op, help=_paragraphs(_case.__doc__))(run_op)
+for _op, _about in catalog.OPS.items():
+    app.command(_op, help=_paragraphs(_about.help))(run_op)
 app.command("all", help="Every op in turn, for an overview.")(run_op)
 
 

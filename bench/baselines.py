@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 # Blocks of torch's symmetric-memory kernels wait for the peers' and all have to run at once: from five ranks on they
 # do not fit on one card.
 _MOST_RANKS_OF_SYMM_MEM_ON_A_CARD = 4
@@ -24,10 +22,12 @@ def _on_cuda(context) -> bool:
 
 def _symm_mem(context) -> bool:
     fits = context.ranks_per_card == 1 or context.world_size <= _MOST_RANKS_OF_SYMM_MEM_ON_A_CARD
-    return _on_cuda(context) and fits and context.world_size in (2, 4, 8) and context.dtype != torch.float16
+    return _on_cuda(context) and fits and context.world_size in (2, 4, 8) and context.options.dtype != "fp16"
 
 
 def _block_scaled_mm(context) -> bool:
+    import torch
+
     # cuBLAS multiplies with 1x128 and 128x128 scales on Hopper only, since CUDA 12.9.
     return (
         context.device.type == "cuda"

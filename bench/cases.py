@@ -1,6 +1,6 @@
-"""One class an op: its inputs, the fused call, the unfused program, what is right, and the bytes.
+"""One class an op of catalog.py: its inputs, the fused call, the unfused program, what is right, and the bytes.
 
-The docstring of a class is the help of its command. `bytes` and the bus factor follow nccl-tests: a reduce-scatter's
+`bytes` and the bus factor follow nccl-tests: a reduce-scatter's
 bytes are one rank's input, an all-gather's are one rank's output, (world_size - 1) / world_size of them cross a rank's
 link. `memory_bytes` is what all ranks together have to read and write, and sets the floor: see `Case.memory_bytes`.
 """
@@ -12,6 +12,7 @@ import torch
 import tp_fused
 from tp_fused import reference
 
+from . import catalog
 from .baselines import BASELINES
 from .context import compact
 from .timing import Program
@@ -52,8 +53,6 @@ class Case:
     """An op at one token count on one rank. Subclasses name themselves in `op`."""
 
     op: str
-    cuda_only = False
-    baselines = ("dist", "own")
     bus_passes = 1  # 2 where rows are scattered and gathered again, as nccl-tests counts an all-reduce
 
     def __init__(self, context, num_tokens: int):
@@ -101,7 +100,9 @@ class Case:
     def available_baselines(cls, context) -> tuple[str, ...]:
         asked = context.options.baselines
         return tuple(
-            name for name in cls.baselines if (asked is None or name in asked) and BASELINES[name].available(context)
+            name
+            for name in catalog.OPS[cls.op].baselines
+            if (asked is None or name in asked) and BASELINES[name].available(context)
         )
 
     def baseline(self, name: str) -> Program | None:
@@ -207,15 +208,7 @@ class Reduction(Case):
 
 
 class RsRmsnorm(Reduction):
-    """Reduce-scatter, residual add and RMSNorm.
-
-    bytes: one rank's input.
-
-    Right: residual_out has the oracle's bits; so has output on a CPU, on CUDA it is within one rounding.
-    """
-
     op = "rs_rmsnorm"
-    baselines = ("dist", "own", "symm", "barrier")
 
     def fused(self):
         return OPS.rs_rmsnorm(self.input, self.residual, self.weight, EPS, self.group)
@@ -243,16 +236,7 @@ class RsRmsnorm(Reduction):
 
 
 class RsRmsnormFp8(Reduction):
-    """Reduce-scatter, residual add, RMSNorm and fp8 quantisation.
-
-    bytes: one rank's input.
-
-    Right: residual_out has the oracle's bits; so have q and scale on a CPU, on CUDA they are within one step of e4m3
-    and one rounding of the group's largest number.
-    """
-
     op = "rs_rmsnorm_fp8"
-    baselines = ("dist", "own", "rs_rmsnorm")
 
     def fused(self):
         layout = self.context.options.scale_layout
@@ -285,13 +269,7 @@ class RsRmsnormFp8(Reduction):
 
 
 class RsRmsnormAg(Reduction):
-    """All-reduce, residual add and RMSNorm, with the residual left scattered.
-
-    bytes: one rank's input, scattered and gathered again. Right: as rs_rmsnorm.
-    """
-
     op = "rs_rmsnorm_ag"
-    baselines = ("dist", "allreduce", "twoshot", "oneshot", "own")
     bus_passes = 2
 
     def fused(self):
@@ -327,13 +305,7 @@ class RsRmsnormAg(Reduction):
 
 
 class ReduceScatterRows(Reduction):
-    """Reduce-scatter over the token dimension: tp_fused's own transport, so only torch.distributed beside it.
-
-    bytes: one rank's input. Right: the oracle's bits.
-    """
-
     op = "reduce_scatter_rows"
-    baselines = ("dist",)
 
     def fused(self):
         return (OPS.reduce_scatter_rows(self.input, self.group),)
@@ -357,13 +329,7 @@ class ReduceScatterRows(Reduction):
 
 
 class AllGatherRows(Case):
-    """All-gather of scattered rows: tp_fused's own transport, so only torch.distributed beside it.
-
-    bytes: one rank's output. Right: every rank's bits. With --tokens 0, a bare barrier.
-    """
-
     op = "all_gather_rows"
-    baselines = ("dist",)
 
     def __init__(self, context, num_tokens: int):
         super().__init__(context, num_tokens)

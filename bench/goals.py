@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .options import Options
-from .suite import Launch, file_name, run
+from .results import file_name
+from .suite import Launch, run
 
 ENGINES = ("dist", "twoshot", "oneshot", "own")  # of the chain: what engines do, with the fastest parts that there are
 

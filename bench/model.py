@@ -18,10 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from tp_fused import partition, planning
-
 TOKENS = (64, 512, 1024, 4096, 8192, 16384)
 GROUP = 128  # columns of a scale of fp8 rows
 BF16, FP8 = 2, 1  # bytes of what is multiplied
@@ -120,6 +116,8 @@ class Shape:
 
     @property
     def own_tokens(self) -> int:
+        from tp_fused import partition
+
         return partition.row_count(self.tokens, 0, self.world_size)
 
     @property
@@ -140,6 +138,10 @@ class Shape:
 
     def plan(self, op: str) -> dict:
         """What would be launched. Ranks that share a card fill it, as in the benchmark."""
+        import torch
+
+        from tp_fused import planning
+
         most_ctas = planning.sm_count(self.card) // self.ranks_per_card
         return planning.plan(
             op,
@@ -269,12 +271,13 @@ def predict(program: Callable[[Shape], tuple[Phase, ...]], shape: Shape, rates: 
 def documents(results: Path) -> list[dict]:
     """The runs on cards that are known here, in bf16, that `results` holds."""
     read = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    return [document for document in read if card_of(document) and _fits(document.get("options", {}))]
+    return [document for document in read if counts(document)]
 
 
-def _fits(options: dict) -> bool:
+def counts(document: dict) -> bool:
     """Not what several runs were made into, which has no options, nor a sweep of blocks, which has no baselines."""
-    return options.get("dtype") == "bf16" and options.get("baselines") != []
+    options = document.get("options", {})
+    return card_of(document) is not None and options.get("dtype") == "bf16" and options.get("baselines") != []
 
 
 def card_of(document: dict) -> str | None:

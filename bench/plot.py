@@ -1,100 +1,144 @@
-"""Draws time and bandwidth over tokens, with the unfused programs and the floor in the same axes."""
+"""One picture for every op and run: its time over tokens, beside the unfused programs' and the floor."""
 
-import json
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator
 
-from .report import short_commit
+from .catalog import OPS
+from .results import device_name, load, short_commit
 
+# Those that say most come first: of the others there is no room for.
 LABELS = {
-    "fused": "tp_fused",
     "dist": "unfused, torch.distributed",
+    "twoshot": "unfused, torch's two-shot all-reduce",
     "own": "unfused, tp_fused's transport",
+    "scaled_mm": "unfused, cuBLAS and tp_fused's gather",
+    "copies": "unfused, cuBLAS and copies by the peers",
+    "symm": "torch's symm_mem reduce-scatter alone",
+    "gemm": "the product alone",
+    "alone": "rs_rmsnorm alone",
+    "ag+norm": "qkv_a_proj_ag, then norms and split",
+    "rs_rmsnorm": "rs_rmsnorm, without quantisation",
+    "oneshot": "unfused, torch's one-shot all-reduce",
     "allreduce": "all-reduce, all rows on every rank",
+    "staged": "tp_fused, input staged",
+    "zero-copy": "tp_fused, input read in place",
+    "own-rs": "scattered, unfused, tp_fused's transport",
+    "dist-rs": "scattered, unfused, torch.distributed",
 }
-STYLES = {"fused": "o-", "dist": "s--", "own": "^--", "allreduce": "v--"}
+UNFUSED = {
+    "dist": "torch.distributed",
+    "own": "tp_fused's transport",
+    "scaled_mm": "cuBLAS, then a gather",
+    "twoshot": "torch's two-shot all-reduce",
+    "rs_rmsnorm": "rs_rmsnorm",
+    "ag+norm": "norms and split after it",
+}
+MOST_LINES = 6  # of a legend: tp_fused, the floor, and four more
+COLORS = ("C1", "C2", "C4", "C5")
 
 
-def load(path: Path) -> dict | None:
-    """A run's JSON file; None for what `goals` or `multi` has made of several, ValueError where it is neither."""
-    try:
-        document = json.loads(path.read_text())
-        if "goals" in document or "blocks" in document:
-            return None
-        if document["machine"]["copy_gb_s"] <= 0 or not {"results", "options"} <= document.keys():
-            raise KeyError("results, options or machine")
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no file that --json wrote ({error!r})") from None
-    return document
+def draw(paths: list[Path], folder: Path) -> list[Path]:
+    """The pictures, in `folder`. A file of one op gives its name to the picture, one of several adds the op's.
+
+    Of an op at one token count there is nothing to draw.
+    """
+    pictures = {}
+    for path in paths:
+        run = load(path)
+        for op in dict.fromkeys(row["op"] for row in run["results"]) if run is not None else ():
+            # A logarithmic axis has no room for a bare barrier.
+            rows = sorted((r for r in run["results"] if r["op"] == op and r["tokens"] > 0), key=lambda r: r["tokens"])
+            alone = len({row["op"] for row in run["results"]}) == 1
+            picture = folder / f"{path.stem}{'' if alone else f'_{op}'}.png"
+            if picture in pictures:
+                raise ValueError(f"{path} and {pictures[picture]} would both be drawn to {picture}")
+            if len(rows) > 1:
+                _draw(run, op, rows, picture)
+                pictures[picture] = path
+    if not pictures:
+        raise ValueError("these files have no op at several token counts")
+    return list(pictures)
 
 
-def draw(paths: list[Path], output: Path) -> None:
-    """One row of axes an op: time on the left, memory bandwidth on the right, a colour for every run."""
-    runs = [run for run in map(load, paths) if run is not None]
-    ops = list(dict.fromkeys(row["op"] for run in runs for row in run["results"]))
-    if not ops:
-        raise ValueError("no results in these files")
-    figure, axes = plt.subplots(len(ops), 2, figsize=(14, 4.8 * len(ops)), squeeze=False, layout="constrained")
-    for op, (time_axes, bandwidth_axes) in zip(ops, axes, strict=True):
-        for index, run in enumerate(runs):
-            rows = sorted((row for row in run["results"] if row["op"] == op), key=lambda row: row["tokens"])
-            rows = [row for row in rows if row["tokens"] > 0]  # a logarithmic axis has no room for a bare barrier
-            if rows:
-                prefix = f"{_name(run)}: " if len(runs) > 1 else ""
-                _curves(time_axes, bandwidth_axes, run, rows, prefix, color=f"C{index}" if len(runs) > 1 else None)
-        for side, label in ((time_axes, "us a call (median of the slowest rank)"), (bandwidth_axes, "GB/s of memory")):
-            side.set(title=op, xlabel="tokens", ylabel=label, yscale="log")
-            side.set_xscale("log", base=2)
-            for axis in (side.xaxis, side.yaxis):
-                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            side.yaxis.set_minor_formatter(
-                FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-            )
-            side.grid(True, which="both", alpha=0.25)
-            side.legend(fontsize=8)
-    figure.suptitle("\n".join(_title(run) for run in runs), fontsize=10)
-    figure.savefig(output, dpi=130)
+def _draw(run: dict, op: str, rows: list[dict], picture: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    others = _others(rows)
+    for (name, label), color in zip(others.items(), COLORS, strict=False):
+        axes.plot(*_points(rows, name), "s--", label=label, color=color, markersize=4, linewidth=1.2)
+    tokens, medians = _points(rows, "fused")
+    compared = next((name for name in others if name in UNFUSED), None)
+    label = f"tp_fused; x: speedup over {UNFUSED[compared]}" if compared else "tp_fused"
+    axes.plot(tokens, medians, "o-", label=label, color="C0", markersize=5, linewidth=2)
+    p99 = [row["programs"]["fused"]["p99_us"] for row in rows]
+    axes.fill_between(tokens, medians, p99, alpha=0.15, color="C0", linewidth=0)
+    floor, meaning = _floor(run, rows)
+    axes.plot(tokens, floor, ":", label=meaning, color="black")
+    if compared:
+        _write_speedups(axes, rows, compared)
+    axes.set(xlabel="tokens", ylabel="us a call: median of the slowest rank, shaded to its p99")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xticks(tokens)
+    axes.minorticks_off()
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend(loc="upper left", fontsize=9)
+    options, machine = run["options"], run["machine"]
+    placed = ", input read in place" if options["zero_copy"] and "zero_copy" in OPS[op].options else ""
+    figure.suptitle(f"{op}: {options['world_size']} ranks on {device_name(machine)}", fontsize=12)
+    axes.set_title(
+        f"hidden {options['hidden']}, {options['dtype']}{placed}; torch {machine['torch']}; commit "
+        f"{short_commit(machine)}",
+        fontsize=9,
+    )
+    figure.savefig(picture, dpi=120)
     plt.close(figure)
 
 
-def _curves(time_axes, bandwidth_axes, run: dict, rows: list[dict], prefix: str, color: str | None) -> None:
-    copy = run["machine"]["copy_gb_s"]
-    names = list(dict.fromkeys(name for row in rows for name in row["programs"] if name != "barrier"))
-    for name in names:
-        having = [row for row in rows if name in row["programs"]]
-        tokens = [row["tokens"] for row in having]
-        medians = [row["programs"][name]["median_us"] for row in having]
-        style = {"label": prefix + LABELS.get(name, name), "markersize": 4, "color": color}
-        (line,) = time_axes.plot(tokens, medians, STYLES.get(name, "d--"), **style)
-        if name == "fused":
-            p99 = [row["programs"][name]["p99_us"] for row in having]
-            time_axes.fill_between(
-                tokens, medians, p99, alpha=0.15, color=line.get_color(), label=prefix + "to its p99"
-            )
-        # The same bytes for all programs, those that the fused op needs: higher is faster, the floor is a flat line.
-        rates = [row["memory_bytes"] / median * 1e-3 for row, median in zip(having, medians, strict=True)]
-        bandwidth_axes.plot(tokens, rates, STYLES.get(name, "d--"), **style)
-    tokens = [row["tokens"] for row in rows]
-    floor = {"linestyle": ":", "color": color or "black", "label": f"{prefix}floor: its bytes at {copy:.4g} GB/s"}
-    time_axes.plot(tokens, [row["memory_bytes"] / copy * 1e-3 for row in rows], **floor)
-    bandwidth_axes.plot(tokens, [copy] * len(tokens), **floor)
+def _points(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
+    having = [row for row in rows if name in row["programs"]]
+    return [row["tokens"] for row in having], [row["programs"][name]["median_us"] for row in having]
 
 
-def _name(run: dict) -> str:
-    options = run["options"]
-    zero_copy = ", zero-copy" if options["zero_copy"] else ""
-    return f"{options['world_size']} ranks, {run['machine']['backend']}, {options['dtype']}{zero_copy}"
+def _others(rows: list[dict]) -> dict[str, str]:
+    """The programs that are drawn beside the op, with their labels: those of LABELS, in its order, then sweeps'."""
+    timed = {name for row in rows for name in row["programs"]} - {"fused", "barrier"}
+    known = [name for name in LABELS if name in timed]
+    swept = sorted((name for name in timed if name.startswith("ctas")), key=lambda name: int(name[4:]))
+    room = MOST_LINES - 2
+    swept = swept[:: max(1, -(-len(swept) // room))]
+    labels = LABELS | {name: f"tp_fused, at most {name[4:]} blocks" for name in swept}
+    return {name: labels[name] for name in (*known, *swept)[:room]}
 
 
-def _title(run: dict) -> str:
+def _floor(run: dict, rows: list[dict]) -> tuple[list[float], str]:
+    """What no program can be under: its bytes by memory and by link, and a barrier where one was timed."""
     machine = run["machine"]
-    device = (
-        f"{machine['gpus']} x {machine['gpu']}" if machine["gpu"] else f"{machine['cpu']}, {machine['cores']} cores"
-    )
-    what = f"{_name(run)}, hidden {run['options']['hidden']}"
-    return f"{device}; {what}; torch {machine['torch']}; commit {short_commit(machine)}"
+    floor = [row["memory_bytes"] / machine["copy_gb_s"] * 1e-3 for row in rows]
+    words = f"its bytes at {machine['copy_gb_s']:.0f} GB/s"
+    if machine.get("link_gb_s") and all(row.get("busbw_gb_s") for row in rows):
+        links = [row["programs"]["fused"]["median_us"] * row["busbw_gb_s"] / machine["link_gb_s"] for row in rows]
+        floor = [max(pair) for pair in zip(floor, links, strict=True)]
+        words += f", between cards {machine['link_gb_s']:.0f}"
+    if all("barrier" in row["programs"] for row in rows):
+        floor = [max(time, row["programs"]["barrier"]["median_us"]) for time, row in zip(floor, rows, strict=True)]
+        words = f"a barrier, or {words}"
+    return floor, f"floor: {words}"
+
+
+def _write_speedups(axes: Axes, rows: list[dict], compared: str) -> None:
+    """Under the op's points: how many times as long the other program takes."""
+    place = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center", "fontsize": 8, "color": "C0"}
+    place["bbox"] = {"boxstyle": "square,pad=0.1", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
+    for row in rows:
+        if compared in row["programs"]:
+            fused, other = (row["programs"][name]["median_us"] for name in ("fused", compared))
+            axes.annotate(f"{other / fused:.2f} x", (row["tokens"], fused), **place)

@@ -17,14 +17,7 @@ ERROR_BOUND = 2.0
 
 
 class QkvAProjAg(Case):
-    """A replicated projection of scattered rows, all-gathered while it is computed.
-
-    bytes: one rank's output. Right: within twice the largest error that the unfused program of the same dtype makes,
-    against a product in fp32 (fp64 for fp32).
-    """
-
     op = "qkv_a_proj_ag"
-    baselines = ("dist", "own", "copies", "gemm")
 
     def __init__(self, context, num_tokens: int):
         super().__init__(context, num_tokens)
@@ -109,14 +102,7 @@ class QkvAProjAg(Case):
 
 
 class QkvAProjAgFp8(QkvAProjAg):
-    """qkv_a_proj_ag on fp8 rows and weight with block scales; the output is bf16.
-
-    The unfused program dequantises and multiplies in fp32; where torch has a product with block scales, "scaled_mm",
-    "copies" and "gemm" use it. bytes and right: as qkv_a_proj_ag.
-    """
-
     op = "qkv_a_proj_ag_fp8"
-    baselines = ("dist", "own", "scaled_mm", "copies", "gemm", "barrier")
 
     def __init__(self, context, num_tokens: int):
         super().__init__(context, num_tokens)
@@ -192,13 +178,7 @@ class QkvAProjAgFp8(QkvAProjAg):
 
 
 class QkvAProjAgNorm(QkvAProjAg):
-    """qkv_a_proj_ag and the two latent RMSNorms, split into three contiguous tensors.
-
-    bytes: one rank's outputs. Right: as qkv_a_proj_ag.
-    """
-
     op = "qkv_a_proj_ag_norm"
-    baselines = ("dist", "own", "ag+norm")
 
     def __init__(self, context, num_tokens: int):
         super().__init__(context, num_tokens)
@@ -227,16 +207,7 @@ class QkvAProjAgNorm(QkvAProjAg):
 
 
 class Chain(QkvAProjAgNorm):
-    """rs_rmsnorm, then qkv_a_proj_ag_norm, against what engines do today.
-
-    Today: all-reduce, then every rank adds, norms and projects all rows, and norms the latents. These baselines differ
-    in who reduces. What scattering gains without fusing, the scattered ones tell.
-
-    bytes: those of both ops. Right: residual_out has the oracle's bits, the latents are as in qkv_a_proj_ag_norm.
-    """
-
     op = "chain"
-    baselines = ("dist", "twoshot", "oneshot", "own", "dist-rs", "own-rs")
 
     def __init__(self, context, num_tokens: int):
         super().__init__(context, num_tokens)
@@ -287,14 +258,7 @@ class Chain(QkvAProjAgNorm):
 
 
 class BesideGemm(RsRmsnorm):
-    """rs_rmsnorm with a matrix product beside it on another stream: what both together take. CUDA only.
-
-    The product is [tokens, hidden] by [hidden, 2048], with nothing to wait for. bytes and right: as rs_rmsnorm.
-    """
-
     op = "beside_gemm"
-    cuda_only = True
-    baselines = ("alone", "gemm")
     columns = 2048
 
     def __init__(self, context, num_tokens: int):

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import tp_fused
 
 from .baselines import BASELINES
-from .options import ctas_of
+from .results import variant_meaning
 
 FORMAT = 1  # of the JSON file: raised when a key changes its meaning
 _SETTINGS = ("NCCL_", "TORCH_SYMM_MEM_", "NVSHMEM_", "CUDA_DEVICE_MAX_CONNECTIONS")  # that what is timed depends on
@@ -64,12 +64,6 @@ def _driver() -> str | None:
     return version and version.group()
 
 
-def short_commit(machine: dict) -> str:
-    """What a table or a picture calls it."""
-    commit, *dirty = (machine["commit"] or "unknown").split("-")
-    return "-".join([commit[:12], *dirty])
-
-
 def _commit() -> str | None:
     """TP_FUSED_COMMIT where it is set; the checkout's commit, "-dirty" where files differ from it; else None."""
     if named := os.environ.get("TP_FUSED_COMMIT"):
@@ -113,11 +107,6 @@ def result_row(case, programs: dict, samples: dict, wrong: int | None, host_s, b
         "speedup": {name: sample.median / fused for name, sample in samples.items() if name != "fused"},
         "wrong": wrong,
     }
-
-
-def variant_meaning(name: str) -> str:
-    placed = {"staged": "its input staged by the kernel", "zero-copy": "its input read in place"}
-    return placed.get(name) or f"grids of at most {ctas_of(name)} blocks"
 
 
 def bus_factor(passes: int, world_size: int) -> float:

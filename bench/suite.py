@@ -3,6 +3,8 @@
 A launch is a process that starts the ranks and runs its sections, each a run as `python -m bench OP` makes them. Where
 one breaks, by a fault for instance, new ranks go on with the next section. A launch that takes too long is ended, and
 the next begins.
+
+torch is imported where ranks run: whoever only plans launches does not wait for it.
 """
 
 import contextlib
@@ -11,7 +13,6 @@ import gc
 import json
 import os
 import pickle
-import re
 import signal
 import subprocess
 import sys
@@ -20,18 +21,12 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
-import tp_fused.launch
-
 from .options import Options
-from .run import FAULT, run_rank
+from .results import file_name
 
 # Unless the environment says otherwise: NVLink multicast is another machine feature than the one measured here, and not
 # every host has it in order.
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
@@ -63,14 +58,6 @@ def run(launches: list[Launch], results: Path) -> list[dict]:
                     documents.append(document)
         print(f"# {launch.name}: {outcome} after {time.monotonic() - start:.0f} s", flush=True)
     return documents
-
-
-def file_name(section: str, document: dict) -> str:
-    """Such as rs_rmsnorm_1xh100_8_ranks.json: the section, the devices by their shortest name, the ranks."""
-    machine = document["machine"]
-    gpu = re.search(r"[A-Z]+\d+\w*", machine["gpu"] or "")
-    device = f"{machine['gpus']}x{gpu.group().lower()}" if gpu else machine["device"]
-    return f"{section}_{device}_{document['options']['world_size']}_ranks.json"
 
 
 def _run_launch(launch: Launch, folder: Path) -> str:
@@ -110,6 +97,11 @@ def _run_ranks(launch: Launch, folder: Path, deadline: float) -> str:
 
 def _run_sections(launch: Launch, deadline: float) -> None:
     """On every rank. What fails is the same on all ranks, but for faults: those end the ranks."""
+    import torch
+    import torch.distributed as dist
+
+    from .run import FAULT, run_rank
+
     # Says where a rank hangs, shortly before the launch is ended.
     faulthandler.dump_traceback_later(max(1.0, deadline - 10 - time.monotonic()), exit=True)
     code = 0
@@ -135,6 +127,10 @@ def _run_sections(launch: Launch, deadline: float) -> None:
 
 
 def main(job: str) -> None:
+    import torch.multiprocessing
+
+    import tp_fused.launch
+
     launch, deadline = pickle.loads(Path(job).read_bytes())
     try:
         tp_fused.launch.launch(_run_sections, launch.world_size, launch, deadline)

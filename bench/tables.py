@@ -1,39 +1,10 @@
-"""Tables of a Markdown file, written from the results that it names.
+"""Markdown tables of what bench/results holds, and of what `python -m bench model` counts: nobody types the numbers."""
 
-Between `<!-- results: FILE.json -->` and `<!-- end -->` stands what that file of bench/results holds: nobody types the
-numbers. A file that is not there yet leaves a line that says so. After `<!-- model: predictions -->` stands what
-`python -m bench model` counts; after `<!-- model: shared -->` and `<!-- model: linked -->`, how far that is from the
-runs of ranks that share a card, and of ranks with a card each.
-"""
-
-import json
-import re
 import statistics
-from pathlib import Path
-
-from tp_fused import planning
 
 from . import model
 from .baselines import BASELINES
-from .report import short_commit, variant_meaning
-from .suite import RESULTS
-
-_PLACE = re.compile(r"(<!-- (results|model): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_MISSING = "Not measured yet.\n"
-
-
-def fill(text: str, results: Path = RESULTS) -> str:
-    """The text with every table as the files in `results` have it now."""
-
-    def written(match: re.Match) -> str:
-        begin, kind, name, end = match.groups()
-        if kind == "model":
-            body = _of_model(name, model.documents(results))
-        else:
-            body = markdown(json.loads((results / name).read_text())) if (results / name).exists() else _MISSING
-        return f"{begin}{body}{end}"
-
-    return _PLACE.sub(written, text)
+from .results import device_name, short_commit, variant_meaning
 
 
 def markdown(document: dict) -> str:
@@ -50,11 +21,7 @@ def markdown(document: dict) -> str:
 
 def _caption(document: dict) -> str:
     machine, options = document["machine"], document.get("options")
-    if machine["gpu"]:
-        device = f"{machine['gpus']} x {machine['gpu']}"
-    else:
-        device = f"{machine['cpu']}, {machine['cores']} cores"
-    words = [device, f"torch {machine['torch']}", f"commit {short_commit(machine)}"]
+    words = [device_name(machine), f"torch {machine['torch']}", f"commit {short_commit(machine)}"]
     words.append(f"copies {machine['copy_gb_s']:.0f} GB/s")
     if machine.get("link_gb_s"):
         words.append(f"between cards {machine['link_gb_s']:.0f} GB/s")
@@ -78,7 +45,7 @@ def _results(op: str, rows: list[dict]) -> str:
         cells.append(line + [_other(row, name) for name in others])
     legend = [f"*{name}*: {BASELINES[name].meaning}" for name in others if name in BASELINES]
     legend += [f"*{name}*: {variant_meaning(name)}" for name in others if name not in BASELINES]
-    return _table([*head, *others], cells) + ("\n" + "; ".join(legend) + ".\n" if legend else "")
+    return table([*head, *others], cells) + ("\n" + "; ".join(legend) + ".\n" if legend else "")
 
 
 def _on_the_cpu(row: dict) -> str:
@@ -101,28 +68,21 @@ def _goals(goals: list[dict]) -> str:
         value = "not measured" if goal["value"] is None else f"{goal['value']:.3g}{'' if goal['met'] else ' (missed)'}"
         bound = f"{'at least' if goal['at_least'] else 'at most'} {goal['bound']:g}"
         cells.append([goal["op"], goal["tokens"], goal["world_size"], goal["what"], value, bound])
-    return _table(["op", "tokens", "ranks", "what", "measured", "goal"], cells)
+    return table(["op", "tokens", "ranks", "what", "measured", "goal"], cells)
 
 
 def _blocks(blocks: list[dict]) -> str:
     cells = [[row["op"], row["tokens"], f"{row['best_us']:.1f}", row["blocks"] or "more"] for row in blocks]
-    return _table(["op", "tokens", "best, us", "blocks for 3 % of that"], cells)
+    return table(["op", "tokens", "best, us", "blocks for 3 % of that"], cells)
 
 
 # ---- what bench/model.py counts ----
 
 
-def _of_model(name: str, found: list[dict]) -> str:
-    shares = model.Shares()
-    if name == "predictions":
-        shapes = [model.Shape(tokens) for tokens in model.TOKENS]
-        return predictions(shapes, tuple(model.CARDS), shares, model.barrier_seconds(found))
-    alone = {"shared": False, "linked": True}[name]
-    return comparison([run for run in found if (run["machine"]["ranks_per_gpu"] == 1) == alone], shares, found)
-
-
 def predictions(shapes: list[model.Shape], cards: tuple[str, ...], shares: model.Shares, barrier_s: float) -> str:
     """A table for every op: us, what bounds it, and how many times as long the unfused program takes."""
+    from tp_fused import planning
+
     cells = [
         [
             name,
@@ -132,7 +92,7 @@ def predictions(shapes: list[model.Shape], cards: tuple[str, ...], shares: model
         for name, card in ((name, model.CARDS[name]) for name in cards)
     ]
     parts = [
-        _table(
+        table(
             ["card", "SMs", "bf16, TFLOP/s", "fp8, TFLOP/s", "memory, GB/s", "links, GB/s a direction"],
             cells,
         )
@@ -150,7 +110,7 @@ def predictions(shapes: list[model.Shape], cards: tuple[str, ...], shares: model
                 unfused, _ = model.predict(op.unfused, shape, has)
                 line.append(f"{seconds * 1e6:.1f}, {bound} ({unfused / seconds:.2f} x)")
             cells.append(line)
-        parts.append(f"`{name}`; in brackets, {op.meaning}:\n\n" + _table(["tokens", *cards], cells))
+        parts.append(f"`{name}`; in brackets, {op.meaning}:\n\n" + table(["tokens", *cards], cells))
     return "\n".join(parts)
 
 
@@ -164,7 +124,7 @@ def comparison(runs: list[dict], shares: model.Shares, found: list[dict]) -> str
             times = (f"{row.measured * 1e6:.1f}", f"{row.counted * 1e6:.1f}", f"{ratios[-1]:.2f}")
             cells.append([place, run["options"]["world_size"], row.op, row.tokens, row.program, *times, row.bound])
     if not cells:
-        return _MISSING
+        return "Not measured yet.\n"
     head = [
         "cards",
         "ranks",
@@ -177,9 +137,9 @@ def comparison(runs: list[dict], shares: model.Shares, found: list[dict]) -> str
         "bound by",
     ]
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}, half of them over {statistics.median(ratios):.2f}"
-    return _table(head, cells) + f"\nCounted / measured: {spread}.\n"
+    return table(head, cells) + f"\nCounted / measured: {spread}.\n"
 
 
-def _table(head: list[str], cells: list[list]) -> str:
+def table(head: list[str], cells: list[list]) -> str:
     lines = [head, ["---"] * len(head), *cells]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)

@@ -188,9 +188,10 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("thread_id", &Caller::thread_id);
 
   py::class_<Team, std::shared_ptr<Team>>(m, "Team")
-      .def(py::init<int, const std::vector<Address>&, int64_t, int64_t, int, int, int, Address, int>(), py::arg("rank"),
-           py::arg("regions"), py::arg("slot_bytes"), py::arg("timeout_ns"), py::arg("max_ctas") = 0,
-           py::arg("liveness_fd") = -1, py::arg("device") = -1, py::arg("mailbox") = 0, py::arg("free_sms") = 0)
+      .def(py::init<int, const std::vector<Address>&, int64_t, int64_t, int, int, int, Address, int, int>(),
+           py::arg("rank"), py::arg("regions"), py::arg("slot_bytes"), py::arg("timeout_ns"), py::arg("max_ctas") = 0,
+           py::arg("liveness_fd") = -1, py::arg("device") = -1, py::arg("mailbox") = 0, py::arg("free_sms") = 0,
+           py::arg("free_cluster_sms") = 0)
       .def("captured", &Team::captured)
       .def("keep", [](Team& team, std::shared_ptr<Segment> segment) { team.keep(std::move(segment)); })
       .def("add_symmetric_buffer", &Team::add_symmetric_buffer)

@@ -1,4 +1,4 @@
-// The row rule, host and device: torch.tensor_split's, and nothing else (tp_fused/partition.py says the same).
+// Who owns which rows and columns, host and device: torch.tensor_split's rule (tp_fused/partition.py says the same).
 #pragma once
 #include <cstdint>
 
@@ -29,6 +29,14 @@ TPF_HD inline Partition partition_of(int64_t num_tokens, int world_size) {
 
 TPF_HD inline Rows rows_of(int64_t num_tokens, int rank, int world_size) {
   return partition_of(num_tokens, world_size).rows(rank);
+}
+
+// Of columns that come in whole units, but for the last one.
+TPF_HD inline Rows columns_of(int64_t columns, int64_t unit, int rank, int world_size) {
+  const Rows units = rows_of((columns + unit - 1) / unit, rank, world_size);
+  const int64_t start = units.start * unit < columns ? units.start * unit : columns;
+  const int64_t end = (units.start + units.count) * unit;
+  return {start, (end < columns ? end : columns) - start};
 }
 
 }  // namespace tpf

@@ -6,6 +6,7 @@
 #include <string>
 #include <variant>
 
+#include "plan/prologue.h"
 #include "protocol.h"
 
 namespace py = pybind11;
@@ -30,6 +31,7 @@ py::dict describe(const CardName& which) {
   py::dict out;
   out["architecture"] = card.architecture;
   out["sm_count"] = card.sm_count;
+  out["cluster_sms"] = card.cluster_sms;
   out["shared_bytes"] = card.shared_bytes;
   out["has_wgmma"] = card.has_wgmma != 0;
   return out;
@@ -54,7 +56,8 @@ py::dict to_dict(const tpf_plan& plan) {
 }
 
 py::dict plan(int op, int dtype, int64_t num_tokens, int hidden_size, int columns, bool in_place, bool complete,
-              int world_size, int max_ctas, int free_sms, int64_t slot_bytes, const CardName& card) {
+              int world_size, int max_ctas, int free_sms, int free_cluster_sms, int64_t slot_bytes,
+              const CardName& card) {
   tpf_call call =
       projection_call(static_cast<tpf_op>(op), static_cast<tpf_dtype>(dtype), num_tokens, hidden_size, columns);
   call.source = in_place ? 0 : -1;
@@ -63,6 +66,7 @@ py::dict plan(int op, int dtype, int64_t num_tokens, int hidden_size, int column
   team.world_size = world_size;
   team.max_ctas = max_ctas;
   team.free_sms = free_sms;
+  team.free_cluster_sms = free_cluster_sms;
   team.slot_bytes = slot_bytes;
   const tpf_card on = card_of(card);
   tpf_plan made = {};
@@ -74,9 +78,10 @@ py::dict plan(int op, int dtype, int64_t num_tokens, int hidden_size, int column
 
 void bind_plan(py::module_& m) {
   m.def("card", &describe);
+  m.def("gathers_normed_rows", &gathers_normed_rows);
   m.def("plan", &plan, py::arg("op"), py::arg("dtype"), py::arg("num_tokens"), py::arg("hidden_size"), py::kw_only(),
         py::arg("columns") = 0, py::arg("in_place") = false, py::arg("complete") = false, py::arg("world_size"),
-        py::arg("max_ctas"), py::arg("free_sms"), py::arg("slot_bytes"), py::arg("card"));
+        py::arg("max_ctas"), py::arg("free_sms"), py::arg("free_cluster_sms"), py::arg("slot_bytes"), py::arg("card"));
 }
 
 }  // namespace tpf

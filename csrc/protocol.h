@@ -190,6 +190,12 @@ inline tpf_dtype latent_dtype(const tpf_call& call) {
   return call.dtype == TPF_E4M3 ? TPF_BF16 : static_cast<tpf_dtype>(call.dtype);
 }
 
+// The columns that `rank` multiplies where all ranks have all rows (TPF_COMPLETE): vectors of 16 bytes, or the columns
+// that share a scale.
+TPF_HD inline Rows latent_columns_of(const tpf_call& call, int rank, int world_size) {
+  return columns_of(call.columns, call.dtype == TPF_E4M3 ? 128 : 8, rank, world_size);
+}
+
 TPF_HD inline uint32_t mix(uint32_t hash, uint32_t value) {
   hash ^= value;  // the finaliser of MurmurHash3: every bit of the value reaches every bit of the hash
   hash = (hash ^ (hash >> 16)) * 0x85ebca6bu;

@@ -23,7 +23,7 @@ T* at(Address address) {
 class Team {
  public:
   Team(int rank, const std::vector<Address>& regions, int64_t slot_bytes, int64_t timeout_ns, int max_ctas,
-       int liveness_fd, int device, Address mailbox, int free_sms) {
+       int liveness_fd, int device, Address mailbox, int free_sms, int free_cluster_sms) {
     team_ = {};
     team_.rank = rank;
     team_.world_size = static_cast<int32_t>(regions.size());
@@ -35,6 +35,7 @@ class Team {
     team_.device = device;
     team_.mailbox = at<tpf_fault>(mailbox);
     team_.free_sms = free_sms;
+    team_.free_cluster_sms = free_cluster_sms;
   }
 
   const tpf_team* get() const { return &team_; }

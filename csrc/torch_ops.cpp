@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "torch_call.h"
-#include "torch_projections.h"
+#include "torch_served.h"
 
 namespace py = pybind11;
 
@@ -72,7 +72,9 @@ struct ReduceCall : Call {
   }
 };
 
-// ---- the ops: arguments as in the schemas of tp_fused/ops.py; false where Python is to say why not ----
+}  // namespace
+
+// ---- the ops ----
 
 bool rs_rmsnorm(const Value* arguments, Results* results) {
   ReduceCall in;
@@ -161,6 +163,8 @@ bool all_gather_rows(const Value* arguments, Results* results) {
   return run(in, launch, TPF_CUDA_OP(tpf_all_gather_rows_cuda), tpf_all_gather_rows_cpu);
 }
 
+namespace {
+
 // ---- the dispatcher's side ----
 
 struct Op {
@@ -170,15 +174,17 @@ struct Op {
   bool (*serve)(const Value* arguments, Results* results);
 };
 
+constexpr auto kTwoOps = static_cast<tpf_op>(0);  // what ranks announce are the ops it is made of
 constexpr Op kOps[] = {
     {TPF_RS_RMSNORM, "rs_rmsnorm", "T?Tfsbf", rs_rmsnorm},
     {TPF_RS_RMSNORM_FP8, "rs_rmsnorm_fp8", "T?Tfsisbbf", rs_rmsnorm_fp8},
     {TPF_RS_RMSNORM_AG, "rs_rmsnorm_ag", "T?Tfsf", rs_rmsnorm_ag},
     {TPF_REDUCE_SCATTER_ROWS, "reduce_scatter_rows", "Ts?", reduce_scatter_rows},
     {TPF_ALL_GATHER_ROWS, "all_gather_rows", "Tis", all_gather_rows},
-    {TPF_QKV_A_PROJ_AG, "qkv_a_proj_ag", "TTis?", qkv_a_proj_ag},
-    {TPF_QKV_A_PROJ_AG_FP8, "qkv_a_proj_ag_fp8", "TTTTis", qkv_a_proj_ag_fp8},
-    {TPF_QKV_A_PROJ_AG_NORM, "qkv_a_proj_ag_norm", "TTTTfisf", qkv_a_proj_ag_norm},
+    {TPF_QKV_A_PROJ_AG, "qkv_a_proj_ag", "TTis?b", qkv_a_proj_ag},
+    {TPF_QKV_A_PROJ_AG_FP8, "qkv_a_proj_ag_fp8", "TTTTisb", qkv_a_proj_ag_fp8},
+    {TPF_QKV_A_PROJ_AG_NORM, "qkv_a_proj_ag_norm", "TTTTfisfb", qkv_a_proj_ag_norm},
+    {kTwoOps, "mla_prologue", "T?TTTTfsb", mla_prologue},
 };
 
 // A call's arguments, which the stack owns. Frees what has not been taken off it, also where an exception passes.
@@ -324,7 +330,9 @@ void forget(const Team& team) {
 
 std::map<int, std::string> op_names() {
   std::map<int, std::string> names;
-  for (const Op& op : kOps) names.emplace(op.number, op.name);
+  for (const Op& op : kOps) {
+    if (op.number != kTwoOps) names.emplace(op.number, op.name);
+  }
   return names;
 }
 

@@ -106,6 +106,8 @@ class Results {
     while (count_ > 0) torch.aoti_torch_delete_tensor_object(tensors_[--count_]);
   }
   void take(Tensor tensor) { tensors_[count_++] = tensor; }
+  Tensor release_last() { return tensors_[--count_]; }
+  Tensor operator[](int index) const { return tensors_[index]; }
 
   // One more, uninitialised, [rows, columns] of a dtype, on the device of `like`. Null where there is no memory.
   bool add(void** data, const View& like, int64_t rows, int64_t columns, int dtype) {

@@ -105,7 +105,8 @@ typedef struct tpf_team {
   int32_t device;      /* CUDA: the ordinal; -1: the CPU backend */
   tpf_fault* mailbox;  /* CUDA: pinned host memory, zeroed; the kernel's fault record arrives there, status last */
   int32_t (*interrupted)(void); /* CPU: a wait asks it some times a second, and ends where it is not 0; may be NULL */
-  int32_t free_sms; /* CUDA: a card's SMs less its other ranks' blocks; 0: clusters of any size are launched */
+  int32_t free_sms;         /* CUDA: a card's SMs less its other ranks' blocks; 0: clusters of any size are launched */
+  int32_t free_cluster_sms; /* likewise of tpf_card's cluster_sms */
 } tpf_team;
 
 /* An input that lies in symmetric memory: at `offset` in every rank's base[r]. */
@@ -122,6 +123,8 @@ int64_t tpf_sizeof(const char* name); /* of a struct that callers fill in, tpf_t
 /* ---- the row rule and the layout of a region ---- */
 /* No rows where num_tokens is negative or there is no such rank. */
 void tpf_rows_of(int64_t* start, int64_t* count, int64_t num_tokens, int32_t rank, int32_t world_size);
+/* The columns of a projection that a rank multiplies of rows that all ranks have. None where there is no such rank. */
+void tpf_columns_of(int64_t* start, int64_t* count, const tpf_call* call, int32_t rank, int32_t world_size);
 /* -1 where slot_bytes is negative or that is more than an int64_t takes. */
 int64_t tpf_region_bytes(int64_t slot_bytes, int32_t on_cuda);
 
@@ -131,6 +134,7 @@ int64_t tpf_region_bytes(int64_t slot_bytes, int32_t on_cuda);
 typedef struct tpf_card {
   int32_t architecture; /* 80, 90, 100 or 120: of the code that runs on it, which may be older than the card */
   int32_t sm_count;
+  int32_t cluster_sms;  /* those that clusters of eight blocks fill, a block an SM: some SMs are in no such cluster */
   int64_t shared_bytes; /* that a block may have */
   int32_t has_wgmma;    /* sm_90's matrix instructions, and code for them */
 } tpf_card;
@@ -232,7 +236,8 @@ tpf_status tpf_reduce_scatter_rows_cpu(void* output, const void* input, const tp
 tpf_status tpf_all_gather_rows_cpu(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
                                    int32_t hidden_size, tpf_dtype dtype);
 
-/* The projected rows lie in tpf_next_slot_cpu already. latent: [num_tokens, columns]. */
+/* The projected rows lie in tpf_next_slot_cpu already; with TPF_COMPLETE, of all rows the columns that this rank
+ * multiplies: [num_tokens, columns of the rank] (tpf_columns_of). latent: [num_tokens, columns]. */
 tpf_status tpf_qkv_a_proj_ag_cpu(void* latent, const tpf_team* team, const tpf_call* call);
 
 /* q_a: [num_tokens, q_columns], kv_a: [num_tokens, kv_columns], k_pe: [num_tokens, columns - q - kv]. */

@@ -241,9 +241,9 @@ def print_times(times: dict, args: argparse.Namespace, backend: str) -> None:
         cells += [f"{args.num_tokens / run['total']:.0f}", f"{run['speedup']:.2f} x"]
         print(f"{title:25}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)))
     print(
-        "\n* One kernel does several of these: comm. holds rs_rmsnorm and rs_rmsnorm_ag,\n"
-        "  with their residual additions and RMSNorms; qkv_a holds qkv_a_proj_ag_norm,\n"
-        "  with its all-gather and the latent RMSNorms.\n"
+        "\n* One op does several of these: comm. holds rs_rmsnorm_ag, with its residual\n"
+        "  addition and RMSNorm; qkv_a holds mla_prologue, which is all that comes\n"
+        "  before the attention.\n"
         "Total: of the slowest rank. Parts: means over ranks; comm. has waiting in it.\n"
         "Speedup: of the totals. As in an engine, only the last token's logits are made."
     )

@@ -2,6 +2,7 @@
 
 import inspect
 
+import progress
 import pytest
 import ranks
 
@@ -14,6 +15,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "packaging: builds a wheel of the project")
     config.addinivalue_line("markers", "cuda: has no meaning on the CPU")
+    progress.watch(config)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -11,7 +11,7 @@ import zlib
 import torch
 
 import tp_fused
-from tp_fused import partition, reference
+from tp_fused import ops, partition, projections, reference
 
 REDUCTIONS = ("rs_rmsnorm", "rs_rmsnorm_fp8", "rs_rmsnorm_ag", "reduce_scatter_rows")
 NORMS = ("rs_rmsnorm", "rs_rmsnorm_fp8", "rs_rmsnorm_ag", "qkv_a_proj_ag_norm")
@@ -69,7 +69,8 @@ class Call:
             if self.op != "reduce_scatter_rows":
                 arguments |= {"weight": self._norm_weight("norm", self.hidden_size), "eps": EPS}
         else:
-            arguments = {"input": self.input(0)[own].contiguous(), "num_tokens": self.num_tokens}
+            rows = self.input(0) if self.options.get("complete") else self.input(0)[own].contiguous()
+            arguments = {"input": rows, "num_tokens": self.num_tokens}
         if self.op in PROJECTIONS:
             arguments["weight"] = self._projection_weight()
         if self.op == "qkv_a_proj_ag_norm":
@@ -194,6 +195,11 @@ class Call:
 
 def _rms_norm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.rms_norm(rows, rows.shape[-1:], weight, EPS)
+
+
+def python_of(name: str):
+    """What is written in Python for an op: `_name`, which explains refusals, or `_name_fake`."""
+    return getattr(ops, name, None) or getattr(projections, name)
 
 
 # ---- comparisons ----

@@ -30,8 +30,17 @@ _context = multiprocessing.get_context("forkserver")
 # The last one is what torch.use_deterministic_algorithms imports: two seconds of it.
 _context.set_forkserver_preload(["torch", "torch.distributed", "tp_fused", "torch._inductor.config"])
 
+# What takes no time may take so long on a busy machine. Waits that must not come to their deadline have a longer one.
+BUSY_S = 15.0
+
 # How long the other ranks may go on after one has raised: long enough for a deadline of their own to pass.
 _GRACE_S = 15.0
+
+
+def names_in_shared_memory(*pids: int) -> list[str]:
+    """Of the segments that these processes have made, by default this one: those whose name is still there."""
+    ours = tuple(f"tp_fused-{pid}-" for pid in pids or (os.getpid(),))
+    return [name for name in os.listdir("/dev/shm") if name.startswith(ours)]
 
 
 class RankDied(Exception):

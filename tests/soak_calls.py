@@ -286,6 +286,7 @@ class Segment:
             if op == "qkv_a_proj_ag_norm":  # a norm of one number magnifies its rounding error without a bound
                 fitting = [parts for parts in fitting if parts[1] > 1]
             latent = rng.choice(fitting)
+            options["complete"] = rng.random() < 0.3
             hidden = self._bounded(tokens, hidden, sum(latent), dtype)
             if op == "qkv_a_proj_ag_fp8":
                 options["scale_layout"] = rng.choice(("row", "column"))

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from programs import PROJECTIONS, same_bits
 from soak_calls import Kind, Segment, Sequence, SoakCall, Step
-from soak_stalls import StallWatch, fill_allocator
+from soak_stalls import StallWatch
 
 import tp_fused
 from tp_fused import reference
@@ -96,9 +96,8 @@ def run_segment(sequence: Sequence, first: int, end: int, injection: Injection |
     try:
         with contextlib.ExitStack() as stack:
             run.open(stack)
-            watch.begin()
             for number in range(first, end):
-                watch.step()
+                watch.step(number)
                 run.step(number)
             run.recorder.flush()
             run.digest()
@@ -274,7 +273,6 @@ class _Run:
 
     def open(self, stack: contextlib.ExitStack) -> None:
         if self.device == "cuda":
-            fill_allocator(dist.get_world_size())
             # As the unfused program adds up, of whose errors the bound is made.
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

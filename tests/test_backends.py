@@ -57,7 +57,8 @@ def test_backend_that_was_asked_for_and_cannot_run(reports, device_type, asked, 
 
 def on_card(gpu: str, **changes) -> backends.Report:
     reaches = {"a": True, "b": True}
-    return report(**{"gpu": gpu, "num_sms": 132, "capability": (9, 0), "has_code": True, "reaches": reaches, **changes})
+    card = {"gpu": gpu, "num_sms": 132, "cluster_sms": 120, "capability": (9, 0), "has_code": True}
+    return report(**card | {"reaches": reaches} | changes)
 
 
 @pytest.mark.parametrize(
@@ -91,23 +92,25 @@ def test_choice_of_backend_on_cards(monkeypatch, reports, choice, reason):
     assert chosen == choice and reason in why
 
 
-@pytest.mark.parametrize("num_sms", [78, 108, 114, 132, 148])
+@pytest.mark.parametrize(("num_sms", "cluster_sms"), [(78, 72), (114, 104), (132, 120), (132, 128), (148, 144)])
 @pytest.mark.parametrize("ranks", range(1, 9))
-def test_blocks_of_ranks_that_share_a_card_leave_room_for_clusters(ranks, num_sms):
-    reports = [on_card("a", num_sms=num_sms) for _ in range(ranks)]
+def test_blocks_of_ranks_that_share_a_card_leave_room_for_clusters(ranks, num_sms, cluster_sms):
+    reports = [on_card("a", num_sms=num_sms, cluster_sms=cluster_sms) for _ in range(ranks)]
     share = backends.share_card(reports, None)
-    assert (share.ranks, share.free_sms) == (
-        ranks,
-        num_sms - (ranks - 1) * share.max_ctas if ranks > 1 else 0,
-    )
+    others = (ranks - 1) * share.max_ctas
+    free = (num_sms - others, cluster_sms - others) if ranks > 1 else (0, 0)
+    assert (share.ranks, share.free_sms, share.free_cluster_sms) == (ranks, *free)
     if ranks == 1:
         assert share.max_ctas == num_sms
         return
     assert 1 <= share.max_ctas <= num_sms // ranks
-    assert share.max_ctas == 1 or share.free_sms > 8 * 7  # with seven free in each of 8 GPCs, no eight are in one
+    # With seven free in each of 8 GPCs, no eight are in one.
+    assert share.max_ctas == 1 or share.free_cluster_sms > 8 * 7
     assert share.max_ctas == 1 or share.free_sms - (share.max_ctas - 2) > 8  # likewise the last pair of blocks
-    more = backends.CardShare(ranks, share.max_ctas + 1, num_sms - (ranks - 1) * (share.max_ctas + 1))
-    assert more.free_sms <= 8 * 7 or more.free_sms - (more.max_ctas - 2) <= 8
+    assert share.max_ctas == 1 or share.max_ctas % 2 == 0
+    more = share.max_ctas + (1 if share.max_ctas == 1 else 2)
+    others = (ranks - 1) * more
+    assert cluster_sms - others <= 8 * 7 or num_sms - others - (more - 2) <= 8
     fills = backends.share_card(reports, num_sms // ranks)
     assert (fills.max_ctas, fills.free_sms > 0) == (num_sms // ranks, fills.max_ctas == share.max_ctas)
     with pytest.raises(ValueError, match=f"{ranks} ranks share a card of {num_sms} SMs, at most"):
@@ -115,7 +118,7 @@ def test_blocks_of_ranks_that_share_a_card_leave_room_for_clusters(ranks, num_sm
 
 
 def test_cards_without_clusters_are_filled():
-    assert backends.share_card([on_card("a", capability=(8, 0), num_sms=108)] * 4, None).max_ctas == 27
+    assert backends.share_card([on_card("a", capability=(8, 0), num_sms=108, cluster_sms=0)] * 4, None).max_ctas == 27
 
 
 def test_a_subgroup_counts_the_others_on_its_cards():

@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 import tp_fused
 from bench import options as run_options
 from bench import run
-from bench.__main__ import ALL_OPS, app
+from bench.__main__ import app
 from bench.baselines import BASELINES
 from bench.cases import RsRmsnorm, steps_apart
+from bench.catalog import EVERYWHERE, OPS
 from bench.report import bus_factor
 from bench.timing import Samples
 from bench.transports import OverTorch
@@ -59,10 +60,10 @@ def test_every_op_is_right_and_has_its_row(all_ops):
     _, path = all_ops
     document = json.loads(path.read_text())
     rows = {(row["op"], row["tokens"]): row for row in document["results"]}
-    assert set(rows) == {(op, tokens) for op in ALL_OPS for tokens in TOKENS}
+    assert set(rows) == {(op, tokens) for op in EVERYWHERE for tokens in TOKENS}
     for (op, tokens), row in rows.items():
         assert row["wrong"] == 0
-        baselines = set(run.CASES[op].baselines) & ON_A_CPU
+        baselines = set(OPS[op].baselines) & ON_A_CPU
         if tokens == 0:
             baselines = {name for name in baselines if BASELINES[name].empty}
         assert set(row["programs"]) == {"fused"} | baselines
@@ -93,32 +94,62 @@ def test_columns_agree_with_json(all_ops):
     assert "the peers read the input in place" in done.stdout
 
 
-def test_plot(all_ops, tmp_path):
+def drawn(runs: list[Path], folder: Path):
     pytest.importorskip("matplotlib", reason="the bench extra is not installed")
-    document = json.loads(all_ops[1].read_text())
-    document["results"] = [row for row in document["results"] if row["op"] in ("rs_rmsnorm_ag", "reduce_scatter_rows")]
-    runs, picture = [tmp_path / "one.json", tmp_path / "other.json"], tmp_path / "both.png"
-    for path in runs:
-        path.write_text(json.dumps(document))
+    return CliRunner().invoke(app, ["plot", *map(str, runs), "-o", str(folder)], env={"COLUMNS": "200"})
+
+
+def test_plot(all_ops, tmp_path, monkeypatch):
+    """A picture for every op and file, in a folder that is made; what sums up other files is left out."""
+    document, folder = json.loads(all_ops[1].read_text()), tmp_path / "new" / "folder"
+    one = document | {"results": [row for row in document["results"] if row["op"] == "rs_rmsnorm_ag"]}
+    runs = [all_ops[1], tmp_path / "one.json"]
+    runs[1].write_text(json.dumps(one))
     for kind in ("goals", "blocks"):  # lie beside the runs that they sum up
         runs.append(tmp_path / f"{kind}.json")
         runs[-1].write_text(json.dumps({"machine": document["machine"], kind: []}))
-    done = CliRunner().invoke(app, ["plot", *map(str, runs), "-o", str(picture)])
+    done = drawn(runs, folder)
     assert done.exit_code == 0, done.output
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    names = [*(f"all_{op}.png" for op in EVERYWHERE), "one.png"]
+    assert done.output.split() == [str(folder / name) for name in names]
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "baselines"),
+    [
+        ("chain_2xh200_2_ranks", 4),  # of seven programs beside the op
+        ("rs_rmsnorm_blocks_2xh200_2_ranks", 4),  # of eight bounds
+        ("qkv_a_proj_ag_1xh100_8_ranks", 3),
+    ],
+)
+def test_a_legend_has_six_lines_at_most(name, baselines, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    from bench import plot
+
+    legends, close = [], plot.plt.close
+
+    def closing(figure):
+        legends.append([text.get_text() for text in figure.axes[0].get_legend().texts])
+        close(figure)
+
+    monkeypatch.setattr(plot.plt, "close", closing)
+    plot.draw([ROOT / "bench" / "results" / f"{name}.json"], tmp_path)
+    (legend,) = legends
+    assert len(legend) == baselines + 2 <= 6
+    assert legend[-2].startswith("tp_fused") and legend[-1].startswith("floor: ")
 
 
 def test_plot_of_something_else(tmp_path):
-    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
     (tmp_path / "other.json").write_text("{}")
-    done = CliRunner().invoke(app, ["plot", str(tmp_path / "other.json")], env={"COLUMNS": "200"})
+    done = drawn([tmp_path / "other.json"], tmp_path)
     assert done.exit_code == 2 and "is no file that --json wrote" in " ".join(done.output.split())
 
 
 def test_under_torchrun():
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = bench(
-        *("rs_rmsnorm", "--device", "cpu", "--backend", "reference", "--tokens", "5", "--dtype", "fp32", *SMALL),
+        *("chain", "--device", "cpu", "--backend", "reference", "--tokens", "5", "--dtype", "fp32", *SMALL),
         launcher=launcher,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -210,27 +241,75 @@ def test_a_baseline_that_computes_something_else_is_no_baseline(one_rank):
         run.run_rank(one_rank, {"rs_rmsnorm": OtherBaseline})
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tokens", "1,x"], "'1,x' is no list of integers"),
-        (["--tokens", "4,-1"], "-1 tokens"),
-        (["--min-tokens", "9", "--max-tokens", "3"], "9 is over --max-tokens 3"),
-        (["--step-factor", "1"], "1 must be over 1"),
-        (["--latent", "100"], "100 columns are fewer than --kv-lora 512 + --rope 64"),
-        (["--hidden", "100000"], "100000 is over 16384"),
-        (["--world-size", "0"], "greater than or equal to 1"),
-        (["--backend", "cuda"], "cuda works on cuda tensors"),
-        (["--baselines", "own,owl"], "'owl' is none of none, "),
-        (["--variants", "ctas0"], "'ctas0' is none of staged, zero-copy, ctasN"),
-        (["--json", "no/such/folder/file.json"], "there is no directory no/such/folder"),
-    ],
-)
-def test_bad_options_are_named_before_a_rank_starts(arguments, message, monkeypatch):
+BAD_OPTIONS = [
+    ("rs_rmsnorm --tokens 1,x", "'1,x' is no list of integers"),
+    ("rs_rmsnorm --tokens 4,-1", "-1 tokens"),
+    ("rs_rmsnorm --min-tokens 9 --max-tokens 3", "9 is over --max-tokens 3"),
+    ("rs_rmsnorm --step-factor 1", "1 must be over 1"),
+    ("chain --latent 100", "100 columns are fewer than --kv-lora 512 + --rope 64"),
+    ("rs_rmsnorm --hidden 100000", "100000 is over 16384"),
+    ("rs_rmsnorm --world-size 0", "greater than or equal to 1"),
+    ("rs_rmsnorm --backend cuda", "cuda works on cuda tensors"),
+    ("rs_rmsnorm --baselines own,owl", "'owl' is none of none, "),
+    ("rs_rmsnorm --variants ctas0", "'ctas0' is none of staged, zero-copy, ctasN"),
+    ("beside_gemm", "beside_gemm needs cuda"),
+    # What would do nothing.
+    ("rs_rmsnorm --latent 96", "--latent: does nothing for rs_rmsnorm"),
+    ("qkv_a_proj_ag --rope 32", "--rope: does nothing for qkv_a_proj_ag"),
+    ("qkv_a_proj_ag_fp8 --dtype fp16", "--dtype: does nothing for qkv_a_proj_ag_fp8"),
+    ("rs_rmsnorm --scale-layout row", "--scale-layout: does nothing for rs_rmsnorm"),
+    ("all_gather_rows --zero-copy", "--zero-copy: does nothing for all_gather_rows"),
+    ("all_gather_rows --variants staged", "staged does nothing for all_gather_rows"),
+    ("reduce_scatter_rows --compile", "--compile: does nothing for reduce_scatter_rows"),
+    ("rs_rmsnorm --compile --baselines none", "--compile: does nothing without baselines"),
+    ("rs_rmsnorm --baselines gemm", "'gemm' is not timed for rs_rmsnorm; there are dist, own, symm, barrier"),
+    ("rs_rmsnorm --tokens 4 --max-tokens 8", "--max-tokens: does nothing beside --tokens"),
+    ("rs_rmsnorm --max-ctas 4", "--max-ctas: does nothing on cpu"),
+    ("rs_rmsnorm --variants ctas4", "ctas4 does nothing on cpu"),
+    ("rs_rmsnorm --backend reference --zero-copy", "the reference backend has no symmetric memory"),
+    ("rs_rmsnorm --backend reference --timeout 5", "the reference backend waits as long as the process group"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), BAD_OPTIONS)
+def test_bad_options_are_named_before_a_rank_starts(command, message, monkeypatch):
     monkeypatch.setattr("tp_fused.launch.launch", lambda *_, **__: pytest.fail("ranks were started"))
-    done = CliRunner().invoke(app, ["rs_rmsnorm", "--device", "cpu", *arguments], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(app, [*command.split(), "--device", "cpu"], env={"COLUMNS": "200"})
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
+
+
+def test_the_folder_of_the_numbers_is_made(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("tp_fused.launch.launch", lambda *_, **__: started.append(True))
+    path = tmp_path / "no" / "such" / "one.json"
+    done = CliRunner().invoke(app, ["rs_rmsnorm", "--device", "cpu", "--json", str(path)])
+    assert done.exit_code == 0 and started and path.parent.is_dir()
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(app, ["rs_rmsnorm", "--device", "cpu", "--json", str(tmp_path / "file" / "one.json")])
+    assert done.exit_code == 2 and "cannot make the folder" in done.output and len(started) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ((), 0, "python -m bench plot "),
+        (("--help",), 0, "qkv_a_proj_ag_norm"),
+        (("chain", "--help"), 0, "--kv-lora"),
+        (("rs_rmsnorm", "--latent", "96"), 2, "does nothing for rs_rmsnorm"),
+    ],
+)
+def test_help_and_refusals_do_without_torch(arguments, code, says):
+    """torch takes a second or two to import."""
+    watched = (
+        "import sys; from bench.__main__ import app\n"
+        "try: app(sys.argv[1:])\n"
+        "finally: assert not {'torch', 'tp_fused', 'matplotlib'} & sys.modules.keys()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", watched, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code and says in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 # ---- variants of the fused op ----

@@ -38,7 +38,9 @@ def check_op(backend: str, device: str, calls: list[Call]) -> None:
 OPTIONS = {
     "rs_rmsnorm": [{}, {"complete": True}],
     "rs_rmsnorm_fp8": [{}, {"scale_layout": "column", "keep_output": True}],
-    "qkv_a_proj_ag": [{}, {"bias": True}],
+    "qkv_a_proj_ag": [{}, {"bias": True, "complete": True}],
+    "qkv_a_proj_ag_fp8": [{}, {"complete": True}],
+    "qkv_a_proj_ag_norm": [{}, {"complete": True}],
 }
 
 

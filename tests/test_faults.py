@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from programs import LATENT, OPS, Call
-from ranks import RankDied, outcome, settled, workspace
+from ranks import BUSY_S, RankDied, names_in_shared_memory, outcome, settled, workspace
 
 import tp_fused
 from tp_fused import CollectiveFault
@@ -92,7 +92,7 @@ def test_ranks_that_disagree(pool, device, name, world_size):
     odd = rf"{changes.get('op', op)} #2: rank \d called with {mine}, rank {ODD} with {theirs}"
     for rank, (error, seconds, later, reported) in enumerate(pool.run(disagree, device, device, name)):
         assert isinstance(error, CollectiveFault), repr(error)
-        assert seconds < 10
+        assert seconds < BUSY_S
         assert set(later) == {CollectiveFault}
         assert str(reported) == str(error)
         # Whoever saw it first may have told the others.
@@ -201,17 +201,18 @@ def be_absent(device: str, op: str, name: str) -> tuple:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_rank_that_does_not_come(fresh_pool, device, name, world_size):
     _, told = expected(device, name)
+    pids = [process.pid for process in fresh_pool.processes]
     outcomes = fresh_pool.outcomes(be_absent, device, "rs_rmsnorm", name)
     for rank in {*range(world_size)} - {ODD}:
         error, seconds, later, _ = outcomes[rank]
-        assert seconds < 5
+        assert seconds < BUSY_S
         assert set(later) == {CollectiveFault}
         with pytest.raises(CollectiveFault, match=rf"rs_rmsnorm #3: .*({told})"):
             raise error
-    assert [entry for entry in os.listdir("/dev/shm") if "tp_fused" in entry] == []
+    assert names_in_shared_memory(*pids) == []
     if name == "late":  # it learns on arrival what became of its call; on cuda, where it has all its rows, a call later
-        error, seconds, later, reported = outcomes[ODD]
-        assert isinstance(error, tuple if device == "cuda" else CollectiveFault) and seconds < 1
+        error, _, later, reported = outcomes[ODD]
+        assert isinstance(error, tuple if device == "cuda" else CollectiveFault)
         assert "has given up on this workspace (rs_rmsnorm #3: rank 1 never arrived" in str(reported)
         assert set(later) == {CollectiveFault}
     elif name in ("killed", "exits"):
@@ -226,7 +227,7 @@ def test_rank_that_dies_in_every_op(fresh_pool, device, op, world_size):
     outcomes = fresh_pool.outcomes(be_absent, device, op, "killed")
     for rank in (0, 2):
         error, seconds, *_ = outcomes[rank]
-        assert seconds < 5
+        assert seconds < BUSY_S
         with pytest.raises(CollectiveFault, match=rf"{op} #3: .*{DIED}"):
             raise error
 
@@ -288,7 +289,7 @@ def test_rank_that_dies_over_torch_distributed(fresh_pool, world_size):
         error, seconds, later = outcomes[rank]
         assert isinstance(error, CollectiveFault), repr(error)
         assert f"reduce_scatter_rows #1: rank {rank} did not hear from all peers" in str(error)
-        assert seconds < 10
+        assert seconds < BUSY_S
         assert set(later) == {CollectiveFault}
 
 
@@ -308,7 +309,7 @@ def be_late_within_the_deadline(backend: str, device: str) -> float:
 @pytest.mark.parametrize("world_size", [3])
 def test_late_within_the_deadline_is_no_fault(pool, backend, device, world_size):
     seconds = pool.run(be_late_within_the_deadline, backend, device)
-    assert seconds[0] > 1 and seconds[2] > 1 and seconds[ODD] < 1
+    assert seconds[0] > 1 and seconds[2] > 1 and seconds[ODD] < min(seconds[0], seconds[2])
 
 
 def be_killed_anywhere(device: str) -> Exception:
@@ -330,11 +331,12 @@ def be_killed_anywhere(device: str) -> Exception:
 def test_rank_that_dies_in_the_middle(fresh_pool, device, world_size):
     if device == "cuda" and torch.cuda.device_count() < world_size:
         pytest.skip("ranks share a card: under MPS, a process that dies while its kernels run takes the others with it")
+    pids = [process.pid for process in fresh_pool.processes]
     outcomes = fresh_pool.outcomes(be_killed_anywhere, device)
     for rank in (0, 2):
         with pytest.raises(CollectiveFault, match=expected(device, "killed")[1]):
             raise outcomes[rank]
-    assert [entry for entry in os.listdir("/dev/shm") if "tp_fused" in entry] == []
+    assert names_in_shared_memory(*pids) == []
 
 
 def go_on_without(device: str) -> None:

@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import OPS, REDUCTIONS
+from programs import OPS, PROJECTIONS, REDUCTIONS, python_of
 from ranks import outcome
 
 import tp_fused
-from tp_fused import ops, partition
+from tp_fused import partition
 from tp_fused.faults import CollectiveFault
 
 MAX_TOKENS, WIDTH, Q_COLUMNS, KV_COLUMNS, COLUMNS = 24, 80, 20, 9, 35
@@ -127,10 +127,15 @@ ARGUMENTS = {
     "rs_rmsnorm_ag": NORM,
     "reduce_scatter_rows": ("input", "residual"),
     "all_gather_rows": ("input", "num_tokens"),
-    "qkv_a_proj_ag": ("input", "weight", "num_tokens", "bias"),
-    "qkv_a_proj_ag_fp8": ("q", "scale", "weight", "weight_scale", "num_tokens"),
-    "qkv_a_proj_ag_norm": ("input", "weight", "q_a_weight", "kv_a_weight", "eps", "num_tokens", "weight_offset"),
+    "qkv_a_proj_ag": ("input", "weight", "num_tokens", "bias", "complete"),
+    "qkv_a_proj_ag_fp8": ("q", "scale", "weight", "weight_scale", "num_tokens", "complete"),
+    "qkv_a_proj_ag_norm": (
+        *("input", "weight", "q_a_weight", "kv_a_weight", "eps", "num_tokens", "weight_offset", "complete"),
+    ),
 }
+ARGUMENTS["mla_prologue"] = (
+    *("input", "residual", "norm_weight", "qkv_a_weight", "q_a_norm_weight", "kv_a_norm_weight", "eps", "complete"),
+)
 MAY_BE_NONE = ("residual", "bias")
 
 
@@ -172,10 +177,17 @@ class Hostile:
         replicated = functools.partial(random, generator=of_all)  # in this order on all ranks
 
         hidden, rows = self.hidden_size, partition.row_count(self.num_tokens, rank, world_size)
+        if self.changes.get("complete") and self.op in PROJECTIONS:
+            rows, of_rank = self.num_tokens, torch.Generator().manual_seed(seed)
+            random = functools.partial(random, generator=of_rank)
         same = torch.ones(hidden, dtype=self.dtype, device=device) * 0.75
         if self.op in REDUCTIONS:
             made = {"input": random(self.num_tokens, hidden), "residual": random(self.num_tokens, hidden)}
             return made if self.op == "reduce_scatter_rows" else made | {"weight": same}
+        if self.op == "mla_prologue":
+            made = {"input": random(self.num_tokens, hidden), "residual": random(self.num_tokens, hidden)}
+            made |= {"norm_weight": same, "qkv_a_weight": replicated(COLUMNS, hidden)}
+            return made | {"q_a_norm_weight": replicated(Q_COLUMNS), "kv_a_norm_weight": replicated(KV_COLUMNS)}
         if self.op == "all_gather_rows":
             return {"input": random(rows, hidden)}
         if self.op == "qkv_a_proj_ag":
@@ -280,7 +292,7 @@ def make(call: Hostile, device: str) -> None:
         return
     name = hostile.pop("group_name", ours.group_name)
     other_name = name if name != ours.group_name else reference.group_name
-    op, checks = getattr(torch.ops.tp_fused, call.op), getattr(ops, f"_{call.op}")
+    op, checks = getattr(torch.ops.tp_fused, call.op), python_of(f"_{call.op}")
     with torch.no_grad():
         served = results(ours, op, **hostile, group_name=name)
         checked = results(ours, checks, **hostile, group_name=name)
@@ -340,7 +352,7 @@ def run(pool, call: Hostile, device: str, function=make) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "examples"), [(1, 150), (2, 60)])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, "mla_prologue"])
 def test_served_rightly_or_refused(pools, device, op, world_size, examples):
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     @given(hostile_calls(op, world_size))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from programs import Call
-from ranks import RankDied, outcome, workspace
+from ranks import BUSY_S, RankDied, outcome, workspace
 
 import tp_fused
 
@@ -51,9 +51,9 @@ def test_a_rank_that_does_not_call_init_is_named(fresh_pool, device, world_size)
         assert isinstance(error, tp_fused.CollectiveFault) and error.peer == 2
         assert "did not call init within 1.5 s; call tp_fused.init again on all ranks" in str(error)
         assert "tp_fused.init: rank 2 of group" in str(error)
-        assert TIMEOUT_S <= seconds < TIMEOUT_S + 1
-    error, seconds = results[2]
-    assert isinstance(error, tp_fused.CollectiveFault) and seconds < 1
+        assert TIMEOUT_S <= seconds < TIMEOUT_S + BUSY_S
+    error, _ = results[2]
+    assert isinstance(error, tp_fused.CollectiveFault)
     assert "had given up before this rank came: rank 2 of group" in str(error)
 
 
@@ -77,7 +77,7 @@ def test_a_rank_that_does_not_call_symm_empty_is_named(fresh_pool, backend, devi
     for error, seconds in results:
         assert isinstance(error, tp_fused.CollectiveFault) and error.peer == 1
         assert "rank 1 of group" in str(error) and "did not call symm_empty within 1.5 s" in str(error)
-        assert seconds < TIMEOUT_S + 1
+        assert seconds < TIMEOUT_S + BUSY_S
 
 
 def with_a_closed_one(backend: str, device: str) -> tuple:
@@ -95,7 +95,7 @@ def test_a_rank_that_raises_alone_tells_the_others(pool, backend, device, world_
     assert isinstance(results[1][0], ValueError)
     for rank in (0, 2):
         error, seconds = results[rank]
-        assert isinstance(error, tp_fused.CollectiveFault) and seconds < 5
+        assert isinstance(error, tp_fused.CollectiveFault) and seconds < BUSY_S
         assert "symm_empty: rank 1 gave up: ValueError: the workspace of group '0' is closed" in str(error)
 
 
@@ -115,7 +115,7 @@ def test_a_rank_that_died_is_named(fresh_pool, device, world_size):
     for rank in (0, 2):
         error, seconds = results[rank]
         assert isinstance(error, tp_fused.CollectiveFault) and error.peer == 1
-        assert seconds < TIMEOUT_S + 1
+        assert seconds < TIMEOUT_S + BUSY_S
 
 
 def overlapping_groups(device: str, members: list[list[int]]) -> None:

@@ -11,11 +11,9 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import OPS
+from programs import OPS, python_of
 from test_hostile_input import ARGUMENTS, FLOATS, FP8, MAX_TOKENS, SCALARS, Hostile, close, prepare, results, run
 from test_hostile_input import _made as made
-
-from tp_fused import ops
 
 DTYPES = (*FLOATS, FP8, torch.uint8, torch.int32, torch.float64)
 
@@ -91,13 +89,13 @@ def agree(call: Hostile, device: str) -> None:
     tensors = [value for value in arguments.values() if torch.is_tensor(value)]
     if any(tensor.is_meta for tensor in tensors):  # then the fake kernel is asked, and no native one
         return
-    checked = results(workspace, getattr(ops, f"_{call.op}"), **arguments, **name)
+    checked = results(workspace, python_of(f"_{call.op}"), **arguments, **name)
     if isinstance(served, Exception):
         assert type(served) in (ValueError, TypeError), repr(served)
         assert (type(served), str(served)) == (type(checked), str(checked)), f"{served!r}; the checks: {checked!r}"
         return
     assert checked == (None,), f"served, but the checks say {checked!r}"
-    promised = getattr(ops, f"_{call.op}_fake")(**arguments, **name)
+    promised = python_of(f"_{call.op}_fake")(**arguments, **name)
     promised = promised if isinstance(promised, tuple) else (promised,)
     assert [(t.shape, t.stride(), t.dtype) for t in served] == [(t.shape, t.stride(), t.dtype) for t in promised]
 
@@ -110,7 +108,7 @@ def closed(pools):
 
 
 @pytest.mark.parametrize(("world_size", "examples"), [(1, 300), (2, 100)])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, "mla_prologue"])
 def test_what_is_admitted_is_served(pools, device, op, world_size, examples):
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     @given(calls(op, world_size))

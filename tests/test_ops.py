@@ -1,9 +1,11 @@
 """Every op on every backend, dtype, world size and token count, against the unfused program in one process."""
 
+import zlib
+
 import pytest
 import torch
 import torch.distributed as dist
-from programs import LATENT, NORMS, OPS, Call, same_bits
+from programs import LATENT, NORMS, OPS, PROJECTIONS, Call, same_bits
 from ranks import workspace
 
 import tp_fused
@@ -81,6 +83,36 @@ def test_norm_weights(pool, backend, device, op, options, dtype, world_size):
         for i, (count, hidden) in enumerate(sizes)
     ]
     pool.run(check_calls, backend, device, calls)
+
+
+def check_complete_projections(backend: str, device: str, op: str) -> list[int]:
+    """Runs on a rank. Returns what tells its results from others."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    narrow = [(8, 8, 0)] if op.endswith("fp8") else [(15, 9, 3), (2, 1, 1)]
+    digests = []
+    with workspace(backend, device, max_num_tokens=70, hidden_size=1600):
+        sizes = ((0, 16, 0), (1, 208, 0), (world_size - 1, 512, 1), (33, 1024, 2), (70, 208, 1))
+        for latent in (LATENT, (768, 512, 64), *narrow):
+            for i, (count, hidden, dtype) in enumerate(sizes):
+                options = {"complete": True}
+                if op == "qkv_a_proj_ag":
+                    options["bias"] = i % 2 == 1
+                elif op == "qkv_a_proj_ag_norm":
+                    options |= {"weight_offset": 1.0 * (i % 2), "float_weight": i > 2}
+                dtype = list(DTYPES.values())[dtype]
+                call = Call(op, count, hidden, dtype, seed=i, device=device, latent=latent, options=options)
+                outputs = call.run(rank, world_size)
+                call.check(outputs, rank, world_size)
+                digests += [zlib.crc32(x.cpu().view(torch.uint8).numpy().tobytes()) for x in outputs if x.numel()]
+    return digests
+
+
+@pytest.mark.parametrize("op", PROJECTIONS)
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_projections_of_rows_that_every_rank_has(pool, backend, device, op, world_size):
+    """Each rank multiplies a share of the columns, and all have the same bits of all of them."""
+    digests = pool.run(check_complete_projections, backend, device, op)
+    assert digests[0] and all(other == digests[0] for other in digests)
 
 
 def signs_of_negative_zeros(backend: str, device: str) -> list[bool]:

@@ -134,7 +134,7 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
     assert plans[0] == plans[1]
 
 
-# What was measured and chosen on H100 and H200, docs/performance.md.
+# What was measured and chosen on H100 and H200, docs/notes.
 @pytest.mark.parametrize(
     ("op", "num_tokens", "options", "chosen"),
     [
@@ -143,7 +143,7 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
         ("rs_rmsnorm", 16384, {}, {"body": "bulk", "threads": 512, "in_place": True}),
         ("rs_rmsnorm", 16384, {"card": "A100"}, {"body": "all threads"}),
         ("all_gather_rows", 16384, {}, {"body": "all threads", "blocks": 128}),
-        ("all_gather_rows", 16384, {"ranks_per_card": 8}, {"body": "bulk", "blocks": 10}),
+        ("all_gather_rows", 16384, {"ranks_per_card": 8}, {"body": "bulk", "blocks": 8}),
         ("qkv_a_proj_ag", 2048, {}, {"body": "all threads", "few_rows": True}),
         ("qkv_a_proj_ag", 2048, {"ranks_per_card": 8}, {"body": "tiles", "few_rows": False, "cluster": 2}),
         ("qkv_a_proj_ag_fp8", 2048, {}, {"body": "tiles", "few_rows": False}),
@@ -163,7 +163,7 @@ def test_plans_of_deepseek_v3(op, num_tokens, options, chosen):
 def test_explain_without_a_card():
     told = tp_fused.explain("qkv_a_proj_ag", 16384, gpu="H200", ranks_per_card=8)
     assert told.startswith("qkv_a_proj_ag: 8 ranks, 8 on each H200; rank 0 of them owns 2048 of 16384 rows\n")
-    assert "one kernel multiplies, in tiles of" in told and "(max_ctas=10)" in told
+    assert "one kernel multiplies, in tiles of" in told and "(max_ctas=8)" in told
     assert "cuBLAS" in tp_fused.explain("qkv_a_proj_ag", 16384, gpu="B200")
     assert "threads move rows" in tp_fused.explain("rs_rmsnorm", 16384, gpu="A100", in_place=True)
     with pytest.raises(ValueError, match="no card is known as H300: A100, H20, H100, H200 and B200 are"):

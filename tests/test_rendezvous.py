@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import BUSY_S
 
 from tp_fused import rendezvous
 from tp_fused.faults import CollectiveFault
@@ -86,9 +87,9 @@ def test_a_rank_that_does_not_come_is_named_and_hears_it_when_it_comes(store):
     for error, seconds in ranks.run(ranks.call, 0, 1):
         assert isinstance(error, CollectiveFault) and str(error) == f"tp_fused.init: {told}"
         assert (error.op, error.peer, error.reason) == ("init", 2, "never arrived")
-        assert SHORT_S <= seconds < SHORT_S + 1
-    [(error, seconds)] = ranks.run(ranks.call, 2)
-    assert isinstance(error, CollectiveFault) and seconds < SHORT_S
+        assert SHORT_S <= seconds < SHORT_S + BUSY_S
+    [(error, _)] = ranks.run(ranks.call, 2)
+    assert isinstance(error, CollectiveFault)
     assert str(error) in [f"tp_fused.init: rank {r} had given up before this rank came: {told}" for r in (0, 1)]
     ranks.call_all()
 
@@ -98,8 +99,8 @@ def test_two_ranks_that_do_not_come_are_both_named():
     [(error, _)] = ranks.run(ranks.call, 1)
     assert "ranks 0, 2 of group '0' did not call init within 0.5 s" in str(error)
     assert error.peer == 0
-    for error, seconds in ranks.run(ranks.call, 0, 2):
-        assert isinstance(error, CollectiveFault) and seconds < SHORT_S
+    for error, _ in ranks.run(ranks.call, 0, 2):
+        assert isinstance(error, CollectiveFault) and "had given up before this rank came" in str(error)
     ranks.call_all()
 
 
@@ -166,7 +167,7 @@ def test_a_rank_that_raises_tells_the_others_at_once(store, when):
         error, seconds = results[rank]
         assert isinstance(error, CollectiveFault) and error.peer == 1 and error.reason == "gave up"
         assert "rank 1 gave up: MemoryError: no room on this card" in str(error)
-        assert seconds < 5
+        assert seconds < BUSY_S
     ranks.call_all()
 
 
@@ -289,7 +290,7 @@ def test_a_rank_that_is_missing_from_the_rendezvous_is_named(store, fake_torch):
         error, seconds = results[rank]
         assert isinstance(error, CollectiveFault) and error.peer == 1
         assert "rank 1 of group '0' did not get as far as mapping the peers' memory within 0.5 s" in str(error)
-        assert seconds < SHORT_S + 1
+        assert seconds < SHORT_S + BUSY_S
     assert isinstance(ranks.run(ranks.call, 1)[0][0], CollectiveFault)
     ranks.call_all()
 
@@ -299,7 +300,7 @@ def test_a_rank_that_torch_fails_on_tells_the_others(store, fake_torch):
     results = ranks.run(lambda rank: rendezvous_of(ranks, rank))
     assert type(results[2][0]) is RuntimeError
     for error, seconds in results[:2]:
-        assert isinstance(error, CollectiveFault) and seconds < 5
+        assert isinstance(error, CollectiveFault) and seconds < BUSY_S
         assert "rank 2 gave up: RuntimeError: CUDA driver error: out of memory" in str(error)
     fake_torch.stopped = None
     for result, _ in ranks.run(lambda rank: rendezvous_of(ranks, rank)):
@@ -328,5 +329,5 @@ def test_the_socket_of_a_rendezvous_gets_a_deadline(tmp_path):
         begin = time.monotonic()
         with pytest.raises(BlockingIOError):
             bound.recv(1)
-        assert 0.1 < time.monotonic() - begin < 2
+        assert 0.1 < time.monotonic() - begin < BUSY_S
         assert other.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16) == bytes(16)

@@ -12,6 +12,12 @@ READ = (
 SUMMARY = "========= ERROR SUMMARY: {} errors\n"
 
 
+HOST_COPY = """========= Host API memory access error at host access to 0x48f0a7ba00 of size 250,368 bytes
+=========     Uninitialized access to 0x48f0aaeea0 on access by cudaMemcpy source
+=========
+"""
+
+
 @pytest.mark.parametrize(
     ("tool", "output", "found"),
     [
@@ -22,6 +28,7 @@ SUMMARY = "========= ERROR SUMMARY: {} errors\n"
         ("initcheck", READ.format(THEIRS) * 2 + SUMMARY.format(2), 0),
         ("initcheck", READ.format(THEIRS) + READ.format(OURS) + SUMMARY.format(2), 1),
         ("initcheck", READ.format(THEIRS) + SUMMARY.format(5), 4),  # what was not printed may be ours
+        ("initcheck", HOST_COPY + READ.format(OURS) + SUMMARY.format(2), 1),
     ],
 )
 def test_findings(tool, output, found):
@@ -35,3 +42,9 @@ def test_digest():
         "Uninitialized __global__ memory read of size 16 bytes at at::native::vectorized_elementwise_kernel": 1,
         "a race with a Write access at tpf::rs_rmsnorm_kernel": 1,
     }
+
+
+def test_excerpt_keeps_what_is_ours():
+    output = READ.format(OURS) + HOST_COPY * 1000 + SUMMARY.format(1001)
+    kept = sanitize.excerpt(output)
+    assert OURS in kept and SUMMARY.format(1001).strip() in kept and len(kept.splitlines()) < 80

@@ -15,7 +15,7 @@ from programs import LATENT, OPS, Call
 from ranks import outcome, workspace
 
 import tp_fused
-from tp_fused import ops
+from tp_fused import ops, projections
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = {"max_num_tokens": 64, "hidden_size": 256, "latent_size": sum(LATENT)}
@@ -26,6 +26,7 @@ def every_op(device: str, op: str) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with workspace(device, device, **SIZES), pytest.MonkeyPatch.context() as patch:
         patch.delattr(ops, "get_workspace")
+        patch.delattr(projections, "get_workspace")
         for dtype in DTYPES:
             for num_tokens in (0, 1, 13):
                 call = Call(op, num_tokens, 256, dtype, "full", device=device)

@@ -4,6 +4,7 @@ What the ops do is in the other tests, which call them as everybody does. tests/
 which the kernels and the checks in Python do not agree.
 """
 
+import contextlib
 import functools
 import itertools
 import os
@@ -19,12 +20,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from programs import OPS, Call
+from programs import OPS, Call, python_of
 from ranks import outcome, workspace
 from thread_ranks import ThreadRanks
 
 import tp_fused
-from tp_fused import native, ops
+from tp_fused import native, ops, projections
 from tp_fused.native import _C
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,15 +40,22 @@ def options_of(op: str) -> list[dict]:
     special = {
         "rs_rmsnorm": [{}, complete],
         "rs_rmsnorm_fp8": [*FP8_OPTIONS, complete],
-        "qkv_a_proj_ag": [{}, {"bias": True}],
-        "qkv_a_proj_ag_fp8": [{"scale_layout": "row"}, {"scale_layout": "column"}],
+        "qkv_a_proj_ag": [{}, {"bias": True}, complete],
+        "qkv_a_proj_ag_fp8": [{"scale_layout": "row"}, {"scale_layout": "column"}, complete],
+        "qkv_a_proj_ag_norm": [{}, complete],
     }
     return special.get(op, [{}])
 
 
+@contextlib.contextmanager
 def without_python():
     """No call is explained in this context."""
-    return mock.patch.object(ops, "get_workspace", side_effect=AssertionError("the native kernel refused"))
+    refused = AssertionError("the native kernel refused")
+    with (
+        mock.patch.object(ops, "get_workspace", side_effect=refused),
+        mock.patch.object(projections, "get_workspace", side_effect=refused),
+    ):
+        yield
 
 
 # ---- calls that are in order ----
@@ -68,7 +76,7 @@ def in_order(device: str, op: str) -> None:
             with without_python():
                 results = call.run(rank, world_size, arguments)
             call.check(results, rank, world_size)
-            promised = getattr(ops, f"_{op}_fake")(**arguments, group_name=dist.group.WORLD.group_name)
+            promised = python_of(f"_{op}_fake")(**arguments, group_name=dist.group.WORLD.group_name)
             promised = promised if isinstance(promised, tuple) else (promised,)
             for made, expected in zip(results, promised, strict=True):
                 seen = made.shape, made.stride(), made.dtype, made.device

@@ -39,6 +39,7 @@ class Team(ctypes.Structure):
         ("mailbox", Pointer),
         ("interrupted", Pointer),
         ("free_sms", ctypes.c_int32),
+        ("free_cluster_sms", ctypes.c_int32),
     ]
 
 

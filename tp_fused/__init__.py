@@ -8,6 +8,8 @@ from .groups import init, symm_empty
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
 from .partition import row_count, row_slice, row_start
+from .projections import *  # noqa: F403
+from .projections import __all__ as _projections
 from .workspace import Workspace
 
 __all__ = [
@@ -23,4 +25,5 @@ __all__ = [
     "row_start",
     "symm_empty",
     *_ops,
+    *_projections,
 ]

@@ -1,5 +1,6 @@
 """Which backend serves a group: decided from what all ranks report, the same on all of them."""
 
+import errno
 import os
 import secrets
 import socket
@@ -24,6 +25,7 @@ class Report:
     token: str = field(default_factory=lambda: secrets.token_hex(8))  # rank 0's names the workspace
     gpu: str | None = None  # which card this rank computes on
     num_sms: int = 0
+    cluster_sms: int = 0  # those that thread block clusters of eight can have
     capability: tuple[int, int] = (0, 0)
     has_code: bool = False  # whether this build was compiled for it
     reaches: dict[str, bool] = field(default_factory=dict)  # cards that this rank sees: can its own read their memory?
@@ -34,11 +36,12 @@ class Report:
 
 @dataclass(frozen=True)
 class CardShare:
-    """What a rank has of a card. max_ctas: blocks of its grids. free_sms: as in `tpf_team`, 0 for no bound."""
+    """What a rank has of a card. max_ctas: blocks of its grids. free_*: as in `tpf_team`, 0 for no bound."""
 
     ranks: int
     max_ctas: int
     free_sms: int
+    free_cluster_sms: int
 
 
 def report(arguments: dict, device: str) -> Report:
@@ -46,7 +49,9 @@ def report(arguments: dict, device: str) -> Report:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
         mount = os.stat("/dev/shm").st_dev  # two containers of one machine may have a /dev/shm each
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # says nothing of the host
+            raise
         boot, mount = "unknown", "none"
     host = f"{socket.gethostname()}/{boot}/{mount}"
     made = Report(arguments, host, _C.cpu_supported())
@@ -58,6 +63,7 @@ def report(arguments: dict, device: str) -> Report:
             made.gpu, made.num_sms = str(card.uuid), card.multi_processor_count
             made.capability = (card.major, card.minor)
             made.has_code = _C.cuda_has_code(current)
+            made.cluster_sms = _C.card(current)["cluster_sms"] if made.has_code else 0
             for other in range(torch.cuda.device_count()):
                 uuid = str(torch.cuda.get_device_properties(other).uuid)
                 made.reaches[uuid] = other == current or torch.cuda.can_device_access_peer(current, other)
@@ -129,7 +135,8 @@ def choose_backend(reports, device_type: str, world_size: int, asked: str | None
 def _obstacle(reports, device_type: str, world_size: int, asked: str | None) -> str | None:
     """What keeps the shared-memory backend of this device from running, if anything does."""
     if asked is not None and asked != device_type:
-        return f"the workspace is for {device_type} tensors"
+        unseen = "; torch sees no GPU" if asked == "cuda" and not torch.cuda.is_available() else ""
+        return f"the workspace is for {device_type} tensors{unseen}"
     if device_type not in ("cpu", "cuda"):
         return f"there are no kernels for {device_type}"
     if device_type == "cuda" and not _C.cuda_compiled():
@@ -172,15 +179,16 @@ def share_card(reports, asked: int | None) -> CardShare:
 
     A cluster of blocks needs free ones of a single GPC. While peers wait in their kernels, a rank that is late may have
     to run one first: cuBLAS's have up to eight blocks. It finds room wherever the peers' blocks lie if what these leave
-    is over seven for each GPC. Likewise the pairs of blocks of a projection, the last one beside all others. Whoever
-    asks for more blocks than that has nothing but the group's calls run on the card.
+    is over seven for each GPC, not counting SMs that are in no GPC with seven others. Likewise the pairs of blocks of a
+    projection, the last one beside all others. Whoever asks for more blocks than that has nothing but the group's calls
+    run on the card.
     """
-    has_clusters = max(report.capability for report in reports) >= (9, 0)
-    return share_of(ranks_per_card(reports), min(report.num_sms for report in reports), has_clusters, asked)
+    num_sms, cluster_sms = (min(getattr(one, name) for one in reports) for name in ("num_sms", "cluster_sms"))
+    return share_of(ranks_per_card(reports), num_sms, cluster_sms, asked)
 
 
-def share_of(ranks: int, num_sms: int, has_clusters: bool, asked: int | None = None) -> CardShare:
-    """`share_card` of one that so many ranks share."""
+def share_of(ranks: int, num_sms: int, cluster_sms: int, asked: int | None = None) -> CardShare:
+    """`share_card` of one that so many ranks share. cluster_sms: 0 where there are no clusters."""
     fitting = max(1, num_sms // ranks)
     if asked is not None and asked > fitting:
         raise ValueError(
@@ -188,10 +196,13 @@ def share_of(ranks: int, num_sms: int, has_clusters: bool, asked: int | None = N
             f"{num_sms} SMs, at most {fitting} each"
         )
     roomy = fitting
-    if ranks > 1 and has_clusters:
-        beside_a_cluster = (num_sms - 7 * _MOST_GPCS - 1) // (ranks - 1)
+    if ranks > 1 and cluster_sms > 0:
+        beside_a_cluster = (cluster_sms - 7 * _MOST_GPCS - 1) // (ranks - 1)
         in_pairs = (num_sms - _MOST_GPCS + 1) // ranks
         roomy = max(1, min(beside_a_cluster, in_pairs))
+        roomy -= roomy > 1 and roomy % 2  # so that projections come in pairs
     max_ctas = min(asked or roomy, _C.MAX_CTAS)
-    free = num_sms - (ranks - 1) * max_ctas if ranks > 1 and max_ctas <= roomy else 0
-    return CardShare(ranks, max_ctas, free)
+    others = (ranks - 1) * max_ctas
+    if others == 0 or max_ctas > roomy:
+        return CardShare(ranks, max_ctas, 0, 0)
+    return CardShare(ranks, max_ctas, num_sms - others, max(0, cluster_sms - others))

@@ -1,7 +1,11 @@
 """What is wrong with a call, in words. The native kernels refuse the same calls (csrc/torch_call.h), without words."""
 
 import ctypes
+import dataclasses
 import math
+import numbers
+import reprlib
+from typing import Any
 
 import torch
 
@@ -9,18 +13,58 @@ from . import partition
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 E4M3 = torch.float8_e4m3fn
-
-
+_PLAIN = (bool, int, float, str, torch.dtype)
 LARGEST = 2**31 - 1  # widths and group sizes reach the kernels as 32-bit integers
 
 
 def given(name: str, tensor: torch.Tensor | None) -> None:
-    """There is a dense tensor, with memory: torch takes None for any tensor, and any layout."""
-    if tensor is None:
-        raise TypeError(f"{name} must be a tensor, got None")
+    """There is a dense tensor: torch takes None for any tensor, and any layout."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {described(tensor)}")
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else tensor.layout
         raise TypeError(f"{name} must be a dense tensor, got a {layout} one")
+
+
+# By the type in an op's schema: how it is called here, and what torch's dispatcher takes for it.
+_TYPES = {
+    "Tensor": ("a tensor", torch.Tensor),
+    "Optional[Tensor]": ("a tensor or None", (torch.Tensor, type(None))),
+    "float": ("a number", (numbers.Real, torch.SymFloat)),
+    "int": ("an integer", (numbers.Integral, torch.SymInt)),
+    "bool": ("True or False", bool),
+    "str": ("a string", str),
+}
+
+
+def types(schema: dict[str, str], arguments: dict) -> None:
+    """The arguments that the schema knows are of its types, tensors dense."""
+    for name, value in arguments.items():
+        if name not in schema:
+            continue
+        words, admitted = _TYPES[schema[name]]
+        if not isinstance(value, admitted):
+            raise TypeError(f"{name} must be {words}, got {described(value)}")
+        if isinstance(value, torch.Tensor):
+            given(name, value)
+
+
+def count(name: str, value, least: int = 0, most: int = LARGEST) -> None:
+    """An integer from `least`, which is 0 or 1, to `most`."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {described(value)}")
+    if value < least:  # pyright: ignore[reportOperatorIssue]
+        raise ValueError(f"{name} must {'be positive' if least else 'not be negative'}, got {value}")
+    if value > most:  # pyright: ignore[reportOperatorIssue]
+        raise ValueError(f"{name}={value} is over {most}")
+
+
+def device(value) -> torch.device:
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"device {described(value)} cannot be used: {error}") from None
 
 
 def memory(name: str, tensor: torch.Tensor) -> None:
@@ -188,28 +232,39 @@ def reduction(workspace, input: torch.Tensor, residual=None, **others: torch.Ten
 
 
 def normed_reduction(
-    workspace, input: torch.Tensor, residual, weight, epsilon: float, offset: float
+    workspace, input: torch.Tensor, residual, weight, epsilon: float, offset: float, name: str = "weight"
 ) -> torch.Tensor | None:
-    """The same of one that norms what it has reduced."""
-    residual = reduction(workspace, input, residual, weight=weight)
-    norm_weight("weight", weight, (input.shape[1],), input)
+    """The same of one that norms what it has reduced. name: of its weight."""
+    residual = reduction(workspace, input, residual, **{name: weight})
+    norm_weight(name, weight, (input.shape[1],), input)
     eps(epsilon)
     weight_offset(offset)
     return residual
 
 
-def projection(workspace, input, weight, num_tokens: int, input_dtypes=FLOATS, output_dtype=None) -> None:
-    """The inputs of an op that projects this rank's rows by a replicated [columns, hidden_size] weight."""
-    rows("input", input, input_dtypes)
-    rows("weight", weight, (input.dtype,), input.device)
+def projection_weight(workspace, input, weight, num_tokens: int, output_dtype=None, name: str = "weight") -> None:
+    """A replicated [columns, hidden_size] weight, by which num_tokens rows like the input's are multiplied."""
+    rows(name, weight, (input.dtype,), input.device)
     if weight.shape[1] != input.shape[1]:
-        raise ValueError(f"weight is {tuple(weight.shape)}, but the input has {input.shape[1]} columns")
-    capacity(workspace, input, num_tokens, weight.shape[0], output_dtype, "weight.shape[0]")
+        raise ValueError(f"{name} is {tuple(weight.shape)}, but the input has {input.shape[1]} columns")
+    capacity(workspace, input, num_tokens, weight.shape[0], output_dtype, f"{name}.shape[0]")
     narrow("input.shape[1]", input.shape[1])
-    local_rows(workspace, "input", input, num_tokens)
-    kernel_starts(workspace, input=input, weight=weight)
+    kernel_starts(workspace, **{name: weight})
     if workspace.backend == "cuda" and weight.shape[0] == 0:
-        raise ValueError(f"on cuda, a weight must have rows, got {tuple(weight.shape)}")
+        raise ValueError(f"on cuda, {name} must have rows, got {tuple(weight.shape)}")
+
+
+def projection(
+    workspace, input, weight, num_tokens: int, complete: bool, input_dtypes=FLOATS, output_dtype=None
+) -> None:
+    """The inputs of an op that projects this rank's rows or, if they are complete, all of them."""
+    rows("input", input, input_dtypes)
+    projection_weight(workspace, input, weight, num_tokens, output_dtype)
+    if not complete:
+        local_rows(workspace, "input", input, num_tokens)
+    elif input.shape[0] != num_tokens:
+        raise ValueError(f"input has {input.shape[0]} rows; with complete=True it is all num_tokens={num_tokens}")
+    kernel_starts(workspace, input=input)
     if workspace.backend == "cuda" and input.dtype == E4M3 and (weight.shape[0] % 8 or weight.shape[1] % 16):
         raise ValueError(
             f"on cuda, an fp8 weight must have a multiple of 8 rows and of 16 columns, got {tuple(weight.shape)}"
@@ -231,26 +286,47 @@ def fp8_scales(scale: torch.Tensor, q: torch.Tensor, group_size: int = 128) -> N
     memory("scale", scale)
 
 
-def latent_norms(q_a_weight: torch.Tensor, kv_a_weight: torch.Tensor, weight: torch.Tensor) -> None:
-    """The weights of the two latent norms fit into the projection's columns."""
-    for name, norm in (("q_a_weight", q_a_weight), ("kv_a_weight", kv_a_weight)):
+def latent_norms(weight: torch.Tensor, **norms: torch.Tensor) -> None:
+    """The weights of the two latent norms, by name, fit into the projection's columns."""
+    for name, norm in norms.items():
         given(name, norm)
         if norm.dim() != 1:
             raise ValueError(f"{name} must be one-dimensional, got shape {tuple(norm.shape)}")
         norm_weight(name, norm, norm.shape, weight)
-    if q_a_weight.dtype != kv_a_weight.dtype:
-        raise TypeError(f"q_a_weight is {q_a_weight.dtype}, kv_a_weight {kv_a_weight.dtype}: they must be the same")
-    if q_a_weight.shape[0] + kv_a_weight.shape[0] > weight.shape[0]:
+    (q_name, q_a), (kv_name, kv_a) = norms.items()
+    if q_a.dtype != kv_a.dtype:
+        raise TypeError(f"{q_name} is {q_a.dtype}, {kv_name} {kv_a.dtype}: they must be the same")
+    if q_a.shape[0] + kv_a.shape[0] > weight.shape[0]:
         raise ValueError(
-            f"q_a_weight ({q_a_weight.shape[0]}) and kv_a_weight ({kv_a_weight.shape[0]}) are longer than the "
-            f"projection's {weight.shape[0]} columns"
+            f"{q_name} ({q_a.shape[0]}) and {kv_name} ({kv_a.shape[0]}) are longer than the projection's "
+            f"{weight.shape[0]} columns"
         )
 
 
 def described(value) -> str:
-    """An argument, as it is told in an error."""
-    if not isinstance(value, torch.Tensor):
-        return repr(value)
-    return (
-        f"{value.dtype} {tuple(value.shape)} of strides {value.stride()} at {value.storage_offset()} on {value.device}"
-    )
+    """An argument, as it is told in an error: short, whatever it is."""
+    if isinstance(value, torch.Tensor):
+        if value.is_nested or value.layout != torch.strided:
+            return f"a {'nested' if value.is_nested else value.layout} tensor"
+        where = f"of strides {value.stride()} at {value.storage_offset()} on {value.device}"
+        return f"{value.dtype} {tuple(value.shape)} {where}"
+    if value is None or isinstance(value, (*_PLAIN, torch.device)):
+        return reprlib.repr(value)
+    kind, shape = type(value), getattr(value, "shape", ())
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"{name} of shape {shape}" if shape else f"{reprlib.repr(value)} ({name})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Strange:
+    """What ranks tell each other of an argument of a type that no check admits: it may not be picklable."""
+
+    words: str
+
+    def __repr__(self) -> str:
+        return self.words
+
+
+def exchangeable(value) -> Any:
+    """The argument itself, or words for it."""
+    return value if value is None or isinstance(value, _PLAIN) else Strange(described(value))

@@ -14,7 +14,6 @@ import weakref
 
 import torch
 from torch._higher_order_ops import effects
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import has_side_effect
 
 _ops: list[torch._ops.OpOverload] = []  # those in order
@@ -87,6 +86,8 @@ def _lowering(op: torch._ops.OpOverload, lowering):
 
 def _refuse_free_sizes(op: torch._ops.OpOverload, graph) -> None:
     """Up to torch 2.13, Inductor takes a symbol that an op with effects has made for a size of another output."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # and sympy, a third of a second
+
     sizes = [value.shape[0] for value in graph.current_node.meta["val"][1:]]
     if any(free_unbacked_symbols(size) - graph.bound_unbacked_symbols for size in sizes):
         raise RuntimeError(

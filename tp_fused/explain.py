@@ -1,9 +1,13 @@
 """`tp_fused.explain`: what would run, and why."""
 
+from typing import Any
+
 import torch
 
-from . import native, partition, planning
+from . import checks, faults, native, partition, planning
 from .groups import get_workspace, resolve_group_name, type_of
+
+OPS = (*faults.OPS.values(), "mla_prologue")
 
 
 def explain(
@@ -20,23 +24,39 @@ def explain(
     dtype: torch.dtype = torch.bfloat16,
     ranks_per_card: int = 1,
     in_place: bool = False,
+    complete: bool = False,
 ) -> str:
     """What a call of `op` with `num_tokens` tokens would run on this rank, and why, in words.
 
     input: the tensor that would be passed; with it, the answer says whether the peers read it in place. Without it, a
     tensor of the workspace's hidden_size and dtype is assumed. A projection is taken to make latent_size columns.
-    Raises ValueError where the call itself would: no workspace, an unknown op.
+    complete: as the call would be. Raises ValueError or TypeError where the call itself would: no workspace, an unknown
+    op, a count below zero.
 
     gpu: "A100", "H20", "H100", "H200" or "B200" asks about such cards instead, without a workspace and without a GPU:
     about a call of `world_size` ranks, `ranks_per_card` on each card, with an input of `hidden_size` columns of
     `dtype`, in_place in symmetric memory or not, and projections of `latent_size` columns. Without gpu these are not
     looked at. A plan depends on nothing else: what is told here is what runs there.
     """
-    if not hasattr(torch.ops.tp_fused, op):
-        raise ValueError(f"unknown op {op!r}")
+    if not isinstance(op, str) or op not in OPS:
+        raise ValueError(f"unknown op {checks.described(op)}; there are {', '.join(OPS)}")
+    checks.count("num_tokens", num_tokens)
+    if input is not None:
+        checks.rows("input", input, tuple(native.DTYPE_CODES))
+    if op == "mla_prologue":
+        asked = {key: value for key, value in locals().items() if key not in ("op", "num_tokens", "complete")}
+        return _explain_prologue(num_tokens, complete, asked)
     if gpu is not None:
+        if not isinstance(gpu, str):
+            raise TypeError(f"gpu must be a card's name, got {checks.described(gpu)}")
+        if dtype not in native.DTYPE_CODES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, native.DTYPE_CODES))}, got {dtype!r}")
+        checks.count("world_size", world_size, 1, native._C.MAX_RANKS)
+        checks.count("ranks_per_card", ranks_per_card, 1, world_size)
+        checks.count("hidden_size", hidden_size, 1)
+        checks.count("latent_size", latent_size, 1)
         share = planning.share_of(gpu, ranks_per_card)
-        sizes = {"world_size": world_size, "hidden_size": hidden_size, "columns": latent_size}
+        sizes = {"world_size": world_size, "hidden_size": hidden_size, "columns": latent_size, "complete": complete}
         about = f"{world_size} ranks, {ranks_per_card} on each {gpu}; rank 0 of them owns "
         first = f"{op}: {about}{partition.row_count(num_tokens, 0, world_size)} of {num_tokens} rows"
         return "\n".join([first, *_on_cuda(op, num_tokens, gpu, dtype, in_place, share=share, **sizes)])
@@ -56,23 +76,47 @@ def explain(
     elif workspace.backend == "cuda":
         given = (workspace.dtype, workspace.hidden_size) if input is None else (input.dtype, input.shape[1])
         sizes = {"world_size": workspace.world_size, "hidden_size": given[1], "columns": workspace.latent_size}
+        sizes["complete"] = complete
         limits = {"share": workspace.share, "slot_bytes": workspace.slot_bytes}
         place = symmetric if input is not None else None
         lines += _on_cuda(op, num_tokens, workspace.device_index, given[0], place, **sizes, **limits)
     elif op.startswith(("rs_", "reduce_")) and input is not None:
         lines.append("the peers read the input in place" if symmetric else "the input is staged by the same kernel")
     elif op.startswith("qkv_"):
-        lines.append("torch multiplies into shared memory; the gather copies from there")
+        what = "by this rank's share of the weight" if complete else "this rank's rows"
+        lines.append(f"torch multiplies {what} into shared memory; the gather copies from there")
     return "\n".join(lines)
 
 
-def _product(op: str) -> str:
+def _explain_prologue(num_tokens: int, complete: bool, asked: dict[str, Any]) -> str:
+    """The two ops that mla_prologue is, and why these. asked: what else was asked of `explain`."""
+    columns, world_size = asked["latent_size"], asked["world_size"]
+    if asked["gpu"] is None:
+        device = asked["device"] if asked["input"] is None else asked["input"].device
+        workspace = get_workspace(resolve_group_name(asked["group"]), type_of(device))
+        columns, world_size = workspace.latent_size, workspace.world_size
+    gathers = not complete and native._C.gathers_normed_rows(num_tokens, columns, world_size)
+    first, way = (
+        (
+            "rs_rmsnorm_ag",
+            f"all ranks take all {num_tokens} normed rows, for their share of the weight's {columns} rows",
+        )
+        if gathers
+        else ("rs_rmsnorm", f"each rank multiplies its own rows by all {columns} rows of the weight")
+    )
+    parts = (explain(first, num_tokens, complete=complete and not gathers, **asked),)
+    parts += (explain("qkv_a_proj_ag_norm", num_tokens, complete=gathers, **dict(asked, input=None)),)
+    return "\n".join((f"mla_prologue: {way}", *parts))
+
+
+def _product(op: str, complete: bool) -> str:
     """What multiplies where a gather comes after it."""
+    rows = "all rows by this rank's share of the weight" if complete else "this rank's rows"
     if op != "qkv_a_proj_ag_fp8":
-        return "torch multiplies this rank's rows (cuBLAS)"
+        return f"torch multiplies {rows} (cuBLAS)"
     triton, missing = native.triton_projection()
     what = "a Triton kernel" if triton else f"dequantising and torch, since Triton is missing ({missing}),"
-    return f"{what} multiplies this rank's rows"
+    return f"{what} multiplies {rows}"
 
 
 def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool | None, **sizes) -> list[str]:
@@ -91,12 +135,15 @@ def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool 
         ]
     lines = []
     if projects:
+        complete = sizes["complete"]
         why = (
-            "so few rows of a rank are all finished at the same time, with nothing to hide their way behind"
+            "every rank has all rows: of the product it is columns that are gathered"
+            if complete
+            else "so few rows of a rank are all finished at the same time, with nothing to hide their way behind"
             if plan["few_rows"]
             else f"no kernel does both for {dtype} on this card"
         )
-        lines += [f"{_product(op)}; then one kernel gathers them", why]
+        lines += [f"{_product(op, complete)}; then one kernel gathers", why]
     elif op != "all_gather_rows" and in_place is not None:
         if plan["in_place"]:
             lines.append("the peers read the input in place")
@@ -109,7 +156,8 @@ def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool 
             lines.append("the input is staged by the same kernel")
 
     shared_by, groups = plan["cluster"], plan["blocks"] // plan["cluster"]
-    most = -(-partition.row_count(num_tokens, 0, sizes["world_size"]) // groups)
+    whole = projects and sizes["complete"]
+    most = -(-(num_tokens if whole else partition.row_count(num_tokens, 0, sizes["world_size"])) // groups)
     who = f"each {shared_by} of them share" if shared_by > 1 else "each has"
     lines.append(f"{grid}; {who} {most} row{'s' if most != 1 else ''} at most")
     if plan["body"] == "bulk":

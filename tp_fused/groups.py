@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.compiler import is_compiling
 
-from . import backends, compiled, lifetime
+from . import backends, checks, compiled, lifetime
 from .rendezvous import Meeting
 from .workspace import Workspace
 
@@ -31,6 +31,10 @@ def init(
 ) -> Workspace:
     """Makes the workspace of a group. Collective: every rank calls it once, with the same arguments, outside of graph
     capture and of `forward`.
+
+    Ops are for inference: no output asks for a gradient. The calls of a workspace have one order, the same on all
+    ranks, so they are made by one thread (`Workspace.attach_thread` hands it over) and on one stream at a time: for a
+    second thread, or calls that shall overlap on a second stream, make a group and a workspace of its own.
 
     max_num_tokens: the largest token count of any later call. hidden_size: columns of the reduced rows.
     latent_size: columns of a projection's output (default: hidden_size). dtype: of the widest rows.
@@ -58,9 +62,7 @@ def init(
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("tp_fused.init needs torch.distributed: call torch.distributed.init_process_group first")
-    group = group if group is not None else default_group()
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("tp_fused.init: this rank is not in the group")
+    group = _process_group(group) if group is not None else default_group()
     device = str(device) if device is not None else default_type()
     device_type = device.split(":")[0]
     arguments = {
@@ -73,6 +75,7 @@ def init(
         "device": device_type,
         "TP_FUSED_BACKEND": os.environ.get("TP_FUSED_BACKEND") or None,
     }
+    arguments = {name: checks.exchangeable(value) for name, value in arguments.items()}
     key = (group.group_name, device_type)
     replaced = _workspaces.get(key)
     if replaced is not None:
@@ -153,10 +156,20 @@ def resolve_group_name(group: dist.ProcessGroup | str | None) -> str:
         return _pinned_name(group)
     if isinstance(group, str):
         return group
-    name = group.group_name
+    name = _process_group(group).group_name
     if _groups.get(name, group) is not group:
         raise ValueError(f"this process group {name!r} was destroyed; the workspace of that name is of a later group")
     return name
+
+
+def _process_group(group) -> dist.ProcessGroup:
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    if type(group) is int and group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"this rank is not in the group: new_group returned {group}, for its other ranks")
+    raise TypeError(
+        f"group must be a process group, got {checks.described(group)}; of a DeviceMesh, pass mesh.get_group()"
+    )
 
 
 def _pinned_name(group: dist.ProcessGroup | str) -> str:
@@ -171,7 +184,7 @@ def _pinned_name(group: dist.ProcessGroup | str) -> str:
 
 def type_of(device: str | torch.device | None) -> torch.device:
     """The kind of device that is asked for; by default a GPU, where torch sees one."""
-    return torch.device(torch.device(device).type if device is not None else default_type())
+    return torch.device(checks.device(device).type if device is not None else default_type())
 
 
 def default_group() -> dist.ProcessGroup:

@@ -8,6 +8,7 @@ import faulthandler
 import functools
 import gc
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ def launch(main, world_size: int, *args, timeout_s: float = 600.0) -> None:
     """Calls `main(*args)` on every rank, with torch.distributed initialised over gloo.
 
     Under torchrun (RANK and WORLD_SIZE are set) it is called here, and `world_size` must be torchrun's. Otherwise
-    `world_size` processes are started; `main` must then be importable by name. Cores are shared out among the ranks.
+    `world_size` processes are started; `main` must then be importable by name, so not typed into an interactive
+    session (docs/notebook.md). Cores are shared out among the ranks.
     A rank that raises ends the others, and its exception is raised here. timeout_s: for the collectives of the group.
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -31,6 +33,11 @@ def launch(main, world_size: int, *args, timeout_s: float = 600.0) -> None:
             raise ValueError(f"world size {world_size} was asked for, torchrun runs {os.environ['WORLD_SIZE']} ranks")
         _run_rank(int(os.environ["RANK"]), world_size, "env://", timeout_s, main, args)
         return
+    if main.__module__ == "__main__" and not os.path.exists(getattr(sys.modules["__main__"], "__file__", "")):
+        raise ValueError(
+            f"{main.__qualname__} was typed into an interactive session, which the processes of the ranks do not have: "
+            f"write it to a file and import it from there (docs/notebook.md)"
+        )
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"
         # A fork server imports once what `main` needs. Where there is CUDA, processes are not forked.

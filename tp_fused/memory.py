@@ -1,5 +1,6 @@
 """The memory of a workspace: one shared segment of a host, or torch's symmetric memory; and what its parts take."""
 
+import errno
 import os
 import secrets
 import shutil
@@ -42,7 +43,8 @@ def shared_segment(meeting: Meeting, bytes_per_rank: int) -> _C.Segment:
             return None, error
 
     step = "get as far as making the shared memory"
-    named = {"name": f"/tp_fused-{secrets.token_hex(16)}", "token": secrets.randbits(64)}
+    # With the process that makes it: should one be left behind, whose it was can be seen.
+    named = {"name": f"/tp_fused-{os.getpid()}-{secrets.token_hex(16)}", "token": secrets.randbits(64)}
     named = meeting.gather(named, step)[0]
     segment, error = attempt(lambda: _C.Segment(size, True, **named)) if meeting.rank == 0 else (None, None)
     try:
@@ -55,13 +57,20 @@ def shared_segment(meeting: Meeting, bytes_per_rank: int) -> _C.Segment:
             _C.Segment.unlink(named["name"])
     for rank, error in enumerate(errors):
         if error is not None:
-            raise type(error)(
-                f"rank {rank}: {error}. The workspace needs {size / 2**20:.1f} MiB of /dev/shm, which has "
-                f"{_free_bytes('/dev/shm') / 2**20:.1f} MiB free: ask for fewer tokens, enlarge it (docker run "
-                f"--shm-size), or use TP_FUSED_BACKEND=reference"
-            )
+            raise type(error)(f"rank {rank}: {error}. {_what_to_do(error, size)}, or use TP_FUSED_BACKEND=reference")
     assert segment is not None
     return segment
+
+
+def _what_to_do(error: Exception, size: int) -> str:
+    if isinstance(error, MemoryError):
+        return (
+            f"The workspace needs {size / 2**20:.1f} MiB of /dev/shm, which has {_free_bytes('/dev/shm') / 2**20:.1f} "
+            f"MiB free: ask for fewer tokens, enlarge it (docker run --shm-size)"
+        )
+    if os.strerror(errno.EMFILE) in str(error):
+        return "Raise its limit of open files (ulimit -n)"
+    return "All ranks must be able to use /dev/shm"
 
 
 def _free_bytes(path: str) -> int:

@@ -1,4 +1,5 @@
-"""The public ops: schema, border checks, fake kernel, and the Python wrapper with the docstring.
+"""The ops that reduce and gather rows: schema, border checks, fake kernel, and the Python wrapper with the docstring.
+Those that project are in projections.py.
 
 Each op is registered as `torch.ops.tp_fused.<name>` (what engines and compiled graphs call) and wrapped as
 `tp_fused.<name>` (what people call: a ProcessGroup instead of a name, defaults). Calls are served in
@@ -12,15 +13,12 @@ TypeError before anything is launched. Inference only: no output asks for a grad
 
 import torch
 
-from . import checks, compiled, partition, reference
+from . import checks, reference
 from .groups import get_workspace, resolve_group_name
-from .registration import define, unfused
+from .registration import define, own_rows, typed, unfused
 
 __all__ = [
     "all_gather_rows",
-    "qkv_a_proj_ag",
-    "qkv_a_proj_ag_fp8",
-    "qkv_a_proj_ag_norm",
     "reduce_scatter_rows",
     "rs_rmsnorm",
     "rs_rmsnorm_ag",
@@ -30,16 +28,11 @@ __all__ = [
 _ops = torch.ops.tp_fused
 
 
-def _own_rows(tensor: torch.Tensor, num_tokens, group_name: str):
-    workspace = get_workspace(group_name, tensor.device)
-    return compiled.free_size(num_tokens, lambda n: partition.row_count(n, workspace.rank, workspace.world_size))
-
-
 # ---- rs_rmsnorm ----
 
 
 def _rs_rmsnorm_fake(input, residual, weight, eps, group_name, complete=False, weight_offset=0.0):
-    output = input.new_empty(_own_rows(input, input.shape[0], group_name), input.shape[1])
+    output = input.new_empty(own_rows(input, input.shape[0], group_name), input.shape[1])
     return output, torch.empty_like(output)
 
 
@@ -54,6 +47,7 @@ def _rs_rmsnorm(input, residual, weight, eps, group_name, complete=False, weight
     return unfused(workspace, reference.rs_rmsnorm, input, residual, weight, eps, weight_offset, complete)
 
 
+@typed
 def rs_rmsnorm(input, residual, weight, eps=1e-6, group=None, *, complete=False, weight_offset=0.0):
     """Reduce-scatter, residual add and RMSNorm in one kernel.
 
@@ -91,7 +85,7 @@ def _rs_rmsnorm_fp8_fake(
     complete=False,
     weight_offset=0.0,
 ):
-    num_rows, hidden_size = _own_rows(input, input.shape[0], group_name), input.shape[1]
+    num_rows, hidden_size = own_rows(input, input.shape[0], group_name), input.shape[1]
     return (
         input.new_empty(num_rows, hidden_size, dtype=checks.E4M3),
         reference.empty_scale(num_rows, hidden_size, group_size, scale_layout, input.device),
@@ -140,6 +134,7 @@ def _rs_rmsnorm_fp8(
     )
 
 
+@typed
 def rs_rmsnorm_fp8(
     input,
     residual,
@@ -185,7 +180,7 @@ def rs_rmsnorm_fp8(
 
 
 def _rs_rmsnorm_ag_fake(input, residual, weight, eps, group_name, weight_offset=0.0):
-    residual_out = input.new_empty(_own_rows(input, input.shape[0], group_name), input.shape[1])
+    residual_out = input.new_empty(own_rows(input, input.shape[0], group_name), input.shape[1])
     return input.new_empty(input.shape), residual_out  # contiguous, whatever strides an input of no or one element has
 
 
@@ -200,6 +195,7 @@ def _rs_rmsnorm_ag(input, residual, weight, eps, group_name, weight_offset=0.0):
     return unfused(workspace, reference.rs_rmsnorm_ag, input, residual, weight, eps, weight_offset)
 
 
+@typed
 def rs_rmsnorm_ag(input, residual, weight, eps=1e-6, group=None, *, weight_offset=0.0):
     """All-reduce, residual add and RMSNorm in one kernel, with the residual left scattered.
 
@@ -215,7 +211,7 @@ def rs_rmsnorm_ag(input, residual, weight, eps=1e-6, group=None, *, weight_offse
 
 
 def _reduce_scatter_rows_fake(input, group_name, residual=None):
-    return input.new_empty(_own_rows(input, input.shape[0], group_name), input.shape[1])
+    return input.new_empty(own_rows(input, input.shape[0], group_name), input.shape[1])
 
 
 @define(
@@ -227,6 +223,7 @@ def _reduce_scatter_rows(input, group_name, residual=None):
     return unfused(workspace, reference.reduce_scatter_rows, input, residual)
 
 
+@typed
 def reduce_scatter_rows(input, group=None, *, residual=None):
     """Reduce-scatter over the token dimension, any token count.
 
@@ -252,6 +249,7 @@ def _all_gather_rows(input, num_tokens, group_name):
     return unfused(workspace, reference.all_gather_rows, input, num_tokens)
 
 
+@typed
 def all_gather_rows(input, num_tokens, group=None):
     """All-gather of scattered rows, any token count.
 
@@ -260,125 +258,3 @@ def all_gather_rows(input, num_tokens, group=None):
     input: this rank's rows of num_tokens, bf16, fp16, fp32, e4m3 or uint8. Returns [num_tokens, columns].
     """
     return _ops.all_gather_rows(input, num_tokens, resolve_group_name(group))
-
-
-# ---- qkv_a_proj_ag ----
-
-
-def _qkv_a_proj_ag_fake(input, weight, num_tokens, group_name, bias=None):
-    return input.new_empty(num_tokens, weight.shape[0])
-
-
-@define(
-    "qkv_a_proj_ag(Tensor input, Tensor weight, SymInt num_tokens, str group_name, *, Tensor? bias=None) -> Tensor",
-    _qkv_a_proj_ag_fake,
-)
-def _qkv_a_proj_ag(input, weight, num_tokens, group_name, bias=None):
-    workspace = get_workspace(group_name, input.device)
-    checks.projection(workspace, input, weight, num_tokens)
-    if bias is not None:
-        checks.like("bias", bias, (weight.shape[0],), input.dtype, input.device)
-        checks.kernel_starts(workspace, bias=bias)
-    return unfused(workspace, reference.qkv_a_proj_ag, input, weight, num_tokens, bias, product=(input, weight, bias))
-
-
-def qkv_a_proj_ag(input, weight, num_tokens, group=None, *, bias=None):
-    """A replicated projection of scattered rows, all-gathered while it is computed.
-
-        latent = all_gather(input @ weight.T + bias)
-
-    input: this rank's rows of num_tokens, [rows, hidden_size], bf16, fp16 or fp32. weight: [columns, hidden_size], the
-    same on all ranks (DeepSeek's fused q_a and kv_a projection). bias: [columns]. Returns [num_tokens, columns], the
-    same bits on all ranks.
-    """
-    return _ops.qkv_a_proj_ag(input, weight, num_tokens, resolve_group_name(group), bias=bias)
-
-
-# ---- qkv_a_proj_ag_fp8 ----
-
-
-def _qkv_a_proj_ag_fp8_fake(q, scale, weight, weight_scale, num_tokens, group_name):
-    return q.new_empty(num_tokens, weight.shape[0], dtype=torch.bfloat16)
-
-
-@define(
-    "qkv_a_proj_ag_fp8(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, SymInt num_tokens, str group_name)"
-    " -> Tensor",
-    _qkv_a_proj_ag_fp8_fake,
-)
-def _qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, group_name):
-    workspace = get_workspace(group_name, q.device)
-    checks.projection(workspace, q, weight, num_tokens, (checks.E4M3,), torch.bfloat16)
-    checks.fp8_scales(scale, q)
-    blocks = tuple(-(-size // 128) for size in weight.shape)
-    checks.like("weight_scale", weight_scale, blocks, torch.float32, q.device)
-    return unfused(workspace, reference.qkv_a_proj_ag_fp8, q, scale, weight, weight_scale, num_tokens)
-
-
-def qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, group=None):
-    """`qkv_a_proj_ag` on fp8 rows and weight with DeepSeek-V3's block scales.
-
-        latent = all_gather((q * scale) @ (weight * weight_scale).T)
-
-    q: e4m3 [rows, hidden_size]; scale: fp32 [rows, ceil(hidden_size / 128)], either layout of `rs_rmsnorm_fp8`.
-    weight: e4m3 [columns, hidden_size]; weight_scale: fp32, one per 128 x 128 block, the last may be partial.
-    Returns bf16 [num_tokens, columns].
-    """
-    return _ops.qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, resolve_group_name(group))
-
-
-# ---- qkv_a_proj_ag_norm ----
-
-
-def _qkv_a_proj_ag_norm_fake(input, weight, q_a_weight, kv_a_weight, eps, num_tokens, group_name, weight_offset=0.0):
-    q_columns, kv_columns = q_a_weight.shape[0], kv_a_weight.shape[0]
-    widths = (q_columns, kv_columns, weight.shape[0] - q_columns - kv_columns)
-    return tuple(input.new_empty(num_tokens, width) for width in widths)
-
-
-@define(
-    "qkv_a_proj_ag_norm(Tensor input, Tensor weight, Tensor q_a_weight, Tensor kv_a_weight, float eps,"
-    " SymInt num_tokens, str group_name, *, float weight_offset=0.0) -> (Tensor q_a, Tensor kv_a, Tensor k_pe)",
-    _qkv_a_proj_ag_norm_fake,
-)
-def _qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, eps, num_tokens, group_name, weight_offset=0.0):
-    workspace = get_workspace(group_name, input.device)
-    checks.projection(workspace, input, weight, num_tokens)
-    checks.latent_norms(q_a_weight, kv_a_weight, weight)
-    checks.kernel_starts(workspace, q_a_weight=q_a_weight, kv_a_weight=kv_a_weight)
-    checks.eps(eps)
-    checks.weight_offset(weight_offset)
-    return unfused(
-        workspace,
-        reference.qkv_a_proj_ag_norm,
-        input,
-        weight,
-        q_a_weight,
-        kv_a_weight,
-        eps,
-        num_tokens,
-        weight_offset,
-        product=(input, weight),
-    )
-
-
-def qkv_a_proj_ag_norm(input, weight, q_a_weight, kv_a_weight, num_tokens, eps=1e-6, group=None, *, weight_offset=0.0):
-    """`qkv_a_proj_ag` and the two latent RMSNorms, split into three contiguous tensors.
-
-        q_a, kv_a, k_pe = split(all_gather(input @ weight.T))
-        q_a = rms_norm(q_a, q_a_weight, eps); kv_a = rms_norm(kv_a, kv_a_weight, eps)
-
-    input, weight: as `qkv_a_proj_ag`. q_a_weight: [q_lora_rank], empty for a model without q_lora; kv_a_weight:
-    [kv_lora_rank], both of the input's dtype or both fp32; the columns of weight after both are k_pe. weight_offset: as
-    in `rs_rmsnorm`, of both norms. Returns (q_a, kv_a, k_pe), each [num_tokens, ...].
-    """
-    return _ops.qkv_a_proj_ag_norm(
-        input,
-        weight,
-        q_a_weight,
-        kv_a_weight,
-        eps,
-        num_tokens,
-        resolve_group_name(group),
-        weight_offset=weight_offset,
-    )

@@ -46,6 +46,7 @@ def plan(
         world_size=world_size,
         max_ctas=share.max_ctas,
         free_sms=share.free_sms,
+        free_cluster_sms=share.free_cluster_sms,
         slot_bytes=slot_bytes,
         card=card,
     )
@@ -58,4 +59,4 @@ def sm_count(card: int | str) -> int:
 def share_of(card: int | str, ranks: int, max_ctas: int | None = None) -> backends.CardShare:
     """What a rank has of a card on which there are so many."""
     about = _C.card(card)
-    return backends.share_of(ranks, about["sm_count"], about["architecture"] >= 90, max_ctas)
+    return backends.share_of(ranks, about["sm_count"], about["cluster_sms"], max_ctas)

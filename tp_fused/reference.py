@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from . import faults, partition
+from .native import _C
 
 E4M3_MAX = 448.0
 CALL_BYTES = 256  # of a call as ranks tell each other
@@ -208,18 +209,37 @@ def all_gather_rows(workspace, input, num_tokens):
     return _gather(workspace, input, num_tokens)
 
 
-def qkv_a_proj_ag(workspace, input, weight, num_tokens, bias):
-    _agree(workspace, "qkv_a_proj_ag", input, num_tokens, f", columns={weight.shape[0]}, bias={bias is not None}")
-    return _gather(workspace, torch.nn.functional.linear(input, weight, bias), num_tokens)
+def _projected(workspace, op, input, num_tokens, variant, complete, product, *operands) -> torch.Tensor:
+    """Of all rows: this rank's, gathered, or what every rank multiplies of rows that all of them have."""
+    _agree(workspace, op, input, num_tokens, f"{variant}{', complete' if complete else ''}")
+    return product(input, *operands) if complete else _gather(workspace, product(input, *operands), num_tokens)
 
 
-def qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens):
-    _agree(workspace, "qkv_a_proj_ag_fp8", q, num_tokens, f", columns={weight.shape[0]}")
-    return _gather(workspace, project_fp8(q, scale, weight, weight_scale), num_tokens)
+def qkv_a_proj_ag(workspace, input, weight, num_tokens, bias, complete):
+    variant = f", columns={weight.shape[0]}, bias={bias is not None}"
+    linear = torch.nn.functional.linear
+    return _projected(workspace, "qkv_a_proj_ag", input, num_tokens, variant, complete, linear, weight, bias)
 
 
-def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, num_tokens, weight_offset):
+def qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens, complete):
+    operands, variant = (scale, weight, weight_scale), f", columns={weight.shape[0]}"
+    return _projected(workspace, "qkv_a_proj_ag_fp8", q, num_tokens, variant, complete, project_fp8, *operands)
+
+
+def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, num_tokens, weight_offset, complete):
     variant = f", columns={weight.shape[0]}, q_a={q_a_weight.numel()}{_weight_variant(input, q_a_weight)}"
-    _agree(workspace, "qkv_a_proj_ag_norm", input, num_tokens, variant)
-    latent = _gather(workspace, torch.nn.functional.linear(input, weight), num_tokens)
+    linear = torch.nn.functional.linear
+    latent = _projected(workspace, "qkv_a_proj_ag_norm", input, num_tokens, variant, complete, linear, weight)
     return split_and_norm(latent, q_a_weight, kv_a_weight, eps, weight_offset)
+
+
+def mla_prologue(
+    workspace, input, residual, norm_weight, weight, q_a_weight, kv_a_weight, eps, complete
+) -> tuple[torch.Tensor, ...]:
+    gathers = not complete and _C.gathers_normed_rows(len(input), len(weight), workspace.world_size)
+    if gathers:
+        hidden, residual_out = rs_rmsnorm_ag(workspace, input, residual, norm_weight, eps, 0.0)
+    else:
+        hidden, residual_out = rs_rmsnorm(workspace, input, residual, norm_weight, eps, 0.0, complete)
+    latent = (weight, q_a_weight, kv_a_weight, eps, len(input), 0.0, gathers)
+    return *qkv_a_proj_ag_norm(workspace, hidden, *latent), residual_out

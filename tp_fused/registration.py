@@ -4,10 +4,12 @@
 """
 
 import functools
+import inspect
 
 import torch
 
-from . import checks, compiled
+from . import checks, compiled, partition
+from .groups import get_workspace
 from .native import _C
 
 _library = torch.library.Library("tp_fused", "DEF")
@@ -35,6 +37,27 @@ def define(schema: str, fake):
         return function
 
     return register
+
+
+def typed(wrapper):
+    """Decorates what people call of an op.
+
+    torch's dispatcher refuses what is not of the schema's types before any kernel hears of it: as a RuntimeError.
+    """
+
+    @functools.wraps(wrapper)
+    def called(*arguments, **options):
+        try:
+            return wrapper(*arguments, **options)
+        except RuntimeError as error:
+            if "Expected a value of type" not in str(error) and not isinstance(error, NotImplementedError):
+                raise
+            schema = getattr(torch.ops.tp_fused, wrapper.__name__).default._schema
+            given = inspect.signature(wrapper).bind(*arguments, **options).arguments
+            checks.types({argument.name: str(argument.type) for argument in schema.arguments}, given)
+            raise
+
+    return called
 
 
 def _explained(function, fake):
@@ -72,6 +95,12 @@ def unfused(workspace, op, *arguments, product=None):
     if product is not None:
         torch.nn.functional.linear(*product)
     return None
+
+
+def own_rows(tensor: torch.Tensor, num_tokens, group_name: str):
+    """For fake kernels: how many of num_tokens rows this rank owns."""
+    workspace = get_workspace(group_name, tensor.device)
+    return compiled.free_size(num_tokens, lambda n: partition.row_count(n, workspace.rank, workspace.world_size))
 
 
 def _checked(fake):

@@ -1,6 +1,7 @@
 """A workspace: the symmetric memory of a process group, and which backend serves it."""
 
 import math
+import numbers
 import os
 import threading
 
@@ -133,21 +134,22 @@ class Workspace:
         return dict(self._memory)
 
     def _symm_empty(self, meeting: Meeting, shape, dtype, device) -> torch.Tensor:
-        dtype = dtype or self.dtype
-        shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        index = torch.device(device).index if device is not None else None
-        elsewhere = None
-        if self.device_type == "cuda" and index not in (None, self.device_index):
-            elsewhere = f"{device}, its workspace is on cuda:{self.device_index}"
+        dtype = self.dtype if dtype is None else dtype
+        shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        sizes = [int(size) if isinstance(size, numbers.Integral) else size for size in shape]
+        request = (tuple(map(checks.exchangeable, sizes)), checks.exchangeable(dtype))
         # Exchanged before any of them is judged: a rank that raised alone would leave the others waiting.
-        requests = meeting.gather(((shape, dtype), elsewhere), "call symm_empty")
+        requests = meeting.gather((request, self._elsewhere(device)), "call symm_empty")
         for rank, (request, elsewhere) in enumerate(requests):
             if elsewhere is not None:
                 raise ValueError(f"symm_empty: rank {rank} asked for memory on {elsewhere}")
             if request != requests[0][0]:
                 raise ValueError(f"symm_empty: rank {rank} asked for {request}, rank 0 for {requests[0][0]}")
-        if any(size < 0 for size in shape):
-            raise ValueError(f"symm_empty: sizes must not be negative, got {shape}")
+        shape, dtype = request
+        for size in shape:
+            checks.count("symm_empty: a size", size, most=2**63 - 1)
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"symm_empty: dtype must be a torch.dtype, got {dtype!r}")
         numel = math.prod(shape)  # torch.Size.numel() wraps at 2^63
         if numel * dtype.itemsize * self.world_size >= 2**63:
             raise MemoryError(f"symm_empty: {shape} of {dtype} are {numel * dtype.itemsize} bytes a rank")
@@ -164,6 +166,17 @@ class Workspace:
         self.team.keep(segment)
         self.team.add_symmetric_buffer([segment.base + r * stride for r in range(self.world_size)], stride)
         return torch.frombuffer(segment, dtype=dtype, count=numel, offset=self.rank * stride).view(shape)
+
+    def _elsewhere(self, device) -> str | None:
+        """How a device that is asked for is not the workspace's."""
+        own = self.device_type if self.device_index is None else f"{self.device_type}:{self.device_index}"
+        try:
+            asked = checks.device(own if device is None else device)
+        except (TypeError, ValueError) as error:
+            return f"{checks.described(device)}: {error}"
+        if asked.type == self.device_type and asked.index in (None, self.device_index or 0):
+            return None
+        return f"{asked}, its workspace is on {own}"
 
     def close(self) -> None:
         """Gives the memory back. Peers that still wait for this rank raise `CollectiveFault`.
@@ -244,6 +257,7 @@ class Workspace:
             device=torch.cuda.current_device(),
             mailbox=self._mailbox.data_ptr(),
             free_sms=self.share.free_sms,
+            free_cluster_sms=self.share.free_cluster_sms,
         )
         # Nobody signals into a region that is not zeroed yet.
         meeting.gather(None, "get as far as clearing its memory")

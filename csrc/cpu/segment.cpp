@@ -140,6 +140,13 @@ void tpf_rows_of(int64_t* start, int64_t* count, int64_t num_tokens, int32_t ran
   *count = rows.count;
 }
 
+void tpf_columns_of(int64_t* start, int64_t* count, const tpf_call* call, int32_t rank, int32_t world_size) {
+  tpf::Rows columns = {};
+  if (world_size > 0 && rank >= 0 && rank < world_size) columns = tpf::latent_columns_of(*call, rank, world_size);
+  *start = columns.start;
+  *count = columns.count;
+}
+
 int64_t tpf_region_bytes(int64_t slot_bytes, int32_t on_cuda) {
   constexpr int64_t kLargest = std::numeric_limits<int64_t>::max() - tpf::region_bytes(0, false);
   if (slot_bytes < 0 || slot_bytes > kLargest / 2 - tpf::kMaxInboxBytes) return -1;

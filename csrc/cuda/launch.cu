@@ -8,6 +8,30 @@ namespace tpf {
 namespace {
 thread_local cudaError_t last_error = cudaSuccess;
 
+// Compiled for what all others are.
+__global__ void any_kernel() {}
+
+// As tpf_card's cluster_sms.
+int sms_in_clusters(int shared, int architecture) {
+  if (architecture < 90) return 0;
+  constexpr int kCluster = 8;
+  shared -= static_cast<int>(kStaticSharedBytes);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(kCluster);
+  config.blockDim = dim3(32);
+  config.dynamicSmemBytes = shared;  // so that an SM has one block
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {kCluster, 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  cudaFuncSetAttribute(any_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  cudaOccupancyMaxActiveClusters(&clusters, any_kernel, &config);
+  cudaGetLastError();  // is not for whoever asks next
+  return kCluster * clusters;
+}
+
 // What the card can do, and this build has code for: what was compiled for an older card may run on a newer one, but
 // without what only that one has.
 void ask(tpf_card* card, int ordinal) {
@@ -19,11 +43,8 @@ void ask(tpf_card* card, int ordinal) {
                            : major == 10 && TPF_CODE_FOR_100 ? 100
                            : major == 12 && TPF_CODE_FOR_120 ? 120
                                                              : 80;
-  *card = {architecture, sm_count, shared, major == 9 && TPF_CODE_FOR_90A};
+  *card = {architecture, sm_count, sms_in_clusters(shared, architecture), shared, major == 9 && TPF_CODE_FOR_90A};
 }
-
-// Compiled for what all others are.
-__global__ void any_kernel() {}
 
 // `next` waits for the work that `last` has been given.
 tpf_status join(cudaStream_t last, cudaStream_t next) {

@@ -14,14 +14,14 @@ constexpr int kVectorBytes = 16;              // what a thread loads and stores 
 // The same on all ranks.
 struct Limits {
   int world_size;
-  int max_ctas;  // 1..TPF_MAX_CTAS
-  int free_sms;  // see tpf_team
+  int max_ctas;                    // 1..TPF_MAX_CTAS
+  int free_sms, free_cluster_sms;  // see tpf_team
   int64_t slot_bytes;
 };
 
 inline Limits limits_of(const tpf_team& team) {
   const int most = team.max_ctas > 0 ? std::min(team.max_ctas, TPF_MAX_CTAS) : TPF_MAX_CTAS;
-  return {team.world_size, most, team.free_sms, team.slot_bytes};
+  return {team.world_size, most, team.free_sms, team.free_cluster_sms, team.slot_bytes};
 }
 
 // Bulk copies by TMA, clusters of blocks, programmatic dependent launch.
@@ -35,10 +35,11 @@ inline const Fitted& fitted_to(const tpf_card& card) {
 inline bool shares_card(int blocks, const tpf_card& card) { return blocks <= fitted_to(card).half_a_card; }
 
 // Whether a cluster of `size` blocks, one of a grid of `blocks`, finds room beside blocks that wait for it: it needs as
-// many free SMs of one GPC, and no card has more GPCs than kMostGpcs.
+// many free SMs of one GPC, and no card has more GPCs than kMostGpcs. A pair finds them anywhere on the card.
 inline bool cluster_fits(const Limits& limits, int size, int blocks) {
   constexpr int kMostGpcs = 8;
-  return size == 1 || limits.free_sms == 0 || limits.free_sms - (blocks - size) > (size - 1) * kMostGpcs;
+  const int free_sms = size > 2 ? limits.free_cluster_sms : limits.free_sms;
+  return size == 1 || limits.free_sms == 0 || free_sms - (blocks - size) > (size - 1) * kMostGpcs;
 }
 
 struct RowsOfBlocks {

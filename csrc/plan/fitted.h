@@ -26,7 +26,7 @@ struct Fitted {
   // ---- projections ----
   // Rows of a rank, up to which cuBLAS and then a gather take less time than one kernel, where a rank has a card to
   // itself: all tiles are multiplied at once, no row is finished early enough for its way to be hidden, and cuBLAS can
-  // divide K, too. Two H100, 2112 columns (docs/performance.md).
+  // divide K, too. Two H100, 2112 columns (docs/notes/few_rows.md).
   int few_rows;
   // For the time of a tile, in cycles a block of K: products of so many rows times columns a cycle; of fp8, cycles that
   // each product is waited for; bytes of operands a cycle, of fp8, of 16 bits on a shared card, and on a rank's own.

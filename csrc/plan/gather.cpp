@@ -21,4 +21,13 @@ GatherPlan plan_gather(int64_t num_tokens, int64_t row_bytes, bool aligned, cons
   return plan;
 }
 
+GatherPlan plan_gather_columns(int64_t num_tokens, const Limits& limits) {
+  const RowsOfBlocks shared_out = share_out(num_tokens, limits.max_ctas);
+  GatherPlan plan = {};
+  plan.blocks = shared_out.blocks;
+  plan.block_rows = plan.chunk_rows = shared_out.rows;
+  plan.num_chunks = 1;
+  return plan;
+}
+
 }  // namespace tpf

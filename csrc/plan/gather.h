@@ -20,4 +20,7 @@ struct GatherPlan {
 // the body may differ, since addresses do.
 GatherPlan plan_gather(int64_t num_tokens, int64_t row_bytes, bool aligned, const Limits& limits, const tpf_card& card);
 
+// Of columns of rows that all ranks have: gather_columns_kernel's grid.
+GatherPlan plan_gather_columns(int64_t num_tokens, const Limits& limits);
+
 }  // namespace tpf

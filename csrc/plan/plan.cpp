@@ -7,20 +7,23 @@
 
 namespace {
 
-// Cards by the names that their users have for them. Shared memory is what one block may have.
+// Cards by the names that their users have for them. Shared memory is what one block may have. How many
+// SMs no cluster of eight can have differs from card to card: 12 of 132 on an H200, of the others as few as can be.
 constexpr struct {
   const char* name;
   tpf_card card;
 } kCards[] = {
-    {"A100", {80, 108, 166912, 0}}, {"H20", {90, 78, 232448, 1}},    {"H100", {90, 132, 232448, 1}},
-    {"H200", {90, 132, 232448, 1}}, {"B200", {100, 148, 232448, 0}},
+    {"A100", {80, 108, 0, 166912, 0}},   {"H20", {90, 78, 72, 232448, 1}},     {"H100", {90, 132, 120, 232448, 1}},
+    {"H200", {90, 132, 120, 232448, 1}}, {"B200", {100, 148, 144, 232448, 0}},
 };
 
 void plan_of_gather(tpf_plan* plan, const tpf_call& call, int64_t columns, tpf_dtype dtype, const tpf::Limits& limits,
                     const tpf_card& card) {
   const int64_t row_bytes = columns * tpf::bytes_of(dtype);
+  const bool of_columns = call.op != TPF_ALL_GATHER_ROWS && (call.variant & TPF_COMPLETE) != 0;
   const tpf::GatherPlan gather =
-      tpf::plan_gather(call.num_tokens, row_bytes, row_bytes % tpf::kVectorBytes == 0, limits, card);
+      of_columns ? tpf::plan_gather_columns(call.num_tokens, limits)
+                 : tpf::plan_gather(call.num_tokens, row_bytes, row_bytes % tpf::kVectorBytes == 0, limits, card);
   plan->blocks = gather.blocks;
   plan->threads = tpf::kGatherThreads;
   plan->cluster = 1;

@@ -73,7 +73,7 @@ struct Planner {
   }
 
   // By the shape and the grid alone, so that all ranks take the same. Of 256 x 144 beside peers cost_of promises too
-  // much: up to 1.1 of the others' time (docs/performance.md).
+  // much: up to 1.1 of the others' time (docs/notes/tiles_own_card.md).
   template <int kElementBytes, TileKind... kKinds>
   TileNumbers cheapest(TileKinds<kKinds...>, int k_blocks, int blocks) const {
     static constexpr TileNumbers kTiles[] = {numbers_of<kElementBytes, kKinds>()...};
@@ -95,9 +95,9 @@ ProjectionPlan plan_projection(const tpf_call& call, bool aligned, const Limits&
   const int64_t row_bytes = call.hidden_size * bytes_of(static_cast<tpf_dtype>(call.dtype));
   const uint32_t rest = call.columns - call.q_columns - call.kv_columns;
   ProjectionPlan plan = {};
-  if (!card.has_wgmma || !aligned || call.dtype == TPF_F32 || row_bytes % 16 != 0 || call.columns % 8 != 0 ||
-      call.q_columns % 8 != 0 || call.kv_columns % 8 != 0 || rest % 8 != 0 || call.q_columns > kMostQColumns ||
-      call.kv_columns > kMostKvColumns) {
+  if ((call.variant & TPF_COMPLETE) != 0 || !card.has_wgmma || !aligned || call.dtype == TPF_F32 ||
+      row_bytes % 16 != 0 || call.columns % 8 != 0 || call.q_columns % 8 != 0 || call.kv_columns % 8 != 0 ||
+      rest % 8 != 0 || call.q_columns > kMostQColumns || call.kv_columns > kMostKvColumns) {
     return plan;
   }
   // As many blocks as there may be, even where they have no tile: they copy. All must be on the card at once, since

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 
-from .. import ops, partition
+from .. import ops, partition, projections
 from ..groups import get_workspace, init
 from . import sharding
 
@@ -42,7 +42,7 @@ def parallelize(
     """Shards an unsharded DeepSeek-V2 or V3 model over `group`, in place, and runs its forward on the ops.
 
         before: all_reduce(x); residual += x; h = rms_norm(residual); latent = h @ qkv_a.T      on all tokens
-        after:  rs_rmsnorm, qkv_a_proj_ag_norm                                                  on this rank's tokens
+        after:  mla_prologue                                                                    on this rank's tokens
 
     Collective: every rank calls it with the same model. Attention is split by heads, the MLPs, shared and routed
     experts by intermediate columns, the embedding by vocabulary, all as `torch.tensor_split` does, so that the sizes
@@ -219,7 +219,12 @@ class _Fused:
             return ops.rs_rmsnorm_ag(partial, residual, norm.weight, norm.variance_epsilon, self.tp.group)
 
     def attention_input(self, partial, residual, norm, latent):
-        num_tokens, group = partial.shape[0], self.tp.group
+        num_tokens, group, eps = partial.shape[0], self.tp.group, latent.kv_norm.variance_epsilon
+        if latent.q_norm is not None and latent.norms_fuse and norm.variance_epsilon == eps:
+            weights = (norm.weight, latent.weight, latent.q_norm.weight, latent.kv_norm.weight)
+            with self.tp.timed("qkv_a_proj"):
+                q_a, *kv, residual = projections.mla_prologue(partial, residual, *weights, eps, group)
+            return q_a, torch.cat(kv, dim=-1), residual
         if latent.q_norm is None:
             queries, residual = self.norm_rows(partial, residual, norm)
             own = queries[self.tp.share(num_tokens)]
@@ -228,14 +233,13 @@ class _Fused:
                 own, residual = ops.rs_rmsnorm(partial, residual, norm.weight, norm.variance_epsilon, group)
         if latent.norms_fuse:
             q_weight = latent.weight.new_empty(0) if latent.q_norm is None else latent.q_norm.weight
-            eps = latent.kv_norm.variance_epsilon
             with self.tp.timed("qkv_a_proj"):
-                q_a, *kv = ops.qkv_a_proj_ag_norm(
+                q_a, *kv = projections.qkv_a_proj_ag_norm(
                     own, latent.weight, q_weight, latent.kv_norm.weight, num_tokens, eps, group
                 )
         else:
             with self.tp.timed("qkv_a_proj"):
-                columns = ops.qkv_a_proj_ag(own, latent.weight, num_tokens, group, bias=latent.bias)
+                columns = projections.qkv_a_proj_ag(own, latent.weight, num_tokens, group, bias=latent.bias)
             with self.tp.timed("rms_norm"):
                 q_a, *kv = latent.normed(columns)
         return (queries if latent.q_norm is None else q_a), torch.cat(kv, dim=-1), residual

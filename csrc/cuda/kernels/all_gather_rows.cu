@@ -1,5 +1,5 @@
 #include "../launch.cuh"
-#include "all_gather_rows.cuh"
+#include "gather_columns.cuh"
 
 namespace tpf {
 namespace {
@@ -24,12 +24,24 @@ void add_part(GatherArgs& args, void* output, const void* weight, int64_t row_by
 }
 
 template <typename T>
+tpf_status launch_columns(const GatherArgs& gather, const tpf_card& card, tpf_stream stream) {
+  const Rows own = latent_columns_of(gather.call, gather.team.rank, gather.team.world_size);
+  const int64_t item = bytes_of(latent_dtype(gather.call));
+  GatherColumnsArgs args = {gather, own.start * item, own.count * item};
+  const GatherPlan plan = plan_gather_columns(gather.call.num_tokens, limits_of(gather.team));
+  args.gather.block_rows = plan.block_rows;
+  const Grid grid = {plan.blocks, kGatherThreads, 0, 1, true};
+  return launch_kernel(gather_columns_kernel<T>, args, card, grid, stream);
+}
+
+template <typename T>
 tpf_status launch_gather(GatherArgs& args, tpf_stream stream) {
   tpf_card card;
   if (const tpf_status status = use_device(&card, args.team.device); status != TPF_OK) return status;
   uintptr_t places = reinterpret_cast<uintptr_t>(args.input);
   for (const GatherPart& part : args.parts) places |= reinterpret_cast<uintptr_t>(part.output) | part.row_bytes;
   args.vectors = places % kVectorBytes == 0;
+  if (args.call.variant & TPF_COMPLETE) return launch_columns<T>(args, card, stream);
   const GatherPlan plan = plan_gather(args.call.num_tokens, args.row_bytes, args.vectors, limits_of(args.team), card);
   args.block_rows = plan.block_rows;
   args.chunk_rows = plan.chunk_rows;

@@ -139,7 +139,17 @@ __device__ inline void norm_held_part(const GatherArgs& args, char* to, char* al
       });
 }
 
-// The same of more columns, or of single ones. At the second look the row is in the L1 cache.
+// A vector of a row, or a single column. Not through the read-only path: peers may have written it.
+template <typename T, int kWidth>
+__device__ inline void load_columns(float (&values)[kWidth], const T* from) {
+  if constexpr (kWidth == kLanes<T>) {
+    unpack(values, load16(from), T{});
+  } else {
+    values[0] = static_cast<float>(*from);
+  }
+}
+
+// The same of more columns, or of single ones. At the second look the row is in a cache.
 template <typename T, int kWidth>
 __device__ inline void norm_part(const GatherArgs& args, char* to, char* also, const char* from, const GatherPart& part,
                                  int lane) {
@@ -149,7 +159,7 @@ __device__ inline void norm_part(const GatherArgs& args, char* to, char* also, c
 #pragma unroll 2
   for (int column = lane * kWidth; column < columns; column += 32 * kWidth) {
     float values[kWidth];
-    load_weight(values, row + column);
+    load_columns(values, row + column);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) squares = fmaf(values[i], values[i], squares);
   }
@@ -157,12 +167,28 @@ __device__ inline void norm_part(const GatherArgs& args, char* to, char* also, c
 #pragma unroll 2
   for (int column = lane * kWidth; column < columns; column += 32 * kWidth) {
     float values[kWidth], scaled[kWidth];
-    load_weight(values, row + column);
+    load_columns(values, row + column);
     load_norm_weight<T>(scaled, part.weight, column, args.float_weights, args.weight_addend);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) scaled[i] *= values[i] * rstd;
     store_columns<T>(reinterpret_cast<T*>(to) + column, scaled);
     if (also != nullptr) store_columns<T>(reinterpret_cast<T*>(also) + column, scaled);
+  }
+}
+
+// One part of one row, by a warp: normalised where it has a weight.
+template <typename T>
+__device__ inline void finish_part(const GatherArgs& args, char* to, char* also, const char* from,
+                                   const GatherPart& part) {
+  const int lane = threadIdx.x % 32;
+  if (part.weight == nullptr) {
+    copy_piece<1>(to, also, from, part.row_bytes, lane, 32, args.vectors);
+  } else if (args.vectors && part.row_bytes <= HeldPart<T>::kMaxColumns * int64_t{sizeof(T)}) {
+    norm_held_part<T>(args, to, also, from, part);
+  } else if (args.vectors) {
+    norm_part<T, kLanes<T>>(args, to, also, from, part, lane);
+  } else {
+    norm_part<T, 1>(args, to, also, from, part, lane);
   }
 }
 
@@ -179,23 +205,14 @@ __device__ inline void stage_rows(const GatherArgs& args, uint32_t epoch, int ch
     copy_piece(piece.output, has_peers ? piece.staged : nullptr, input, piece.bytes, thread, threads, args.vectors);
   } else {
     // A warp takes one part of one row: the first parts of all rows, then the second, ...
-    const int count = static_cast<int>(rows.count), lane = thread % 32;
+    const int count = static_cast<int>(rows.count);
     for (int task = thread / 32; task < args.num_parts * count; task += threads / 32) {
       const GatherPart& part = args.parts[task / count];
       const int row = task % count;
       const Piece piece(args, epoch, rank, chunk, part);
       char* to = piece.output + row * part.row_bytes;
       char* also = has_peers ? piece.staged + row * part.row_bytes : nullptr;
-      const char* from = input + row * args.row_bytes + part.row_offset;
-      if (part.weight == nullptr) {
-        copy_piece<1>(to, also, from, part.row_bytes, lane, 32, args.vectors);
-      } else if (args.vectors && part.row_bytes <= HeldPart<T>::kMaxColumns * int64_t{sizeof(T)}) {
-        norm_held_part<T>(args, to, also, from, part);
-      } else if (args.vectors) {
-        norm_part<T, kLanes<T>>(args, to, also, from, part, lane);
-      } else {
-        norm_part<T, 1>(args, to, also, from, part, lane);
-      }
+      finish_part<T>(args, to, also, input + row * args.row_bytes + part.row_offset, part);
     }
   }
 }

@@ -1,0 +1,111 @@
+"""The ops that can be timed, by name. Without torch, so that help and refusals come at once.
+
+`help` is that of the op's command. Its "bytes" and "right" are what the columns of the table and the check mean; how
+they are computed is in cases.py and projections.py.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Op:
+    help: str
+    baselines: tuple[str, ...]
+    options: tuple[str, ...]  # of those that not every op takes: which do something for it
+    cuda_only: bool = False
+
+
+OPS = {
+    "rs_rmsnorm": Op(
+        """Reduce-scatter, residual add and RMSNorm.
+
+        bytes: one rank's input.
+
+        Right: residual_out has the oracle's bits; so has output on a CPU, on CUDA it is within one rounding.
+        """,
+        ("dist", "own", "symm", "barrier"),
+        ("dtype", "zero_copy", "compile"),
+    ),
+    "rs_rmsnorm_fp8": Op(
+        """Reduce-scatter, residual add, RMSNorm and fp8 quantisation.
+
+        bytes: one rank's input.
+
+        Right: residual_out has the oracle's bits; so have q and scale on a CPU, on CUDA they are within one step of
+        e4m3 and one rounding of the group's largest number.
+        """,
+        ("dist", "own", "rs_rmsnorm"),
+        ("dtype", "zero_copy", "compile", "scale_layout"),
+    ),
+    "rs_rmsnorm_ag": Op(
+        """All-reduce, residual add and RMSNorm, with the residual left scattered.
+
+        bytes: one rank's input, scattered and gathered again. Right: as rs_rmsnorm.
+        """,
+        ("dist", "allreduce", "twoshot", "oneshot", "own"),
+        ("dtype", "zero_copy", "compile"),
+    ),
+    "reduce_scatter_rows": Op(
+        """Reduce-scatter over the token dimension: tp_fused's own transport, so only torch.distributed beside it.
+
+        bytes: one rank's input. Right: the oracle's bits.
+        """,
+        ("dist",),
+        ("dtype", "zero_copy"),
+    ),
+    "all_gather_rows": Op(
+        """All-gather of scattered rows: tp_fused's own transport, so only torch.distributed beside it.
+
+        bytes: one rank's output. Right: every rank's bits. With --tokens 0, a bare barrier.
+        """,
+        ("dist",),
+        ("dtype",),
+    ),
+    "qkv_a_proj_ag": Op(
+        """A replicated projection of scattered rows, all-gathered while it is computed.
+
+        bytes: one rank's output. Right: within twice the largest error that the unfused program of the same dtype
+        makes, against a product in fp32 (fp64 for fp32).
+        """,
+        ("dist", "own", "copies", "gemm"),
+        ("dtype", "latent"),
+    ),
+    "qkv_a_proj_ag_fp8": Op(
+        """qkv_a_proj_ag on fp8 rows and weight with block scales; the output is bf16.
+
+        The unfused program dequantises and multiplies in fp32; where torch has a product with block scales,
+        "scaled_mm", "copies" and "gemm" use it. bytes and right: as qkv_a_proj_ag.
+        """,
+        ("dist", "own", "scaled_mm", "copies", "gemm", "barrier"),
+        ("latent", "scale_layout"),
+    ),
+    "qkv_a_proj_ag_norm": Op(
+        """qkv_a_proj_ag and the two latent RMSNorms, split into three contiguous tensors.
+
+        bytes: one rank's outputs. Right: as qkv_a_proj_ag.
+        """,
+        ("dist", "own", "ag+norm"),
+        ("dtype", "latent", "kv_lora", "rope", "compile"),
+    ),
+    "chain": Op(
+        """rs_rmsnorm, then qkv_a_proj_ag_norm, against what engines do today.
+
+        Today: all-reduce, then every rank adds, norms and projects all rows, and norms the latents. These baselines
+        differ in who reduces. What scattering gains without fusing, the scattered ones tell.
+
+        bytes: those of both ops. Right: residual_out has the oracle's bits, the latents are as in qkv_a_proj_ag_norm.
+        """,
+        ("dist", "twoshot", "oneshot", "own", "dist-rs", "own-rs"),
+        ("dtype", "zero_copy", "compile", "latent", "kv_lora", "rope"),
+    ),
+    "beside_gemm": Op(
+        """rs_rmsnorm with a matrix product beside it on another stream: what both together take. CUDA only.
+
+        The product is [tokens, hidden] by [hidden, 2048], with nothing to wait for. bytes and right: as rs_rmsnorm.
+        """,
+        ("alone", "gemm"),
+        ("dtype", "zero_copy"),
+        cuda_only=True,
+    ),
+}
+EVERYWHERE = tuple(op for op, about in OPS.items() if not about.cuda_only)

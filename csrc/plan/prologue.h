@@ -1,0 +1,18 @@
+// Which of its two ways mla_prologue goes: the same on all ranks, cards and backends.
+#pragma once
+#include <cstdint>
+
+namespace tpf {
+
+// Whether all ranks take all normed rows, and multiply them by a share of the weight each (rs_rmsnorm_ag,
+// complete=True); else each multiplies its own rows by all of the weight (rs_rmsnorm).
+//
+// Gathered, rows of hidden_size columns travel: num_tokens of them. Else as many rows of the weight as it has columns
+// are read by every rank. A byte from a peer takes as long as kLinkCost bytes of a rank's own memory: on an H200 4.8
+// TB/s over 450 GB/s. All but 1/W of both, so neither W nor hidden_size makes a difference. Counted, not yet fitted.
+inline bool gathers_normed_rows(int64_t num_tokens, int64_t columns, int world_size) {
+  constexpr int64_t kLinkCost = 10;
+  return world_size > 1 && num_tokens <= columns / kLinkCost;
+}
+
+}  // namespace tpf

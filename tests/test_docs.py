@@ -1,0 +1,120 @@
+"""The documents say what is so: their programs run, their lists are complete. Tables: tests/test_bench_suite.py."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tp_fused
+from tp_fused import faults, ops, projections
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def programs(name: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page(name), re.DOTALL | re.MULTILINE)
+
+
+def first_cells(text: str) -> set[str]:
+    """What the first column of the tables names."""
+    return set(re.findall(r"`(\w[\w ]*)`", "".join(re.findall(r"^\|([^|]*)\|", text, re.MULTILINE))))
+
+
+def run_on_two_ranks(script: Path, program: str) -> str:
+    """What it prints."""
+    script.write_text(program + "\ndist.destroy_process_group()\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}  # its tensors are the CPU's
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_programs_run(tmp_path):
+    """The README's, and the one of docs/ops.md that goes on from it."""
+    use = programs("README.md", "python")[0]
+    in_place = next(program for program in programs("docs/ops.md", "python") if "symm_empty" in program)
+    printed = run_on_two_ranks(
+        tmp_path / "use.py",
+        f"{use}\n{in_place}\n"
+        "world_size = dist.get_world_size()\n"
+        "assert h.shape == (num_tokens // world_size, 7168) and latent.shape == (num_tokens, 2112)\n"
+        "assert out.shape == (num_tokens, 7168) and residual.shape == h.shape\n",
+    )
+    assert printed.count("rs_rmsnorm: backend ") == 2 and len(use.splitlines()) <= 15
+
+
+def test_the_prologue_s_program_runs(tmp_path):
+    (program,) = programs("docs/how-to/mla_prologue.md", "python")
+    assert run_on_two_ranks(tmp_path / "use.py", program).count("mla_prologue: all ranks take all 1 normed rows") == 2
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.skipif(not tp_fused.native._C.cpu_supported(), reason="the CPU lacks AVX2")
+def test_the_c_program_runs_and_prints_what_its_page_says(tmp_path):
+    library = ROOT / "tp_fused"
+    built = tmp_path / "c_api"
+    flags = [f"-L{library}", "-ltp_fused", f"-Wl,-rpath,{library}", "-pthread"]
+    command = ["cc", "-Wall", "-Werror", f"-I{ROOT}/csrc", f"{ROOT}/examples/c_api.c", *flags, "-o", str(built)]
+    subprocess.run(command, check=True, timeout=60)
+    printed = subprocess.run([built], check=True, capture_output=True, text=True, timeout=60).stdout
+    shown = re.findall(r"^    (.* H200: .*|rank \d: .*)$", page("docs/c_api.md"), re.MULTILINE)
+    assert sorted(printed.splitlines()) == sorted(shown)
+
+
+def test_every_op_is_in_the_tables_and_in_the_reference():
+    names = {*ops.__all__, *projections.__all__}
+    assert names <= first_cells(page("README.md"))
+    assert names <= first_cells(page("docs/support.md"))
+    referred = set(re.findall(r"^::: tp_fused\..*?(\w+)$", page("docs/ops.md"), re.MULTILINE))
+    assert set(tp_fused.__all__) - {"__version__"} <= referred
+
+
+def test_every_reason_of_a_fault_is_explained():
+    call = {"op": 1, "num_tokens": 1}
+    record = {"expected": call, "seen": call, "rank": 0, "peer": 1, "call_number": 1, "waited_s": 1.0}
+    reasons = {faults.fault_from({**record, "status": status}).reason for status in range(1, 9)}
+    assert len(reasons) == 7 and reasons <= first_cells(page("docs/troubleshooting.md"))
+    assert reasons <= first_cells(page("docs/reliability.md"))
+
+
+def test_every_variable_is_explained():
+    sources = [
+        ROOT / "setup.py",
+        *(path for folder in ("tp_fused", "bench", "tests") for path in (ROOT / folder).rglob("*.py")),
+    ]
+    read = {name for path in sources for name in re.findall(r"environ[^\n]*?\"(TP_FUSED_\w+)\"", path.read_text())}
+    assert "TP_FUSED_BACKEND" in read and read <= first_cells(page("docs/environment.md"))
+
+
+def test_short_pages_stay_short():
+    assert len(page("README.md").splitlines()) < 100
+    assert len(page("docs/performance.md").splitlines()) <= 120
+    assert not [path for path in ROOT.glob("docs/**/*.md") if "Not measured yet" in path.read_text()]
+
+
+@pytest.mark.parametrize("cards", ["h100", "h200"])
+@pytest.mark.parametrize("op", ["rs_rmsnorm", "qkv_a_proj_ag"])
+def test_the_readme_tells_what_was_measured(op, cards):
+    document = json.loads((ROOT / f"bench/results/{op}_2x{cards}_2_ranks.json").read_text())
+    (row,) = [row for row in document["results"] if row["tokens"] == 16384]
+    assert f" {row['speedup']['dist']:.2f} " in page("README.md").replace("\n", " ")
+
+
+def test_the_pictures_are_of_the_results(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    plots = importlib.import_module("plots")
+    plots.draw_all(tmp_path)
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert len(drawn) == 3
+    assert drawn == {name: page(f"docs/images/{name}") for name in drawn}, "python docs/plots.py"
