@@ -129,7 +129,7 @@ lint: $(VENV)/packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --project pyproject.toml
 
 format: $(VENV)/packages
 	$(BIN)/ruff check --fix .
