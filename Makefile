@@ -128,7 +128,7 @@ $(DOCS_VENV)/packages: docs/requirements.txt
 lint: $(VENV)/packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	@echo "$(BIN)/clang-format --dry-run --Werror ..."; $(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/basedpyright --project pyproject.toml
 
 format: $(VENV)/packages
