@@ -20,9 +20,15 @@ class Nvml:
     _handle: Callable
     _status: Callable
 
-    def status(self, uuid: str, other: str, index: int) -> int:
-        """What keeps two GPUs, by torch's uuids, from reading each other or from NVLink; P2P_OK: nothing."""
-        return int(self._status(self._handle(f"GPU-{uuid}"), self._handle(f"GPU-{other}"), index))
+    def status(self, uuid: str, other: str, index: int) -> int | None:
+        """What keeps two GPUs, by torch's uuids, from reading each other or from NVLink; P2P_OK: nothing.
+
+        None where NVML does not tell, as of parts of a GPU (MIG).
+        """
+        try:
+            return int(self._status(self._handle(f"GPU-{uuid}"), self._handle(f"GPU-{other}"), index))
+        except Exception:  # each package has its own
+            return None
 
 
 @functools.cache
