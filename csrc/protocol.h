@@ -182,6 +182,16 @@ inline int64_t bytes_of(tpf_dtype dtype) {
   return dtype == TPF_F32 ? 4 : dtype == TPF_BF16 || dtype == TPF_F16 ? 2 : 1;
 }
 
+// An fp8 scale as a power of two, rounded up (UE8M0), by the bits of both; what is not finite stays as it is. Its
+// reciprocal is exact. The least is 2^-126, of a group of zeros, too.
+constexpr uint32_t kLeastScaleBits = 0x00800000, kInfinityBits = 0x7f800000;
+TPF_HD constexpr uint32_t rounded_scale_bits(uint32_t bits) {
+  if (bits >= kInfinityBits) return bits;
+  const uint32_t up = (bits + 0x007fffff) & kInfinityBits;
+  return up > kLeastScaleBits ? up : kLeastScaleBits;
+}
+TPF_HD constexpr uint32_t reciprocal_bits(uint32_t power_of_two) { return 0x7f000000 - power_of_two; }
+
 // What is added to a norm's weight: of an offset of 0, what leaves every weight as it is, -0 too.
 TPF_HD inline float weight_addend(float offset) { return offset == 0 ? -0.0f : offset; }
 

@@ -41,6 +41,7 @@ constexpr uint64_t kTorchVersion = 2ull << 56 | 10ull << 48;  // whose conventio
     (void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t, tpf::Tensor*))            \
   X(aoti_torch__reinterpret_tensor, (tpf::Tensor, int64_t, const int64_t*, const int64_t*, int64_t, tpf::Tensor*)) \
   X(aoti_torch_new_tensor_handle, (tpf::Tensor, tpf::Tensor*))                                                     \
+  X(aoti_torch_copy_, (tpf::Tensor, tpf::Tensor, int32_t))                                                         \
   X(aoti_torch_delete_tensor_object, (tpf::Tensor))                                                                \
   X(aoti_torch_cpu_mm_out, (tpf::Tensor, tpf::Tensor, tpf::Tensor))                                                \
   X(aoti_torch_cpu_addmm_out, (tpf::Tensor, tpf::Tensor, tpf::Tensor, tpf::Tensor, double, double))                \

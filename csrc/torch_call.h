@@ -37,10 +37,10 @@ struct Call {
     return num_tokens >= 0 && num_tokens <= workspace.max_num_tokens && std::in_range<int32_t>(columns) &&
            columns * kItemBytes[dtype] <= workspace.row_bytes;
   }
-  // Whether it may be a norm's weight: of the rows' dtype, or fp32.
-  bool weighs(const View& weight) const {
+  // Whether it may be the weight of a norm of rows of this dtype: of the same, or fp32.
+  bool weighs(const View& weight, int rows_dtype) const {
     return weight.dim == 1 && weight.device_type == input.device_type && weight.device_index == input.device_index &&
-           (weight.dtype == input.dtype || weight.dtype == TPF_F32) && (!on_cuda() || weight.aligned());
+           (weight.dtype == rows_dtype || weight.dtype == TPF_F32) && (!on_cuda() || weight.aligned());
   }
   Rows own_rows(int64_t num_tokens) const { return rows_of(num_tokens, team()->rank, team()->world_size); }
   const tpf_team* team() const { return workspace.team->get(); }

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "torch_call.h"
+#include "torch_reduction.h"
 #include "torch_served.h"
 
 namespace py = pybind11;
@@ -30,47 +30,6 @@ std::vector<std::pair<std::string, Workspace>> workspaces;  // few
 bool run(const Call& call, auto&& launch, auto* cuda, auto* cpu) {
   return call.run([&](void* stream) { return launch(cuda, stream); }, [&] { return launch(cpu); });
 }
-
-struct ReduceCall : Call {
-  // `residual` being a Tensor?.
-  bool read(Value tensor, Value residual, Value group_name) {
-    return Call::read(tensor, group_name, TPF_F32) && fits(input.rows, input.columns, input.dtype) &&
-           input.columns <= TPF_MAX_HIDDEN_SIZE &&
-           (!on_cuda() || (input.columns > 0 && input.columns % 8 == 0 && input.aligned())) &&
-           read_residual(optional_tensor(residual));
-  }
-  // With a norm.
-  bool read(Value tensor, Value residual, Value weight, Value eps, Value group_name, Value weight_offset) {
-    return read(tensor, residual, group_name) && read_weight(handle<AtenTensorOpaque>(weight)) &&
-           read_eps(eps, &this->eps) && read_weight_offset(weight_offset, &this->weight_offset);
-  }
-  Rows own_rows() const { return Call::own_rows(input.rows); }
-
-  const void* residual = nullptr;
-  const void* weight = nullptr;
-  float eps = 0, weight_offset = 0;
-  uint32_t variant = 0;
-
- private:
-  bool read_residual(Tensor tensor) {
-    if (tensor == nullptr) return true;
-    View view;
-    const Rows own = own_rows();
-    if (!view.read(tensor) || view.dim != 2 || view.columns != input.columns || !view.like(input)) return false;
-    if (view.rows != input.rows && view.rows != own.count) return false;
-    if (on_cuda() && own.count > 0 && !view.aligned()) return false;
-    residual = static_cast<char*>(view.data) + (view.rows == input.rows ? own.start * input.row_bytes() : 0);
-    variant |= TPF_RESIDUAL;
-    return true;
-  }
-  bool read_weight(Tensor tensor) {
-    View view;
-    if (!view.read(tensor) || view.columns != input.columns || !weighs(view)) return false;
-    if (view.dtype != input.dtype) variant |= TPF_FLOAT_WEIGHT;
-    weight = view.data;
-    return true;
-  }
-};
 
 }  // namespace
 
@@ -92,35 +51,69 @@ bool rs_rmsnorm(const Value* arguments, Results* results) {
   return run(in, launch, TPF_CUDA_OP(tpf_rs_rmsnorm_cuda), tpf_rs_rmsnorm_cpu);
 }
 
-bool rs_rmsnorm_fp8(const Value* arguments, Results* results) {
-  ReduceCall in;
-  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[9])) return false;
-  const auto group_size = static_cast<int64_t>(arguments[5]);
-  const std::string_view layout = string(arguments[6]);
-  const bool column = layout == "column", keep_output = boolean(arguments[7]);
-  if (!column && layout != "row") return false;
-  if (group_size < 1 || !std::in_range<int32_t>(group_size)) return false;
-  if (in.on_cuda() && group_size != 64 && group_size != 128) return false;
-  if (column) in.variant |= TPF_COLUMN_SCALES;
-  if (keep_output) in.variant |= TPF_KEEP_OUTPUT;
-  if (boolean(arguments[8])) in.variant |= TPF_COMPLETE;
+bool reduce_fp8(const ReduceCall& in, const Quantized& as, Results* results) {
   const int64_t rows = in.own_rows().count, columns = in.input.columns;
-  const int64_t groups = (columns + group_size - 1) / group_size, pitch = (rows + 3) / 4 * 4;
+  const int64_t groups = (columns + as.group_size - 1) / as.group_size, pitch = (rows + 3) / 4 * 4;
   void *q, *scale, *residual_out, *output;
   if (!results->add(&q, in.input, rows, columns, TPF_E4M3)) return false;
-  if (column ? !results->add_column_major(&scale, in.input, rows, groups, pitch)
-             : !results->add(&scale, in.input, rows, groups, TPF_F32)) {
+  if (as.column ? !results->add_column_major(&scale, in.input, rows, groups, pitch)
+                : !results->add(&scale, in.input, rows, groups, TPF_F32)) {
     return false;
   }
   if (!results->add(&residual_out, in.input, rows, columns, in.dtype())) return false;
-  if (!results->add(&output, in.input, keep_output ? rows : 0, columns, in.dtype())) return false;
+  if (!results->add(&output, in.input, as.keep_output ? rows : 0, columns, in.dtype())) return false;
+  uint32_t variant = in.variant;
+  if (as.column) variant |= TPF_COLUMN_SCALES;
+  if (as.keep_output) variant |= TPF_KEEP_OUTPUT;
   const Input symm(*in.workspace.team, in.input.data);
   const auto launch = [&](auto* op, auto... last) {
     return op(q, static_cast<float*>(scale), residual_out, output, in.input.data, symm.get(), in.residual, in.weight,
-              in.team(), in.input.rows, columns, in.dtype(), in.eps, in.weight_offset, static_cast<int32_t>(group_size),
-              column ? 1 : groups, column ? pitch : 1, in.variant, last...);
+              in.team(), in.input.rows, columns, in.dtype(), in.eps, in.weight_offset,
+              static_cast<int32_t>(as.group_size), as.column ? 1 : groups, as.column ? pitch : 1, variant, last...);
   };
   return run(in, launch, TPF_CUDA_OP(tpf_rs_rmsnorm_fp8_cuda), tpf_rs_rmsnorm_fp8_cpu);
+}
+
+bool reduce_and_gather_fp8(const ReduceCall& in, const Quantized& as, Value group_name, Results* results) {
+  Results own, gathered;
+  if (!reduce_fp8(in, {as.group_size, false, as.keep_output}, &own)) return false;
+  const auto count = static_cast<Value>(in.input.rows);
+  for (int i = 0; i < 2; ++i) {
+    const Value rows[] = {reinterpret_cast<Value>(own[i]), count, group_name};
+    if (!all_gather_rows(rows, i == 0 || !as.column ? results : &gathered)) return false;
+  }
+  if (as.column) {
+    View scale;
+    void* unused;
+    if (!scale.read(gathered[0])) return false;
+    if (!results->add_column_major(&unused, in.input, scale.rows, scale.columns, (scale.rows + 3) / 4 * 4) ||
+        torch.aoti_torch_copy_((*results)[1], gathered[0], 0) != 0) {
+      return false;
+    }
+  }
+  const Tensor output = own.release_last();
+  results->take(own.release_last());
+  results->take(output);
+  return true;
+}
+
+bool rs_rmsnorm_fp8(const Value* arguments, Results* results) {
+  ReduceCall in;
+  Quantized as;
+  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[9])) return false;
+  if (!as.read(in, arguments[5], arguments[6], arguments[7])) return false;
+  if (boolean(arguments[8])) in.variant |= TPF_COMPLETE;
+  if (boolean(arguments[10])) in.variant |= TPF_ROUND_SCALES;
+  return reduce_fp8(in, as, results);
+}
+
+bool rs_rmsnorm_ag_fp8(const Value* arguments, Results* results) {
+  ReduceCall in;
+  Quantized as;
+  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[8])) return false;
+  if (!as.read(in, arguments[5], arguments[6], arguments[7])) return false;
+  if (boolean(arguments[9])) in.variant |= TPF_ROUND_SCALES;
+  return reduce_and_gather_fp8(in, as, arguments[4], results);
 }
 
 bool rs_rmsnorm_ag(const Value* arguments, Results* results) {
@@ -174,17 +167,20 @@ struct Op {
   bool (*serve)(const Value* arguments, Results* results);
 };
 
-constexpr auto kTwoOps = static_cast<tpf_op>(0);  // what ranks announce are the ops it is made of
+constexpr auto kSeveralOps = static_cast<tpf_op>(0);  // what ranks announce are the ops it is made of
 constexpr Op kOps[] = {
     {TPF_RS_RMSNORM, "rs_rmsnorm", "T?Tfsbf", rs_rmsnorm},
-    {TPF_RS_RMSNORM_FP8, "rs_rmsnorm_fp8", "T?Tfsisbbf", rs_rmsnorm_fp8},
+    {TPF_RS_RMSNORM_FP8, "rs_rmsnorm_fp8", "T?Tfsisbbfb", rs_rmsnorm_fp8},
     {TPF_RS_RMSNORM_AG, "rs_rmsnorm_ag", "T?Tfsf", rs_rmsnorm_ag},
     {TPF_REDUCE_SCATTER_ROWS, "reduce_scatter_rows", "Ts?", reduce_scatter_rows},
     {TPF_ALL_GATHER_ROWS, "all_gather_rows", "Tis", all_gather_rows},
     {TPF_QKV_A_PROJ_AG, "qkv_a_proj_ag", "TTis?b", qkv_a_proj_ag},
     {TPF_QKV_A_PROJ_AG_FP8, "qkv_a_proj_ag_fp8", "TTTTisb", qkv_a_proj_ag_fp8},
     {TPF_QKV_A_PROJ_AG_NORM, "qkv_a_proj_ag_norm", "TTTTfisfb", qkv_a_proj_ag_norm},
-    {kTwoOps, "mla_prologue", "T?TTTTfsb", mla_prologue},
+    {TPF_QKV_A_PROJ_AG_NORM_FP8, "qkv_a_proj_ag_norm_fp8", "TTTTTTfisbsbb", qkv_a_proj_ag_norm_fp8},
+    {kSeveralOps, "rs_rmsnorm_ag_fp8", "T?Tfsisbfb", rs_rmsnorm_ag_fp8},
+    {kSeveralOps, "mla_prologue", "T?TTTTfsb", mla_prologue},
+    {kSeveralOps, "mla_prologue_fp8", "T?TTTTTfsbsbb", mla_prologue_fp8},
 };
 
 // A call's arguments, which the stack owns. Frees what has not been taken off it, also where an exception passes.
@@ -331,7 +327,7 @@ void forget(const Team& team) {
 std::map<int, std::string> op_names() {
   std::map<int, std::string> names;
   for (const Op& op : kOps) {
-    if (op.number != kTwoOps) names.emplace(op.number, op.name);
+    if (op.number != kSeveralOps) names.emplace(op.number, op.name);
   }
   return names;
 }

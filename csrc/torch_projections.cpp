@@ -1,157 +1,80 @@
 #include <algorithm>
 #include <bit>
-#include <optional>
-#include <utility>
 
 #include "plan/prologue.h"
-#include "protocol.h"
-#include "torch_call.h"
+#include "torch_projection.h"
+#include "torch_reduction.h"
 #include "torch_served.h"
 
 namespace tpf {
 namespace {
 
-// A tensor that a kernel makes for itself.
-class Temporary {
- public:
-  Temporary() = default;
-  Temporary(const Temporary&) = delete;
-  Temporary& operator=(const Temporary&) = delete;
-  ~Temporary() {
-    if (tensor_ != nullptr) torch.aoti_torch_delete_tensor_object(tensor_);
+// Of fp8 rows by an fp8 weight, both with scales.
+struct ProjectionFp8 : Projection {
+  bool read(Value rows, Value scale_value, Value weight_value, Value weight_scale_value, Value count, Value group_name,
+            Value whole) {
+    scales[0] = handle<AtenTensorOpaque>(scale_value), scales[1] = handle<AtenTensorOpaque>(weight_scale_value);
+    if (!Projection::read(rows, weight_value, count, group_name, whole, TPF_E4M3) || dtype() != TPF_E4M3) return false;
+    return read_scale() && read_weight_scale();
   }
-  Tensor get() const { return tensor_; }
-  Tensor* out() { return &tensor_; }
-
- private:
-  Tensor tensor_ = nullptr;
-};
-
-struct Projection : Call {
-  bool read(Value rows, Value weight_value, Value count, Value group_name, Value whole, int largest_dtype) {
-    weight_tensor = handle<AtenTensorOpaque>(weight_value);
-    num_tokens = static_cast<int64_t>(count);
-    complete = boolean(whole);
-    if (!Call::read(rows, group_name, largest_dtype)) return false;
-    if (!read_weight() || input.rows != (complete ? num_tokens : own_rows(num_tokens).count)) return false;
-    return !on_cuda() || input.aligned();
-  }
-  // Of rows that are still to be made from `rows`, all num_tokens of them.
-  bool read_ahead(Value rows, Value weight_value, Value group_name) {
-    weight_tensor = handle<AtenTensorOpaque>(weight_value);
-    if (!Call::read(rows, group_name, TPF_F32)) return false;
-    num_tokens = input.rows;
-    return read_weight();
-  }
-  // The weights of the latent norms.
-  bool read_norms(Value q_a, Value kv_a) {
-    if (!norms[0].read(handle<AtenTensorOpaque>(q_a)) || !norms[1].read(handle<AtenTensorOpaque>(kv_a))) return false;
-    return weighs(norms[0]) && weighs(norms[1]) && norms[0].dtype == norms[1].dtype &&
-           norms[0].columns + norms[1].columns <= weight.rows;
-  }
-  // [columns] of the rows' dtype; none is fine.
-  bool read_bias(Tensor tensor) {
-    bias_tensor = tensor;
-    if (tensor == nullptr) return true;
-    return bias.read(tensor) && bias.dim == 1 && bias.columns == weight.rows && bias.like(input) &&
-           (!on_cuda() || bias.aligned());
-  }
-  int latent_dtype() const { return input.dtype == TPF_E4M3 ? TPF_BF16 : input.dtype; }
-  tpf_call call(tpf_op op, int64_t q_columns = 0, int64_t kv_columns = 0) const {
-    tpf_call call = projection_call(op, dtype(), num_tokens, input.columns, weight.rows, bias_tensor != nullptr,
-                                    q_columns, kv_columns);
-    if (complete) call.variant |= TPF_COMPLETE;
-    return call;
+  // Of rows that are still to be made from `rows`, in fp8.
+  bool read_ahead(Value rows, Value weight_value, Value weight_scale_value, Value group_name) {
+    scales[1] = handle<AtenTensorOpaque>(weight_scale_value);
+    return Projection::read_ahead(rows, weight_value, group_name, TPF_E4M3) && read_weight_scale();
   }
   tpf_projection operands() const {
-    tpf_projection projection = {};
-    projection.input = input.data;
-    projection.weight = weight.data;
-    projection.bias = bias.data;
+    tpf_projection projection = Projection::operands();
+    projection.scale = static_cast<const float*>(scale.data);
+    projection.scale_row_stride = scale.row_stride;
+    projection.scale_group_stride = scale.column_stride;
+    projection.weight_scale = static_cast<const float*>(weight_scale.data);
     return projection;
   }
-
-  // Product and gather in one kernel: whether it was launched, or nothing where that kernel does not serve.
-  std::optional<bool> run_fused(void* const outputs[3], const tpf_projection& projection, const tpf_call& call) const {
-    if (!on_cuda()) return std::nullopt;
-    bool serves = true;
-    const auto fused = [&](void* stream) {
-      const tpf_status status = TPF_CUDA_OP(tpf_qkv_a_proj_ag_cuda)(outputs, &projection, team(), &call, stream);
-      serves = status != TPF_UNSUPPORTED;
-      return serves ? status : TPF_OK;
-    };
-    const bool launched = run(fused, [] { return TPF_OK; });
-    return serves ? std::optional(launched) : std::nullopt;
-  }
-
-  // What this rank multiplies by: all rows of the weight or, where it has all tokens, its share.
-  Rows weight_rows(const tpf_call& call) const {
-    return complete ? latent_columns_of(call, team()->rank, team()->world_size) : Rows{0, weight.rows};
-  }
-
-  // Memory for this rank's part of the product, which begins at `data`; on the CPU in its slot of the next round.
-  bool make_product(const Rows& columns, Temporary* product, void** data) const {
-    if (workspace.team->fault_status() != TPF_OK) return false;
-    const int64_t sizes[2] = {input.rows, columns.count}, strides[2] = {std::max<int64_t>(columns.count, 1), 1};
-    const int32_t dtype = torch_dtypes[latent_dtype()], type = input.device_type, index = input.device_index;
-    const int32_t made = on_cuda()
-                             ? torch.aoti_torch_empty_strided(2, sizes, strides, dtype, type, index, product->out())
-                             : torch.aoti_torch_create_tensor_from_blob(tpf_next_slot_cpu(team()), 2, sizes, strides, 0,
-                                                                        dtype, type, index, product->out());
-    return made == 0 && torch.aoti_torch_get_data_ptr(product->get(), data) == 0;
-  }
-
-  // torch's product.
+  // The product, by Triton or in plain torch.
   bool multiply(const tpf_call& call, Temporary* product, void** data) const {
-    const Rows columns = weight_rows(call);
-    const int64_t sizes[2] = {weight.columns, columns.count}, strides[2] = {1, std::max<int64_t>(weight.columns, 1)};
-    Temporary transposed;
-    if (!make_product(columns, product, data) ||
-        !part_of(weight_tensor, 2, sizes, strides, columns.start * weight.columns, &transposed)) {
-      return false;
-    }
-    if (bias_tensor == nullptr) {
-      const auto mm = on_cuda() ? torch.aoti_torch_cuda_mm_out : torch.aoti_torch_cpu_mm_out;
-      return mm(product->get(), input_tensor, transposed.get()) == 0;
-    }
-    const int64_t one = 1;
-    Temporary own_bias;
-    if (!part_of(bias_tensor, 1, &columns.count, &one, columns.start, &own_bias)) return false;
-    const auto addmm = on_cuda() ? torch.aoti_torch_cuda_addmm_out : torch.aoti_torch_cpu_addmm_out;
-    return addmm(product->get(), own_bias.get(), input_tensor, transposed.get(), 1, 1) == 0;
+    Temporary own_weight, own_scale;
+    const Rows columns = weight_rows(call), blocks = {columns.start / 128, (columns.count + 127) / 128};
+    const int64_t sizes[2] = {columns.count, weight.columns}, strides[2] = {std::max<int64_t>(sizes[1], 1), 1};
+    const int64_t groups[2] = {blocks.count, scale.columns}, pitch[2] = {std::max<int64_t>(groups[1], 1), 1};
+    return make_product(columns, product, data) &&
+           part_of(weight_tensor, 2, sizes, strides, columns.start * sizes[1], &own_weight) &&
+           part_of(scales[1], 2, groups, pitch, blocks.start * groups[1], &own_scale) &&
+           (columns.count == 0 ||
+            project_fp8(input_tensor, scales[0], own_weight.get(), own_scale.get(), product->get(), team()->max_ctas));
   }
 
-  // `offset` elements behind the tensor's first one.
-  static bool part_of(Tensor tensor, int64_t dim, const int64_t* sizes, const int64_t* strides, int64_t offset,
-                      Temporary* part) {
-    return torch.aoti_torch__reinterpret_tensor(tensor, dim, sizes, strides, offset, part->out()) == 0;
-  }
-
-  bool gather(void* latent, const void* rows, const tpf_call& call) const {
-    return run([&](void* stream) { return TPF_CUDA_OP(tpf_gather_latent_cuda)(latent, rows, team(), &call, stream); },
-               [&] { return tpf_qkv_a_proj_ag_cpu(latent, team(), &call); });
-  }
-
-  Tensor weight_tensor = nullptr, bias_tensor = nullptr;
-  View weight, bias, norms[2];
-  int64_t num_tokens = 0;
-  bool complete = false;
+  Tensor scales[2] = {};
+  View scale, weight_scale;
 
  private:
-  bool read_weight() {
-    if (!weight.read(weight_tensor) || weight.dim != 2 || !weight.like(input)) return false;
-    if (weight.columns != input.columns || !std::in_range<int32_t>(input.columns)) return false;
-    if (!fits(num_tokens, weight.rows, latent_dtype())) return false;
-    return !on_cuda() || (weight.rows > 0 && weight.aligned());
+  bool read_weight_scale() {
+    if (on_cuda() && (weight.rows % 8 != 0 || weight.columns % 16 != 0)) return false;
+    if (!weight_scale.read(scales[1]) || weight_scale.dim != 2 || weight_scale.dtype != TPF_F32) return false;
+    if (weight_scale.device_type != input.device_type || weight_scale.device_index != input.device_index) return false;
+    return weight_scale.rows == (weight.rows + 127) / 128 && weight_scale.columns == (input.columns + 127) / 128;
+  }
+  // One for each row and 128 columns, row-major or column-major.
+  bool read_scale() {
+    if (!scale.read_strided(scales[0]) || scale.dim != 2 || scale.dtype != TPF_F32) return false;
+    if (scale.device_type != input.device_type || scale.device_index != input.device_index) return false;
+    return scale.rows == input.rows && scale.columns == (input.columns + 127) / 128 &&
+           (scale.row_stride == 1 || scale.column_stride == 1 || scale.rows * scale.columns <= 1);
   }
 };
 
-// The scales of fp8 rows, row-major or column-major.
-bool read_scale(const View& rows, Tensor tensor, View* scale) {
-  if (!scale->read_strided(tensor) || scale->dim != 2 || scale->dtype != TPF_F32) return false;
-  if (scale->device_type != rows.device_type || scale->device_index != rows.device_index) return false;
-  return scale->rows == rows.rows && scale->columns == (rows.columns + 127) / 128 &&
-         (scale->row_stride == 1 || scale->column_stride == 1 || scale->rows * scale->columns <= 1);
+// Gathers a product, normed and split; q_a, kv_a and k_pe are the outputs.
+bool gather_normed(const Projection& in, void* const outputs[3], const void* rows, const tpf_call& call,
+                   const tpf_projection& p) {
+  return in.run(
+      [&](void* stream) {
+        return TPF_CUDA_OP(tpf_gather_latent_norm_cuda)(outputs[0], outputs[1], outputs[2], rows, p.q_a_weight,
+                                                        p.kv_a_weight, in.team(), &call, p.q_columns, p.kv_columns,
+                                                        p.eps, p.weight_offset, stream);
+      },
+      [&] {
+        return tpf_qkv_a_proj_ag_norm_cpu(outputs[0], outputs[1], outputs[2], p.q_a_weight, p.kv_a_weight, in.team(),
+                                          &call, p.q_columns, p.kv_columns, p.eps, p.weight_offset);
+      });
 }
 
 }  // namespace
@@ -171,38 +94,17 @@ bool qkv_a_proj_ag(const Value* arguments, Results* results) {
 }
 
 bool qkv_a_proj_ag_fp8(const Value* arguments, Results* results) {
-  Projection in;
-  if (!in.read(arguments[0], arguments[2], arguments[4], arguments[5], arguments[6], TPF_E4M3)) return false;
-  if (in.dtype() != TPF_E4M3) return false;
-  if (in.on_cuda() && (in.weight.rows % 8 != 0 || in.weight.columns % 16 != 0)) return false;
-  Tensor const scales[2] = {handle<AtenTensorOpaque>(arguments[1]), handle<AtenTensorOpaque>(arguments[3])};
-  View scale, weight_scale;
-  if (!read_scale(in.input, scales[0], &scale)) return false;
-  if (!weight_scale.read(scales[1]) || weight_scale.dim != 2 || !weight_scale.like(scale) ||
-      weight_scale.rows != (in.weight.rows + 127) / 128 || weight_scale.columns != scale.columns) {
-    return false;
-  }
+  ProjectionFp8 in;
+  const Value* a = arguments;
+  if (!in.read(a[0], a[1], a[2], a[3], a[4], a[5], a[6])) return false;
   void* latent;
   if (!results->add(&latent, in.input, in.num_tokens, in.weight.rows, in.latent_dtype())) return false;
   const tpf_call call = in.call(TPF_QKV_A_PROJ_AG_FP8);
-  tpf_projection projection = in.operands();
-  projection.scale = static_cast<const float*>(scale.data);
-  projection.scale_row_stride = scale.row_stride;
-  projection.scale_group_stride = scale.column_stride;
-  projection.weight_scale = static_cast<const float*>(weight_scale.data);
   void* const outputs[3] = {latent};
-  if (const auto launched = in.run_fused(outputs, projection, call)) return *launched;
-  Temporary product, own_weight, own_scale;
+  if (const auto launched = in.run_fused(outputs, in.operands(), call)) return *launched;
+  Temporary product;
   void* rows;
-  const Rows columns = in.weight_rows(call), blocks = {columns.start / 128, (columns.count + 127) / 128};
-  const int64_t sizes[2] = {columns.count, in.weight.columns}, strides[2] = {std::max<int64_t>(sizes[1], 1), 1};
-  const int64_t groups[2] = {blocks.count, scale.columns}, pitch[2] = {std::max<int64_t>(groups[1], 1), 1};
-  return in.make_product(columns, &product, &rows) &&
-         in.part_of(in.weight_tensor, 2, sizes, strides, columns.start * sizes[1], &own_weight) &&
-         in.part_of(scales[1], 2, groups, pitch, blocks.start * groups[1], &own_scale) &&
-         (columns.count == 0 || project_fp8(in.input_tensor, scales[0], own_weight.get(), own_scale.get(),
-                                            product.get(), in.team()->max_ctas)) &&
-         in.gather(latent, rows, call);
+  return in.multiply(call, &product, &rows) && in.gather(latent, rows, call);
 }
 
 bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
@@ -229,18 +131,54 @@ bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
   if (const auto launched = in.run_fused(outputs, projection, call)) return *launched;
   Temporary product;
   void* rows;
-  if (!in.multiply(call, &product, &rows)) return false;
-  const auto& p = projection;
-  return in.run(
-      [&](void* stream) {
-        return TPF_CUDA_OP(tpf_gather_latent_norm_cuda)(outputs[0], outputs[1], outputs[2], rows, p.q_a_weight,
-                                                        p.kv_a_weight, in.team(), &call, p.q_columns, p.kv_columns,
-                                                        p.eps, p.weight_offset, stream);
-      },
-      [&] {
-        return tpf_qkv_a_proj_ag_norm_cpu(outputs[0], outputs[1], outputs[2], p.q_a_weight, p.kv_a_weight, in.team(),
-                                          &call, p.q_columns, p.kv_columns, p.eps, p.weight_offset);
-      });
+  return in.multiply(call, &product, &rows) && gather_normed(in, outputs, rows, call, projection);
+}
+
+// q_a leaves in 16 bits or, quantised, as e4m3 with scales: then its 16 bits are a tensor of this call's own.
+bool qkv_a_proj_ag_norm_fp8(const Value* arguments, Results* results) {
+  ProjectionFp8 in;
+  const Value* a = arguments;
+  if (!in.read(a[0], a[1], a[2], a[3], a[7], a[8], a[11]) || !in.read_norms(a[4], a[5])) return false;
+  float eps = 0;
+  const bool quantize = boolean(a[9]), rounded = boolean(a[12]);
+  const std::string_view layout = string(a[10]);
+  const bool column = layout == "column";
+  if (!read_eps(a[6], &eps) || (!column && layout != "row")) return false;
+  const int64_t columns[3] = {in.norms[0].columns, in.norms[1].columns,
+                              in.weight.rows - in.norms[0].columns - in.norms[1].columns};
+  const int64_t tokens = in.num_tokens, groups = (columns[0] + 127) / 128, pitch = (tokens + 3) / 4 * 4;
+  Results own;
+  void *outputs[3], *q = nullptr, *scale = nullptr;
+  if (!(quantize ? own : *results).add(&outputs[0], in.input, tokens, columns[0], in.latent_dtype())) return false;
+  if (quantize && !results->add(&q, in.input, tokens, columns[0], TPF_E4M3)) return false;
+  const int64_t scale_rows = quantize ? tokens : 0;
+  if (column ? !results->add_column_major(&scale, in.input, scale_rows, groups, quantize ? pitch : 0)
+             : !results->add(&scale, in.input, scale_rows, groups, TPF_F32)) {
+    return false;
+  }
+  for (int i = 1; i < 3; ++i) {
+    if (!results->add(&outputs[i], in.input, tokens, columns[i], in.latent_dtype())) return false;
+  }
+  tpf_call call = in.call(TPF_QKV_A_PROJ_AG_NORM_FP8, columns[0], columns[1]);
+  if (in.norms[0].dtype != in.latent_dtype()) call.variant |= TPF_FLOAT_WEIGHT;
+  tpf_projection projection = in.operands();
+  projection.q_a_weight = in.norms[0].data;
+  projection.kv_a_weight = in.norms[1].data;
+  projection.q_columns = static_cast<int32_t>(columns[0]);
+  projection.kv_columns = static_cast<int32_t>(columns[1]);
+  projection.eps = eps;
+  Temporary product;
+  void* rows;
+  if (!in.multiply(call, &product, &rows) || !gather_normed(in, outputs, rows, call, projection)) return false;
+  if (!quantize) return true;
+  const tpf_quantization to = {
+      static_cast<uint8_t*>(q), static_cast<float*>(scale), column ? 1 : groups, column ? pitch : 1, 128, rounded};
+  const auto rows_of = [&](auto* op, auto... last) {
+    return op(&to, outputs[0], tokens, static_cast<int32_t>(columns[0]), static_cast<tpf_dtype>(in.latent_dtype()),
+              last...);
+  };
+  return in.run([&](void* stream) { return rows_of(TPF_CUDA_OP(tpf_quantize_rows_cuda), in.team()->device, stream); },
+                [&] { return rows_of(tpf_quantize_rows_cpu); });
 }
 
 // Two ops, one after the other. What the second one would refuse is known before the first is launched.
@@ -260,6 +198,44 @@ bool mla_prologue(const Value* arguments, Results* results) {
   const Value rows = reinterpret_cast<Value>(normed[0]), count = static_cast<Value>(num_tokens);
   const Value projected[] = {rows, weight, q_a_weight, kv_a_weight, eps, count, group_name, no_offset, Value{gathers}};
   if (!qkv_a_proj_ag_norm(projected, results)) return false;
+  results->take(normed.release_last());
+  return true;
+}
+
+// As mla_prologue; the scales of the normed rows are row-major, those of q_a as they are asked for.
+bool mla_prologue_fp8(const Value* a, Results* results) {
+  const Value input = a[0], residual = a[1], norm_weight = a[2], weight = a[3], weight_scale = a[4], q_a_weight = a[5];
+  const Value kv_a_weight = a[6], eps = a[7], group_name = a[8], quantize_q_a = a[9], layout = a[10], rounded = a[11];
+  const Value complete = a[12];
+  ReduceCall in;
+  ProjectionFp8 ahead;
+  if (!in.read(input, residual, norm_weight, eps, group_name, std::bit_cast<Value>(0.0)) ||
+      !ahead.read_ahead(input, weight, weight_scale, group_name) || !ahead.read_norms(q_a_weight, kv_a_weight) ||
+      (string(layout) != "row" && string(layout) != "column")) {
+    return false;
+  }
+  const bool gathers =
+      !boolean(complete) && gathers_normed_rows(in.input.rows, ahead.weight.rows, in.team()->world_size);
+  if (boolean(complete)) in.variant |= TPF_COMPLETE;
+  if (boolean(rounded)) in.variant |= TPF_ROUND_SCALES;
+  Results normed;
+  if (!(gathers ? reduce_and_gather_fp8(in, {}, group_name, &normed) : reduce_fp8(in, {}, &normed))) return false;
+  const auto count = static_cast<Value>(in.input.rows);
+  const Value projected[] = {reinterpret_cast<Value>(normed[0]),
+                             reinterpret_cast<Value>(normed[1]),
+                             weight,
+                             weight_scale,
+                             q_a_weight,
+                             kv_a_weight,
+                             eps,
+                             count,
+                             group_name,
+                             quantize_q_a,
+                             layout,
+                             Value{gathers},
+                             rounded};
+  if (!qkv_a_proj_ag_norm_fp8(projected, results)) return false;
+  normed.drop_last();  // the normed rows in 16 bits, of which there are none
   results->take(normed.release_last());
   return true;
 }

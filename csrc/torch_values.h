@@ -107,6 +107,7 @@ class Results {
   }
   void take(Tensor tensor) { tensors_[count_++] = tensor; }
   Tensor release_last() { return tensors_[--count_]; }
+  void drop_last() { torch.aoti_torch_delete_tensor_object(tensors_[--count_]); }
   Tensor operator[](int index) const { return tensors_[index]; }
 
   // One more, uninitialised, [rows, columns] of a dtype, on the device of `like`. Null where there is no memory.
@@ -136,7 +137,7 @@ class Results {
            ++count_ && torch.aoti_torch_get_data_ptr(*tensor, data) == 0;
   }
 
-  std::array<Tensor, 4> tensors_ = {};
+  std::array<Tensor, 5> tensors_ = {};
   int count_ = 0;
 };
 

@@ -53,6 +53,7 @@ typedef enum tpf_op {
   TPF_REDUCE_SCATTER_ROWS = 7,
   TPF_ALL_GATHER_ROWS = 8,
   TPF_BARRIER = 9,
+  TPF_QKV_A_PROJ_AG_NORM_FP8 = 10,
 } tpf_op;
 
 /* Bits of tpf_call.variant. */
@@ -61,8 +62,9 @@ typedef enum tpf_op {
 #define TPF_COLUMN_SCALES 4u /* fp8 scales are column-major */
 #define TPF_KEEP_OUTPUT 8u   /* the fp8 form also writes the normalised rows */
 #define TPF_BIAS 16u
-#define TPF_FUSED 32u        /* a projection's product and gather are one kernel */
-#define TPF_FLOAT_WEIGHT 64u /* the norms' weights are fp32, the rows are not */
+#define TPF_FUSED 32u         /* a projection's product and gather are one kernel */
+#define TPF_FLOAT_WEIGHT 64u  /* the norms' weights are fp32, the rows are not */
+#define TPF_ROUND_SCALES 128u /* fp8 scales are powers of two */
 
 /* What a rank says it is calling. All ranks must say the same; a 32-bit hash of it travels with every signal. */
 typedef struct tpf_call {
@@ -245,6 +247,20 @@ tpf_status tpf_qkv_a_proj_ag_norm_cpu(void* q_a, void* kv_a, void* k_pe, const v
                                       const void* kv_a_weight, const tpf_team* team, const tpf_call* call,
                                       int32_t q_columns, int32_t kv_columns, float eps, float weight_offset);
 
+/* ---- on a rank alone ---- */
+/* Where quantised rows go. Group g of row i has its scale at i*scale_row_stride + g*scale_group_stride. */
+typedef struct tpf_quantization {
+  uint8_t* q; /* e4m3 */
+  float* scale;
+  int64_t scale_row_stride, scale_group_stride;
+  int32_t group_size;
+  int32_t round_scales; /* up to powers of two */
+} tpf_quantization;
+
+/* rows: [num_rows, columns]. CUDA: bf16, groups of 128. */
+tpf_status tpf_quantize_rows_cpu(const tpf_quantization* to, const void* rows, int64_t num_rows, int32_t columns,
+                                 tpf_dtype dtype);
+
 /* ---- CUDA ---- */
 void tpf_team_close_cuda(const tpf_team* team);
 /* As tpf_team_fault_cpu. The caller's own record comes from the mailbox or, where that is empty, from its region; a
@@ -322,6 +338,9 @@ tpf_status tpf_gather_latent_norm_cuda(void* q_a, void* kv_a, void* k_pe, const 
                                        const void* kv_a_weight, const tpf_team* team, const tpf_call* call,
                                        int32_t q_columns, int32_t kv_columns, float eps, float weight_offset,
                                        tpf_stream stream);
+
+tpf_status tpf_quantize_rows_cuda(const tpf_quantization* to, const void* rows, int64_t num_rows, int32_t columns,
+                                  tpf_dtype dtype, int32_t device, tpf_stream stream);
 
 /* All ranks' kernels meet once, in one block. */
 tpf_status tpf_barrier_cuda(const tpf_team* team, tpf_stream stream);

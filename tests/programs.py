@@ -11,7 +11,7 @@ import zlib
 import torch
 
 import tp_fused
-from tp_fused import ops, partition, projections, reference
+from tp_fused import ops, partition, projections, prologue, reference
 
 REDUCTIONS = ("rs_rmsnorm", "rs_rmsnorm_fp8", "rs_rmsnorm_ag", "reduce_scatter_rows")
 NORMS = ("rs_rmsnorm", "rs_rmsnorm_fp8", "rs_rmsnorm_ag", "qkv_a_proj_ag_norm")
@@ -139,7 +139,7 @@ class Call:
         if self.op == "rs_rmsnorm":
             return output, residual_out
         group_size, layout = self.options.get("group_size", 128), self.options.get("scale_layout", "row")
-        q, scale = reference.quantize_e4m3(output, group_size, layout)
+        q, scale = reference.quantize_e4m3(output, group_size, layout, self.options.get("round_scales", False))
         return q, scale, residual_out, output if self.options.get("keep_output") else output[:0]
 
     def _project(self, dtype: torch.dtype, rows_each: int = 0) -> tuple[torch.Tensor, ...]:
@@ -199,7 +199,7 @@ def _rms_norm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def python_of(name: str):
     """What is written in Python for an op: `_name`, which explains refusals, or `_name_fake`."""
-    return getattr(ops, name, None) or getattr(projections, name)
+    return next(getattr(module, name) for module in (ops, projections, prologue) if hasattr(module, name))
 
 
 # ---- comparisons ----

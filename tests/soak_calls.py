@@ -304,6 +304,7 @@ class Segment:
             groups = (64, 128, 128) if on_cuda else (1, 32, 64, 100, 128, 128)
             options |= {"group_size": rng.choice(groups), "keep_output": rng.random() < 0.5}
             options["scale_layout"] = rng.choice(("row", "column"))
+            options["round_scales"] = rng.random() < 0.3
         if op in NORMS:
             options["weight_offset"] = rng.choice((0.0, 0.0, 0.0, 1.0, -0.5))
             options["float_weight"] = rng.random() < 0.2

@@ -242,8 +242,8 @@ def _check(call: SoakCall, outputs, rank: int, world_size: int) -> None:
     """Raises AssertionError where these are not the unfused program's."""
     call.compare(outputs, rank, world_size)
     if call.op == "rs_rmsnorm_fp8" and call.options["keep_output"]:
-        group_size, layout = call.options["group_size"], call.options["scale_layout"]
-        same_bits(outputs[:2], reference.quantize_e4m3(outputs[3], group_size, layout))
+        how = (call.options[name] for name in ("group_size", "scale_layout", "round_scales"))
+        same_bits(outputs[:2], reference.quantize_e4m3(outputs[3], *how))
 
 
 def _rows_that_differ(call: SoakCall, outputs, rank: int, world_size: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tp_fused
-from tp_fused import faults, ops, projections
+from tp_fused import faults, ops, projections, prologue
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,7 +73,7 @@ def test_the_c_program_runs_and_prints_what_its_page_says(tmp_path):
 
 
 def test_every_op_is_in_the_tables_and_in_the_reference():
-    names = {*ops.__all__, *projections.__all__}
+    names = {*ops.__all__, *projections.__all__, *prologue.__all__}
     assert names <= first_cells(page("README.md"))
     assert names <= first_cells(page("docs/support.md"))
     referred = set(re.findall(r"^::: tp_fused\..*?(\w+)$", page("docs/ops.md"), re.MULTILINE))

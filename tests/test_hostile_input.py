@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import OPS, PROJECTIONS, REDUCTIONS, python_of
+from programs import OPS, REDUCTIONS, python_of
 from ranks import outcome
 
 import tp_fused
@@ -116,6 +116,8 @@ SCALARS = {
     "scale_layout": ("row", "column", "", "row\0", "Row", "\0"),
     "keep_output": (False, True),
     "complete": (False, True),
+    "round_scales": (False, True),
+    "quantize_q_a": (False, True),
     "weight_offset": (0.0, -0.0, 1.0, -1e38, math.nan, math.inf, -math.inf, 3.5e38, 1e-50),
     "group_name": ("", "\0", "0\0", "nobody", "x" * 10000),
 }
@@ -136,6 +138,17 @@ ARGUMENTS = {
 ARGUMENTS["mla_prologue"] = (
     *("input", "residual", "norm_weight", "qkv_a_weight", "q_a_norm_weight", "kv_a_norm_weight", "eps", "complete"),
 )
+QUANTISED = ("quantize_q_a", "scale_layout", "round_scales", "complete")
+ARGUMENTS["rs_rmsnorm_fp8"] += ("round_scales",)
+ARGUMENTS["rs_rmsnorm_ag_fp8"] = (*NORM, "group_size", "scale_layout", "keep_output", "round_scales")
+ARGUMENTS["qkv_a_proj_ag_norm_fp8"] = (
+    *("q", "scale", "weight", "weight_scale", "q_a_weight", "kv_a_weight", "eps", "num_tokens", *QUANTISED),
+)
+ARGUMENTS["mla_prologue_fp8"] = (
+    *("input", "residual", "norm_weight", "qkv_a_weight", "weight_scale"),
+    *("q_a_norm_weight", "kv_a_norm_weight", "eps", *QUANTISED),
+)
+MORE_OPS = ("rs_rmsnorm_ag_fp8", "qkv_a_proj_ag_norm_fp8", "mla_prologue", "mla_prologue_fp8")
 MAY_BE_NONE = ("residual", "bias")
 
 
@@ -159,6 +172,8 @@ class Hostile:
             "scale_layout": ("row", "column"),
             "keep_output": (False, True),
             "complete": (False, True),
+            "round_scales": (False, True),
+            "quantize_q_a": (False, True),
             "weight_offset": (0.0, 1.0, -1e38, 1e-50),
         }
         return all(
@@ -177,17 +192,22 @@ class Hostile:
         replicated = functools.partial(random, generator=of_all)  # in this order on all ranks
 
         hidden, rows = self.hidden_size, partition.row_count(self.num_tokens, rank, world_size)
-        if self.changes.get("complete") and self.op in PROJECTIONS:
+        if self.changes.get("complete") and self.op.startswith("qkv_"):
             rows, of_rank = self.num_tokens, torch.Generator().manual_seed(seed)
             random = functools.partial(random, generator=of_rank)
         same = torch.ones(hidden, dtype=self.dtype, device=device) * 0.75
-        if self.op in REDUCTIONS:
+        blocks = -(-hidden // 128)
+        if self.op in (*REDUCTIONS, "rs_rmsnorm_ag_fp8"):
             made = {"input": random(self.num_tokens, hidden), "residual": random(self.num_tokens, hidden)}
             return made if self.op == "reduce_scatter_rows" else made | {"weight": same}
-        if self.op == "mla_prologue":
+        if self.op.startswith("mla_prologue"):
+            fp8 = self.op == "mla_prologue_fp8"
             made = {"input": random(self.num_tokens, hidden), "residual": random(self.num_tokens, hidden)}
-            made |= {"norm_weight": same, "qkv_a_weight": replicated(COLUMNS, hidden)}
-            return made | {"q_a_norm_weight": replicated(Q_COLUMNS), "kv_a_norm_weight": replicated(KV_COLUMNS)}
+            made |= {"norm_weight": same, "qkv_a_weight": replicated(COLUMNS, hidden, dtype=FP8 if fp8 else self.dtype)}
+            made |= {"weight_scale": replicated(1, blocks, dtype=torch.float32)} if fp8 else {}
+            norms = {"q_a_norm_weight": Q_COLUMNS, "kv_a_norm_weight": KV_COLUMNS}
+            dtype = torch.bfloat16 if fp8 else self.dtype
+            return made | {name: replicated(size, dtype=dtype) for name, size in norms.items()}
         if self.op == "all_gather_rows":
             return {"input": random(rows, hidden)}
         if self.op == "qkv_a_proj_ag":
@@ -195,8 +215,8 @@ class Hostile:
         if self.op == "qkv_a_proj_ag_norm":
             made = {"input": random(rows, hidden), "weight": replicated(COLUMNS, hidden)}
             return made | {"q_a_weight": replicated(Q_COLUMNS), "kv_a_weight": replicated(KV_COLUMNS)}
-        blocks = -(-hidden // 128)
-        return {
+        norms = {"q_a_weight": Q_COLUMNS, "kv_a_weight": KV_COLUMNS} if "norm" in self.op else {}
+        return {name: replicated(size, dtype=torch.bfloat16) for name, size in norms.items()} | {
             "q": random(rows, hidden, dtype=FP8),
             "scale": random(rows, blocks, dtype=torch.float32),
             "weight": replicated(COLUMNS, hidden, dtype=FP8),
@@ -352,7 +372,7 @@ def run(pool, call: Hostile, device: str, function=make) -> None:
 
 
 @pytest.mark.parametrize(("world_size", "examples"), [(1, 150), (2, 60)])
-@pytest.mark.parametrize("op", [*OPS, "mla_prologue"])
+@pytest.mark.parametrize("op", [*OPS, *MORE_OPS])
 def test_served_rightly_or_refused(pools, device, op, world_size, examples):
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     @given(hostile_calls(op, world_size))

@@ -138,9 +138,11 @@ def test_an_offset_of_zero_leaves_every_weight_as_it_is(pool, backend, device, w
 @pytest.mark.parametrize("scale_layout", ["row", "column"])
 @pytest.mark.parametrize("keep_output", [False, True])
 @pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("round_scales", [False, True])
 @pytest.mark.parametrize("world_size", [2])
-def test_fp8_options(pool, backend, device, scale_layout, keep_output, group_size, world_size):
+def test_fp8_options(pool, backend, device, scale_layout, keep_output, group_size, round_scales, world_size):
     options = {"scale_layout": scale_layout, "keep_output": keep_output, "group_size": group_size}
+    options["round_scales"] = round_scales
     calls = [Call("rs_rmsnorm_fp8", count, device=device, options=options) for count in (0, 1, 2, 3, 51)]
     pool.run(check_calls, backend, device, calls)
 

@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import os
+import shutil
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from programs import Call
 from ranks import workspace
 
 import tp_fused
+from tp_fused import backends, native
 
 pytestmark = pytest.mark.cuda
 
@@ -100,3 +105,18 @@ def late_pair(device: str) -> None:
 @pytest.mark.parametrize("world_size", [4, 8])
 def test_calls_of_a_late_pair(pool, device, world_size):
     pool.run(late_pair, device)
+
+
+def test_a_cluster_finds_room_beside_what_peers_may_hold(tmp_path):
+    """Wherever the SMs lie that other ranks hold, in processes of their own: share_card's rule about this card."""
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"]))
+    card = native._C.card(0)
+    if nvcc is None or card["cluster_sms"] == 0:
+        pytest.skip("there is no nvcc" if nvcc is None else "the card has no clusters")
+    program, source = tmp_path / "cluster_room", Path(__file__).parent / "cuda" / "cluster_room.cu"
+    subprocess.run([nvcc, "-std=c++20", "-arch=native", "-o", program, source], check=True, timeout=120)
+    shares = {ranks: backends.share_of(ranks, card["sm_count"], card["cluster_sms"]) for ranks in range(2, 9)}
+    held = sorted({(ranks - 1) * share.max_ctas for ranks, share in shares.items()})
+    run = subprocess.run([program, *map(str, held)], check=True, capture_output=True, text=True, timeout=60)
+    found = [line.split() for line in run.stdout.splitlines()]
+    assert len(found) >= len(held) and all(stuck == "0" for *_, stuck in found), run.stdout

@@ -10,6 +10,8 @@ from .ops import __all__ as _ops
 from .partition import row_count, row_slice, row_start
 from .projections import *  # noqa: F403
 from .projections import __all__ as _projections
+from .prologue import *  # noqa: F403
+from .prologue import __all__ as _prologue
 from .workspace import Workspace
 
 __all__ = [
@@ -26,4 +28,5 @@ __all__ = [
     "symm_empty",
     *_ops,
     *_projections,
+    *_prologue,
 ]

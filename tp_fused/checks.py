@@ -120,10 +120,10 @@ def weight_offset(value: float) -> None:
         raise ValueError(f"weight_offset must be finite in fp32, got {value}")
 
 
-def norm_weight(name: str, weight: torch.Tensor, shape: tuple[int, ...], rows: torch.Tensor) -> None:
-    """`weight` is contiguous, has this shape and lies where `rows` do, in their dtype or in fp32."""
+def norm_weight(name: str, weight: torch.Tensor, shape: tuple[int, ...], rows: torch.Tensor, dtype=None) -> None:
+    """`weight` is contiguous, has this shape and lies where `rows` do, in their dtype, or `dtype`, or in fp32."""
     given(name, weight)
-    like(name, weight, shape, torch.float32 if weight.dtype == torch.float32 else rows.dtype, rows.device)
+    like(name, weight, shape, torch.float32 if weight.dtype == torch.float32 else dtype or rows.dtype, rows.device)
 
 
 def group_size(value: int) -> None:
@@ -131,6 +131,25 @@ def group_size(value: int) -> None:
     if value < 1:
         raise ValueError(f"group_size must be positive, got {value}")
     narrow("group_size", value)
+
+
+def scale_layout(value: str) -> None:
+    if value not in ("row", "column"):
+        raise ValueError(f'scale_layout must be "row" or "column", got {value!r}')
+
+
+def quantisation(workspace, size: int, layout: str) -> None:
+    """How the rows of an op that reduces are quantised."""
+    scale_layout(layout)
+    group_size(size)
+    if workspace.backend == "cuda" and size not in (64, 128):
+        raise ValueError(f"on cuda, group_size must be 64 or 128, got {size}")
+
+
+def weight_scale(scale: torch.Tensor, weight: torch.Tensor) -> None:
+    """One for each 128 x 128 block."""
+    blocks = tuple(-(-size // 128) for size in weight.shape)
+    like("weight_scale", scale, blocks, torch.float32, weight.device)
 
 
 def narrow(name: str, value: int) -> None:
@@ -242,9 +261,13 @@ def normed_reduction(
     return residual
 
 
-def projection_weight(workspace, input, weight, num_tokens: int, output_dtype=None, name: str = "weight") -> None:
-    """A replicated [columns, hidden_size] weight, by which num_tokens rows like the input's are multiplied."""
-    rows(name, weight, (input.dtype,), input.device)
+def projection_weight(
+    workspace, input, weight, num_tokens: int, output_dtype=None, name: str = "weight", dtype=None
+) -> None:
+    """A replicated [columns, hidden_size] weight, by which num_tokens rows like the input's, or of `dtype`, are
+    multiplied."""
+    dtype = dtype or input.dtype
+    rows(name, weight, (dtype,), input.device)
     if weight.shape[1] != input.shape[1]:
         raise ValueError(f"{name} is {tuple(weight.shape)}, but the input has {input.shape[1]} columns")
     capacity(workspace, input, num_tokens, weight.shape[0], output_dtype, f"{name}.shape[0]")
@@ -252,6 +275,10 @@ def projection_weight(workspace, input, weight, num_tokens: int, output_dtype=No
     kernel_starts(workspace, **{name: weight})
     if workspace.backend == "cuda" and weight.shape[0] == 0:
         raise ValueError(f"on cuda, {name} must have rows, got {tuple(weight.shape)}")
+    if workspace.backend == "cuda" and dtype == E4M3 and (weight.shape[0] % 8 or weight.shape[1] % 16):
+        raise ValueError(
+            f"on cuda, an fp8 weight must have a multiple of 8 rows and of 16 columns, got {tuple(weight.shape)}"
+        )
 
 
 def projection(
@@ -265,10 +292,6 @@ def projection(
     elif input.shape[0] != num_tokens:
         raise ValueError(f"input has {input.shape[0]} rows; with complete=True it is all num_tokens={num_tokens}")
     kernel_starts(workspace, input=input)
-    if workspace.backend == "cuda" and input.dtype == E4M3 and (weight.shape[0] % 8 or weight.shape[1] % 16):
-        raise ValueError(
-            f"on cuda, an fp8 weight must have a multiple of 8 rows and of 16 columns, got {tuple(weight.shape)}"
-        )
 
 
 def fp8_scales(scale: torch.Tensor, q: torch.Tensor, group_size: int = 128) -> None:
@@ -286,13 +309,13 @@ def fp8_scales(scale: torch.Tensor, q: torch.Tensor, group_size: int = 128) -> N
     memory("scale", scale)
 
 
-def latent_norms(weight: torch.Tensor, **norms: torch.Tensor) -> None:
-    """The weights of the two latent norms, by name, fit into the projection's columns."""
+def latent_norms(weight: torch.Tensor, dtype: torch.dtype | None = None, **norms: torch.Tensor) -> None:
+    """The weights of the two latent norms, by name, fit into the projection's columns, of its dtype or this one."""
     for name, norm in norms.items():
         given(name, norm)
         if norm.dim() != 1:
             raise ValueError(f"{name} must be one-dimensional, got shape {tuple(norm.shape)}")
-        norm_weight(name, norm, norm.shape, weight)
+        norm_weight(name, norm, norm.shape, weight, dtype)
     (q_name, q_a), (kv_name, kv_a) = norms.items()
     if q_a.dtype != kv_a.dtype:
         raise TypeError(f"{q_name} is {q_a.dtype}, {kv_name} {kv_a.dtype}: they must be the same")

@@ -7,7 +7,8 @@ import torch
 from . import checks, faults, native, partition, planning
 from .groups import get_workspace, resolve_group_name, type_of
 
-OPS = (*faults.OPS.values(), "mla_prologue")
+COMPOSED = ("rs_rmsnorm_ag_fp8", "mla_prologue", "mla_prologue_fp8")
+OPS = (*faults.OPS.values(), *COMPOSED)
 
 
 def explain(
@@ -43,9 +44,9 @@ def explain(
     checks.count("num_tokens", num_tokens)
     if input is not None:
         checks.rows("input", input, tuple(native.DTYPE_CODES))
-    if op == "mla_prologue":
+    if op in COMPOSED:
         asked = {key: value for key, value in locals().items() if key not in ("op", "num_tokens", "complete")}
-        return _explain_prologue(num_tokens, complete, asked)
+        return _explain_composed(op, num_tokens, complete, asked)
     if gpu is not None:
         if not isinstance(gpu, str):
             raise TypeError(f"gpu must be a card's name, got {checks.described(gpu)}")
@@ -88,31 +89,33 @@ def explain(
     return "\n".join(lines)
 
 
-def _explain_prologue(num_tokens: int, complete: bool, asked: dict[str, Any]) -> str:
-    """The two ops that mla_prologue is, and why these. asked: what else was asked of `explain`."""
+def _explain_composed(op: str, num_tokens: int, complete: bool, asked: dict[str, Any]) -> str:
+    """The two ops that this one is, and why these. asked: what else was asked of `explain`."""
     columns, world_size = asked["latent_size"], asked["world_size"]
     if asked["gpu"] is None:
         device = asked["device"] if asked["input"] is None else asked["input"].device
         workspace = get_workspace(resolve_group_name(asked["group"]), type_of(device))
         columns, world_size = workspace.latent_size, workspace.world_size
+    rest = dict(asked, input=None)
+    if op == "rs_rmsnorm_ag_fp8":
+        way = "each rank quantises its own rows; these are gathered, and then their scales"
+        parts = (explain("rs_rmsnorm_fp8", num_tokens, **asked), explain("all_gather_rows", num_tokens, **rest))
+        return "\n".join((f"{op}: {way}", *parts))
     gathers = not complete and native._C.gathers_normed_rows(num_tokens, columns, world_size)
-    first, way = (
-        (
-            "rs_rmsnorm_ag",
-            f"all ranks take all {num_tokens} normed rows, for their share of the weight's {columns} rows",
-        )
-        if gathers
-        else ("rs_rmsnorm", f"each rank multiplies its own rows by all {columns} rows of the weight")
-    )
+    way = f"each rank multiplies its own rows by all {columns} rows of the weight"
+    if gathers:
+        way = f"all ranks take all {num_tokens} normed rows, for their share of the weight's {columns} rows"
+    precision = "_fp8" if op.endswith("_fp8") else ""
+    first = ("rs_rmsnorm_ag" if gathers else "rs_rmsnorm") + precision
     parts = (explain(first, num_tokens, complete=complete and not gathers, **asked),)
-    parts += (explain("qkv_a_proj_ag_norm", num_tokens, complete=gathers, **dict(asked, input=None)),)
-    return "\n".join((f"mla_prologue: {way}", *parts))
+    parts += (explain(f"qkv_a_proj_ag_norm{precision}", num_tokens, complete=gathers, **rest),)
+    return "\n".join((f"{op}: {way}", *parts))
 
 
 def _product(op: str, complete: bool) -> str:
     """What multiplies where a gather comes after it."""
     rows = "all rows by this rank's share of the weight" if complete else "this rank's rows"
-    if op != "qkv_a_proj_ag_fp8":
+    if not op.endswith("fp8"):
         return f"torch multiplies {rows} (cuBLAS)"
     triton, missing = native.triton_projection()
     what = "a Triton kernel" if triton else f"dequantising and torch, since Triton is missing ({missing}),"
@@ -122,7 +125,7 @@ def _product(op: str, complete: bool) -> str:
 def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool | None, **sizes) -> list[str]:
     """What libtp_fused would launch, and what multiplies before that. in_place: None where nothing is known of it."""
     projects = op.startswith("qkv_")
-    if op == "qkv_a_proj_ag_fp8":
+    if projects and op.endswith("fp8"):
         dtype = torch.float8_e4m3fn
     sizes["columns"] = sizes["columns"] if projects else 0
     plan = planning.plan(op, num_tokens, card=card, dtype=dtype, in_place=bool(in_place), **sizes)
@@ -141,7 +144,7 @@ def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool 
             if complete
             else "so few rows of a rank are all finished at the same time, with nothing to hide their way behind"
             if plan["few_rows"]
-            else f"no kernel does both for {dtype} on this card"
+            else f"no kernel does both for {op} of {dtype} on this card"
         )
         lines += [f"{_product(op, complete)}; then one kernel gathers", why]
     elif op != "all_gather_rows" and in_place is not None:

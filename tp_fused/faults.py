@@ -14,6 +14,7 @@ VARIANTS = {
     16: "bias",
     32: "one kernel",
     64: "fp32 norm weight",
+    128: "rounded scales",
 }
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "reduce_scatter_rows",
     "rs_rmsnorm",
     "rs_rmsnorm_ag",
+    "rs_rmsnorm_ag_fp8",
     "rs_rmsnorm_fp8",
 ]
 
@@ -84,6 +85,7 @@ def _rs_rmsnorm_fp8_fake(
     keep_output=False,
     complete=False,
     weight_offset=0.0,
+    round_scales=False,
 ):
     num_rows, hidden_size = own_rows(input, input.shape[0], group_name), input.shape[1]
     return (
@@ -96,7 +98,8 @@ def _rs_rmsnorm_fp8_fake(
 
 @define(
     "rs_rmsnorm_fp8(Tensor input, Tensor? residual, Tensor weight, float eps, str group_name, *, int group_size=128,"
-    ' str scale_layout="row", bool keep_output=False, bool complete=False, float weight_offset=0.0)'
+    ' str scale_layout="row", bool keep_output=False, bool complete=False, float weight_offset=0.0,'
+    " bool round_scales=False)"
     " -> (Tensor q, Tensor scale, Tensor residual_out, Tensor output)",
     _rs_rmsnorm_fp8_fake,
 )
@@ -111,13 +114,10 @@ def _rs_rmsnorm_fp8(
     keep_output=False,
     complete=False,
     weight_offset=0.0,
+    round_scales=False,
 ):
     workspace = get_workspace(group_name, input.device)
-    if scale_layout not in ("row", "column"):
-        raise ValueError(f'scale_layout must be "row" or "column", got {scale_layout!r}')
-    checks.group_size(group_size)
-    if workspace.backend == "cuda" and group_size not in (64, 128):
-        raise ValueError(f"on cuda, group_size must be 64 or 128, got {group_size}")
+    checks.quantisation(workspace, group_size, scale_layout)
     residual = checks.normed_reduction(workspace, input, residual, weight, eps, weight_offset)
     return unfused(
         workspace,
@@ -131,6 +131,7 @@ def _rs_rmsnorm_fp8(
         scale_layout,
         keep_output,
         complete,
+        round_scales,
     )
 
 
@@ -147,6 +148,7 @@ def rs_rmsnorm_fp8(
     keep_output=False,
     complete=False,
     weight_offset=0.0,
+    round_scales=False,
 ):
     """Reduce-scatter, residual add, RMSNorm and fp8 quantisation in one kernel.
 
@@ -159,6 +161,9 @@ def rs_rmsnorm_fp8(
     whose scale is 0. q has the same bits on every backend. (Of e4m3(output / scale) about one element in 7000 is the
     next number.) scale is one per token and group: layout "row" is [rows, groups] row-major; "column" is column-major
     with rows padded to a multiple of 4, as DeepGEMM's TMA loads want.
+
+    round_scales: amax / 448 is rounded up to a power of two, 2^-126 at least (UE8M0, which DeepSeek-V3.1 and later are
+    trained with), and q = e4m3(output / scale). A scale that is not finite is not rounded.
 
     Returns (q, scale, residual_out, output); output has no rows unless keep_output.
     """
@@ -173,6 +178,7 @@ def rs_rmsnorm_fp8(
         keep_output=keep_output,
         complete=complete,
         weight_offset=weight_offset,
+        round_scales=round_scales,
     )
 
 
@@ -205,6 +211,94 @@ def rs_rmsnorm_ag(input, residual, weight, eps=1e-6, group=None, *, weight_offse
     residual_out [rows of this rank, hidden_size]. For the attention -> MLP boundary and the final norm.
     """
     return _ops.rs_rmsnorm_ag(input, residual, weight, eps, resolve_group_name(group), weight_offset=weight_offset)
+
+
+# ---- rs_rmsnorm_ag_fp8 ----
+
+
+def _rs_rmsnorm_ag_fp8_fake(
+    input,
+    residual,
+    weight,
+    eps,
+    group_name,
+    group_size=128,
+    scale_layout="row",
+    keep_output=False,
+    weight_offset=0.0,
+    round_scales=False,
+):
+    num_tokens, hidden_size = input.shape
+    residual_out = input.new_empty(own_rows(input, num_tokens, group_name), hidden_size)
+    return (
+        input.new_empty(num_tokens, hidden_size, dtype=checks.E4M3),
+        reference.empty_scale(num_tokens, hidden_size, group_size, scale_layout, input.device),
+        residual_out,
+        torch.empty_like(residual_out) if keep_output else input.new_empty(0, hidden_size),
+    )
+
+
+@define(
+    "rs_rmsnorm_ag_fp8(Tensor input, Tensor? residual, Tensor weight, float eps, str group_name, *, int group_size=128,"
+    ' str scale_layout="row", bool keep_output=False, float weight_offset=0.0, bool round_scales=False)'
+    " -> (Tensor q, Tensor scale, Tensor residual_out, Tensor output)",
+    _rs_rmsnorm_ag_fp8_fake,
+)
+def _rs_rmsnorm_ag_fp8(
+    input,
+    residual,
+    weight,
+    eps,
+    group_name,
+    group_size=128,
+    scale_layout="row",
+    keep_output=False,
+    weight_offset=0.0,
+    round_scales=False,
+):
+    workspace = get_workspace(group_name, input.device)
+    checks.quantisation(workspace, group_size, scale_layout)
+    residual = checks.normed_reduction(workspace, input, residual, weight, eps, weight_offset)
+    arguments = (input, residual, weight, eps, weight_offset, group_size, scale_layout, keep_output, round_scales)
+    return unfused(workspace, reference.rs_rmsnorm_ag_fp8, *arguments)
+
+
+@typed
+def rs_rmsnorm_ag_fp8(
+    input,
+    residual,
+    weight,
+    eps=1e-6,
+    group=None,
+    *,
+    group_size=128,
+    scale_layout="row",
+    keep_output=False,
+    weight_offset=0.0,
+    round_scales=False,
+):
+    """`rs_rmsnorm_fp8` with the quantised rows and their scales gathered: half the bytes of `rs_rmsnorm_ag`.
+
+        q, scale, residual_out, output = rs_rmsnorm_fp8(input, residual, weight, eps, ...)
+        q, scale = all_gather(q), all_gather(scale)
+
+    Arguments as `rs_rmsnorm_fp8`. Returns (q, scale, residual_out, output): q [num_tokens, hidden_size] and its scales
+    on every rank; residual_out [rows of this rank, hidden_size]; output, where it is kept, this rank's normed rows
+    before they were quantised, for a router whose logits are gathered afterwards. For the attention -> MLP boundary of
+    fp8 models. An op after the other: ranks tell each other, and faults name, those two.
+    """
+    return _ops.rs_rmsnorm_ag_fp8(
+        input,
+        residual,
+        weight,
+        eps,
+        resolve_group_name(group),
+        group_size=group_size,
+        scale_layout=scale_layout,
+        keep_output=keep_output,
+        weight_offset=weight_offset,
+        round_scales=round_scales,
+    )
 
 
 # ---- reduce_scatter_rows, all_gather_rows ----

@@ -1,4 +1,4 @@
-"""The ops that project rows onto the latent of multi-head latent attention (MLA), and one call for all of its input.
+"""The ops that project rows onto the latent of multi-head latent attention (MLA).
 
 As in ops.py, where the rules stand that all ops keep.
 """
@@ -7,9 +7,9 @@ import torch
 
 from . import checks, reference
 from .groups import get_workspace, resolve_group_name
-from .registration import define, own_rows, typed, unfused
+from .registration import define, typed, unfused
 
-__all__ = ["mla_prologue", "qkv_a_proj_ag", "qkv_a_proj_ag_fp8", "qkv_a_proj_ag_norm"]
+__all__ = ["qkv_a_proj_ag", "qkv_a_proj_ag_fp8", "qkv_a_proj_ag_norm", "qkv_a_proj_ag_norm_fp8"]
 
 _ops = torch.ops.tp_fused
 
@@ -74,8 +74,7 @@ def _qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, group_name, c
     workspace = get_workspace(group_name, q.device)
     checks.projection(workspace, q, weight, num_tokens, complete, (checks.E4M3,), torch.bfloat16)
     checks.fp8_scales(scale, q)
-    blocks = tuple(-(-size // 128) for size in weight.shape)
-    checks.like("weight_scale", weight_scale, blocks, torch.float32, q.device)
+    checks.weight_scale(weight_scale, weight)
     return unfused(workspace, reference.qkv_a_proj_ag_fp8, q, scale, weight, weight_scale, num_tokens, complete)
 
 
@@ -162,74 +161,108 @@ def qkv_a_proj_ag_norm(
     )
 
 
-# ---- mla_prologue ----
+# ---- qkv_a_proj_ag_norm_fp8 ----
 
 
-def _mla_prologue_fake(
-    input, residual, norm_weight, qkv_a_weight, q_a_norm_weight, kv_a_norm_weight, eps, group_name, complete=False
+def _qkv_a_proj_ag_norm_fp8_fake(
+    q,
+    scale,
+    weight,
+    weight_scale,
+    q_a_weight,
+    kv_a_weight,
+    eps,
+    num_tokens,
+    group_name,
+    quantize_q_a=False,
+    scale_layout="row",
+    complete=False,
+    round_scales=False,
 ):
-    num_tokens, q_columns, kv_columns = input.shape[0], q_a_norm_weight.shape[0], kv_a_norm_weight.shape[0]
-    widths = (q_columns, kv_columns, qkv_a_weight.shape[0] - q_columns - kv_columns)
-    residual_out = input.new_empty(own_rows(input, num_tokens, group_name), input.shape[1])
-    return *(input.new_empty(num_tokens, width) for width in widths), residual_out
+    q_columns, kv_columns = q_a_weight.shape[0], kv_a_weight.shape[0]
+    widths = (kv_columns, weight.shape[0] - q_columns - kv_columns)
+    return (
+        q.new_empty(num_tokens, q_columns, dtype=checks.E4M3 if quantize_q_a else torch.bfloat16),
+        reference.empty_scale(num_tokens if quantize_q_a else 0, q_columns, 128, scale_layout, q.device),
+        *(q.new_empty(num_tokens, width, dtype=torch.bfloat16) for width in widths),
+    )
 
 
 @define(
-    "mla_prologue(Tensor input, Tensor? residual, Tensor norm_weight, Tensor qkv_a_weight, Tensor q_a_norm_weight,"
-    " Tensor kv_a_norm_weight, float eps, str group_name, *, bool complete=False)"
-    " -> (Tensor q_a, Tensor kv_a, Tensor k_pe, Tensor residual_out)",
-    _mla_prologue_fake,
+    "qkv_a_proj_ag_norm_fp8(Tensor q, Tensor scale, Tensor weight, Tensor weight_scale, Tensor q_a_weight,"
+    " Tensor kv_a_weight, float eps, SymInt num_tokens, str group_name, *, bool quantize_q_a=False,"
+    ' str scale_layout="row", bool complete=False, bool round_scales=False)'
+    " -> (Tensor q_a, Tensor q_a_scale, Tensor kv_a, Tensor k_pe)",
+    _qkv_a_proj_ag_norm_fp8_fake,
 )
-def _mla_prologue(
-    input, residual, norm_weight, qkv_a_weight, q_a_norm_weight, kv_a_norm_weight, eps, group_name, complete=False
+def _qkv_a_proj_ag_norm_fp8(
+    q,
+    scale,
+    weight,
+    weight_scale,
+    q_a_weight,
+    kv_a_weight,
+    eps,
+    num_tokens,
+    group_name,
+    quantize_q_a=False,
+    scale_layout="row",
+    complete=False,
+    round_scales=False,
 ):
-    workspace = get_workspace(group_name, input.device)
-    residual = checks.normed_reduction(workspace, input, residual, norm_weight, eps, 0.0, name="norm_weight")
-    checks.projection_weight(workspace, input, qkv_a_weight, input.shape[0], name="qkv_a_weight")
-    norms = {"q_a_norm_weight": q_a_norm_weight, "kv_a_norm_weight": kv_a_norm_weight}
-    checks.latent_norms(qkv_a_weight, **norms)
-    checks.kernel_starts(workspace, **norms)
-    weights = (norm_weight, qkv_a_weight, q_a_norm_weight, kv_a_norm_weight)
-    return unfused(workspace, reference.mla_prologue, input, residual, *weights, eps, complete)
+    workspace = get_workspace(group_name, q.device)
+    checks.scale_layout(scale_layout)
+    checks.projection(workspace, q, weight, num_tokens, complete, (checks.E4M3,), torch.bfloat16)
+    checks.fp8_scales(scale, q)
+    checks.weight_scale(weight_scale, weight)
+    checks.latent_norms(weight, torch.bfloat16, q_a_weight=q_a_weight, kv_a_weight=kv_a_weight)
+    checks.kernel_starts(workspace, q_a_weight=q_a_weight, kv_a_weight=kv_a_weight)
+    checks.eps(eps)
+    operands = (q, scale, weight, weight_scale, q_a_weight, kv_a_weight, eps, num_tokens)
+    options = (quantize_q_a, scale_layout, complete, round_scales)
+    return unfused(workspace, reference.qkv_a_proj_ag_norm_fp8, *operands, *options)
 
 
 @typed
-def mla_prologue(
-    input,
-    residual,
-    norm_weight,
-    qkv_a_weight,
-    q_a_norm_weight,
-    kv_a_norm_weight,
+def qkv_a_proj_ag_norm_fp8(
+    q,
+    scale,
+    weight,
+    weight_scale,
+    q_a_weight,
+    kv_a_weight,
+    num_tokens,
     eps=1e-6,
     group=None,
     *,
+    quantize_q_a=False,
+    scale_layout="row",
     complete=False,
+    round_scales=False,
 ):
-    """All that comes before MLA's attention: the last block's partial sum to q_a, kv_a and k_pe, for any token count.
+    """`qkv_a_proj_ag_fp8` and the two latent RMSNorms, split; q_a in fp8 again, for q_b_proj, where that is asked for.
 
-        x = all_reduce(input); residual = residual + x; hidden = rms_norm(residual, norm_weight, eps)
-        q_a, kv_a, k_pe = split(hidden @ qkv_a_weight.T)
-        q_a = rms_norm(q_a, q_a_norm_weight, eps); kv_a = rms_norm(kv_a, kv_a_norm_weight, eps)
+        q_a, kv_a, k_pe = split(all_gather((q * scale) @ (weight * weight_scale).T))
+        q_a = rms_norm(q_a, q_a_weight, eps); kv_a = rms_norm(kv_a, kv_a_weight, eps)
+        q_a, q_a_scale = e4m3(q_a) with a scale for each 128 columns, if quantize_q_a
 
-    Few tokens are reduced and gathered (`rs_rmsnorm_ag`), and every rank multiplies all of them by its share of the
-    weight (`qkv_a_proj_ag_norm(complete=True)`); of many, every rank multiplies its own by all of the weight
-    (`rs_rmsnorm`, `qkv_a_proj_ag_norm`), since the latent is narrower than the rows. Which, num_tokens and the columns
-    of the weight decide, the same on all ranks; `explain` tells. The residual stays scattered either way.
-
-    input: this rank's partial sum, [num_tokens, hidden_size]; with complete the full one, the same on every rank.
-    residual: None, the full [num_tokens, hidden_size] or this rank's slice. norm_weight: [hidden_size]. qkv_a_weight:
-    [columns, hidden_size]. The latent norms' weights as in `qkv_a_proj_ag_norm`. Returns (q_a, kv_a, k_pe,
-    residual_out): the latent's parts of all tokens, [num_tokens, ...], and this rank's rows of the residual.
+    q, scale, weight, weight_scale, complete: as `qkv_a_proj_ag_fp8`. q_a_weight, kv_a_weight: as `qkv_a_proj_ag_norm`,
+    bf16 or fp32. scale_layout, round_scales: of q_a_scale, as in `rs_rmsnorm_fp8`, whose formula quantises. Returns
+    (q_a, q_a_scale, kv_a, k_pe): q_a [num_tokens, q_lora_rank], bf16 or e4m3; q_a_scale has no rows unless
+    quantize_q_a; kv_a and k_pe bf16.
     """
-    return _ops.mla_prologue(
-        input,
-        residual,
-        norm_weight,
-        qkv_a_weight,
-        q_a_norm_weight,
-        kv_a_norm_weight,
+    return _ops.qkv_a_proj_ag_norm_fp8(
+        q,
+        scale,
+        weight,
+        weight_scale,
+        q_a_weight,
+        kv_a_weight,
         eps,
+        num_tokens,
         resolve_group_name(group),
+        quantize_q_a=quantize_q_a,
+        scale_layout=scale_layout,
         complete=complete,
+        round_scales=round_scales,
     )

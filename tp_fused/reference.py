@@ -60,7 +60,9 @@ def empty_scale(num_rows: int | torch.SymInt, hidden_size: int, group_size: int,
     return torch.empty_strided((num_rows, groups), (1, scale_pitch(num_rows)), dtype=torch.float32, device=device)
 
 
-def quantize_e4m3(rows: torch.Tensor, group_size: int = 128, layout: str = "row") -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_e4m3(
+    rows: torch.Tensor, group_size: int = 128, layout: str = "row", round_scales: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """q = e4m3(rows * (448 / amax)) and scale = amax / 448, amax of every `group_size` columns: see rs_rmsnorm_fp8."""
     num_rows, hidden_size = rows.shape
     group_size = min(group_size, max(hidden_size, 1))  # what follows takes memory for whole groups
@@ -70,11 +72,22 @@ def quantize_e4m3(rows: torch.Tensor, group_size: int = 128, layout: str = "row"
     grouped = padded.view(num_rows, groups, group_size)
     amax = grouped.abs().amax(-1)
     largest = torch.full_like(amax, E4M3_MAX)  # a tensor: torch turns division by or of a number into a product
-    scale.copy_(amax / largest)
+    exact = amax / largest
     # Finite for the smallest numbers, too: zeros beside them stay zeros.
     inverse = torch.where(amax > 0, (largest / amax).clamp(max=torch.finfo(torch.float32).max), 0.0)
+    if round_scales:
+        finite = amax.isfinite()
+        power = _up_to_a_power_of_two(torch.where(finite, exact, 1.0))
+        exact, inverse = torch.where(finite, power, exact), torch.where(finite, 1.0 / power, inverse)
+    scale.copy_(exact)
     q = (grouped * inverse[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return q.view(num_rows, groups * group_size)[:, :hidden_size].contiguous(), scale
+
+
+def _up_to_a_power_of_two(scale: torch.Tensor) -> torch.Tensor:
+    """The least power of two, from 2^-126 on, that is not less."""
+    bits = (scale.view(torch.int32) + 0x007FFFFF) & 0x7F800000
+    return bits.clamp(min=0x00800000).view(torch.float32)
 
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
@@ -185,13 +198,24 @@ def rs_rmsnorm(workspace, input, residual, weight, eps, weight_offset, complete)
 
 
 def rs_rmsnorm_fp8(
-    workspace, input, residual, weight, eps, weight_offset, group_size, scale_layout, keep_output, complete
+    workspace,
+    input,
+    residual,
+    weight,
+    eps,
+    weight_offset,
+    group_size,
+    scale_layout,
+    keep_output,
+    complete,
+    round_scales,
 ):
     variant = f", group_size={group_size}, {scale_layout} scales{', keep_output' if keep_output else ''}"
+    variant += ", rounded scales" if round_scales else ""
     variant += _weight_variant(input, weight)
     residual_out = _reduce(workspace, "rs_rmsnorm_fp8", input, residual, complete, variant)
     output = rms_norm(residual_out, weight, eps, weight_offset)
-    q, scale = quantize_e4m3(output, group_size, scale_layout)
+    q, scale = quantize_e4m3(output, group_size, scale_layout, round_scales)
     return q, scale, residual_out, output if keep_output else output.new_empty(0, output.shape[1])
 
 
@@ -233,13 +257,77 @@ def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, n
     return split_and_norm(latent, q_a_weight, kv_a_weight, eps, weight_offset)
 
 
+def rs_rmsnorm_ag_fp8(
+    workspace, input, residual, weight, eps, weight_offset, group_size, scale_layout, keep_output, round_scales
+):
+    arguments = (input, residual, weight, eps, weight_offset, group_size, "row", keep_output, False, round_scales)
+    q, scale, residual_out, output = rs_rmsnorm_fp8(workspace, *arguments)
+    q, scale = (all_gather_rows(workspace, rows, input.shape[0]) for rows in (q, scale))
+    made = empty_scale(len(q), q.shape[1], group_size, scale_layout, q.device)
+    return q, made.copy_(scale), residual_out, output
+
+
+def qkv_a_proj_ag_norm_fp8(
+    workspace,
+    q,
+    scale,
+    weight,
+    weight_scale,
+    q_a_weight,
+    kv_a_weight,
+    eps,
+    num_tokens,
+    quantize_q_a,
+    scale_layout,
+    complete,
+    round_scales,
+):
+    variant = f", columns={weight.shape[0]}, q_a={q_a_weight.numel()}, {q_a_weight.dtype} norm weight"
+    operands = (scale, weight, weight_scale)
+    latent = _projected(workspace, "qkv_a_proj_ag_norm_fp8", q, num_tokens, variant, complete, project_fp8, *operands)
+    q_a, kv_a, k_pe = split_and_norm(latent, q_a_weight, kv_a_weight, eps)
+    if quantize_q_a:
+        return *quantize_e4m3(q_a, 128, scale_layout, round_scales), kv_a, k_pe
+    return q_a, empty_scale(0, q_a.shape[1], 128, scale_layout, q_a.device), kv_a, k_pe
+
+
+def _gathers(workspace, input, weight, complete: bool) -> bool:
+    return not complete and _C.gathers_normed_rows(len(input), len(weight), workspace.world_size)
+
+
 def mla_prologue(
     workspace, input, residual, norm_weight, weight, q_a_weight, kv_a_weight, eps, complete
 ) -> tuple[torch.Tensor, ...]:
-    gathers = not complete and _C.gathers_normed_rows(len(input), len(weight), workspace.world_size)
+    gathers = _gathers(workspace, input, weight, complete)
     if gathers:
         hidden, residual_out = rs_rmsnorm_ag(workspace, input, residual, norm_weight, eps, 0.0)
     else:
         hidden, residual_out = rs_rmsnorm(workspace, input, residual, norm_weight, eps, 0.0, complete)
     latent = (weight, q_a_weight, kv_a_weight, eps, len(input), 0.0, gathers)
     return *qkv_a_proj_ag_norm(workspace, hidden, *latent), residual_out
+
+
+def mla_prologue_fp8(
+    workspace,
+    input,
+    residual,
+    norm_weight,
+    weight,
+    weight_scale,
+    q_a_weight,
+    kv_a_weight,
+    eps,
+    quantize_q_a,
+    scale_layout,
+    round_scales,
+    complete,
+):
+    reduced = (input, residual, norm_weight, eps, 0.0, 128, "row", False)
+    gathers = _gathers(workspace, input, weight, complete)
+    if gathers:
+        q, scale, residual_out, _ = rs_rmsnorm_ag_fp8(workspace, *reduced, round_scales)
+    else:
+        q, scale, residual_out, _ = rs_rmsnorm_fp8(workspace, *reduced, complete, round_scales)
+    latent = (q, scale, weight, weight_scale, q_a_weight, kv_a_weight, eps, len(input))
+    options = (quantize_q_a, scale_layout, gathers, round_scales)
+    return *qkv_a_proj_ag_norm_fp8(workspace, *latent, *options), residual_out

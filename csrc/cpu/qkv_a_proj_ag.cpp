@@ -26,7 +26,7 @@ tpf_status tpf_qkv_a_proj_ag_norm_cpu(void* q_a, void* kv_a, void* k_pe, const v
   Round round(*team, *call);
   if (const tpf_status status = round.begin(); status != TPF_OK) return status;
   if (const tpf_status status = round.meet(0); status != TPF_OK) return status;
-  return visit(static_cast<tpf_dtype>(call->dtype), [&]<typename T>() {
+  return visit(latent_dtype(*call), [&]<typename T>() {
     const Norm norm(eps, weight_offset, call->variant);
     const int64_t pe_columns = int64_t{call->columns} - q_columns - kv_columns;
     const auto finish = [&](int64_t token, const void* latent) {

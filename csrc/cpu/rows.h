@@ -9,7 +9,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "../tp_fused.h"
+#include "../protocol.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -190,9 +190,11 @@ void norm_row(T* output, const T* row, const void* weight, int hidden_size, cons
                     : norm_row_by(output, row, static_cast<const T*>(weight), hidden_size, norm);
 }
 
-// One row to e4m3 with a scale of amax / 448 for every `group_size` columns; a group of zeros has scale 0.
+// One row to e4m3 with a scale of amax / 448 for every `group_size` columns; a group of zeros has scale 0. Or, rounded
+// up, with powers of two.
 template <typename T>
-void quantize_row(uint8_t* q, float* scale, int64_t scale_group_stride, const T* row, int hidden_size, int group_size) {
+void quantize_row(uint8_t* q, float* scale, int64_t scale_group_stride, const T* row, int hidden_size, int group_size,
+                  bool round_scales) {
   for (int begin = 0; begin < hidden_size; begin += group_size, scale += scale_group_stride) {
     const int columns = std::min(group_size, hidden_size - begin);
     Ints largest = {};  // magnitudes of floats order as integers do, NaN above all
@@ -205,7 +207,12 @@ void quantize_row(uint8_t* q, float* scale, int64_t scale_group_stride, const T*
     const float amax = std::bit_cast<float>(amax_bits);
     *scale = amax / 448.0f;
     // Finite for the smallest numbers, too: zeros beside them stay zeros. A NaN stays one.
-    const float inverse = amax_bits != 0 ? std::min(448.0f / amax, std::numeric_limits<float>::max()) : 0.0f;
+    float inverse = amax_bits != 0 ? std::min(448.0f / amax, std::numeric_limits<float>::max()) : 0.0f;
+    if (round_scales && std::isfinite(amax)) {
+      const uint32_t bits = rounded_scale_bits(std::bit_cast<uint32_t>(*scale));
+      *scale = std::bit_cast<float>(bits);
+      inverse = std::bit_cast<float>(reciprocal_bits(bits));
+    }
     for_columns(columns, [&](int column, auto count) {
       store_e4m3(q + begin + column, load(row + begin + column, count) * inverse, count);
     });

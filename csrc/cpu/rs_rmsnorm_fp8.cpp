@@ -19,8 +19,20 @@ tpf_status tpf_rs_rmsnorm_fp8_cpu(void* q, float* scale, void* residual_out, voi
       T* out = (variant & TPF_KEEP_OUTPUT) != 0 ? static_cast<T*>(output) + row * hidden_size : normed;
       norm_row(out, sums + row * hidden_size, weight, hidden_size, norm);
       quantize_row(static_cast<uint8_t*>(q) + row * hidden_size, scale + row * scale_row_stride, scale_group_stride,
-                   out, hidden_size, group_size);
+                   out, hidden_size, group_size, (variant & TPF_ROUND_SCALES) != 0);
     });
     return status != TPF_OK ? status : round.end(input_symm != nullptr);
+  });
+}
+
+tpf_status tpf_quantize_rows_cpu(const tpf_quantization* to, const void* rows, int64_t num_rows, int32_t columns,
+                                 tpf_dtype dtype) {
+  using namespace tpf;
+  return visit(dtype, [&]<typename T>() {
+    for (int64_t row = 0; row < num_rows; ++row) {
+      quantize_row(to->q + row * columns, to->scale + row * to->scale_row_stride, to->scale_group_stride,
+                   static_cast<const T*>(rows) + row * columns, columns, to->group_size, to->round_scales != 0);
+    }
+    return TPF_OK;
   });
 }

@@ -89,6 +89,7 @@ tpf_status tpf_plan_call(tpf_plan* plan, const tpf_call* call, const tpf_team* t
     case TPF_QKV_A_PROJ_AG:
     case TPF_QKV_A_PROJ_AG_FP8:
     case TPF_QKV_A_PROJ_AG_NORM:
+    case TPF_QKV_A_PROJ_AG_NORM_FP8:
       plan_of_projection(plan, *call, limits, *card);
       return TPF_OK;
     default:  // the ops that reduce

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 
-from .. import ops, partition, projections
+from .. import ops, partition, projections, prologue
 from ..groups import get_workspace, init
 from . import sharding
 
@@ -223,7 +223,7 @@ class _Fused:
         if latent.q_norm is not None and latent.norms_fuse and norm.variance_epsilon == eps:
             weights = (norm.weight, latent.weight, latent.q_norm.weight, latent.kv_norm.weight)
             with self.tp.timed("qkv_a_proj"):
-                q_a, *kv, residual = projections.mla_prologue(partial, residual, *weights, eps, group)
+                q_a, *kv, residual = prologue.mla_prologue(partial, residual, *weights, eps, group)
             return q_a, torch.cat(kv, dim=-1), residual
         if latent.q_norm is None:
             queries, residual = self.norm_rows(partial, residual, norm)

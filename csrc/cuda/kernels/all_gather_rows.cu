@@ -80,7 +80,7 @@ tpf_status tpf_gather_latent_norm_cuda(void* q_a, void* kv_a, void* k_pe, const 
   tpf::add_part(args, q_a, q_a_weight, q_columns * bytes);
   tpf::add_part(args, kv_a, kv_a_weight, kv_columns * bytes);
   tpf::add_part(args, k_pe, nullptr, (int64_t{call->columns} - q_columns - kv_columns) * bytes);
-  switch (call->dtype) {
+  switch (tpf::latent_dtype(*call)) {
     case TPF_BF16:
       return tpf::launch_gather<__nv_bfloat16>(args, stream);
     case TPF_F16:

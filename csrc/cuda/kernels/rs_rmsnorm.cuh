@@ -274,12 +274,11 @@ __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&s
         amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, offset));
       }
       if (inside) {
-        // Finite for the smallest numbers, too: zeros beside them stay zeros.
-        const float inverse = amax > 0 ? fminf(__fdiv_rn(448.0f, amax), FLT_MAX) : 0.0f;
-        store_e4m3(args.q + row * view.hidden + column, scaled, inverse);
+        const Fp8Scale scale(amax, (args.call.variant & TPF_ROUND_SCALES) != 0);
+        store_e4m3(args.q + row * view.hidden + column, scaled, scale.inverse);
         if (group.thread % lanes == 0) {
           args.scale[row * args.scale_row_stride + column / args.call.group_size * args.scale_group_stride] =
-              __fdiv_rn(amax, 448.0f);
+              scale.scale;
         }
       }
     }

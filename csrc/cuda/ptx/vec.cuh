@@ -4,7 +4,10 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include <cfloat>
 #include <cstdint>
+
+#include "../../protocol.h"
 
 namespace tpf {
 
@@ -118,6 +121,20 @@ __device__ inline float warp_sum(float value) {
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
   return value;
 }
+
+// Of fp8 values whose largest magnitude is amax: their scale, and what they are multiplied by before they are rounded.
+// Finite for the smallest numbers, too: zeros beside them stay zeros.
+struct Fp8Scale {
+  __device__ Fp8Scale(float amax, bool rounded)
+      : scale(__fdiv_rn(amax, 448.0f)), inverse(amax > 0 ? fminf(__fdiv_rn(448.0f, amax), FLT_MAX) : 0.0f) {
+    if (rounded && amax <= FLT_MAX) {
+      const uint32_t bits = rounded_scale_bits(__float_as_uint(scale));
+      scale = __uint_as_float(bits);
+      inverse = __uint_as_float(reciprocal_bits(bits));
+    }
+  }
+  float scale, inverse;
+};
 
 // e4m3, saturating, rounded to nearest even; the low 32 bits hold the first four.
 template <int kCount>

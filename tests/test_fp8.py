@@ -1,0 +1,214 @@
+"""The fp8 path: how rows are quantised, beside others' formulas; the ops that begin and end in fp8."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from programs import EPS, random, same_bits, within_one_rounding
+from ranks import outcome, workspace
+
+import tp_fused
+from tp_fused import partition, reference
+from tp_fused.native import _C
+
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+LATENT = (136, 40, 8)  # of which 18 tokens are few; q_a has a whole group of 128 and a part of one
+FEW = sum(LATENT) // 10
+HIDDEN = 208
+SIZES = {"max_num_tokens": 64, "hidden_size": HIDDEN, "latent_size": sum(LATENT), "dtype": torch.float32}
+
+# ---- the formula ----
+
+
+def some_rows() -> torch.Tensor:
+    """Of all magnitudes, with zeros, infinities and NaN among them."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(512, 256, generator=generator) * torch.exp2(torch.arange(512) / 2 - 140)[:, None]
+    rows[5, :128], rows[6, 3], rows[7, 200], rows[8] = 0, math.inf, math.nan, 3e38
+    return rows
+
+
+def test_rounded_scales_are_the_next_powers_of_two():
+    rows = some_rows()
+    q, scale = reference.quantize_e4m3(rows, round_scales=True)
+    exact = reference.quantize_e4m3(rows)[1]
+    finite = rows.view(512, 2, 128).abs().amax(-1).isfinite()
+    mantissa, exponent = torch.frexp(exact.double())
+    expected = torch.exp2((exponent - (mantissa == 0.5).int()).double()).clamp(min=2.0**-126)
+    expected[exact == 0] = 2.0**-126
+    assert torch.equal(scale[finite].double(), expected[finite])
+    assert torch.equal(scale[~finite].isnan(), exact[~finite].isnan())
+    divided = (rows.view(512, 2, 128) / scale[..., None]).clamp(-448, 448).to(E4M3).view(512, 256)
+    same = finite.repeat_interleave(128, 1)
+    assert torch.equal(q.float()[same], divided.float()[same])
+
+
+def test_beside_the_formulas_of_others():
+    """Which element and scale differ where, of rows as models have them: docs of `rs_rmsnorm_fp8` say which we follow.
+
+    DeepGEMM casts groups of 128: amax is at least 1e-4, the scale amax / 448, or that rounded up to a power of two,
+    and an element is multiplied by the scale's reciprocal. transformers' fine-grained quantiser divides by the scale.
+    """
+    rows = torch.randn(2048, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    grouped = rows.float().view(2048, 4, 128)
+    amax = grouped.abs().amax(-1).clamp(min=1e-4)
+    for rounded in (False, True):
+        q, scale = reference.quantize_e4m3(rows, round_scales=rounded)
+        theirs = amax / 448
+        theirs = torch.exp2(torch.ceil(torch.log2(theirs))) if rounded else theirs
+        assert torch.equal(scale, theirs)
+        by_reciprocal = (grouped * (1 / theirs)[..., None]).to(E4M3).view(2048, 512)
+        by_division = (grouped / theirs[..., None]).to(E4M3).view(2048, 512)
+        for other in (by_reciprocal, by_division):
+            differ = (q.view(torch.uint8) != other.view(torch.uint8)).double().mean().item()
+            assert differ == 0 if rounded else differ < 5e-4, differ  # by one step
+    small = torch.full((1, 128), 1e-7)
+    assert reference.quantize_e4m3(small)[1].item() == pytest.approx(1e-7 / 448)  # DeepGEMM: 1e-4 / 448
+
+
+# ---- the ops ----
+
+
+def arguments(num_tokens: int, dtype: torch.dtype, residual: str | None, device: str, complete: bool = False) -> list:
+    """Of mla_prologue_fp8, up to eps."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    made = [random(f"input {0 if complete else rank}", (num_tokens, HIDDEN), dtype), None]
+    if residual is not None:
+        full = random("residual", (num_tokens, HIDDEN), dtype)
+        own = partition.row_slice(num_tokens, rank, world_size)
+        made[1] = full if residual == "full" else full[own].clone()
+    made.append(random("norm", (HIDDEN,), dtype) + 1)
+    made.append(random("projection", (sum(LATENT), HIDDEN), torch.float32).to(E4M3))
+    made.append(random("weight scale", (2, 2), torch.float32).abs() * 0.1)
+    made += [random(f"latent norm {size}", (size,), torch.float32) + 1 for size in LATENT[:2]]
+    return [x if x is None else x.to(device) for x in made]
+
+
+def check_gathered(backend: str, device: str) -> None:
+    """Runs on a rank: rs_rmsnorm_ag_fp8."""
+    with workspace(backend, device, **SIZES):
+        for i, num_tokens in enumerate((0, 1, 2, 3, 50, 64)):
+            dtype = (BF16, torch.float16, torch.float32)[i % 3]
+            given = arguments(num_tokens, dtype, (None, "full", "slice")[i % 3], device)[:3]
+            options = {"group_size": (64, 128)[i % 2], "keep_output": i % 2 == 0, "round_scales": i > 3}
+            for layout in ("row", "column"):
+                q, scale, residual_out, output = tp_fused.rs_rmsnorm_ag_fp8(*given, EPS, scale_layout=layout, **options)
+                own = tp_fused.rs_rmsnorm_fp8(*given, EPS, **options)
+                same_bits((residual_out, output), own[2:])
+                same_bits((q, scale), [tp_fused.all_gather_rows(x, num_tokens) for x in own[:2]])
+                wanted = reference.empty_scale(num_tokens, HIDDEN, options["group_size"], layout, device)
+                assert scale.stride() == wanted.stride()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_quantised_rows_gathered(pool, backend, device, world_size):
+    pool.run(check_gathered, backend, device)
+
+
+def check_latent(backend: str, device: str) -> None:
+    """Runs on a rank: qkv_a_proj_ag_norm_fp8, beside its unfused program on the same product."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with workspace(backend, device, **SIZES):
+        for i, num_tokens in enumerate((0, 1, 2, 50, 64)):
+            *_, weight, weight_scale, q_norm, kv_norm = arguments(num_tokens, BF16, None, device)
+            norms = (q_norm, kv_norm) if i % 2 else (q_norm.to(BF16), kv_norm.to(BF16))
+            q, scale = reference.quantize_e4m3(random("rows", (num_tokens, HIDDEN), BF16).to(device))
+            for complete in (False, True):
+                own = slice(None) if complete else partition.row_slice(num_tokens, rank, world_size)
+                given = (q[own].contiguous(), scale[own].contiguous(), weight, weight_scale)
+                latent = tp_fused.qkv_a_proj_ag_fp8(*given, num_tokens, complete=complete)
+                expected = reference.split_and_norm(latent, *norms, EPS)
+                given = (*given, *norms, num_tokens, EPS)
+                q_a, no_scale, kv_a, k_pe = tp_fused.qkv_a_proj_ag_norm_fp8(*given, complete=complete)
+                compare = same_bits if device == "cpu" else lambda *both: within_one_rounding(*both, BF16)
+                compare((q_a, kv_a, k_pe), expected)
+                assert no_scale.shape == (0, 2)
+                for layout in ("row", "column"):
+                    options = {"scale_layout": layout, "complete": complete, "round_scales": i % 2 == 1}
+                    again = tp_fused.qkv_a_proj_ag_norm_fp8(*given, quantize_q_a=True, **options)
+                    same_bits(again[2:], (kv_a, k_pe))
+                    same_bits(again[:2], reference.quantize_e4m3(q_a, 128, layout, i % 2 == 1))
+                    assert again[1].stride() == reference.empty_scale(num_tokens, 136, 128, layout, device).stride()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_latent_norms_and_q_a_in_fp8(pool, backend, device, world_size):
+    pool.run(check_latent, backend, device)
+
+
+def two_ops(input, residual, norm_weight, weight, weight_scale, q_norm, kv_norm, complete, **options) -> tuple:
+    """What mla_prologue_fp8 promises to be."""
+    rounded = {"round_scales": options.get("round_scales", False)}
+    gathers = _C.gathers_normed_rows(len(input), len(weight), dist.get_world_size()) and not complete
+    if gathers:
+        q, scale, residual_out, _ = tp_fused.rs_rmsnorm_ag_fp8(input, residual, norm_weight, EPS, **rounded)
+    else:
+        made = tp_fused.rs_rmsnorm_fp8(input, residual, norm_weight, EPS, complete=complete, **rounded)
+        q, scale, residual_out, _ = made
+    latent = (q, scale, weight, weight_scale, q_norm, kv_norm, len(input), EPS)
+    return *tp_fused.qkv_a_proj_ag_norm_fp8(*latent, complete=gathers, **options), residual_out
+
+
+def check_prologue(backend: str, device: str) -> None:
+    """Runs on a rank."""
+    with workspace(backend, device, **SIZES):
+        for i, num_tokens in enumerate((0, 1, FEW, FEW + 1, 64)):
+            for complete in (False, True):
+                dtype = (BF16, torch.float16, torch.float32)[i % 3]
+                given = arguments(num_tokens, dtype, (None, "full", "slice")[i % 3], device, complete)
+                options = {"quantize_q_a": i % 2 == 1, "scale_layout": ("row", "column")[i // 2 % 2]}
+                options["round_scales"] = complete
+                outputs = tp_fused.mla_prologue_fp8(*given, EPS, complete=complete, **options)
+                same_bits(outputs, two_ops(*given, complete, **options))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_prologue_has_the_bits_of_its_ops(pool, backend, device, world_size):
+    pool.run(check_prologue, backend, device)
+
+
+def check_ops(backend: str, device: str, num_tokens: int) -> None:
+    """Runs on a rank. torch cannot compare fp8 inputs, so not all of opcheck; and compiled code has the same bits."""
+    torch._dynamo.reset()
+    with workspace(backend, device, **SIZES):
+        name = dist.group.WORLD.group_name
+        given = arguments(num_tokens, BF16, "slice", device)
+        utils = ("test_faketensor",)
+        for options in ({}, {"quantize_q_a": True, "scale_layout": "column"}):
+            op = torch.ops.tp_fused.mla_prologue_fp8.default
+            torch.library.opcheck(op, (*given, EPS, name), options, test_utils=utils)
+        op = torch.ops.tp_fused.rs_rmsnorm_ag_fp8.default
+        torch.library.opcheck(op, (*given[:3], EPS, name), {"keep_output": True}, test_utils=utils)
+        function = torch.compile(lambda *given: tp_fused.mla_prologue_fp8(*given, EPS), backend="aot_eager")
+        same_bits(function(*given), two_ops(*given, False))
+
+
+@pytest.mark.parametrize("num_tokens", [1, FEW + 1])
+@pytest.mark.parametrize("world_size", [2])
+def test_opcheck_and_compile(pool, backend, device, num_tokens, world_size):
+    pool.run(check_ops, backend, device, num_tokens)
+
+
+def refusals(device: str) -> list[str]:
+    """Runs on a rank: before anything is launched, so that the last call is as it should be."""
+    with workspace(device, device, timeout_s=10.0, **SIZES):
+        given, told = arguments(3, BF16, "full", device), []
+        for index, wrong in ((3, given[3].to(BF16)), (4, given[4][:1].contiguous()), (5, given[5].half())):
+            if dist.get_rank() == 0:
+                bad = [*given[:index], wrong, *given[index + 1 :]]
+                told.append(str(outcome(tp_fused.mla_prologue_fp8, *bad, EPS)[0]))
+        if dist.get_rank() == 0:
+            told.append(str(outcome(lambda: tp_fused.mla_prologue_fp8(*given, EPS, scale_layout="rows"))[0]))
+        same_bits(tp_fused.mla_prologue_fp8(*given, EPS), two_ops(*given, False))
+        return told
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_bad_arguments_are_told_before_anything_is_launched(pool, device, world_size):
+    assert pool.run(refusals, device)[0] == [
+        "qkv_a_weight must be one of torch.float8_e4m3fn, got torch.bfloat16",
+        "weight_scale must have shape (2, 2), got (1, 2)",
+        "q_a_norm_weight is torch.float16, expected torch.bfloat16",
+        'scale_layout must be "row" or "column", got \'rows\'',
+    ]
