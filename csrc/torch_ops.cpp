@@ -74,6 +74,19 @@ bool reduce_fp8(const ReduceCall& in, const Quantized& as, Results* results) {
   return run(in, launch, TPF_CUDA_OP(tpf_rs_rmsnorm_fp8_cuda), tpf_rs_rmsnorm_fp8_cpu);
 }
 
+bool all_gather_rows(const Value* arguments, Results* results) {
+  Call in;
+  const auto num_tokens = static_cast<int64_t>(arguments[1]);
+  if (!in.read(arguments[0], arguments[2], TPF_U8) || !in.fits(num_tokens, in.input.columns, in.dtype())) return false;
+  if (in.input.rows != in.own_rows(num_tokens).count) return false;
+  void* output;
+  if (!results->add(&output, in.input, num_tokens, in.input.columns, in.dtype())) return false;
+  const auto launch = [&](auto* op, auto... last) {
+    return op(output, in.input.data, in.team(), num_tokens, in.input.columns, in.dtype(), last...);
+  };
+  return run(in, launch, TPF_CUDA_OP(tpf_all_gather_rows_cuda), tpf_all_gather_rows_cpu);
+}
+
 bool reduce_and_gather_fp8(const ReduceCall& in, const Quantized& as, Value group_name, Results* results) {
   Results own, gathered;
   if (!reduce_fp8(in, {as.group_size, false, as.keep_output}, &own)) return false;
@@ -141,19 +154,6 @@ bool reduce_scatter_rows(const Value* arguments, Results* results) {
               in.variant, last...);
   };
   return run(in, launch, TPF_CUDA_OP(tpf_reduce_scatter_rows_cuda), tpf_reduce_scatter_rows_cpu);
-}
-
-bool all_gather_rows(const Value* arguments, Results* results) {
-  Call in;
-  const auto num_tokens = static_cast<int64_t>(arguments[1]);
-  if (!in.read(arguments[0], arguments[2], TPF_U8) || !in.fits(num_tokens, in.input.columns, in.dtype())) return false;
-  if (in.input.rows != in.own_rows(num_tokens).count) return false;
-  void* output;
-  if (!results->add(&output, in.input, num_tokens, in.input.columns, in.dtype())) return false;
-  const auto launch = [&](auto* op, auto... last) {
-    return op(output, in.input.data, in.team(), num_tokens, in.input.columns, in.dtype(), last...);
-  };
-  return run(in, launch, TPF_CUDA_OP(tpf_all_gather_rows_cuda), tpf_all_gather_rows_cpu);
 }
 
 namespace {
