@@ -26,7 +26,7 @@ help:
 	@echo "make fuzz          the C API under AddressSanitizer  ARGS=\"-max_total_time=600\""
 	@echo "make docs          the documents as a site, in site/"
 	@echo "make wheel         a wheel in dist/, to install on another machine"
-	@echo "make lint, format  the style of the code"
+	@echo "make lint, format  the style of the code, its types"
 	@echo
 	@echo "On a machine with GPUs, with its own Python, torch and nvcc:"
 	@echo "make gpu-demo, gpu-test, gpu-soak, gpu-sanitize, gpu-bench; gpu-multi with several GPUs"
@@ -96,8 +96,8 @@ $(VENV)/built: $(VENV)/packages $(VENV)/asked $(SOURCES)
 	  pathlib.Path(sysconfig.get_path('purelib'), 'tp_fused.pth').write_text('$(CURDIR)')"
 	touch $@
 
-# For this Python and architecture, and for a glibc and libstdc++ as new as this machine's; the hosted workflow
-# (.github/workflows/wheels.yml) builds those that older machines take, too. What earlier wheels left is not packed again.
+# For this Python, and for machines whose glibc and libstdc++ are as new as this one's: the hosted workflow
+# (.github/workflows/wheels.yml) builds those for older ones. Modules that have gone since the last wheel are not packed.
 wheel: $(VENV)/packages
 	rm -rf build/lib.* build/bdist.*
 	$(BIN)/python -m pip wheel . --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir $(WHEELS)
@@ -130,6 +130,8 @@ $(DOCS_VENV)/packages: docs/requirements.txt
 lint: $(VENV)/packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@echo "$(BIN)/clang-format --dry-run --Werror ..."; $(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/basedpyright --project pyproject.toml
 
 format: $(VENV)/packages
 	$(BIN)/ruff check --fix .

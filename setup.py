@@ -97,8 +97,8 @@ class CMakeBuild(build_ext):
             import pybind11
         except ImportError:
             raise SystemExit("tp_fused: pybind11 is needed: pip install pybind11") from None
-        cmake = shutil.which("cmake")
-        if cmake is None or shutil.which("ninja") is None:
+        cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+        if cmake is None or ninja is None:
             raise SystemExit("tp_fused: cmake and ninja are needed: pip install cmake ninja")
         check_cxx()
         package_dir = Path(self.get_ext_fullpath(extension.name)).resolve().parent
@@ -107,6 +107,8 @@ class CMakeBuild(build_ext):
         configure = [
             cmake,
             *("-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"),
+            # A kept build folder may remember the one of an environment that pip has removed since.
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DCMAKE_BUILD_TYPE=Release",

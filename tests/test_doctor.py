@@ -150,6 +150,22 @@ def test_pairs_without_peer_access_or_nvlink(monkeypatch):
     assert "CUDA_VISIBLE_DEVICES" in found["NVLink"].advice
 
 
+def test_links_that_nvml_does_not_know(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Invalid Argument")
+
+    with_cards(monkeypatch, 2, apart=[(0, 1)])
+    monkeypatch.setattr(nvml, "connect", lambda: (nvml.Nvml("580.95", fail, fail), ""))
+    assert by_check(doctor._cards())["peer access"].found == "not between 0-1"
+
+
+def test_a_driver_that_does_not_answer(monkeypatch):
+    with_cards(monkeypatch, 1)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 0)
+    found = by_check(doctor._cards())["driver"]
+    assert (found.state, found.found) == (doctor.FAILED, "none answers")
+
+
 def test_without_nvml_links_are_not_told(monkeypatch):
     with_cards(monkeypatch, 2, told=False)
     found = by_check(doctor._cards())

@@ -1,5 +1,6 @@
 """Wheels: what is in them, that they work where torch is alone, and that the build needs neither torch nor nvcc."""
 
+import ast
 import importlib.metadata
 import json
 import os
@@ -11,6 +12,8 @@ import venv
 from pathlib import Path
 
 import pytest
+
+from tp_fused.native import _C
 
 pytest.importorskip("pybind11", reason="the build needs pybind11")
 
@@ -137,7 +140,7 @@ def test_contents(installed):
     files = {str(file) for file in record.files if "__pycache__" not in file.parts}
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("tp_fused/**/*.py")}
     assert modules <= files
-    assert {"tp_fused/libtp_fused.so", "tp_fused/include/tp_fused.h", "tp_fused/py.typed"} <= files
+    assert {"tp_fused/libtp_fused.so", "tp_fused/include/tp_fused.h", "tp_fused/py.typed", "tp_fused/_C.pyi"} <= files
     assert [name for name in files if name.startswith("tp_fused/_C.")]
     strangers = [name for name in files if not name.startswith(("tp_fused/", "tp_fused-", "../../../bin/tp-fused"))]
     assert strangers == []
@@ -223,6 +226,24 @@ def test_another_python(checkout):
     )
     done = environment.run("-c", loads)
     assert done.stdout == "(3, 3)\n", done.stderr
+
+
+def names(body: list[ast.stmt]) -> dict[str, ast.stmt]:
+    """What a stub's module or class declares; dunders aside."""
+    named = {
+        getattr(node, "name", None) or node.target.id: node
+        for node in body
+        if hasattr(node, "target") or hasattr(node, "name")
+    }
+    return {name: node for name, node in named.items() if not name.startswith("_")}
+
+
+def test_the_stub_of_the_library_has_its_names():
+    stub = names(ast.parse((ROOT / "tp_fused/_C.pyi").read_text()).body)
+    assert set(stub) == {name for name in dir(_C) if not name.startswith("_")}
+    for name in ("Segment", "Caller", "Team"):
+        members = {member for member in dir(getattr(_C, name)) if not member.startswith("_")}
+        assert set(names(stub[name].body)) == members
 
 
 # ---- what cannot be built ----

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import numbers
 import reprlib
+from typing import Any
 
 import torch
 
@@ -52,16 +53,16 @@ def count(name: str, value, least: int = 0, most: int = LARGEST) -> None:
     """An integer from `least`, which is 0 or 1, to `most`."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {described(value)}")
-    if value < least:
+    if value < least:  # pyright: ignore[reportOperatorIssue]
         raise ValueError(f"{name} must {'be positive' if least else 'not be negative'}, got {value}")
-    if value > most:
+    if value > most:  # pyright: ignore[reportOperatorIssue]
         raise ValueError(f"{name}={value} is over {most}")
 
 
 def seconds(name: str, value) -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number of seconds, got {described(value)}")
-    if not value >= 0:
+    if not float(value) >= 0:
         raise ValueError(f"{name} must not be negative, got {value}")
 
 
@@ -249,7 +250,7 @@ def residual_rows(workspace, residual: torch.Tensor | None, input: torch.Tensor)
 def reduction(workspace, input: torch.Tensor, residual=None, **others: torch.Tensor) -> torch.Tensor | None:
     """The inputs of an op that reduces; returns this rank's rows of the residual."""
     rows("input", input)
-    capacity(workspace, input, *input.shape)
+    capacity(workspace, input, input.shape[0], input.shape[1])
     workspace.require_kernel_width(input.shape[1])
     residual = residual_rows(workspace, residual, input)
     kernel_vectors(workspace, input.shape[1], input=input, residual=residual, **others)
@@ -356,6 +357,6 @@ class Strange:
         return self.words
 
 
-def exchangeable(value):
+def exchangeable(value) -> Any:
     """The argument itself, or words for it."""
     return value if value is None or isinstance(value, _PLAIN) else Strange(described(value))

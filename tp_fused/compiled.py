@@ -14,6 +14,7 @@ import weakref
 
 import torch
 from torch._higher_order_ops import effects
+from torch.fx.node import has_side_effect
 
 _ops: list[torch._ops.OpOverload] = []  # those in order
 
@@ -29,7 +30,7 @@ def keep_order(op: torch._ops.OpOverload) -> None:
         register(op, ordered)
         _ops.append(op)
     # A graph without effects must not lose the call either: the other ranks wait for it.
-    torch.fx.node.has_side_effect(op)
+    has_side_effect(op)
 
 
 def tracing() -> None:

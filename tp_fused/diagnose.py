@@ -109,7 +109,7 @@ def diagnose(group: dist.ProcessGroup | None = None, timeout_s: float = 5.0) -> 
         seen = _seen_state(workspaces[token], rank) if token in workspaces and token not in told else {}
         closed = (rank == group.rank() or rank in posts) and not told
         answered = closed or token in told
-        states.append(_rank_state(rank, told.get(token, seen), answered, closed))
+        states.append(_rank_state(rank, told.get(token or "", seen), answered, closed))
     diagnosis = _judge(states, exchange.failure, timeout_s)
     if group.rank() == min((*posts, group.rank())):
         print(diagnosis, flush=True)
@@ -150,12 +150,13 @@ def _seen_state(workspace, rank: int) -> dict:
 
 
 def _rank_state(rank: int, state: dict, answered: bool, closed: bool) -> RankState:
-    record, call = state.get("record"), state.get("call")
+    record = state.get("record")
+    call = record["expected"] if record else state.get("call")
     return RankState(
         rank,
         answered,
         calls=record["call_number"] if record else state.get("calls"),
-        call=call_text(record["expected"] if record else call) if record or call else None,
+        call=call_text(call) if call else None,
         in_call=state.get("in_call"),
         fault=_words(record) if record else None,
         closed=closed or bool(state.get("closed")),
@@ -191,9 +192,10 @@ class _Exchange:
     def _exchange(self) -> None:
         try:
             store = dist.distributed_c10d._get_process_group_store(self._group)
-            if hasattr(store, "clone"):
+            clone = getattr(store, "clone", None)
+            if clone is not None:
                 with contextlib.suppress(NotImplementedError, RuntimeError):  # one written in Python has none
-                    store = store.clone()
+                    store = clone()
             # Groups of other ranks may have the same name, and the same store.
             ranks = "_".join(map(str, dist.get_process_group_ranks(self._group)))
             keys = [f"tp_fused/diagnose/{ranks}/{rank}" for rank in range(self._group.size())]
@@ -289,9 +291,9 @@ def _disagreement(first: dict, records: dict[int, dict]) -> tuple[str, set[int]]
     sides: dict[str, list[int]] = {}
     for rank in sorted(called):
         sides.setdefault(json.dumps(called[rank]), []).append(rank)
-    sides = sorted(sides.values(), key=lambda ranks: (len(ranks), -ranks[0]))
-    told = "; ".join(f"{_ranks(ranks)} called {call_text(called[ranks[0]])}" for ranks in sides)
-    return f"call #{first['call_number']}: {told}", {*sides[0]}
+    fewest_first = sorted(sides.values(), key=lambda ranks: (len(ranks), -ranks[0]))
+    told = "; ".join(f"{_ranks(ranks)} called {call_text(called[ranks[0]])}" for ranks in fewest_first)
+    return f"call #{first['call_number']}: {told}", {*fewest_first[0]}
 
 
 def _waited(records: dict[int, dict], number: int, but: set[int]) -> str:
@@ -303,8 +305,8 @@ def _waited(records: dict[int, dict], number: int, but: set[int]) -> str:
 def _no_fault(states: list[RankState]) -> tuple[str, set[int], str | None, int | None]:
     known = [state for state in states if state.calls is not None]
     inside = [state for state in known if state.in_call]
-    number = max((state.calls for state in inside), default=None)
-    behind = {state.rank for state in known if number is not None and state.calls < number}
+    number = max((state.calls or 0 for state in inside), default=None)
+    behind = {state.rank for state in known if number is not None and (state.calls or 0) < number}
     if not behind:
         return "no rank has met a fault", set(), None, None
     ahead = [state for state in inside if state.calls == number]

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.cuda.nccl
 import torch.distributed as dist
 
 from . import native, nvml
@@ -163,9 +164,11 @@ def _driver() -> list[Finding]:
         return []
     connected, why_not = nvml.connect()
     driver = f"{connected.driver}, " if connected else ""
-    serves, torchs = divmod(torch._C._cuda_getDriverVersion(), 1000), torch.version.cuda
-    serves = (serves[0], serves[1] // 10)
-    needed = tuple(map(int, torchs.split(".")[:2]))
+    number, torchs = torch._C._cuda_getDriverVersion(), torch.version.cuda  # pyright: ignore[reportAttributeAccessIssue]
+    if not number:
+        advice = "install NVIDIA's driver; start a container with the GPUs (docker run --gpus all)"
+        return [Finding("driver", FAILED, "none answers", advice)]
+    serves, needed = (number // 1000, number % 1000 // 10), tuple(map(int, torchs.split(".")[:2]))
     found = f"{driver}serves CUDA {serves[0]}.{serves[1]}, torch was built with {torchs}"
     findings = []
     if connected is None:
@@ -196,9 +199,9 @@ def _links(cards: list[int]) -> list[Finding]:
     apart, by_pcie = [], []
     for a, b in itertools.combinations(cards, 2):
         if not (torch.cuda.can_device_access_peer(a, b) and torch.cuda.can_device_access_peer(b, a)):
-            why = connected.status(uuids[a], uuids[b], nvml.P2P_READ) if connected else nvml.P2P_OK
-            apart.append(f"{a}-{b}" + (f" ({nvml.P2P_WHY_NOT.get(why, why)})" if why != nvml.P2P_OK else ""))
-        elif connected and connected.status(uuids[a], uuids[b], nvml.P2P_NVLINK) != nvml.P2P_OK:
+            why = connected.status(uuids[a], uuids[b], nvml.P2P_READ) if connected else None
+            apart.append(f"{a}-{b}" + (f" ({nvml.P2P_WHY_NOT.get(why, why)})" if why else ""))
+        elif connected and connected.status(uuids[a], uuids[b], nvml.P2P_NVLINK) not in (nvml.P2P_OK, None):
             by_pcie.append(f"{a}-{b}")
     found = f"not between {', '.join(apart)}" if apart else "between all GPUs"
     advice = "ranks on these get the reference backend; look at nvidia-smi topo -p2p r"

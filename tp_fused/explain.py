@@ -1,5 +1,7 @@
 """`tp_fused.explain`: what would run, and why."""
 
+from typing import Any
+
 import torch
 
 from . import checks, faults, native, partition, planning
@@ -87,14 +89,14 @@ def explain(
     return "\n".join(lines)
 
 
-def _explain_composed(op: str, num_tokens: int, complete: bool, asked: dict) -> str:
+def _explain_composed(op: str, num_tokens: int, complete: bool, asked: dict[str, Any]) -> str:
     """The two ops that this one is, and why these. asked: what else was asked of `explain`."""
     columns, world_size = asked["latent_size"], asked["world_size"]
     if asked["gpu"] is None:
         device = asked["device"] if asked["input"] is None else asked["input"].device
         workspace = get_workspace(resolve_group_name(asked["group"]), type_of(device))
         columns, world_size = workspace.latent_size, workspace.world_size
-    rest = asked | {"input": None}
+    rest = dict(asked, input=None)
     if op == "rs_rmsnorm_ag_fp8":
         way = "each rank quantises its own rows; these are gathered, and then their scales"
         parts = (explain("rs_rmsnorm_fp8", num_tokens, **asked), explain("all_gather_rows", num_tokens, **rest))

@@ -56,7 +56,7 @@ def _differences(expected: dict, seen: dict) -> tuple[str, str]:
     keys = [key for key in expected if expected[key] != seen[key]]
     if "op" in keys:  # the rest follows from it
         keys = ["op"] + (["num_tokens"] if "num_tokens" in keys else [])
-    return tuple(", ".join(words(call, key) for key in keys) for call in (expected, seen))
+    return ", ".join(words(expected, key) for key in keys), ", ".join(words(seen, key) for key in keys)
 
 
 def fault_from(record: dict, *others: dict) -> CollectiveFault:

@@ -62,7 +62,7 @@ def init(
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("tp_fused.init needs torch.distributed: call torch.distributed.init_process_group first")
-    group = process_group(group) if group is not None else dist.group.WORLD
+    group = process_group(group) if group is not None else default_group()
     device = str(device) if device is not None else default_type()
     device_type = device.split(":")[0]
     arguments = {
@@ -185,6 +185,10 @@ def _pinned_name(group: dist.ProcessGroup | str) -> str:
 def type_of(device: str | torch.device | None) -> torch.device:
     """The kind of device that is asked for; by default a GPU, where torch sees one."""
     return torch.device(checks.device(device).type if device is not None else default_type())
+
+
+def default_group() -> dist.ProcessGroup:
+    return dist.distributed_c10d._get_default_group()
 
 
 def default_type() -> str:

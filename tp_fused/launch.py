@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from .groups import default_group
 from .native import _C
 
 
@@ -101,15 +102,17 @@ class Place:
 def take_device(kind: str) -> Place:
     """On every rank of the default group, gloo's: this rank's card, shared where there are fewer cards than ranks."""
     if kind == "cpu":
-        return Place(torch.device("cpu"), dist.group.WORLD, 0)
+        return Place(torch.device("cpu"), default_group(), 0)
     cards = torch.cuda.device_count()
     local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
     ranks_per_card = -(-int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())) // cards)
     device = torch.device("cuda", local_rank % cards)
     torch.cuda.set_device(device)
-    return Place(device, dist.group.WORLD if ranks_per_card > 1 else _nccl_group(), ranks_per_card)
+    return Place(device, default_group() if ranks_per_card > 1 else _nccl_group(), ranks_per_card)
 
 
 @functools.cache
 def _nccl_group() -> dist.ProcessGroup:
-    return dist.new_group(backend="nccl")
+    group = dist.new_group(backend="nccl")
+    assert isinstance(group, dist.ProcessGroup)  # all ranks are in it
+    return group

@@ -64,7 +64,7 @@ def on_group_end(close) -> None:
             close(next(iter((*arguments, *named.values())), None))
             return _forget(*arguments, **named)
 
-        closing._tp_fused_close = close
+        closing._tp_fused_close = close  # pyright: ignore[reportAttributeAccessIssue]
         setattr(distributed_c10d, name, closing)
 
 

@@ -32,7 +32,7 @@ def symmetric(meeting: Meeting, num_bytes: int, device: torch.device):
     return tensor, meeting.rendezvous(tensor)
 
 
-def shared_segment(meeting: Meeting, bytes_per_rank: int):
+def shared_segment(meeting: Meeting, bytes_per_rank: int) -> _C.Segment:
     """One segment, mapped by all ranks of this host and nameless by the time this returns."""
     size = bytes_per_rank * meeting.world_size
 
@@ -58,6 +58,7 @@ def shared_segment(meeting: Meeting, bytes_per_rank: int):
     for rank, error in enumerate(errors):
         if error is not None:
             raise type(error)(f"rank {rank}: {error}. {_what_to_do(error, size)}, or use TP_FUSED_BACKEND=reference")
+    assert segment is not None
     return segment
 
 

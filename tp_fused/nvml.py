@@ -20,9 +20,15 @@ class Nvml:
     _handle: Callable
     _status: Callable
 
-    def status(self, uuid: str, other: str, index: int) -> int:
-        """What keeps two GPUs, by torch's uuids, from reading each other or from NVLink; P2P_OK: nothing."""
-        return int(self._status(self._handle(f"GPU-{uuid}"), self._handle(f"GPU-{other}"), index))
+    def status(self, uuid: str, other: str, index: int) -> int | None:
+        """What keeps two GPUs, by torch's uuids, from reading each other or from NVLink; P2P_OK: nothing.
+
+        None where NVML does not tell, as of parts of a GPU (MIG).
+        """
+        try:
+            return int(self._status(self._handle(f"GPU-{uuid}"), self._handle(f"GPU-{other}"), index))
+        except Exception:  # each package has its own
+            return None
 
 
 @functools.cache
@@ -30,7 +36,7 @@ def connect() -> tuple[Nvml | None, str]:
     """NVML, by way of cuda-python or pynvml; or None, and what keeps it from being there."""
     try:
         try:
-            from cuda.bindings import nvml
+            from cuda.bindings import nvml  # pyright: ignore[reportMissingImports]
 
             nvml.init_v2()
             version, handle, status = (
@@ -39,7 +45,7 @@ def connect() -> tuple[Nvml | None, str]:
                 nvml.device_get_p2p_status,
             )
         except ImportError:  # not installed, or without the numpy that it wants
-            import pynvml
+            import pynvml  # pyright: ignore[reportMissingImports]
 
             pynvml.nvmlInit()
             version, handle, status = (

@@ -47,12 +47,12 @@ def rms_norm(rows: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset
     return (normed * factors).to(rows.dtype)
 
 
-def scale_pitch(num_rows: int) -> int:
+def scale_pitch(num_rows: int | torch.SymInt) -> int:
     """Rows between two columns of a "column" scale tensor: padded to 16 bytes, as TMA loads want."""
     return -(-num_rows // 4) * 4
 
 
-def empty_scale(num_rows: int, hidden_size: int, group_size: int, layout: str, device) -> torch.Tensor:
+def empty_scale(num_rows: int | torch.SymInt, hidden_size: int, group_size: int, layout: str, device) -> torch.Tensor:
     """An uninitialised scale tensor [num_rows, groups] in either layout."""
     groups = -(-hidden_size // group_size)
     if layout == "row":

@@ -14,6 +14,9 @@ otherwise it raises what the others raised. When exchange n is done, every rank 
 deleted.
 """
 
+# torch's stub of Store knows neither bytes nor timeouts.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
+
 import contextlib
 import itertools
 import json

@@ -35,6 +35,7 @@ class Workspace:
         self.row_bytes: int = arguments["row_bytes"]
         self.device_index = torch.cuda.current_device() if device_type == "cuda" else None
         self.closed, self._end = False, ""
+        self.token = ""  # groups.py sets it: the same on all ranks, and no other workspace's
         self.on_close = lambda workspace: None  # groups.py sets it, and then forgets the workspace
         self._pid = os.getpid()
         self.caller = _C.Caller()
@@ -252,8 +253,8 @@ class Workspace:
             regions=regions,
             slot_bytes=slot_bytes,
             timeout_ns=int(self.timeout_s * 1e9),
-            max_ctas=self.max_ctas,
-            device=self.device_index,
+            max_ctas=self.max_ctas or 0,
+            device=torch.cuda.current_device(),
             mailbox=self._mailbox.data_ptr(),
             free_sms=self.share.free_sms,
             free_cluster_sms=self.share.free_cluster_sms,
@@ -263,6 +264,6 @@ class Workspace:
 
     def _symmetric_memory(self, meeting: Meeting, num_bytes: int) -> tuple[torch.Tensor, list[int]]:
         """torch's symmetric memory: this rank's tensor of bytes, and where every rank's is mapped here."""
-        tensor, handle = memory.symmetric(meeting, num_bytes, torch.device("cuda", self.device_index))
+        tensor, handle = memory.symmetric(meeting, num_bytes, torch.device(f"cuda:{self.device_index}"))
         self._symmetric.append((tensor, handle))
         return tensor, list(handle.buffer_ptrs)

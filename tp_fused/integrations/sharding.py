@@ -3,6 +3,10 @@
 `tp` is the `TensorParallel` of transformers.py, of which `rank` and `share` are asked.
 """
 
+# A submodule of torch.nn.Module may be a tensor, as far as annotations tell.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -9,6 +9,10 @@ weights. What is replaced is what lies between them: the embedding, the decoder 
 a partial sum and the residual travel instead of the hidden states.
 """
 
+# A submodule of torch.nn.Module may be a tensor, as far as annotations tell.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportPossiblyUnboundVariable=false, reportReturnType=false
+
 import contextlib
 import functools
 import inspect
