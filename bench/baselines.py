@@ -60,6 +60,7 @@ BASELINES = {
         _block_scaled_mm,
     ),
     "ag+norm": Baseline("qkv_a_proj_ag, then two RMSNorms and the split", empty=True),
+    "chain": Baseline("rs_rmsnorm, then qkv_a_proj_ag_norm", empty=True),
     "alone": Baseline("the fused op with nothing beside it", empty=True),
     "barrier": Baseline("a bare barrier of the ranks, fenced as for rows that were written", _on_cuda, empty=True),
 }

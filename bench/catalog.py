@@ -98,6 +98,15 @@ OPS = {
         ("dist", "twoshot", "oneshot", "own", "dist-rs", "own-rs"),
         ("dtype", "zero_copy", "compile", "latent", "kv_lora", "rope"),
     ),
+    "mla_prologue": Op(
+        """All that comes before MLA's attention in one call, against what engines do today, and against the chain.
+
+        Few tokens are gathered and multiplied by a share of the weight, of many each rank multiplies its own. Today,
+        bytes and right: as chain.
+        """,
+        ("dist", "twoshot", "oneshot", "own", "dist-rs", "own-rs", "chain"),
+        ("dtype", "zero_copy", "compile", "latent", "kv_lora", "rope"),
+    ),
     "beside_gemm": Op(
         """rs_rmsnorm with a matrix product beside it on another stream: what both together take. CUDA only.
 

@@ -22,6 +22,7 @@ LABELS = {
     "symm": "torch's symm_mem reduce-scatter alone",
     "gemm": "the product alone",
     "alone": "rs_rmsnorm alone",
+    "chain": "rs_rmsnorm, qkv_a_proj_ag_norm",
     "ag+norm": "qkv_a_proj_ag, then norms and split",
     "rs_rmsnorm": "rs_rmsnorm, without quantisation",
     "oneshot": "unfused, torch's one-shot all-reduce",

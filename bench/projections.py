@@ -1,4 +1,4 @@
-"""The cases that project: qkv_a_proj_ag in its three forms, and the chain from partial sums to latents."""
+"""The cases that project: qkv_a_proj_ag in its three forms, and from partial sums to latents."""
 
 import functools
 
@@ -255,6 +255,17 @@ class Chain(QkvAProjAgNorm):
         weight = self.latent * self.hidden * self.itemsize
         latents = self.num_tokens * self.latent * self.itemsize
         return self.reduction.memory_bytes + rows + self.context.world_size * (weight + latents)
+
+
+class MlaPrologue(Chain):
+    op = "mla_prologue"
+
+    def fused(self):
+        weights = (self.reduction.weight, self.weight, self.q_a_weight, self.kv_a_weight)
+        return OPS.mla_prologue(self.input, self.reduction.residual, *weights, EPS, self.group)
+
+    def baseline(self, name):
+        return Program(super().fused) if name == "chain" else super().baseline(name)
 
 
 class BesideGemm(RsRmsnorm):

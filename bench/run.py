@@ -25,6 +25,7 @@ CASES = {
         projections.QkvAProjAgFp8,
         projections.QkvAProjAgNorm,
         projections.Chain,
+        projections.MlaPrologue,
         projections.BesideGemm,
     )
 }

@@ -125,8 +125,9 @@ __device__ inline float warp_sum(float value) {
 // Of fp8 values whose largest magnitude is amax: their scale, and what they are multiplied by before they are rounded.
 // Finite for the smallest numbers, too: zeros beside them stay zeros.
 struct Fp8Scale {
-  __device__ Fp8Scale(float amax, bool rounded)
-      : scale(__fdiv_rn(amax, 448.0f)), inverse(amax > 0 ? fminf(__fdiv_rn(448.0f, amax), FLT_MAX) : 0.0f) {
+  __device__ Fp8Scale(float amax, bool rounded) {
+    scale = __fdiv_rn(amax, 448.0f);
+    inverse = amax > 0 ? fminf(__fdiv_rn(448.0f, amax), FLT_MAX) : 0.0f;
     if (rounded && amax <= FLT_MAX) {
       const uint32_t bits = rounded_scale_bits(__float_as_uint(scale));
       scale = __uint_as_float(bits);
