@@ -90,7 +90,7 @@ def convert(
     if max_num_tokens is not None:
         init(
             group,
-            max_num_tokens=max_num_tokens,
+            max_num_tokens=max(max_num_tokens, group.size()),  # tokens are compared by a row of each rank
             hidden_size=model.config.hidden_size,
             latent_size=layer_class.latent_size(model.config),
             dtype=model.lm_head.weight.dtype,

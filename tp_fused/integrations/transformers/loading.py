@@ -105,7 +105,8 @@ class _Weights:
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device):
         self.checkpoint, self.device = checkpoint, device
         self._sources: dict[torch.Tensor, _Stored | _Experts] = {}
-        missing, taken = [], set()
+        missing, taken, self._wide = [], set(), set()
+        wide = model._keep_in_fp32_modules_strict or ()  # in fp32 whatever the dtype of the model
         tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
         for name, tensor in tensors:
@@ -113,6 +114,8 @@ class _Weights:
             if source is not None:
                 self._sources.setdefault(tensor, source)
                 taken |= set(source.names)
+            if any(part in name for part in wide):
+                self._wide.add(tensor)
         for name, tensor in tensors:  # of tied weights, one is stored
             if name not in computed and tensor not in self._sources:
                 missing.append(name)
@@ -124,7 +127,8 @@ class _Weights:
             warnings.warn(f"{type(model).__name__} has no place for {_some(sorted(left))}: left", stacklevel=3)
 
     def read(self, tensor: torch.Tensor, *index: slice) -> torch.Tensor:
-        return self._sources[tensor].read(self.checkpoint, *index).to(self.device, tensor.dtype)
+        dtype = torch.float32 if tensor in self._wide else tensor.dtype
+        return self._sources[tensor].read(self.checkpoint, *index).to(self.device, dtype)
 
     def fill(self, model: PreTrainedModel) -> None:
         """Reads what is still to be read: the weights that every rank has whole."""
