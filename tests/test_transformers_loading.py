@@ -103,6 +103,23 @@ def test_one_file_with_the_experts_of_a_layer_in_one_tensor(pool, device, folder
     pool.run(compare, str(tmp_path), device)
 
 
+def kimi(folder: str, device: str) -> None:
+    """Runs on a rank."""
+    whole = make_model("kimi_k2", device)
+    model, _ = load_parallel(folder, max_num_tokens=64, timeout_s=20.0, device=device)
+    ids = make_ids((1, 9), device)
+    torch.testing.assert_close(model(ids).logits, whole(ids).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_the_class_is_what_config_json_names(pool, device, tmp_path):
+    """Kimi-K2 has a type that transformers does not know, and the class of DeepSeek-V3."""
+    make_model("kimi_k2").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "kimi_k2"}))
+    pool.run(kimi, str(tmp_path), device)
+
+
 # ---- what is refused ----
 
 
@@ -119,7 +136,8 @@ def load(folder: str, device: str) -> None:
         ("no files", r"has neither model.safetensors.index.json nor model.safetensors"),
         ("no weight", r"lacks model.layers.0.mlp.up_proj.weight, model.norm.weight, which LlamaForCausalLM has"),
         ("shape", r"model.norm.weight is \(55,\) in .*, expected \(56,\)"),
-        ("class", r"takes a .* of transformers, got .*GPT2"),
+        ("class", r"takes a DeepseekV2ForCausalLM, .*config.json names \['GPT2LMHeadModel'\]"),
+        ("no config", r"has no config.json"),
         ("quantised", "takes unquantised weights"),
     ],
 )
@@ -132,10 +150,11 @@ def test_what_cannot_be_loaded_raises_on_every_rank(pool, device, folders, tmp_p
     if case == "shape":
         state["model.norm.weight"] = state["model.norm.weight"][:55].clone()
     if case == "class":
-        config = dict(model_type="gpt2", n_layer=1, n_embd=16, n_head=2, vocab_size=8)
+        config["architectures"] = ["GPT2LMHeadModel"]
     if case == "quantised":
         config["quantization_config"] = {"quant_method": "fp8"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    if case != "no config":
+        (tmp_path / "config.json").write_text(json.dumps(config))
     if case != "no files":
         safetensors.torch.save_file(state, tmp_path / "model.safetensors")
     for outcome in pool.outcomes(load, str(tmp_path), device):

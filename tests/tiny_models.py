@@ -3,6 +3,7 @@
 import copy
 import os
 
+import tokenizers
 import torch
 import transformers
 
@@ -84,6 +85,8 @@ HEADS = {
         | dict(use_sliding_window=True, sliding_window=6, max_window_layers=1),
     ),
 }
+# Python 3.10 gets an older release of transformers, which lacks some.
+OTHER_MLA = {kind: model for kind, model in OTHER_MLA.items() if hasattr(transformers, f"{model[0]}ForCausalLM")}
 
 
 def make_model(kind: str, device: str = "cpu", **changes) -> transformers.PreTrainedModel:
@@ -107,6 +110,15 @@ def make_model(kind: str, device: str = "cpu", **changes) -> transformers.PreTra
             if "correction_bias" in name:
                 buffer.uniform_(0.0, 0.2)
     return model
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A token for each of VOCAB_SIZE words."""
+    words = ["<unk>", "who", "are", "you", *map(str, range(VOCAB_SIZE - 4))]
+    model = tokenizers.models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
 def make_ids(shape, device: str = "cpu") -> torch.Tensor:

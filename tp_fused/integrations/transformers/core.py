@@ -150,14 +150,15 @@ def check_model(model, world_size: int) -> None:
 
 def _device(model) -> torch.device:
     """The one that all parameters are on. Checks their dtypes, too."""
-    devices, dtypes = {p.device for p in model.parameters()}, {p.dtype for p in model.parameters()}
-    norms = {p.dtype for name, p in model.named_parameters() if name.endswith("norm.weight")}
-    if norms == {torch.float32}:  # the ops take fp32 norm weights beside rows of any dtype
-        dtypes = {p.dtype for name, p in model.named_parameters() if not name.endswith("norm.weight")}
-    if len(devices) != 1 or len(dtypes) != 1:
-        raise ValueError(
-            f"the model's parameters must share one device and dtype, got {', '.join(map(str, devices | dtypes))}"
-        )
+    named = dict(model.named_parameters())
+    # Those that the ops apply, which may be in fp32 beside rows of any dtype; attention's own norms may not.
+    norms = {name for name in named if name.endswith(("layernorm.weight", "model.norm.weight"))}
+    devices = {parameter.device for parameter in named.values()}
+    dtypes = {parameter.dtype for name, parameter in named.items() if name not in norms}
+    norm_dtypes = {named[name].dtype for name in norms}
+    if len(devices) != 1 or len(dtypes) != 1 or norm_dtypes not in (dtypes, {torch.float32}):
+        found = ", ".join(map(str, devices | dtypes | norm_dtypes))
+        raise ValueError(f"the model's parameters must share one device and dtype, but for norms in fp32; got {found}")
     device = devices.pop()
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"the model is on {device}; load its weights on cpu or cuda first, or use load_parallel")

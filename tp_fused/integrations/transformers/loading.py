@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ...groups import type_of
-from .core import check_model, convert, resolve_group
+from .core import FAMILIES, check_model, convert, resolve_group
 from .sharding import Shards
 from .tensor_parallel import TensorParallel
 
@@ -42,12 +43,13 @@ def load_parallel(
     """
     group = resolve_group(group)
     device = _with_index(type_of(None) if device is None else torch.device(device))
-    checkpoint = Checkpoint(Path(folder))
-    config = AutoConfig.from_pretrained(folder)
+    folder = Path(folder)
+    config = _config(folder)
+    checkpoint = Checkpoint(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.get_default_dtype())
     check_model(model, group.size())
-    if (Path(folder) / "generation_config.json").is_file():
+    if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     weights = _Weights(model, checkpoint, device)
     # Its tables are computed, not stored.
@@ -65,6 +67,19 @@ def load_parallel(
     )
     weights.fill(model)
     return model, tp
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    """By the model's class: Kimi-K2's config.json names a type of its own, and DeepSeek-V3's class."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json")
+    named = json.loads((folder / "config.json").read_text()).get("architectures")
+    name = next((name for name in named or () if name in FAMILIES), None)
+    if name is None:
+        raise ValueError(f"load_parallel takes a {', '.join(FAMILIES)}, and {folder / 'config.json'} names {named}")
+    if not hasattr(transformers, name):
+        raise ValueError(f"transformers {transformers.__version__} has no {name}, which {folder / 'config.json'} names")
+    return getattr(transformers, name).config_class.from_pretrained(folder)
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -19,9 +19,7 @@ class LatentProjection(nn.Module):
         super().__init__()
         self.weight = frozen(torch.cat([shards.read(linear.weight) for linear in replicated]))
         biases = [
-            torch.zeros_like(self.weight[: linear.out_features, 0])
-            if linear.bias is None
-            else shards.read(linear.bias)
+            torch.zeros_like(self.weight[: linear.out_features, 0]) if linear.bias is None else shards.read(linear.bias)
             for linear in replicated
         ]
         self.bias = frozen(torch.cat(biases)) if any(linear.bias is not None for linear in replicated) else None
