@@ -1,7 +1,10 @@
 """The decoders beside DeepSeek-V2 and V3 that `parallelize` takes, against the unsharded model in one process."""
 
+import collections
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers", reason="needs transformers (the test extra)")
 
@@ -37,6 +40,37 @@ def differences(kind: str, device: str) -> dict[str, float]:
 def test_logits_equal_the_unsharded_model(pool, device, world_size, kind):
     for found in pool.run(differences, kind, device):
         assert max(found.values()) < 1e-4
+
+
+class Counter(TorchDispatchMode):
+    """Counts the calls of tp_fused's ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "tp_fused":
+            self.calls[function._opname] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def called_ops(kind: str, device: str) -> dict[str, int]:
+    """Runs on a rank: the ops of one forward of three layers."""
+    _, model, tp = make_both(kind, None, device)
+    tp.check_tokens = "never"
+    with Counter() as counter:
+        model(make_ids((2, 13), device))
+    return dict(counter.calls)
+
+
+@pytest.mark.parametrize("kind", [*OTHER_MLA, *HEADS])
+@pytest.mark.parametrize("world_size", [2])
+def test_what_the_how_to_says_is_called(pool, device, kind):
+    prologue = ["rs_rmsnorm", "qkv_a_proj_ag_norm"] if kind.startswith("glm") else ["mla_prologue"]
+    expected = collections.Counter(dict.fromkeys(["rs_rmsnorm_ag"] if kind in HEADS else prologue, 3))
+    expected["rs_rmsnorm_ag"] += 3 + 1  # before the MLPs, and the final norm
+    assert pool.run(called_ops, kind, device) == [expected] * 2
 
 
 def local_heads(kind: str, device: str) -> list[tuple[int, int]]:

@@ -138,6 +138,7 @@ def load(folder: str, device: str) -> None:
         ("shape", r"model.norm.weight is \(55,\) in .*, expected \(56,\)"),
         ("class", r"takes a DeepseekV2ForCausalLM, .*config.json names \['GPT2LMHeadModel'\]"),
         ("no config", r"has no config.json"),
+        ("fp8", r"model.layers.2.mlp.up_proj.weight is F8_E4M3 in .*, expected one of F64, F32, F16, BF16"),
         ("quantised", "takes unquantised weights"),
     ],
 )
@@ -149,6 +150,9 @@ def test_what_cannot_be_loaded_raises_on_every_rank(pool, device, folders, tmp_p
         del state["model.norm.weight"], state["model.layers.0.mlp.up_proj.weight"]
     if case == "shape":
         state["model.norm.weight"] = state["model.norm.weight"][:55].clone()
+    if case == "fp8":
+        name = "model.layers.2.mlp.up_proj.weight"
+        state[name] = state[name].to(torch.float8_e4m3fn)
     if case == "class":
         config["architectures"] = ["GPT2LMHeadModel"]
     if case == "quantised":

@@ -11,7 +11,7 @@ from ...groups import init
 from .heads import HeadsLayer
 from .layers import DecoderLayer, FinalNorm, VocabParallelEmbedding
 from .mla import LatentAttentionLayer
-from .sharding import Shards, read_memory
+from .sharding import Shards
 from .tensor_parallel import TensorParallel
 
 # By name: transformers imports a model's file when its class is asked for, and older releases lack some.
@@ -69,10 +69,9 @@ def parallelize(
     group = resolve_group(group)
     check_model(model, group.size())
     device = _device(model)
-    shards = Shards(group.rank(), group.size(), read_memory)
     return convert(
         model,
-        shards,
+        Shards(group.rank(), group.size()),
         group,
         device,
         max_num_tokens=max_num_tokens,

@@ -17,6 +17,8 @@ from .core import FAMILIES, check_model, convert, resolve_group
 from .sharding import Shards
 from .tensor_parallel import TensorParallel
 
+_FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors; what is narrower is quantised, and its scales are elsewhere
+
 
 def load_parallel(
     folder: str | Path,
@@ -87,7 +89,7 @@ def _with_index(device: torch.device) -> torch.device:
 
 
 class Checkpoint:
-    """The safetensors files of a folder. A tensor is read in parts; a file is opened when the first is asked for."""
+    """The safetensors files of a folder. A tensor is read in parts."""
 
     def __init__(self, folder: Path):
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
@@ -101,8 +103,13 @@ class Checkpoint:
         self._opened = {}
         self.folder, self.names = folder, set(self._files)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+    def require(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises where the tensor is not one of floats, or has another shape."""
+        stored = self._slice(name)
+        if tuple(stored.get_shape()) != shape:
+            raise ValueError(f"{name} is {tuple(stored.get_shape())} in {self.folder}, expected {shape}")
+        if stored.get_dtype() not in _FLOATS:
+            raise ValueError(f"{name} is {stored.get_dtype()} in {self.folder}, expected one of {', '.join(_FLOATS)}")
 
     def read(self, name: str, *index: slice) -> torch.Tensor:
         return self._slice(name)[index or (slice(None),)]
@@ -119,21 +126,19 @@ class _Weights:
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device):
         self.checkpoint, self.device = checkpoint, device
-        self._sources: dict[torch.Tensor, _Stored | _Experts] = {}
-        missing, taken, self._wide = [], set(), set()
+        self._sources: dict[torch.Tensor, tuple[_Stored | _Experts, torch.dtype]] = {}
         wide = model._keep_in_fp32_modules_strict or ()  # in fp32 whatever the dtype of the model
-        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        tensors = [(name, tensor) for name, tensor in tensors if name not in computed]
+        taken = set()
         for name, tensor in tensors:
-            source = None if name in computed else _find(checkpoint, name, tensor)
+            source = _find(checkpoint, name, tensor)
             if source is not None:
-                self._sources.setdefault(tensor, source)
+                dtype = torch.float32 if any(part in name for part in wide) else tensor.dtype
+                self._sources.setdefault(tensor, (source, dtype))
                 taken |= set(source.names)
-            if any(part in name for part in wide):
-                self._wide.add(tensor)
-        for name, tensor in tensors:  # of tied weights, one is stored
-            if name not in computed and tensor not in self._sources:
-                missing.append(name)
+        missing = [name for name, tensor in tensors if tensor not in self._sources]  # of tied weights, one is stored
         if missing:
             raise ValueError(f"{checkpoint.folder} lacks {_some(missing)}, which {type(model).__name__} has")
         ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
@@ -142,8 +147,8 @@ class _Weights:
             warnings.warn(f"{type(model).__name__} has no place for {_some(sorted(left))}: left", stacklevel=3)
 
     def read(self, tensor: torch.Tensor, *index: slice) -> torch.Tensor:
-        dtype = torch.float32 if tensor in self._wide else tensor.dtype
-        return self._sources[tensor].read(self.checkpoint, *index).to(self.device, dtype)
+        source, dtype = self._sources[tensor]
+        return source.read(self.checkpoint, *index).to(self.device, dtype)
 
     def fill(self, model: PreTrainedModel) -> None:
         """Reads what is still to be read: the weights that every rank has whole."""
@@ -201,8 +206,7 @@ def _find(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> _Stored | 
     for stored in source.names:
         if stored not in checkpoint.names:
             return None
-        if checkpoint.shape(stored) != expected:
-            raise ValueError(f"{stored} is {checkpoint.shape(stored)} in {checkpoint.folder}, expected {expected}")
+        checkpoint.require(stored, expected)
     return source
 
 

@@ -36,7 +36,7 @@ class TensorParallel:
         }
         self.way = way
         self._same_tokens = SameTokens(check_tokens)
-        self.workspace  # noqa: B018  raises where there is none
+        get_workspace(group.group_name, device)  # raises where there is none
 
     def __deepcopy__(self, memo) -> "TensorParallel":
         """A copied model's ranks are the same."""
