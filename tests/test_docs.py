@@ -30,10 +30,19 @@ def first_cells(text: str) -> set[str]:
     return set(re.findall(r"`(\w[\w ]*)`", "".join(re.findall(r"^\|([^|]*)\|", text, re.MULTILINE))))
 
 
-def run_on_two_ranks(script: Path, program: str) -> str:
+def run_on_two_ranks(script: Path, program: str, *arguments: str) -> str:
     """What it prints."""
     script.write_text(program + "\ndist.destroy_process_group()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        *arguments,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}  # its tensors are the CPU's
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -57,6 +66,17 @@ def test_the_programs_run(tmp_path):
 def test_the_prologue_s_program_runs(tmp_path):
     (program,) = programs("docs/how-to/mla_prologue.md", "python")
     assert run_on_two_ranks(tmp_path / "use.py", program).count("mla_prologue: all ranks take all 1 normed rows") == 2
+
+
+def test_the_programs_on_transformers_run(tmp_path):
+    pytest.importorskip("transformers", reason="needs transformers (the test extra)")
+    from tiny_models import make_model, make_tokenizer
+
+    make_model("v3").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    first, second = programs("docs/how-to/transformers.md", "python")
+    printed = run_on_two_ranks(tmp_path / "use.py", first + second, str(tmp_path / "model"))
+    assert printed.startswith("who are you ") and len(printed.split()) == 3 + 8
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")

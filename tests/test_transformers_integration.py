@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import os
 
 import pytest
 import torch
@@ -13,14 +12,8 @@ from tp_fused import partition
 
 pytest.importorskip("transformers", reason="needs transformers (the test extra)")
 
-from transformers import (
-    DeepseekV2Config,
-    DeepseekV2ForCausalLM,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from tiny_models import DEEPSEEK, MLA_SIZES, VOCAB_SIZE, make_both, make_ids, make_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tp_fused.integrations.transformers import parallelize
 
@@ -29,70 +22,6 @@ pytestmark = pytest.mark.preload(
 )
 
 WAYS = ("all_reduce", "transport", "fused")
-VOCAB_SIZE = 61  # what 2, 3 and 4 ranks cannot share out evenly; so are the heads and the columns below
-SIZES = dict(
-    vocab_size=VOCAB_SIZE,
-    hidden_size=56,
-    intermediate_size=50,
-    moe_intermediate_size=28,
-    num_hidden_layers=3,
-    num_attention_heads=7,
-    num_key_value_heads=7,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_shared_experts=1,
-    first_k_dense_replace=1,
-    kv_lora_rank=16,
-    qk_rope_head_dim=8,
-    qk_nope_head_dim=16,
-    v_head_dim=12,
-    bos_token_id=None,
-    eos_token_id=None,
-)
-MODELS = {
-    "v3": (DeepseekV3ForCausalLM, DeepseekV3Config, dict(q_lora_rank=24, n_group=2, topk_group=1)),
-    # With a bias the latent norms do not fuse into the projection.
-    "v3_bias": (
-        DeepseekV3ForCausalLM,
-        DeepseekV3Config,
-        dict(q_lora_rank=24, n_group=1, topk_group=1, attention_bias=True),
-    ),
-    "v2": (DeepseekV2ForCausalLM, DeepseekV2Config, dict(q_lora_rank=24, mlp_bias=True)),
-    "v2_lite": (DeepseekV2ForCausalLM, DeepseekV2Config, dict(q_lora_rank=None)),
-}
-
-
-def make_model(kind: str, device: str = "cpu", **changes):
-    """The same weights on every rank; none of them, norms and biases included, is one that could be left out."""
-    model_class, config_class, own = MODELS[kind]
-    torch.manual_seed(1)
-    model = model_class(config_class(**{**SIZES, **own, **changes})).to(device).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=1.0 if "embed" in name else parameter.shape[-1] ** -0.5)
-            elif "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(std=0.3)
-    return model
-
-
-def make_ids(shape, device: str = "cpu") -> torch.Tensor:
-    return torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(2)).to(device)
-
-
-def make_both(kind: str, backend: str | None, device: str, max_num_tokens: int = 64, **changes):
-    """On a rank: the unsharded model, a parallelized copy and what `parallelize` returned."""
-    if backend is None:
-        os.environ.pop("TP_FUSED_BACKEND", None)
-    else:
-        os.environ["TP_FUSED_BACKEND"] = backend
-    whole = make_model(kind, device, **changes)
-    model = copy.deepcopy(whole)
-    return whole, model, parallelize(model, max_num_tokens=max_num_tokens, timeout_s=20.0)
-
-
 # ---- logits ----
 
 
@@ -111,7 +40,7 @@ def differences(kind: str, backend: str, device: str, shape) -> dict[str, float]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (2, 13)], ids=str)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", DEEPSEEK)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_logits_equal_the_unsharded_model(pool, backend, device, world_size, kind, shape):
     for found in pool.run(differences, kind, backend, device, shape):
@@ -132,7 +61,7 @@ def generate(kind: str, device: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", DEEPSEEK)
 @pytest.mark.parametrize("world_size", [3])
 def test_generate_equals_the_unsharded_model(pool, device, kind, way):
     pool.run(generate, kind, device, way)
@@ -200,7 +129,7 @@ def shares(device: str) -> tuple:
     _, model, _ = make_both("v3", None, device)
     dense, sparse = model.model.layers[0], model.model.layers[1]
     experts = sparse.mlp.experts
-    heads = dense.self_attn.kv_b_proj.weight.shape[0] // (SIZES["qk_nope_head_dim"] + SIZES["v_head_dim"])
+    heads = dense.self_attn.kv_b_proj.weight.shape[0] // (MLA_SIZES["qk_nope_head_dim"] + MLA_SIZES["v_head_dim"])
     assert heads == dense.self_attn.num_heads
     assert experts.gate_up_proj.shape[1] == 2 * experts.down_proj.shape[2]
     return heads, dense.mlp.down_proj.in_features, experts.down_proj.shape[2], dense.latent.weight.shape[0]
@@ -237,8 +166,7 @@ def test_a_dropped_partial_sum_shows(pool, device, way):
 def refuse(case: str, device: str) -> None:
     """Runs on a rank: raises what `parallelize` or the forward raises."""
     if case == "class":
-        small = dict(num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2, vocab_size=8)
-        parallelize(LlamaForCausalLM(LlamaConfig(**small)), max_num_tokens=8)
+        parallelize(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=8)), max_num_tokens=8)
     if case == "heads":
         parallelize(make_model("v3", device, num_attention_heads=2, num_key_value_heads=2), max_num_tokens=8)
     if case == "dtypes":
@@ -270,9 +198,9 @@ def refuse(case: str, device: str) -> None:
 @pytest.mark.parametrize(
     ("case", "error", "message"),
     [
-        ("class", ValueError, "takes a DeepseekV2ForCausalLM or DeepseekV3ForCausalLM, got .*Llama"),
+        ("class", ValueError, "takes a DeepseekV2ForCausalLM, .*, got .*GPT2"),
         ("heads", ValueError, "3 ranks are more than num_attention_heads=2"),
-        ("dtypes", ValueError, "must share one device and dtype, got .*float"),
+        ("dtypes", ValueError, "must share one device and dtype, .* got .*float"),
         ("meta", ValueError, "the model is on meta"),
         ("group", ValueError, "has no workspace for .* tensors; call tp_fused.init"),
         ("way", ValueError, "way must be one of all_reduce, transport, fused, got 'fusd'"),

@@ -1,0 +1,125 @@
+"""Ranks that feed different tokens to a parallelized model: told, on every rank, before anything is computed."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("transformers", reason="needs transformers (the test extra)")
+
+from tiny_models import make_both, make_ids, make_model
+
+from tp_fused.faults import CollectiveFault
+from tp_fused.integrations.transformers import parallelize
+
+
+def feed(case: str, device: str, way: str) -> None:
+    """Runs on a rank: the last rank feeds something else."""
+    _, model, tp = make_both("llama", None, device, max_num_tokens=16)
+    tp.way = way
+    ids, odd = make_ids((2, 6), device), dist.get_rank() == dist.get_world_size() - 1
+    mask, positions = torch.ones_like(ids), torch.arange(6, device=device).expand(2, 6)
+    if case == "cache":
+        past = model(ids[:, :5], use_cache=True).past_key_values
+        tp.check_tokens = "first"
+        model(ids[:, 5:], past_key_values=None if odd else past)
+    if case == "ids" and odd:
+        ids = ids.flip(1)
+    if case == "mask" and odd:
+        mask[1, 0] = 0
+    if case == "positions" and odd:
+        positions = positions + 1
+    if case == "shape" and odd:
+        ids, mask, positions = ids.reshape(3, 4), mask.reshape(3, 4), positions.reshape(3, 4)
+    if case == "too many" and odd:
+        ids, mask, positions = ids.repeat(3, 1), mask.repeat(3, 1), positions.repeat(3, 1)
+    model(ids, attention_mask=mask, position_ids=positions)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("ids", r"different input_ids: ranks 0, 1: checksum (\w{8}); rank 2: checksum (?!\1)"),
+        ("mask", r"different attention_mask: ranks 0, 1: .*; rank 2: "),
+        ("positions", r"different position_ids: ranks 0, 1: .*; rank 2: "),
+        ("shape", r"different shapes of tokens: ranks 0, 1: \(2, 6\); rank 2: \(3, 4\)"),
+        ("too many", r"different shapes of tokens: ranks 0, 1: \(2, 6\); rank 2: \(6, 6\)"),
+        ("cache", r"different cached lengths: ranks 0, 1: 5; rank 2: 0"),
+    ],
+)
+@pytest.mark.parametrize("way", ["all_reduce", "fused"])
+@pytest.mark.parametrize("world_size", [3])
+def test_different_tokens_are_told_on_every_rank(pool, device, way, case, message):
+    for outcome in pool.outcomes(feed, case, device, way):
+        with pytest.raises(ValueError, match=message):
+            raise outcome
+
+
+def forwards(when: str, device: str) -> list[bool]:
+    """Runs on a rank: which of three forwards, the first of them right, was refused; and that the fourth is right."""
+    whole, model, tp = make_both("llama", None, device)
+    tp.check_tokens = when
+    ids = make_ids((1, 9), device)
+    refused = []
+    for shift in (0, 1, 1):
+        try:
+            model(ids.roll(shift * dist.get_rank(), 1))
+            refused.append(False)
+        except ValueError:
+            refused.append(True)
+    torch.testing.assert_close(model(ids).logits, whole(ids).logits, atol=1e-4, rtol=0)
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("when", "refused"),
+    [("first", [False] * 3), ("always", [False, True, True]), ("never", [False] * 3)],
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_when_tokens_are_compared(pool, device, when, refused):
+    assert pool.run(forwards, when, device) == [refused] * 2
+
+
+def count_later(device: str) -> str:
+    """Runs on a rank: another number of tokens on one rank, when tokens are not compared any more."""
+    _, model, _ = make_both("llama", None, device)
+    model(make_ids((1, 9), device))
+    try:
+        model(make_ids((1, 9 + dist.get_rank()), device))
+        if device == "cuda":
+            torch.cuda.synchronize()
+            model(make_ids((1, 9), device))
+    except CollectiveFault as fault:
+        return str(fault)
+    return ""
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_another_number_of_tokens_is_always_told(pool, device):
+    for said in pool.run(count_later, device):
+        assert "num_tokens=9" in said and "num_tokens=10" in said
+
+
+def word(device: str) -> None:
+    """Runs on a rank."""
+    parallelize(make_model("llama", device), max_num_tokens=8, check_tokens="sometimes")
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_time_that_is_none(pool, device):
+    for outcome in pool.outcomes(word, device):
+        with pytest.raises(ValueError, match="check_tokens must be one of first, always, never, got 'sometimes'"):
+            raise outcome
+
+
+def few_tokens(device: str) -> torch.Tensor:
+    """Runs on a rank: a workspace for fewer tokens than there are ranks."""
+    *_, before = make_both("llama", None, device)
+    before.workspace.close()  # or the one that is made next would have its sizes
+    _, model, _ = make_both("llama", None, device, max_num_tokens=1)
+    return model(make_ids((1, 1), device)).logits
+
+
+@pytest.mark.parametrize("world_size", [3])
+def test_fewer_tokens_than_ranks(pool, device):
+    logits = pool.run(few_tokens, device)
+    assert all(torch.equal(logits[0], other) for other in logits)

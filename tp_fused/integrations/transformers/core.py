@@ -1,0 +1,164 @@
+"""`parallelize`: what is checked, and what replaces what."""
+
+import functools
+import inspect
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from ...groups import init
+from .heads import HeadsLayer
+from .layers import DecoderLayer, FinalNorm, VocabParallelEmbedding
+from .mla import LatentAttentionLayer
+from .sharding import Shards
+from .tensor_parallel import TensorParallel
+
+# By name: transformers imports a model's file when its class is asked for, and older releases lack some.
+FAMILIES: dict[str, type[DecoderLayer]] = {
+    "DeepseekV2ForCausalLM": LatentAttentionLayer,
+    "DeepseekV3ForCausalLM": LatentAttentionLayer,
+    "DeepseekV32ForCausalLM": LatentAttentionLayer,
+    "Glm4MoeLiteForCausalLM": LatentAttentionLayer,
+    "GlmMoeDsaForCausalLM": LatentAttentionLayer,
+    "LlamaForCausalLM": HeadsLayer,
+    "MistralForCausalLM": HeadsLayer,
+    "Qwen2ForCausalLM": HeadsLayer,
+    "Qwen3ForCausalLM": HeadsLayer,
+}
+
+
+def parallelize(
+    model: PreTrainedModel,
+    group: dist.ProcessGroup | None = None,
+    *,
+    max_num_tokens: int | None = None,
+    way: str = "fused",
+    timeout_s: float = 30.0,
+    check_tokens: str = "first",
+) -> TensorParallel:
+    """Shards an unsharded decoder of transformers over `group`, in place, and runs its forward on the ops.
+
+        before: all_reduce(x); residual += x; h = rms_norm(residual); latent = h @ qkv_a.T      on all tokens
+        after:  mla_prologue                                                                    on this rank's tokens
+
+    model: a DeepSeek-V2, V3 or V3.2, a Kimi-K2 (V3's class), a Glm4MoeLite (GLM-4.7-Flash) or GlmMoeDsa (GLM-5), with
+    multi-head latent attention; or a Llama, Mistral, Qwen2 or Qwen3, which run `rs_rmsnorm_ag` at both boundaries.
+
+    Collective: every rank calls it with the same model. Attention is split by heads, the MLPs, shared and routed
+    experts by intermediate columns, the embedding by vocabulary, all as `torch.tensor_split` does, so that the sizes
+    need not divide. Where ranks are more than key-value heads, several ranks hold the same one. The latent projections,
+    and those of a sparse-attention indexer, are one replicated weight; norms, router and lm_head stay whole. With
+    q_lora_rank=None (V2-Lite) the queries need every normalised row, and only the kv latent is scattered.
+
+    max_num_tokens: the most tokens (batch times length) of any forward; makes the group's workspace, with this
+    timeout_s, and replaces the one it has. None: the group's own workspace serves. way: see `TensorParallel`.
+
+    Afterwards every rank must call the model with the same tokens, and gets all logits. check_tokens: when the ranks
+    compare their tokens, masks, positions and cached lengths, and raise ValueError, on all of them, where they differ:
+    in the "first" forward, "always" or "never". On a GPU a comparison waits for its result. A forward with another
+    number of tokens than a peer's is always told, by the ops.
+
+    It is for inference: weights no longer require gradients, `output_hidden_states` raises. So does `save_pretrained`:
+    what is left on a rank are its shards. `copy.deepcopy` copies these, and shares the group.
+
+    Raises ValueError, before anything is changed, when the model is of another class, quantised, of mixed dtypes (norms
+    in fp32 are taken), on several devices or not on the workspace's, or has fewer heads than there are ranks. A forward
+    of more than max_num_tokens tokens raises ValueError.
+    """
+    group = resolve_group(group)
+    check_model(model, group.size())
+    device = _device(model)
+    return convert(
+        model,
+        Shards(group.rank(), group.size()),
+        group,
+        device,
+        max_num_tokens=max_num_tokens,
+        way=way,
+        timeout_s=timeout_s,
+        check_tokens=check_tokens,
+    )
+
+
+def convert(
+    model, shards: Shards, group, device: torch.device, *, max_num_tokens, way, timeout_s, check_tokens
+) -> TensorParallel:
+    """Replaces the modules of a checked model by those of a rank, which take what `shards` reads."""
+    layer_class = FAMILIES[_class_name(model)]
+    if max_num_tokens is not None:
+        init(
+            group,
+            max_num_tokens=max(max_num_tokens, group.size()),  # tokens are compared by a row of each rank
+            hidden_size=model.config.hidden_size,
+            latent_size=layer_class.latent_size(model.config),
+            dtype=model.lm_head.weight.dtype,
+            timeout_s=timeout_s,
+            device=device,
+        )
+    tp = TensorParallel(group, device, way, check_tokens)
+    decoder = model.model
+    model.eval().requires_grad_(False)
+    decoder.embed_tokens = VocabParallelEmbedding(tp, shards, decoder.embed_tokens)
+    for index, layer in enumerate(decoder.layers):
+        decoder.layers[index] = layer_class(tp, shards, layer)
+    decoder.norm = FinalNorm(tp, decoder.norm)
+    parameters = list(inspect.signature(decoder.forward).parameters)
+    decoder.register_forward_pre_hook(functools.partial(tp.admit, parameters), with_kwargs=True)
+    model.save_pretrained = _refuse_to_save
+    return tp
+
+
+def _refuse_to_save(*_, **__):
+    raise NotImplementedError(
+        "save_pretrained: a parallelized model holds this rank's shards, under names of their own; save it before "
+        "parallelize"
+    )
+
+
+def resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    if group is None and not dist.is_initialized():
+        raise ValueError("no group given and torch.distributed is not initialised")
+    return group if group is not None else dist.group.WORLD
+
+
+# ---- what is refused ----
+
+
+def _class_name(model) -> str | None:
+    """The name in FAMILIES of the model's class, or of one that it is derived from."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in FAMILIES and cls.__module__.startswith("transformers.models."):
+            return cls.__name__
+    return None
+
+
+def check_model(model, world_size: int) -> None:
+    """What is refused of a model wherever its weights are."""
+    if _class_name(model) is None:
+        raise ValueError(f"parallelize takes a {', '.join(FAMILIES)} of transformers, got {type(model)}")
+    if isinstance(model.model.norm, FinalNorm):
+        raise ValueError("the model is parallelized already")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("parallelize takes unquantised weights, and this model has a quantization_config")
+    for name in ("num_attention_heads", "intermediate_size", "moe_intermediate_size", "vocab_size"):
+        size = getattr(model.config, name, None)
+        if size is not None and size < world_size:
+            raise ValueError(f"{world_size} ranks are more than {name}={size} can be split over")
+
+
+def _device(model) -> torch.device:
+    """The one that all parameters are on. Checks their dtypes, too."""
+    named = dict(model.named_parameters())
+    # Those that the ops apply, which may be in fp32 beside rows of any dtype; attention's own norms may not.
+    norms = {name for name in named if name.endswith(("layernorm.weight", "model.norm.weight"))}
+    devices = {parameter.device for parameter in named.values()}
+    dtypes = {parameter.dtype for name, parameter in named.items() if name not in norms}
+    norm_dtypes = {named[name].dtype for name in norms}
+    if len(devices) != 1 or len(dtypes) != 1 or norm_dtypes not in (dtypes, {torch.float32}):
+        found = ", ".join(map(str, devices | dtypes | norm_dtypes))
+        raise ValueError(f"the model's parameters must share one device and dtype, but for norms in fp32; got {found}")
+    device = devices.pop()
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"the model is on {device}; load its weights on cpu or cuda first, or use load_parallel")
+    return device

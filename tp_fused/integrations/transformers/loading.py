@@ -1,0 +1,214 @@
+"""`load_parallel`: from a folder of safetensors, of which each rank reads its part."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from ...groups import type_of
+from .core import FAMILIES, check_model, convert, resolve_group
+from .sharding import Shards
+from .tensor_parallel import TensorParallel
+
+_FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors; what is narrower is quantised, and its scales are elsewhere
+
+
+def load_parallel(
+    folder: str | Path,
+    group: dist.ProcessGroup | None = None,
+    *,
+    max_num_tokens: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    way: str = "fused",
+    timeout_s: float = 30.0,
+    check_tokens: str = "first",
+) -> tuple[PreTrainedModel, TensorParallel]:
+    """`parallelize(AutoModelForCausalLM.from_pretrained(folder))`, but no rank ever holds the whole model.
+
+    Each rank reads from the folder's safetensors what `parallelize` would leave it, and nothing else, so that the
+    model may be larger than a rank's memory. Returns the model and what `parallelize` returns.
+
+    folder: what `save_pretrained` writes, or a snapshot of a model hub's repository: config.json, and
+    model.safetensors or several files with their index. dtype: of the weights (default: as config.json says). device:
+    where they go (default: cuda where torch sees one, its current device). Other arguments: see `parallelize`.
+
+    Raises ValueError where the folder lacks a file or a weight, a weight has another shape than config.json says, and
+    where `parallelize` would. Weights that the model has no place for are left, with one warning.
+    """
+    group = resolve_group(group)
+    device = _with_index(type_of(None) if device is None else torch.device(device))
+    folder = Path(folder)
+    config = _config(folder)
+    checkpoint = Checkpoint(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.get_default_dtype())
+    check_model(model, group.size())
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    weights = _Weights(model, checkpoint, device)
+    # Its tables are computed, not stored.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    shards = Shards(group.rank(), group.size(), weights.read)
+    tp = convert(
+        model,
+        shards,
+        group,
+        device,
+        max_num_tokens=max_num_tokens,
+        way=way,
+        timeout_s=timeout_s,
+        check_tokens=check_tokens,
+    )
+    weights.fill(model)
+    return model, tp
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    """By the model's class: Kimi-K2's config.json names a type of its own, and DeepSeek-V3's class."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json")
+    named = json.loads((folder / "config.json").read_text()).get("architectures")
+    name = next((name for name in named or () if name in FAMILIES), None)
+    if name is None:
+        raise ValueError(f"load_parallel takes a {', '.join(FAMILIES)}, and {folder / 'config.json'} names {named}")
+    if not hasattr(transformers, name):
+        raise ValueError(f"transformers {transformers.__version__} has no {name}, which {folder / 'config.json'} names")
+    return getattr(transformers, name).config_class.from_pretrained(folder)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+class Checkpoint:
+    """The safetensors files of a folder. A tensor is read in parts."""
+
+    def __init__(self, folder: Path):
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if index.is_file():
+            self._files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        elif single.is_file():
+            with safe_open(single, "pt") as opened:
+                self._files = dict.fromkeys(opened.keys(), single)
+        else:
+            raise ValueError(f"{folder} has neither {index.name} nor {single.name}")
+        self._opened = {}
+        self.folder, self.names = folder, set(self._files)
+
+    def require(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises where the tensor is not one of floats, or has another shape."""
+        stored = self._slice(name)
+        if tuple(stored.get_shape()) != shape:
+            raise ValueError(f"{name} is {tuple(stored.get_shape())} in {self.folder}, expected {shape}")
+        if stored.get_dtype() not in _FLOATS:
+            raise ValueError(f"{name} is {stored.get_dtype()} in {self.folder}, expected one of {', '.join(_FLOATS)}")
+
+    def read(self, name: str, *index: slice) -> torch.Tensor:
+        return self._slice(name)[index or (slice(None),)]
+
+    def _slice(self, name: str):
+        path = self._files[name]
+        if path not in self._opened:
+            self._opened[path] = safe_open(path, "pt")
+        return self._opened[path].get_slice(name)
+
+
+class _Weights:
+    """Where each weight of a model on the meta device is in a checkpoint, and how a part of it is read."""
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device):
+        self.checkpoint, self.device = checkpoint, device
+        self._sources: dict[torch.Tensor, tuple[_Stored | _Experts, torch.dtype]] = {}
+        wide = model._keep_in_fp32_modules_strict or ()  # in fp32 whatever the dtype of the model
+        computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        tensors = [(name, tensor) for name, tensor in tensors if name not in computed]
+        taken = set()
+        for name, tensor in tensors:
+            source = _find(checkpoint, name, tensor)
+            if source is not None:
+                dtype = torch.float32 if any(part in name for part in wide) else tensor.dtype
+                self._sources.setdefault(tensor, (source, dtype))
+                taken |= set(source.names)
+        missing = [name for name, tensor in tensors if tensor not in self._sources]  # of tied weights, one is stored
+        if missing:
+            raise ValueError(f"{checkpoint.folder} lacks {_some(missing)}, which {type(model).__name__} has")
+        ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+        left = [name for name in checkpoint.names - taken if not any(pattern.search(name) for pattern in ignored)]
+        if left:
+            warnings.warn(f"{type(model).__name__} has no place for {_some(sorted(left))}: left", stacklevel=3)
+
+    def read(self, tensor: torch.Tensor, *index: slice) -> torch.Tensor:
+        source, dtype = self._sources[tensor]
+        return source.read(self.checkpoint, *index).to(self.device, dtype)
+
+    def fill(self, model: PreTrainedModel) -> None:
+        """Reads what is still to be read: the weights that every rank has whole."""
+        whole = {}
+        for module in model.modules():
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if not tensor.is_meta:
+                    continue
+                if tensor in self._sources and tensor not in whole:
+                    read = self.read(tensor)
+                    whole[tensor] = nn.Parameter(read, False) if isinstance(tensor, nn.Parameter) else read
+                if tensor not in whole:  # neither stored nor made anew
+                    raise ValueError(f"{type(module).__name__}.{name} is not stored in {self.checkpoint.folder}")
+                setattr(module, name, whole[tensor])
+
+
+class _Stored:
+    """A tensor as it is in a file."""
+
+    def __init__(self, name: str):
+        self.names = (name,)
+
+    def read(self, checkpoint: Checkpoint, *index: slice) -> torch.Tensor:
+        return checkpoint.read(*self.names, *index)
+
+
+class _Experts:
+    """Of all experts one tensor, which files have by expert: gate_proj and up_proj, or down_proj, of each."""
+
+    def __init__(self, prefix: str, num_experts: int, projections: tuple[str, ...], rows: int):
+        self.rows = rows // len(projections)  # of one projection
+        self._by_projection = [
+            [f"{prefix}.{expert}.{projection}.weight" for expert in range(num_experts)] for projection in projections
+        ]
+        self.names = tuple(name for names in self._by_projection for name in names)
+
+    def read(self, checkpoint: Checkpoint, experts: slice, rows: slice, *columns: slice) -> torch.Tensor:
+        """Rows of one of the projections."""
+        which = 0 if rows.start is None else rows.start // self.rows
+        if rows.start is not None:
+            rows = slice(rows.start - which * self.rows, rows.stop - which * self.rows)
+        return torch.stack([checkpoint.read(name, rows, *columns) for name in self._by_projection[which][experts]])
+
+
+def _find(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> _Stored | _Experts | None:
+    prefix, _, last = name.rpartition(".")
+    fused = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    if name in checkpoint.names:
+        source, expected = _Stored(name), tuple(tensor.shape)
+    elif prefix.endswith(".experts") and last in fused:
+        source = _Experts(prefix, tensor.shape[0], fused[last], tensor.shape[1])
+        expected = (source.rows, tensor.shape[2])
+    else:
+        return None
+    for stored in source.names:
+        if stored not in checkpoint.names:
+            return None
+        checkpoint.require(stored, expected)
+    return source
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,75 @@
+"""Which part of a weight a rank keeps, and the weights that all decoders have."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ... import partition
+
+
+def frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def read_memory(parameter: torch.Tensor, *index: slice) -> torch.Tensor:
+    """A part as memory of its own, so that the whole can be freed."""
+    return parameter[index].clone(memory_format=torch.contiguous_format) if index else parameter
+
+
+class Shards:
+    """What one rank takes of a model's weights.
+
+    `read(parameter, *slices)` returns that part of it, of no slices the whole. Weights that are still in files have no
+    other access: whatever is left of a weight has to come through here.
+    """
+
+    def __init__(self, rank: int, world_size: int, read: Callable[..., torch.Tensor] = read_memory):
+        self.rank, self.world_size, self.read = rank, world_size, read
+
+    def share(self, size: int, unit: int = 1) -> slice:
+        """This rank's part of `size` units, in columns."""
+        return scaled(partition.row_slice(size, self.rank, self.world_size), unit)
+
+    def take(self, parameter: torch.Tensor, *index: slice) -> nn.Parameter:
+        return frozen(self.read(parameter, *index))
+
+    def column_parallel(self, linear: nn.Linear, own: slice) -> None:
+        linear.weight = self.take(linear.weight, own)
+        if linear.bias is not None:
+            linear.bias = self.take(linear.bias, own)
+        linear.out_features = own.stop - own.start
+
+    def row_parallel(self, linear: nn.Linear, own: slice) -> None:
+        """Leaves the partial sum; the bias is rank 0's to add."""
+        linear.weight = self.take(linear.weight, slice(None), own)
+        if self.rank != 0:
+            linear.bias = None
+        linear.in_features = own.stop - own.start
+
+    def feed_forward(self, mlp: nn.Module) -> None:
+        """A dense MLP, or routed and shared experts."""
+        if hasattr(mlp, "experts"):
+            self._experts(mlp.experts)
+            mlp = mlp.shared_experts
+        own = self.share(mlp.intermediate_size)
+        self.column_parallel(mlp.gate_proj, own)
+        self.column_parallel(mlp.up_proj, own)
+        self.row_parallel(mlp.down_proj, own)
+        mlp.intermediate_size = own.stop - own.start
+
+    def _experts(self, experts: nn.Module) -> None:
+        """By intermediate columns, padded with zeros, which add nothing: grouped GEMMs take rows of whole 16 bytes."""
+        size, every = experts.intermediate_dim, slice(None)
+        own = self.share(size)
+        count = own.stop - own.start
+        padding = -count % (16 // experts.down_proj.element_size())
+        halves = (self.read(experts.gate_up_proj, every, slice(at + own.start, at + own.stop)) for at in (0, size))
+        experts.gate_up_proj = frozen(torch.cat([F.pad(half, (0, 0, 0, padding)) for half in halves], dim=1))
+        experts.down_proj = frozen(F.pad(self.read(experts.down_proj, every, every, own), (0, padding)))
+        experts.intermediate_dim = count + padding
+
+
+def scaled(units: slice, unit: int) -> slice:
+    return slice(units.start * unit, units.stop * unit)
