@@ -1,0 +1,370 @@
+"""Puts the ops where `match` finds what they replace, in one graph.
+
+Each op takes the place of the sum that its norm reads, so what it needs is there already, and what reads its results
+comes later. All decisions follow from what is the same on all ranks: the graph, the workspace and the token count.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from .. import checks
+from ..native import _C
+from . import match
+from .match import Norm, Reduction, aten, base, same, unview, val
+from .report import GraphReport, Site
+
+_ops = torch.ops.tp_fused
+
+
+class Left(Exception):
+    """Why a site is left as it is."""
+
+
+@dataclasses.dataclass
+class Carried:
+    """A sum whose rows lie scattered now."""
+
+    total: fx.Node  # the sum as it was
+    rows: fx.Node  # this rank's
+    num_tokens: int | fx.Node
+    scattered_before: bool  # it was the result of a reduce-scatter
+    site: Site
+
+
+class Rewriter:
+    """Rewrites one graph. replicated(path of a module, shape of its weight): whether all ranks hold the same weight."""
+
+    def __init__(self, graph: fx.Graph, workspace, pinned_name: str, replicated: Callable[[str, tuple], bool]):
+        self.graph, self.workspace, self.group = graph, workspace, pinned_name
+        self.replicated = replicated
+        self.fake_mode = torch._guards.detect_fake_mode([val(node) for node in graph.nodes])
+        self.share = (workspace.world_size - 1) / workspace.world_size
+        self.norms, self.reductions = match.find_norms(graph), match.find_reductions(graph)
+        self.carried: dict[fx.Node, Carried] = {}
+        self.sites: dict[Reduction | Norm, Site] = {}
+        self.dead: list[fx.Node] = []
+
+    def run(self) -> GraphReport:
+        sites, seen = [], set()
+        for rows, norms in self.norms.items():
+            reductions, others = match.terms(rows, self.reductions, self.carried)
+            if not reductions:
+                continue
+            seen |= {reduction.call for reduction in reductions}
+            try:
+                site = self._rewrite(norms[0], reductions, others)
+            except Left as why:
+                site = self._site(norms[0].where, reductions, self._form(norms[0], reductions, others), str(why))
+            sites.append(site)
+        for reduction in self.reductions.values():
+            if reduction.call not in seen:
+                form = reduction.call.target.__name__.split(".")[0]
+                sites.append(self._site(reduction.where, [reduction], form, self._why_no_norm(reduction)))
+        self._finish()
+        return GraphReport(sites)
+
+    # ---- one site ----
+
+    def _rewrite(self, norm: Norm, reductions: list[Reduction], others: list[fx.Node]) -> Site:
+        scatters = reductions[0].scatters
+        partials = [self._checked(reduction, norm) for reduction in reductions]
+        dtype, hidden_size = val(partials[0]).dtype, val(partials[0]).shape[-1]
+        if len(reductions) > 1 and any(reduction.scatters for reduction in reductions):
+            raise Left(f"{len(reductions)} reductions are added up, and one of them is a reduce-scatter")
+        if any(val(partial).dtype != dtype for partial in partials):
+            raise Left("the reductions that are added up have several dtypes")
+        if norm.complaint:
+            raise Left(norm.complaint)
+        outputs = match.narrowed(norm, dtype)
+        if outputs is None:
+            raise Left(f"the norm of {dtype} rows leaves {val(norm.output).dtype} ones")
+        residual = self._residual(others, dtype, scatters, norm)
+        weight = self._norm_weight(norm, dtype)
+        site = self._site(norm.where, reductions, self._form(norm, reductions, others))
+
+        with self.graph.inserting_before(norm.rows):
+            flat = [self._flat(partial, hidden_size) for partial in partials]
+            while len(flat) > 1:
+                flat = [self._call(norm, aten.add.Tensor, flat[0], flat[1]), *flat[2:]]
+            partial = self._contiguous(norm, flat[0])
+            num_tokens = self._num_tokens(norm, partial)
+            if residual is not None:
+                residual = self._contiguous(norm, self._flat(residual, hidden_size))
+            if val(weight).dtype not in (dtype, torch.float32):
+                weight = self._call(norm, match._convert, weight, torch.float32)
+            linears = [] if scatters else self._projections(outputs, norm, site)
+            op = _ops.rs_rmsnorm if scatters or linears else _ops.rs_rmsnorm_ag
+            offset = {"weight_offset": norm.weight_offset} if norm.weight_offset else {}
+            arguments = (partial, residual, weight, norm.eps, self.group)
+            result = self._call(norm, op.default, *arguments, **offset)
+            output, residual_out = (self._item(result, index) for index in (0, 1))
+        if linears:
+            for linear in linears:
+                self._project(linear, output, num_tokens)
+            self.dead += [linear.output for linear in linears]
+        else:
+            for old in outputs:
+                with self.graph.inserting_before(old):
+                    old.replace_all_uses_with(self._shaped(norm, output, old, scatters))
+        self.dead += outputs
+        self.carried[norm.rows] = Carried(norm.rows, residual_out, num_tokens, scatters, site)
+        row, length = hidden_size * dtype.itemsize * self.share, match.hint
+        site.ops = (op.__name__.split(".")[-1], *["qkv_a_proj_ag"] * len(linears))
+        site.collectives_after = 1 + len(linears)
+        columns = sum(length(linear.width) for linear in linears)
+        gathered = columns * dtype.itemsize * self.share if linears else (0 if scatters else length(row))
+        site.bytes_after = length(row) + gathered
+        return site
+
+    def _checked(self, reduction: Reduction, norm: Norm) -> fx.Node:
+        """The partial sum of a reduction that can be served."""
+        workspace, partial = self.workspace, reduction.partial
+        if reduction.group_name != workspace.group_name:
+            raise Left(f"it reduces over group {reduction.group_name!r}, the pass serves {workspace.group_name!r}")
+        if reduction.op != "sum":
+            raise Left(f"it reduces by {reduction.op!r}, and only 'sum' is served")
+        if reduction.wait is None:
+            raise Left("what it returns is read before it has been waited for")
+        if reduction.wait is not norm.rows and not match._only_read_by(reduction.wait, norm.rows):
+            others = [user for user in match.readers(reduction.wait) if user is not norm.rows]
+            raise Left(f"its result is read by {match._names(others)}, too, which needs it before the residual is added")
+        tensor = val(partial)
+        if tensor.device.type != workspace.device_type:
+            raise Left(f"it reduces a tensor on {tensor.device}, the workspace is for {workspace.device_type}")
+        if tensor.dtype not in checks.FLOATS:
+            raise Left(f"it reduces {tensor.dtype}")
+        if reduction.scatters and tensor.dim() != 2:
+            raise Left(f"it scatters a tensor of {tensor.dim()} dimensions, and only rows of two are served")
+        rows = tensor.shape[0]
+        for size in tensor.shape[1:-1]:
+            rows = rows * size
+        num_tokens, width = match.hint(rows), match.hint(tensor.shape[-1])
+        if num_tokens is None or width is None:
+            raise Left("torch does not know the sizes of what it reduces")
+        if num_tokens > workspace.max_num_tokens:
+            raise Left(f"num_tokens={num_tokens} is over the workspace's max_num_tokens={workspace.max_num_tokens}")
+        if width * tensor.dtype.itemsize > workspace.row_bytes:
+            raise Left(
+                f"hidden_size={width} of {tensor.dtype} ({width * tensor.dtype.itemsize} bytes a row) does not fit the "
+                f"workspace ({workspace.row_bytes} bytes a row)"
+            )
+        if workspace.backend != "reference" and width > _C.MAX_HIDDEN_SIZE:
+            raise Left(f"hidden_size={width} is over {_C.MAX_HIDDEN_SIZE}, the widest row the kernels reduce")
+        if workspace.backend == "cuda" and width % 8:
+            raise Left(f"hidden_size={width} is no multiple of 8, which the CUDA kernels want")
+        return partial
+
+    def _residual(self, others: list[fx.Node], dtype, scatters: bool, norm: Norm) -> fx.Node | None:
+        if not others:
+            return None
+        if len(others) > 1:
+            raise Left(f"{len(others)} tensors are added to the reduced sum, and only one residual is served")
+        residual = others[0]
+        carried = self.carried.get(base(residual))
+        if carried is not None and carried.scattered_before == scatters:
+            return carried.rows
+        if not scatters:
+            differs = self._differs(residual)
+            if differs is not None:
+                raise Left(
+                    f"the residual is made of {differs.target} ({match.module_of(differs) or differs.name}), which may "
+                    f"differ between ranks: a partial sum, or a product with a weight that is not declared replicated"
+                )
+        while val(residual).dtype != dtype and base(residual) is not residual:
+            source = unview(residual)
+            residual = source.args[0] if source.target == match._convert else source
+        if val(residual).dtype != dtype:
+            raise Left(f"the residual is {val(residual).dtype}, and what is reduced {dtype}")
+        return residual
+
+    def _differs(self, node: fx.Node) -> fx.Node | None:
+        def replicated(product: fx.Node) -> bool:
+            linear = match.as_linear(product, lambda rows: True)
+            return linear is not None and self._declared(linear)
+
+        full = [total for total, carried in self.carried.items() if not carried.scattered_before]
+        return match.rank_dependent(node, self.workspace.group_name, replicated, full)
+
+    def _norm_weight(self, norm: Norm, dtype) -> fx.Node:
+        weight = norm.weight
+        for node in self.graph.nodes:
+            if node is weight:
+                break
+            if node is norm.rows:
+                raise Left(f"the norm's weight is computed ({weight.target}) after the sum that it norms")
+        if not val(weight).is_contiguous():
+            raise Left(f"the norm's weight has strides {val(weight).stride()}")
+        return weight
+
+    # ---- projections ----
+
+    def _declared(self, linear: match.Linear) -> bool:
+        return self.replicated(linear.where, tuple(match.hint(size) for size in val(linear.weight).shape))
+
+    def _projections(self, outputs: list[fx.Node], norm: Norm, site: Site) -> list[match.Linear]:
+        """The linears that are all that reads the norm, when this rank's rows may go through them before the gather."""
+        users = [user for output in outputs for user in match.readers(output)]
+        linears = [match.as_linear(user, lambda rows: unview(rows) in outputs) for user in users]
+        if not users or None in linears:
+            return []
+        hidden_size = match.hint(val(norm.rows).shape[-1])
+        widths = [match.hint(linear.width) for linear in linears]
+        if sum(widths) >= hidden_size:
+            return []
+        names = [linear.where or linear.output.name for linear in linears]
+        dtype = val(outputs[0]).dtype
+        undeclared = [name for name, linear in zip(names, linears, strict=True) if not self._declared(linear)]
+        problem = ""
+        if undeclared:
+            problem = f"{', '.join(undeclared)}: not declared replicated"
+        for name, linear in zip(names, linears, strict=True):
+            weight, bias = val(linear.weight), linear.bias
+            if weight.dtype != dtype or (bias is not None and val(bias).dtype != dtype):
+                problem = f"{name} has a {weight.dtype} weight for {dtype} rows"
+            elif weight.stride(-1) != 1 or not same(weight.stride(0), weight.shape[1]):
+                problem = f"the weight of {name} has strides {weight.stride()}"
+            elif match.hint(linear.width) * dtype.itemsize > self.workspace.row_bytes:
+                problem = f"{linear.width} columns of {name} do not fit the workspace, made for rows of "
+                problem += f"{self.workspace.row_bytes} bytes"
+        if problem:
+            site.notes.append(f"not projected before the gather, because {problem}")
+            return []
+        if len(linears) > 1:
+            site.notes.append(f"{len(linears)} projections are gathered one by one; merged, they would be one call")
+        return linears
+
+    def _project(self, linear: match.Linear, rows: fx.Node, num_tokens: int | fx.Node) -> None:
+        old = linear.output
+        with self.graph.inserting_before(old):
+            bias = {"bias": linear.bias} if linear.bias is not None else {}
+            arguments = (rows, linear.weight, num_tokens, self.group)
+            old.replace_all_uses_with(self._call(old, _ops.qkv_a_proj_ag.default, *arguments, **bias))
+
+    # ---- afterwards ----
+
+    def _finish(self) -> None:
+        """Residuals are gathered where something else reads them, and what nobody reads any more is taken out."""
+        for node in self.dead:
+            self._erase(node)
+        for carried in self.carried.values():
+            self._erase(carried.total)
+        for carried in self.carried.values():
+            total, readers = carried.total, list(carried.total.users)
+            if not readers:
+                continue
+            first = next(node for node in self.graph.nodes if node in total.users)
+            with self.graph.inserting_before(first):
+                rows = carried.rows
+                if not carried.scattered_before:
+                    rows = self._call(total, _ops.all_gather_rows.default, rows, carried.num_tokens, self.group)
+                    carried.site.notes.append(f"its residual is gathered for {match._names(match.readers(total))}")
+                    carried.site.collectives_after += 1
+                    width = match.hint(val(rows).shape[-1])
+                    carried.site.bytes_after += width * val(rows).dtype.itemsize * self.share
+                rows = self._shaped(total, rows, total, carried.scattered_before)
+                if val(rows).dtype != val(total).dtype:
+                    rows = self._call(total, match._convert, rows, val(total).dtype)
+            total.replace_all_uses_with(rows)
+            self._erase(total)
+
+    def _erase(self, node: fx.Node) -> None:
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            ours = node.target in (match.c10d.wait_tensor.default, *_REDUCTIONS)
+            if node.users or node.op != "call_function" or node._erased or (node.is_impure() and not ours):
+                continue
+            inputs = node.all_input_nodes
+            self.graph.erase_node(node)
+            stack += inputs
+
+    # ---- nodes ----
+
+    def _call(self, like: fx.Node | Norm, target, *arguments, **keywords) -> fx.Node:
+        """A new node, traced to where `like` comes from."""
+        source = like.output if isinstance(like, Norm) else like
+        node = self.graph.call_function(target, arguments, keywords)
+        node.meta |= {key: source.meta[key] for key in ("nn_module_stack", "stack_trace") if key in source.meta}
+        given, options = torch.utils._pytree.tree_map_only(fx.Node, val, (arguments, keywords))
+        with self.fake_mode:
+            node.meta["val"] = target(*given, **options)
+        return node
+
+    def _item(self, result: fx.Node, index: int) -> fx.Node:
+        node = self.graph.call_function(operator.getitem, (result, index))
+        node.meta |= {**result.meta, "val": val(result)[index]}
+        return node
+
+    def _flat(self, node: fx.Node, hidden_size) -> fx.Node:
+        """The node's rows in two dimensions."""
+        while val(node).dim() != 2 and node.target in match._VIEWS and match._same_rows(node, node.args[0]):
+            node = node.args[0]
+        if val(node).dim() == 2:
+            return node
+        return self._call(node, aten.reshape.default, node, [-1, self._size(hidden_size)])
+
+    def _contiguous(self, norm: Norm, node: fx.Node) -> fx.Node:
+        tensor = val(node)
+        if tensor.stride(-1) == 1 and same(tensor.stride(0), tensor.shape[1]):
+            return node
+        return self._call(norm, aten.clone.default, node, memory_format=torch.contiguous_format)
+
+    def _num_tokens(self, norm: Norm, rows: fx.Node) -> int | fx.Node:
+        size = val(rows).shape[0]
+        return size if isinstance(size, int) else self._call(norm, aten.sym_size.int, rows, 0)
+
+    def _shaped(self, source, rows: fx.Node, like: fx.Node, scattered: bool) -> fx.Node:
+        """`rows` in the shape of the node that they replace."""
+        shape = val(like).shape
+        if len(shape) == 2 and all(same(a, b) for a, b in zip(val(rows).shape, shape, strict=True)):
+            return rows
+        sizes = [self._size(size) for size in shape]
+        if scattered:  # torch does not see that the two counts are the same, and would guard on it
+            return self._call(source, aten.as_strided.default, rows, sizes, [sizes[-1], 1], 0)
+        return self._call(source, aten.reshape.default, rows, sizes)
+
+    def _size(self, size) -> int | fx.Node:
+        """A size as an argument: a number, or a node that holds it."""
+        if isinstance(size, int):
+            return size
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        for node in placeholders:
+            if isinstance(val(node), torch.SymInt) and val(node).node.expr == size.node.expr:
+                return node
+        for node in self.graph.nodes:  # all that a new node can be inserted behind of
+            if isinstance(val(node), torch.SymInt) and val(node).node.expr == size.node.expr:
+                return node
+        raise Left(f"no node of the graph holds the size {size}")
+
+    # ---- words ----
+
+    def _site(self, where: str, reductions: list[Reduction], form: str, because: str = "") -> Site:
+        received = sum(self._received(reduction) for reduction in reductions)
+        count = len(reductions)
+        return Site(where, form, because=because, collectives_before=count, bytes_before=received,
+                    collectives_after=count, bytes_after=received)  # fmt: skip
+
+    def _received(self, reduction: Reduction) -> float:
+        tensor = val(reduction.partial)
+        if tensor.dim() == 0:
+            return 0.0
+        row = (match.hint(tensor.shape[-1]) or 0) * tensor.dtype.itemsize * self.share
+        return row if reduction.scatters else 2 * row
+
+    @staticmethod
+    def _form(norm: Norm, reductions: list[Reduction], others: list[fx.Node]) -> str:
+        names = " + ".join("reduce_scatter" if reduction.scatters else "all_reduce" for reduction in reductions)
+        return f"{names} ->{' + residual ->' * bool(others)} RMSNorm"
+
+    def _why_no_norm(self, reduction: Reduction) -> str:
+        if reduction.wait is None:
+            return "what it returns is read before it has been waited for"
+        users = match.readers(reduction.wait)
+        return f"no RMSNorm of its sum was found: it is read by {match._names(users) or 'nobody'}"
+
+
+_REDUCTIONS = (match.c10d.all_reduce.default, match.c10d.reduce_scatter_tensor.default)
