@@ -48,9 +48,14 @@ def _same_rows(node: fx.Node, source) -> bool:
     return same(val(node).shape[-1], val(source).shape[-1]) and same(val(node).numel(), val(source).numel())
 
 
+def _passes_rows_on(node: fx.Node) -> bool:
+    """It is a view or a copy, with the same rows."""
+    return node.target in (*_VIEWS, *_COPIES) and is_tensor(node) and _same_rows(node, node.args[0])
+
+
 def unview(node: fx.Node) -> fx.Node:
     """What the node is a view or a copy of, with the same rows."""
-    while is_tensor(node) and node.target in (*_VIEWS, *_COPIES) and _same_rows(node, node.args[0]):
+    while isinstance(node, fx.Node) and _passes_rows_on(node):
         node = node.args[0]
     return node
 
@@ -71,8 +76,7 @@ def readers(node: fx.Node) -> list[fx.Node]:
     """Who reads the node's rows, through views and copies of it."""
     found = []
     for user in node.users:
-        passes = user.target in (*_VIEWS, *_COPIES) and is_tensor(user) and _same_rows(user, node)
-        found += readers(user) if passes else [user]
+        found += readers(user) if _passes_rows_on(user) else [user]
     return found
 
 
@@ -231,9 +235,17 @@ def narrowed(norm: Norm, dtype: torch.dtype) -> list[fx.Node] | None:
 # ---- sums over ranks ----
 
 
+def wait_once(graph: fx.Graph) -> None:
+    """Takes out the waits for what has been waited for: torch traces several where code calls `wait_tensor`, too."""
+    for node in list(graph.nodes):
+        if node.target == c10d.wait_tensor.default and node.args[0].target == c10d.wait_tensor.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
 @dataclasses.dataclass
 class Reduction:
-    """wait(all_reduce(partial)) or wait(reduce_scatter(partial))."""
+    """wait(all_reduce(partial)) or wait(reduce_scatter(partial)). wait: None where others read what is not there yet."""
 
     call: fx.Node
     wait: fx.Node | None
@@ -242,6 +254,10 @@ class Reduction:
     @property
     def partial(self) -> fx.Node:
         return self.call.args[0]
+
+    @property
+    def read(self) -> fx.Node:
+        return self.wait or self.call
 
     @property
     def group_name(self) -> str:
@@ -270,29 +286,59 @@ def find_reductions(graph: fx.Graph) -> dict[fx.Node, Reduction]:
     return found
 
 
-def terms(total: fx.Node, reductions: dict[fx.Node, Reduction], sums) -> tuple[list[Reduction], list[fx.Node]]:
-    """(reductions, others) that add up to `total`, a base. What is in `sums` is a term as it stands."""
+@dataclasses.dataclass
+class Sum:
+    """What adds up to `total`, a base: reductions, and others. `inside` are the additions."""
+
+    total: fx.Node
+    reductions: list[Reduction]
+    others: list[fx.Node]
+    inside: set[fx.Node]
+
+    def readers_elsewhere(self, reduction: Reduction) -> list[fx.Node]:
+        return [] if reduction.read is self.total else _readers_outside(reduction.read, self.inside)
+
+
+def as_sum(total: fx.Node, reductions: dict[fx.Node, Reduction], known) -> Sum:
+    """The terms of `total`, as far as they are made for it alone. What is in `known` is a term as it stands."""
     if total in reductions:
-        return [reductions[total]], []
-    if total.target != aten.add.Tensor or total.kwargs.get("alpha", 1) != 1:
-        return [], [total]
-    found, others = [], []
-    for arg in total.args:
-        if not is_tensor(arg) or not _same_rows(total, arg):
-            return [], [total]
-        inner = base(arg)
-        if inner in sums or not _only_read_by(inner, total):
-            own, rest = ([reductions[inner]], []) if inner in reductions else ([], [arg])
+        return Sum(total, [reductions[total]], [], set())
+    own, shared, others, inside = [], [], [], set()
+    stack = [total]
+    while stack:
+        node = stack.pop()
+        whole = base(node)
+        if whole in known:
+            others.append(node)
+        elif whole in reductions:
+            (shared if _readers_outside(whole, inside) else own).append(node)
+        elif _adds_rows(whole) and (whole is total or not _readers_outside(whole, inside)):
+            inside.add(whole)
+            stack += reversed(whole.args)
         else:
-            own, rest = terms(inner, reductions, sums)
-            if not own:
-                rest = [arg]
-        found, others = found + own, others + rest
-    return found, others
+            others.append(node)
+    if not own:
+        own, shared = shared, []
+    return Sum(total, [reductions[base(node)] for node in own], others + shared, inside)
 
 
-def _only_read_by(node: fx.Node, reader: fx.Node) -> bool:
-    return all(user is reader or (base(user) is node and _only_read_by(user, reader)) for user in node.users)
+def _adds_rows(node: fx.Node) -> bool:
+    return (
+        node.target == aten.add.Tensor
+        and node.kwargs.get("alpha", 1) == 1
+        and all(is_tensor(arg) and _same_rows(node, arg) for arg in node.args)
+    )
+
+
+def _readers_outside(node: fx.Node, inside: set[fx.Node]) -> list[fx.Node]:
+    """Who reads the node's rows, of its dtype or of another, and is not in `inside`."""
+    found = []
+    for user in node.users:
+        if user in inside:
+            continue
+        passes = user.target == _convert or _passes_rows_on(user)
+        found += _readers_outside(user, inside) if passes else [user]
+    return found
 
 
 # ---- linears ----

@@ -14,7 +14,7 @@ from torch import fx
 from .. import checks
 from ..native import _C
 from . import match
-from .match import Norm, Reduction, aten, base, same, unview, val
+from .match import Norm, Reduction, Sum, aten, base, same, unview, val
 from .report import GraphReport, Site
 
 _ops = torch.ops.tp_fused
@@ -30,7 +30,7 @@ class Carried:
 
     total: fx.Node  # the sum as it was
     rows: fx.Node  # this rank's
-    num_tokens: int | fx.Node
+    partial: fx.Node  # what was reduced, of all tokens
     scattered_before: bool  # it was the result of a reduce-scatter
     site: Site
 
@@ -43,6 +43,7 @@ class Rewriter:
         self.replicated = replicated
         self.fake_mode = torch._guards.detect_fake_mode([val(node) for node in graph.nodes])
         self.share = (workspace.world_size - 1) / workspace.world_size
+        match.wait_once(graph)
         self.norms, self.reductions = match.find_norms(graph), match.find_reductions(graph)
         self.carried: dict[fx.Node, Carried] = {}
         self.sites: dict[Reduction | Norm, Site] = {}
@@ -51,14 +52,15 @@ class Rewriter:
     def run(self) -> GraphReport:
         sites, seen = [], set()
         for rows, norms in self.norms.items():
-            reductions, others = match.terms(rows, self.reductions, self.carried)
-            if not reductions:
+            total = match.as_sum(rows, self.reductions, self.carried)
+            if not total.reductions:
                 continue
-            seen |= {reduction.call for reduction in reductions}
+            seen |= {reduction.call for reduction in total.reductions}
+            site = self._site(norms[0].where, total.reductions, _form(total))
             try:
-                site = self._rewrite(norms[0], reductions, others)
+                self._rewrite(norms[0], total, site)
             except Left as why:
-                site = self._site(norms[0].where, reductions, self._form(norms[0], reductions, others), str(why))
+                site.because = str(why)
             sites.append(site)
         for reduction in self.reductions.values():
             if reduction.call not in seen:
@@ -69,12 +71,13 @@ class Rewriter:
 
     # ---- one site ----
 
-    def _rewrite(self, norm: Norm, reductions: list[Reduction], others: list[fx.Node]) -> Site:
+    def _rewrite(self, norm: Norm, total: Sum, site: Site) -> None:
+        reductions = total.reductions
         scatters = reductions[0].scatters
-        partials = [self._checked(reduction, norm) for reduction in reductions]
-        dtype, hidden_size = val(partials[0]).dtype, val(partials[0]).shape[-1]
         if len(reductions) > 1 and any(reduction.scatters for reduction in reductions):
             raise Left(f"{len(reductions)} reductions are added up, and one of them is a reduce-scatter")
+        partials = [self._checked(reduction, total) for reduction in reductions]
+        dtype, hidden_size = val(partials[0]).dtype, val(partials[0]).shape[-1]
         if any(val(partial).dtype != dtype for partial in partials):
             raise Left("the reductions that are added up have several dtypes")
         if norm.complaint:
@@ -82,16 +85,14 @@ class Rewriter:
         outputs = match.narrowed(norm, dtype)
         if outputs is None:
             raise Left(f"the norm of {dtype} rows leaves {val(norm.output).dtype} ones")
-        residual = self._residual(others, dtype, scatters, norm)
-        weight = self._norm_weight(norm, dtype)
-        site = self._site(norm.where, reductions, self._form(norm, reductions, others))
+        residual = self._residual(total.others, dtype, scatters)
+        weight = self._norm_weight(norm)
 
         with self.graph.inserting_before(norm.rows):
             flat = [self._flat(partial, hidden_size) for partial in partials]
             while len(flat) > 1:
                 flat = [self._call(norm, aten.add.Tensor, flat[0], flat[1]), *flat[2:]]
             partial = self._contiguous(norm, flat[0])
-            num_tokens = self._num_tokens(norm, partial)
             if residual is not None:
                 residual = self._contiguous(norm, self._flat(residual, hidden_size))
             if val(weight).dtype not in (dtype, torch.float32):
@@ -104,23 +105,22 @@ class Rewriter:
             output, residual_out = (self._item(result, index) for index in (0, 1))
         if linears:
             for linear in linears:
-                self._project(linear, output, num_tokens)
+                self._project(linear, output, partial)
             self.dead += [linear.output for linear in linears]
         else:
             for old in outputs:
                 with self.graph.inserting_before(old):
                     old.replace_all_uses_with(self._shaped(norm, output, old, scatters))
         self.dead += outputs
-        self.carried[norm.rows] = Carried(norm.rows, residual_out, num_tokens, scatters, site)
+        self.carried[norm.rows] = Carried(norm.rows, residual_out, partial, scatters, site)
         row, length = hidden_size * dtype.itemsize * self.share, match.hint
         site.ops = (op.__name__.split(".")[-1], *["qkv_a_proj_ag"] * len(linears))
         site.collectives_after = 1 + len(linears)
         columns = sum(length(linear.width) for linear in linears)
         gathered = columns * dtype.itemsize * self.share if linears else (0 if scatters else length(row))
         site.bytes_after = length(row) + gathered
-        return site
 
-    def _checked(self, reduction: Reduction, norm: Norm) -> fx.Node:
+    def _checked(self, reduction: Reduction, total: Sum) -> fx.Node:
         """The partial sum of a reduction that can be served."""
         workspace, partial = self.workspace, reduction.partial
         if reduction.group_name != workspace.group_name:
@@ -129,8 +129,7 @@ class Rewriter:
             raise Left(f"it reduces by {reduction.op!r}, and only 'sum' is served")
         if reduction.wait is None:
             raise Left("what it returns is read before it has been waited for")
-        if reduction.wait is not norm.rows and not match._only_read_by(reduction.wait, norm.rows):
-            others = [user for user in match.readers(reduction.wait) if user is not norm.rows]
+        if others := total.readers_elsewhere(reduction):
             raise Left(f"its result is read by {match._names(others)}, too, which needs it before the residual is added")
         tensor = val(partial)
         if tensor.device.type != workspace.device_type:
@@ -158,7 +157,7 @@ class Rewriter:
             raise Left(f"hidden_size={width} is no multiple of 8, which the CUDA kernels want")
         return partial
 
-    def _residual(self, others: list[fx.Node], dtype, scatters: bool, norm: Norm) -> fx.Node | None:
+    def _residual(self, others: list[fx.Node], dtype, scatters: bool) -> fx.Node | None:
         if not others:
             return None
         if len(others) > 1:
@@ -189,7 +188,7 @@ class Rewriter:
         full = [total for total, carried in self.carried.items() if not carried.scattered_before]
         return match.rank_dependent(node, self.workspace.group_name, replicated, full)
 
-    def _norm_weight(self, norm: Norm, dtype) -> fx.Node:
+    def _norm_weight(self, norm: Norm) -> fx.Node:
         weight = norm.weight
         for node in self.graph.nodes:
             if node is weight:
@@ -237,11 +236,11 @@ class Rewriter:
             site.notes.append(f"{len(linears)} projections are gathered one by one; merged, they would be one call")
         return linears
 
-    def _project(self, linear: match.Linear, rows: fx.Node, num_tokens: int | fx.Node) -> None:
+    def _project(self, linear: match.Linear, rows: fx.Node, partial: fx.Node) -> None:
         old = linear.output
         with self.graph.inserting_before(old):
             bias = {"bias": linear.bias} if linear.bias is not None else {}
-            arguments = (rows, linear.weight, num_tokens, self.group)
+            arguments = (rows, linear.weight, self._num_tokens(partial), self.group)
             old.replace_all_uses_with(self._call(old, _ops.qkv_a_proj_ag.default, *arguments, **bias))
 
     # ---- afterwards ----
@@ -260,7 +259,8 @@ class Rewriter:
             with self.graph.inserting_before(first):
                 rows = carried.rows
                 if not carried.scattered_before:
-                    rows = self._call(total, _ops.all_gather_rows.default, rows, carried.num_tokens, self.group)
+                    num_tokens = self._num_tokens(carried.partial)
+                    rows = self._call(total, _ops.all_gather_rows.default, rows, num_tokens, self.group)
                     carried.site.notes.append(f"its residual is gathered for {match._names(match.readers(total))}")
                     carried.site.collectives_after += 1
                     width = match.hint(val(rows).shape[-1])
@@ -313,9 +313,9 @@ class Rewriter:
             return node
         return self._call(norm, aten.clone.default, node, memory_format=torch.contiguous_format)
 
-    def _num_tokens(self, norm: Norm, rows: fx.Node) -> int | fx.Node:
+    def _num_tokens(self, rows: fx.Node) -> int | fx.Node:
         size = val(rows).shape[0]
-        return size if isinstance(size, int) else self._call(norm, aten.sym_size.int, rows, 0)
+        return size if isinstance(size, int) else self._call(rows, aten.sym_size.int, rows, 0)
 
     def _shaped(self, source, rows: fx.Node, like: fx.Node, scattered: bool) -> fx.Node:
         """`rows` in the shape of the node that they replace."""
@@ -355,16 +355,16 @@ class Rewriter:
         row = (match.hint(tensor.shape[-1]) or 0) * tensor.dtype.itemsize * self.share
         return row if reduction.scatters else 2 * row
 
-    @staticmethod
-    def _form(norm: Norm, reductions: list[Reduction], others: list[fx.Node]) -> str:
-        names = " + ".join("reduce_scatter" if reduction.scatters else "all_reduce" for reduction in reductions)
-        return f"{names} ->{' + residual ->' * bool(others)} RMSNorm"
-
     def _why_no_norm(self, reduction: Reduction) -> str:
         if reduction.wait is None:
             return "what it returns is read before it has been waited for"
         users = match.readers(reduction.wait)
         return f"no RMSNorm of its sum was found: it is read by {match._names(users) or 'nobody'}"
+
+
+def _form(total: Sum) -> str:
+    names = " + ".join("reduce_scatter" if reduction.scatters else "all_reduce" for reduction in total.reductions)
+    return f"{names} ->{' + residual ->' * bool(total.others)} RMSNorm"
 
 
 _REDUCTIONS = (match.c10d.all_reduce.default, match.c10d.reduce_scatter_tensor.default)
