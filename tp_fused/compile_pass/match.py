@@ -60,7 +60,7 @@ def unview(node: fx.Node) -> fx.Node:
     return node
 
 
-def base(node: fx.Node) -> fx.Node:
+def base(node) -> fx.Node:
     """The same, of another dtype maybe: all nodes with this base hold one set of rows, more or less rounded."""
     while is_tensor(node):
         source = unview(node)
@@ -140,16 +140,24 @@ def _is_mean_of_last(node: fx.Node) -> fx.Node | None:
     return source if keep and [dim % rank for dim in dims] == [rank - 1] else None
 
 
-def _is_one_over_root(node: fx.Node) -> fx.Node | None:
+def _root(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(x, r) where r is 1 / sqrt(x), or sqrt(x) that others divide by; found at the square root."""
     if node.target == aten.rsqrt.default or (node.target == aten.pow.Tensor_Scalar and node.args[1] == -0.5):
-        return node.args[0]
-    if node.target == aten.reciprocal.default and node.args[0].target == aten.sqrt.default:
-        return node.args[0].args[0]
-    return None
+        return node.args[0], node
+    if node.target != aten.sqrt.default and (node.target != aten.pow.Tensor_Scalar or node.args[1] != 0.5):
+        return None
+    root = node
+    while len(root.users) == 1:
+        user = next(iter(root.users))
+        if user.target == aten.reciprocal.default or (user.target in _MULS and 1 in user.args):
+            root = user
+        else:
+            break
+    return node.args[0], root
 
 
-def _number_added(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """(x, number) of x + number, whichever comes first; a number may be a tensor that was filled with it."""
+def _number_added(node: fx.Node) -> tuple[fx.Node, float | None] | None:
+    """(x, number) of x + number, whichever comes first; None for a number that torch has made a symbol of."""
     if node.target not in _ADDS or node.kwargs.get("alpha", 1) != 1:
         return None
     for x, number in (node.args[:2], node.args[1::-1]):
@@ -157,6 +165,8 @@ def _number_added(node: fx.Node) -> tuple[fx.Node, float] | None:
             number = number.args[1]
         if isinstance(x, fx.Node) and isinstance(number, (int, float)):
             return x, float(number)
+        if is_tensor(x) and is_tensor(number) and val(number).dim() == 0 and val(x).dim() > 0:
+            return x, None
     return None
 
 
@@ -169,30 +179,29 @@ def _unconvert(node: fx.Node) -> fx.Node:
 def find_norms(graph: fx.Graph) -> dict[fx.Node, list[Norm]]:
     """All RMSNorms, by the base of the rows that they norm, in the graph's order."""
     found: dict[fx.Node, list[Norm]] = {}
-    for node in list(graph.nodes):
-        inner = _is_one_over_root(node) if node.op == "call_function" else None
+    for node in graph.nodes:
+        inner, root = (_root(node) or (None, None)) if node.op == "call_function" else (None, None)
         added = _number_added(inner) if isinstance(inner, fx.Node) else None
         squares = _is_mean_of_last(added[0]) if added is not None else None
         source = _is_square(_unconvert(squares)) if squares is not None else None
         if source is None or not is_tensor(source):
             continue
         rows = base(source)
-        for user in node.users:
-            if norm := _scaled(user, node, rows, added[1]):
+        for user in root.users:
+            if norm := _scaled(user, root, rows, added[1]):
                 found.setdefault(rows, []).append(norm)
     return found
 
 
-def _scaled(user: fx.Node, root: fx.Node, rows: fx.Node, eps: float) -> Norm | None:
-    """The norm that multiplies the rows by this root, and then by a weight."""
-    factors = [arg for arg in user.args if isinstance(arg, fx.Node)]
+def _scaled(user: fx.Node, root: fx.Node, rows: fx.Node, eps: float | None) -> Norm | None:
+    """The norm that multiplies the rows by this root, or divides by it, and multiplies by a weight then."""
     if user.target == aten.mul.Tensor:
-        other = [arg for arg in factors if arg is not root]
-    elif user.target == aten.div.Tensor:
-        return None
+        others = [arg for arg in user.args if arg is not root]
+    elif user.target == aten.div.Tensor and user.args[1] is root:
+        others = [user.args[0]]
     else:
         return None
-    if len(other) != 1 or base(other[0]) is not rows:
+    if len(others) != 1 or base(others[0]) is not rows:
         return None
     normed = user
     while len(normed.users) == 1 and next(iter(normed.users)).target == _convert:
@@ -202,10 +211,13 @@ def _scaled(user: fx.Node, root: fx.Node, rows: fx.Node, eps: float) -> Norm | N
         if product.target != aten.mul.Tensor:
             continue
         others = [arg for arg in product.args if isinstance(arg, fx.Node) and arg is not normed]
-        weight, offset = _weight(others[0]) if len(others) == 1 else (None, 0.0)
+        weight, offset = _weight(others[0]) if len(others) == 1 else (None, None)
         if weight is None or not is_tensor(weight) or val(weight).dim() != 1 or not same(val(weight).shape[0], width):
             continue
         norm = Norm(rows, product, weight, eps, offset)
+        if None in (eps, offset):
+            norm.complaint = "torch has made a symbol of the norm's eps, or of what is added to its weight: it does so of "
+            norm.complaint += "a Python float under dynamic=True, unless it is an attribute of a module"
         if len(normed.users) > 1:
             norm.complaint = f"what the norm multiplies by its weight is read by {_names(normed.users, product)}, too"
         return norm

@@ -47,6 +47,7 @@ class Rewriter:
         self.norms, self.reductions = match.find_norms(graph), match.find_reductions(graph)
         self.carried: dict[fx.Node, Carried] = {}
         self.sites: dict[Reduction | Norm, Site] = {}
+        self.shapes: dict[fx.Node, list[int | fx.Node]] = {}
         self.dead: list[fx.Node] = []
 
     def run(self) -> GraphReport:
@@ -87,14 +88,16 @@ class Rewriter:
             raise Left(f"the norm of {dtype} rows leaves {val(norm.output).dtype} ones")
         residual = self._residual(total.others, dtype, scatters)
         weight = self._norm_weight(norm)
+        # What may fail is asked before the first node is made.
+        self.shapes |= {node: self._shape(node, scatters) for node in (*outputs, norm.rows)}
 
         with self.graph.inserting_before(norm.rows):
-            flat = [self._flat(partial, hidden_size) for partial in partials]
+            flat = [self._flat(partial, norm) for partial in partials]
             while len(flat) > 1:
                 flat = [self._call(norm, aten.add.Tensor, flat[0], flat[1]), *flat[2:]]
             partial = self._contiguous(norm, flat[0])
             if residual is not None:
-                residual = self._contiguous(norm, self._flat(residual, hidden_size))
+                residual = self._contiguous(norm, self._flat(residual, norm))
             if val(weight).dtype not in (dtype, torch.float32):
                 weight = self._call(norm, match._convert, weight, torch.float32)
             linears = [] if scatters else self._projections(outputs, norm, site)
@@ -110,7 +113,7 @@ class Rewriter:
         else:
             for old in outputs:
                 with self.graph.inserting_before(old):
-                    old.replace_all_uses_with(self._shaped(norm, output, old, scatters))
+                    old.replace_all_uses_with(self._shaped(output, old, scatters, partial))
         self.dead += outputs
         self.carried[norm.rows] = Carried(norm.rows, residual_out, partial, scatters, site)
         row, length = hidden_size * dtype.itemsize * self.share, match.hint
@@ -249,9 +252,8 @@ class Rewriter:
         """Residuals are gathered where something else reads them, and what nobody reads any more is taken out."""
         for node in self.dead:
             self._erase(node)
-        for carried in self.carried.values():
+        for carried in reversed(self.carried.values()):  # a sum is read by the next one, until that is gone
             self._erase(carried.total)
-        for carried in self.carried.values():
             total, readers = carried.total, list(carried.total.users)
             if not readers:
                 continue
@@ -265,7 +267,7 @@ class Rewriter:
                     carried.site.collectives_after += 1
                     width = match.hint(val(rows).shape[-1])
                     carried.site.bytes_after += width * val(rows).dtype.itemsize * self.share
-                rows = self._shaped(total, rows, total, carried.scattered_before)
+                rows = self._shaped(rows, total, carried.scattered_before, carried.partial)
                 if val(rows).dtype != val(total).dtype:
                     rows = self._call(total, match._convert, rows, val(total).dtype)
             total.replace_all_uses_with(rows)
@@ -299,13 +301,13 @@ class Rewriter:
         node.meta |= {**result.meta, "val": val(result)[index]}
         return node
 
-    def _flat(self, node: fx.Node, hidden_size) -> fx.Node:
+    def _flat(self, node: fx.Node, norm: Norm) -> fx.Node:
         """The node's rows in two dimensions."""
-        while val(node).dim() != 2 and node.target in match._VIEWS and match._same_rows(node, node.args[0]):
+        while val(node).dim() != 2 and match._passes_rows_on(node):
             node = node.args[0]
         if val(node).dim() == 2:
             return node
-        return self._call(node, aten.reshape.default, node, [-1, self._size(hidden_size)])
+        return self._call(node, aten.reshape.default, node, [-1, self.shapes[norm.rows][-1]])
 
     def _contiguous(self, norm: Norm, node: fx.Node) -> fx.Node:
         tensor = val(node)
@@ -317,28 +319,26 @@ class Rewriter:
         size = val(rows).shape[0]
         return size if isinstance(size, int) else self._call(rows, aten.sym_size.int, rows, 0)
 
-    def _shaped(self, source, rows: fx.Node, like: fx.Node, scattered: bool) -> fx.Node:
+    def _shaped(self, rows: fx.Node, like: fx.Node, scattered: bool, partial: fx.Node) -> fx.Node:
         """`rows` in the shape of the node that they replace."""
         shape = val(like).shape
-        if len(shape) == 2 and all(same(a, b) for a, b in zip(val(rows).shape, shape, strict=True)):
+        if len(shape) == 2 and (not scattered or same(val(rows).shape[0], shape[0])):
             return rows
-        sizes = [self._size(size) for size in shape]
-        if scattered:  # torch does not see that the two counts are the same, and would guard on it
-            return self._call(source, aten.as_strided.default, rows, sizes, [sizes[-1], 1], 0)
-        return self._call(source, aten.reshape.default, rows, sizes)
+        if not scattered:
+            return self._call(like, aten.reshape.default, rows, self.shapes[like])
+        # The count is the same, as the tokens divide; torch does not see it, and would guard on it.
+        num_rows = self._call(like, operator.floordiv, self._num_tokens(partial), self.workspace.world_size)
+        width = self.shapes[like][-1]
+        return self._call(like, aten.as_strided.default, rows, [num_rows, width], [width, 1], 0)
 
-    def _size(self, size) -> int | fx.Node:
-        """A size as an argument: a number, or a node that holds it."""
-        if isinstance(size, int):
-            return size
-        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        for node in placeholders:
-            if isinstance(val(node), torch.SymInt) and val(node).node.expr == size.node.expr:
-                return node
-        for node in self.graph.nodes:  # all that a new node can be inserted behind of
-            if isinstance(val(node), torch.SymInt) and val(node).node.expr == size.node.expr:
-                return node
-        raise Left(f"no node of the graph holds the size {size}")
+    def _shape(self, node: fx.Node, scattered: bool) -> list[int | fx.Node]:
+        """The node's sizes as arguments: numbers, inputs of the graph, and -1 for one that is neither."""
+        inputs = [each for each in self.graph.nodes if each.op == "placeholder" and isinstance(val(each), torch.SymInt)]
+        by_symbol = {val(each).node.expr: each for each in inputs}
+        sizes = [size if isinstance(size, int) else by_symbol.get(size.node.expr, -1) for size in val(node).shape]
+        if sizes[-1] == -1 or (not scattered and len(sizes) != 2 and sizes.count(-1) > 1):
+            raise Left(f"the sizes {tuple(val(node).shape)} are not inputs of the graph")
+        return sizes
 
     # ---- words ----
 
