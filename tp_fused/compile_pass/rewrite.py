@@ -52,8 +52,9 @@ class Rewriter:
 
     def run(self) -> GraphReport:
         sites, seen = [], set()
+        finished = {node: reduction for node, reduction in self.reductions.items() if reduction.wait is not None}
         for rows, norms in self.norms.items():
-            total = match.as_sum(rows, self.reductions, self.carried)
+            total = match.as_sum(rows, finished, self.carried)
             if not total.reductions:
                 continue
             seen |= {reduction.call for reduction in total.reductions}
@@ -130,8 +131,6 @@ class Rewriter:
             raise Left(f"it reduces over group {reduction.group_name!r}, the pass serves {workspace.group_name!r}")
         if reduction.op != "sum":
             raise Left(f"it reduces by {reduction.op!r}, and only 'sum' is served")
-        if reduction.wait is None:
-            raise Left("what it returns is read before it has been waited for")
         if others := total.readers_elsewhere(reduction):
             raise Left(f"its result is read by {match._names(others)}, too, which needs it before the residual is added")
         tensor = val(partial)
@@ -357,8 +356,11 @@ class Rewriter:
 
     def _why_no_norm(self, reduction: Reduction) -> str:
         if reduction.wait is None:
-            return "what it returns is read before it has been waited for"
-        users = match.readers(reduction.wait)
+            return "what it returns is not waited for once, and then read"
+        users = match.readers(reduction.read)
+        others = [arg for user in users if user.target == aten.add.Tensor for arg in user.args if match.is_tensor(arg)]
+        if any(val(arg).dim() == 1 for arg in others):
+            return "a bias is added to its sum: have one rank add it to its partial sum"
         return f"no RMSNorm of its sum was found: it is read by {match._names(users) or 'nobody'}"
 
 
