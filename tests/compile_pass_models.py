@@ -1,4 +1,4 @@
-"""Tensor-parallel decoders for the tests of the pass: transformers' own modules, plain all-reduces, no word of tp_fused.
+"""Tensor-parallel decoders for the tests of the pass: transformers' own modules and plain all-reduces.
 
 Every rank makes the whole model from the same seed, and cuts its shards out of it.
 """
@@ -14,8 +14,19 @@ from transformers.models.llama import modeling_llama as llama
 
 HIDDEN, LAYERS, VOCAB, HEADS = 96, 2, 40, 6  # heads for 2 and 3 ranks
 Q_LORA, KV_LORA, ROPE = 24, 16, 8
-SHARED = dict(hidden_size=HIDDEN, vocab_size=VOCAB, num_hidden_layers=LAYERS, num_attention_heads=HEADS, rms_norm_eps=1e-5,
-              attn_implementation="sdpa", pad_token_id=None, bos_token_id=None, eos_token_id=None)  # fmt: skip
+SHARED = dict(
+    hidden_size=HIDDEN,
+    vocab_size=VOCAB,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    num_key_value_heads=HEADS,
+    intermediate_size=48,
+    rms_norm_eps=1e-5,
+    attn_implementation="sdpa",
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
 
 
 def all_reduced(module, given, output):
@@ -28,7 +39,9 @@ def all_reduced_in_place(module, given, output):
 
 
 def cut(linear: nn.Linear, dim: int) -> None:
-    linear.weight = nn.Parameter(torch.tensor_split(linear.weight.data, dist.get_world_size(), dim)[dist.get_rank()].clone())
+    linear.weight = nn.Parameter(
+        torch.tensor_split(linear.weight.data, dist.get_world_size(), dim)[dist.get_rank()].clone()
+    )
 
 
 class Decoder(nn.Module):
@@ -90,7 +103,7 @@ class Decoder(nn.Module):
 
 class Llama(Decoder):
     def __init__(self, hook=all_reduced):
-        config = LlamaConfig(**SHARED, intermediate_size=48, num_key_value_heads=HEADS, head_dim=16)
+        config = LlamaConfig(**SHARED, head_dim=16)
         super().__init__(config, llama.LlamaDecoderLayer, llama.LlamaRMSNorm, llama.LlamaRotaryEmbedding, hook)
 
     def shard_attention(self, attention) -> None:
@@ -100,7 +113,7 @@ class Llama(Decoder):
 
 class Gemma(Decoder):
     def __init__(self, hook=all_reduced):
-        config = GemmaConfig(**SHARED, intermediate_size=48, num_key_value_heads=HEADS, head_dim=16)
+        config = GemmaConfig(**SHARED, head_dim=16)
         super().__init__(config, gemma.GemmaDecoderLayer, gemma.GemmaRMSNorm, gemma.GemmaRotaryEmbedding, hook)
 
     shard_attention = Llama.shard_attention
@@ -111,7 +124,7 @@ class Deepseek(Decoder):
 
     def __init__(self, hook=all_reduced, dense: int = 1):
         config = DeepseekV3Config(
-            **SHARED, intermediate_size=48, moe_intermediate_size=24, num_key_value_heads=HEADS, q_lora_rank=Q_LORA,
+            **SHARED, moe_intermediate_size=24, q_lora_rank=Q_LORA,
             kv_lora_rank=KV_LORA, qk_rope_head_dim=ROPE, qk_nope_head_dim=8, v_head_dim=12, n_routed_experts=4,
             num_experts_per_tok=2, n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=dense,
             experts_implementation="batched_mm",

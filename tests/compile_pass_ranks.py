@@ -1,7 +1,6 @@
 """What the tests of the pass run on ranks: compile with Inductor's front end, run, look at the graph that is left."""
 
 import contextlib
-import operator
 
 import torch
 import torch._inductor.compile_fx as inductor
@@ -10,8 +9,6 @@ from ranks import workspace
 from torch._inductor.virtualized import V
 
 from tp_fused import compile_pass
-
-ROW = ("rs_rmsnorm", "rs_rmsnorm_ag")
 
 
 class FrontEnd:
@@ -71,10 +68,9 @@ def received(graph: torch.fx.Graph, num_tokens: int, world_size: int) -> float:
     total = 0.0
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "").split(".")[0]
-        if name in ("all_reduce", "rs_rmsnorm_ag", "rs_rmsnorm", "reduce_scatter_tensor"):
+        if name in ("all_reduce", "all_reduce_", "rs_rmsnorm_ag", "rs_rmsnorm"):
             part = node.args[0].meta["val"]
-            twice = 2 if name in ("all_reduce", "all_reduce_", "rs_rmsnorm_ag") else 1
-            total += twice * part.numel() * part.itemsize
+            total += (1 if name == "rs_rmsnorm" else 2) * part.numel() * part.itemsize
         elif name in ("qkv_a_proj_ag", "all_gather_rows"):
             total += node.meta["val"].numel() * node.meta["val"].itemsize
     return total * (world_size - 1) / world_size / num_tokens
@@ -103,6 +99,3 @@ def random(name: str, *shape: int, dtype=torch.float32, scale: float = 1.0, own:
     """The same on all ranks; `own`: another one on each."""
     seed = sum(map(ord, name)) * 8 + (dist.get_rank() + 1 if own else 0)
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
-
-
-__all__ = ["FrontEnd", "calls", "compiled", "operator", "random", "received", "reduced"]

@@ -62,7 +62,14 @@ class Engine(Norm):
         return normed.to(rows.dtype) * self.weight, wide.to(rows.dtype)
 
 
-FORMS = {"transformers": Norm, "gemma": Gemma, "torch": Functional, "squares": Squares, "quotient": Quotient, "vllm": Engine}
+FORMS = {
+    "transformers": Norm,
+    "gemma": Gemma,
+    "torch": Functional,
+    "squares": Squares,
+    "quotient": Quotient,
+    "vllm": Engine,
+}
 
 
 class Layers(nn.Module):
@@ -198,6 +205,28 @@ def test_symbolic_hidden_size(pool, replicated):
     op = ["rs_rmsnorm", "qkv_a_proj_ag"] if replicated else ["rs_rmsnorm_ag"]
     for seen in pool.run(run_symbolic, replicated, timeout_s=280):
         assert seen == [*op, "all_gather_rows"]
+
+
+def run_past_the_workspace() -> str:
+    """Runs on a rank: a graph for any count gets more tokens than the workspace was made for."""
+    layers = Layers(Norm, torch.float32)
+    with compiled(layers, sizes={"hidden_size": HIDDEN}) as (function, _, _):
+        for num_tokens in (9, 65):
+            inputs = given(num_tokens)
+            for tensor in inputs:
+                torch._dynamo.mark_dynamic(tensor, 0)
+            if num_tokens == 9:
+                function(*inputs)
+        with pytest.raises(ValueError) as error:
+            function(*inputs)
+        return str(error.value)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_more_tokens_than_the_workspace_takes(pool):
+    """Known at once, such a count is left as it is (test_compile_pass_left.py); later, the op says what to call."""
+    for error in pool.run(run_past_the_workspace, timeout_s=280):
+        assert error.startswith("num_tokens=65 is over the workspace's max_num_tokens=64; call tp_fused.init(")
 
 
 # ---- reduce-scatter ----

@@ -5,17 +5,17 @@ import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import fx
 from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass, get_custom_graph_passes
+from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
 
 from .. import compiled, groups
 from .._version import __version__
-from . import match
+from .nodes import val
 from .report import GraphReport, Report
 from .rewrite import Rewriter
+from .sums import find_reductions
 
 _log = logging.getLogger("tp_fused.compile_pass")
 
@@ -65,7 +65,7 @@ class TpFusedPass(CustomInferenceAwareGraphPass):
             _log.info("%s", seen)
 
     def uuid(self):
-        """What a cached graph depends on besides itself. None, which has nothing cached, for a function `replicated`."""
+        """What a cached graph depends on besides itself; None has nothing cached, where `replicated` is a function."""
         if self._names is None:
             return None
         rank, world_size = self.group.rank(), self.group.size()
@@ -74,12 +74,12 @@ class TpFusedPass(CustomInferenceAwareGraphPass):
         return (_sources(), __version__, self.group.group_name, rank, world_size, self._names, sizes)
 
     def _rewritten(self, graph: fx.Graph, is_inference: bool) -> GraphReport:
-        reductions = match.find_reductions(graph)
+        reductions = find_reductions(graph)
         if not reductions:
             return GraphReport([])
         if not is_inference:
             return GraphReport([], "the graph is traced for training: call the model under torch.no_grad()")
-        device = match.val(next(iter(reductions))).device
+        device = val(next(iter(reductions))).device
         try:
             workspace = groups.get_workspace(self.group.group_name, device)
         except ValueError as error:
@@ -120,14 +120,14 @@ def install(group: dist.ProcessGroup | None = None, **options) -> TpFusedPass:
     others = [one for one in _installed if one.group.group_name == added.group.group_name]
     if others:
         raise ValueError(f"a pass is installed for group {added.group.group_name!r} already; uninstall() it first")
-    config.post_grad_custom_pre_pass = _as_config([*get_custom_graph_passes(config.post_grad_custom_pre_pass), added])
+    config.post_grad_custom_pre_pass = _as_config([*_passes(), added])
     _installed.append(added)
     return added
 
 
 def uninstall() -> None:
     """Takes out what `install` has put in. Code that is compiled stays as it is."""
-    kept = [one for one in get_custom_graph_passes(config.post_grad_custom_pre_pass) if one not in _installed]
+    kept = [one for one in _passes() if one not in _installed]
     config.post_grad_custom_pre_pass = _as_config(kept)
     _installed.clear()
 
@@ -137,6 +137,12 @@ def report() -> Report:
     reports = [one.report() for one in _installed]
     hits = max((one.from_cache for one in reports), default=0)
     return Report([graph for one in reports for graph in one.graphs], hits)
+
+
+def _passes() -> list:
+    """Those that are set."""
+    passes = config.post_grad_custom_pre_pass
+    return list(passes) if isinstance(passes, (list, tuple)) else [] if passes is None else [passes]
 
 
 def _as_config(passes: list):

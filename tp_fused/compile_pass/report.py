@@ -82,7 +82,7 @@ class Report:
         lines = [f"graph {index}: {graph}" for index, graph in enumerate(self.graphs)]
         if self.from_cache:
             lines.append(
-                f"{self.from_cache} graphs came from torch's cache as the pass had left them when they were compiled; to "
-                f"see them here, compile with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
+                f"{self.from_cache} graphs came from torch's cache, as the pass had left them when they were compiled; "
+                f"to see them here, compile with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1"
             )
         return "\n".join(lines) if lines else "no graph has been compiled with the pass yet"

@@ -1,4 +1,4 @@
-"""Puts the ops where `match` finds what they replace, in one graph.
+"""Puts the ops into the place of what they replace, in one graph.
 
 Each op takes the place of the sum that its norm reads, so what it needs is there already, and what reads its results
 comes later. All decisions follow from what is the same on all ranks: the graph, the workspace and the token count.
@@ -13,9 +13,24 @@ from torch import fx
 
 from .. import checks
 from ..native import _C
-from . import match
-from .match import Norm, Reduction, Sum, aten, base, same, unview, val
+from .nodes import (
+    CONVERT,
+    aten,
+    base,
+    c10d,
+    hint,
+    is_tensor,
+    module_of,
+    names,
+    passes_rows_on,
+    readers,
+    same,
+    unview,
+    val,
+)
+from .norms import Norm, find_norms, narrowed
 from .report import GraphReport, Site
+from .sums import Linear, Reduction, Sum, as_linear, as_sum, find_reductions, rank_dependent, wait_once
 
 _ops = torch.ops.tp_fused
 
@@ -43,10 +58,9 @@ class Rewriter:
         self.replicated = replicated
         self.fake_mode = torch._guards.detect_fake_mode([val(node) for node in graph.nodes])
         self.share = (workspace.world_size - 1) / workspace.world_size
-        match.wait_once(graph)
-        self.norms, self.reductions = match.find_norms(graph), match.find_reductions(graph)
+        wait_once(graph)
+        self.norms, self.reductions = find_norms(graph), find_reductions(graph)
         self.carried: dict[fx.Node, Carried] = {}
-        self.sites: dict[Reduction | Norm, Site] = {}
         self.shapes: dict[fx.Node, list[int | fx.Node]] = {}
         self.dead: list[fx.Node] = []
 
@@ -54,13 +68,14 @@ class Rewriter:
         sites, seen = [], set()
         finished = {node: reduction for node, reduction in self.reductions.items() if reduction.wait is not None}
         for rows, norms in self.norms.items():
-            total = match.as_sum(rows, finished, self.carried)
+            total = as_sum(rows, finished, self.carried)
             if not total.reductions:
                 continue
             seen |= {reduction.call for reduction in total.reductions}
-            site = self._site(norms[0].where, total.reductions, _form(total))
+            norm = next((norm for norm in norms if not norm.complaint), norms[0])
+            site = self._site(norm.where, total.reductions, _form(total))
             try:
-                self._rewrite(norms[0], total, site)
+                self._rewrite(norm, total, site)
             except Left as why:
                 site.because = str(why)
             sites.append(site)
@@ -84,7 +99,7 @@ class Rewriter:
             raise Left("the reductions that are added up have several dtypes")
         if norm.complaint:
             raise Left(norm.complaint)
-        outputs = match.narrowed(norm, dtype)
+        outputs = narrowed(norm, dtype)
         if outputs is None:
             raise Left(f"the norm of {dtype} rows leaves {val(norm.output).dtype} ones")
         residual = self._residual(total.others, dtype, scatters)
@@ -100,7 +115,7 @@ class Rewriter:
             if residual is not None:
                 residual = self._contiguous(norm, self._flat(residual, norm))
             if val(weight).dtype not in (dtype, torch.float32):
-                weight = self._call(norm, match._convert, weight, torch.float32)
+                weight = self._call(norm, CONVERT, weight, torch.float32)
             linears = [] if scatters else self._projections(outputs, norm, site)
             op = _ops.rs_rmsnorm if scatters or linears else _ops.rs_rmsnorm_ag
             offset = {"weight_offset": norm.weight_offset} if norm.weight_offset else {}
@@ -117,12 +132,10 @@ class Rewriter:
                     old.replace_all_uses_with(self._shaped(output, old, scatters, partial))
         self.dead += outputs
         self.carried[norm.rows] = Carried(norm.rows, residual_out, partial, scatters, site)
-        row, length = hidden_size * dtype.itemsize * self.share, match.hint
         site.ops = (op.__name__.split(".")[-1], *["qkv_a_proj_ag"] * len(linears))
         site.collectives_after = 1 + len(linears)
-        columns = sum(length(linear.width) for linear in linears)
-        gathered = columns * dtype.itemsize * self.share if linears else (0 if scatters else length(row))
-        site.bytes_after = length(row) + gathered
+        gathered = sum(hint(linear.width) for linear in linears) if linears else 0 if scatters else hint(hidden_size)
+        site.bytes_after = (hint(hidden_size) + gathered) * dtype.itemsize * self.share
 
     def _checked(self, reduction: Reduction, total: Sum) -> fx.Node:
         """The partial sum of a reduction that can be served."""
@@ -132,7 +145,7 @@ class Rewriter:
         if reduction.op != "sum":
             raise Left(f"it reduces by {reduction.op!r}, and only 'sum' is served")
         if others := total.readers_elsewhere(reduction):
-            raise Left(f"its result is read by {match._names(others)}, too, which needs it before the residual is added")
+            raise Left(f"its result is read by {names(others)}, too, which needs it before the residual is added")
         tensor = val(partial)
         if tensor.device.type != workspace.device_type:
             raise Left(f"it reduces a tensor on {tensor.device}, the workspace is for {workspace.device_type}")
@@ -143,7 +156,7 @@ class Rewriter:
         rows = tensor.shape[0]
         for size in tensor.shape[1:-1]:
             rows = rows * size
-        num_tokens, width = match.hint(rows), match.hint(tensor.shape[-1])
+        num_tokens, width = hint(rows), hint(tensor.shape[-1])
         if num_tokens is None or width is None:
             raise Left("torch does not know the sizes of what it reduces")
         if num_tokens > workspace.max_num_tokens:
@@ -172,23 +185,23 @@ class Rewriter:
             differs = self._differs(residual)
             if differs is not None:
                 raise Left(
-                    f"the residual is made of {differs.target} ({match.module_of(differs) or differs.name}), which may "
+                    f"the residual is made of {differs.target} ({module_of(differs) or differs.name}), which may "
                     f"differ between ranks: a partial sum, or a product with a weight that is not declared replicated"
                 )
         while val(residual).dtype != dtype and base(residual) is not residual:
             source = unview(residual)
-            residual = source.args[0] if source.target == match._convert else source
+            residual = source.args[0] if source.target == CONVERT else source
         if val(residual).dtype != dtype:
             raise Left(f"the residual is {val(residual).dtype}, and what is reduced {dtype}")
         return residual
 
     def _differs(self, node: fx.Node) -> fx.Node | None:
         def replicated(product: fx.Node) -> bool:
-            linear = match.as_linear(product, lambda rows: True)
+            linear = as_linear(product, lambda rows: True)
             return linear is not None and self._declared(linear)
 
         full = [total for total, carried in self.carried.items() if not carried.scattered_before]
-        return match.rank_dependent(node, self.workspace.group_name, replicated, full)
+        return rank_dependent(node, self.workspace.group_name, replicated, full)
 
     def _norm_weight(self, norm: Norm) -> fx.Node:
         weight = norm.weight
@@ -203,42 +216,36 @@ class Rewriter:
 
     # ---- projections ----
 
-    def _declared(self, linear: match.Linear) -> bool:
-        return self.replicated(linear.where, tuple(match.hint(size) for size in val(linear.weight).shape))
+    def _declared(self, linear: Linear) -> bool:
+        return self.replicated(linear.where, tuple(hint(size) for size in val(linear.weight).shape))
 
-    def _projections(self, outputs: list[fx.Node], norm: Norm, site: Site) -> list[match.Linear]:
+    def _projections(self, outputs: list[fx.Node], norm: Norm, site: Site) -> list[Linear]:
         """The linears that are all that reads the norm, when this rank's rows may go through them before the gather."""
-        users = [user for output in outputs for user in match.readers(output)]
-        linears = [match.as_linear(user, lambda rows: unview(rows) in outputs) for user in users]
+        users = [user for output in outputs for user in readers(output)]
+        linears = [as_linear(user, lambda rows: unview(rows) in outputs) for user in users]
         if not users or None in linears:
             return []
-        hidden_size = match.hint(val(norm.rows).shape[-1])
-        widths = [match.hint(linear.width) for linear in linears]
+        hidden_size = hint(val(norm.rows).shape[-1])
+        widths = [hint(linear.width) for linear in linears]
         if sum(widths) >= hidden_size:
             return []
-        names = [linear.where or linear.output.name for linear in linears]
-        dtype = val(outputs[0]).dtype
-        undeclared = [name for name, linear in zip(names, linears, strict=True) if not self._declared(linear)]
-        problem = ""
-        if undeclared:
-            problem = f"{', '.join(undeclared)}: not declared replicated"
-        for name, linear in zip(names, linears, strict=True):
-            weight, bias = val(linear.weight), linear.bias
-            if weight.dtype != dtype or (bias is not None and val(bias).dtype != dtype):
-                problem = f"{name} has a {weight.dtype} weight for {dtype} rows"
-            elif weight.stride(-1) != 1 or not same(weight.stride(0), weight.shape[1]):
-                problem = f"the weight of {name} has strides {weight.stride()}"
-            elif match.hint(linear.width) * dtype.itemsize > self.workspace.row_bytes:
-                problem = f"{linear.width} columns of {name} do not fit the workspace, made for rows of "
-                problem += f"{self.workspace.row_bytes} bytes"
-        if problem:
-            site.notes.append(f"not projected before the gather, because {problem}")
+        problems = [self._why_not_projected(linear) for linear in linears]
+        if any(problems):
+            site.notes.append(f"not projected before the gather, because {', '.join(filter(None, problems))}")
             return []
         if len(linears) > 1:
             site.notes.append(f"{len(linears)} projections are gathered one by one; merged, they would be one call")
         return linears
 
-    def _project(self, linear: match.Linear, rows: fx.Node, partial: fx.Node) -> None:
+    def _why_not_projected(self, linear: Linear) -> str:
+        weight = val(linear.weight)
+        if not self._declared(linear):
+            return f"{linear.name} is not declared replicated"
+        if weight.stride(-1) != 1 or not same(weight.stride(0), weight.shape[1]):
+            return f"the weight of {linear.name} has strides {weight.stride()}"
+        return ""
+
+    def _project(self, linear: Linear, rows: fx.Node, partial: fx.Node) -> None:
         old = linear.output
         with self.graph.inserting_before(old):
             bias = {"bias": linear.bias} if linear.bias is not None else {}
@@ -253,8 +260,8 @@ class Rewriter:
             self._erase(node)
         for carried in reversed(self.carried.values()):  # a sum is read by the next one, until that is gone
             self._erase(carried.total)
-            total, readers = carried.total, list(carried.total.users)
-            if not readers:
+            total = carried.total
+            if not total.users:
                 continue
             first = next(node for node in self.graph.nodes if node in total.users)
             with self.graph.inserting_before(first):
@@ -262,13 +269,13 @@ class Rewriter:
                 if not carried.scattered_before:
                     num_tokens = self._num_tokens(carried.partial)
                     rows = self._call(total, _ops.all_gather_rows.default, rows, num_tokens, self.group)
-                    carried.site.notes.append(f"its residual is gathered for {match._names(match.readers(total))}")
+                    carried.site.notes.append(f"its residual is gathered for {names(readers(total))}")
                     carried.site.collectives_after += 1
-                    width = match.hint(val(rows).shape[-1])
+                    width = hint(val(rows).shape[-1])
                     carried.site.bytes_after += width * val(rows).dtype.itemsize * self.share
                 rows = self._shaped(rows, total, carried.scattered_before, carried.partial)
                 if val(rows).dtype != val(total).dtype:
-                    rows = self._call(total, match._convert, rows, val(total).dtype)
+                    rows = self._call(total, CONVERT, rows, val(total).dtype)
             total.replace_all_uses_with(rows)
             self._erase(total)
 
@@ -276,7 +283,7 @@ class Rewriter:
         stack = [node]
         while stack:
             node = stack.pop()
-            ours = node.target in (match.c10d.wait_tensor.default, *_REDUCTIONS)
+            ours = node.target in (c10d.wait_tensor.default, *_REDUCTIONS)
             if node.users or node.op != "call_function" or node._erased or (node.is_impure() and not ours):
                 continue
             inputs = node.all_input_nodes
@@ -302,7 +309,7 @@ class Rewriter:
 
     def _flat(self, node: fx.Node, norm: Norm) -> fx.Node:
         """The node's rows in two dimensions."""
-        while val(node).dim() != 2 and match._passes_rows_on(node):
+        while val(node).dim() != 2 and passes_rows_on(node):
             node = node.args[0]
         if val(node).dim() == 2:
             return node
@@ -351,22 +358,22 @@ class Rewriter:
         tensor = val(reduction.partial)
         if tensor.dim() == 0:
             return 0.0
-        row = (match.hint(tensor.shape[-1]) or 0) * tensor.dtype.itemsize * self.share
+        row = (hint(tensor.shape[-1]) or 0) * tensor.dtype.itemsize * self.share
         return row if reduction.scatters else 2 * row
 
     def _why_no_norm(self, reduction: Reduction) -> str:
         if reduction.wait is None:
             return "what it returns is not waited for once, and then read"
-        users = match.readers(reduction.read)
-        others = [arg for user in users if user.target == aten.add.Tensor for arg in user.args if match.is_tensor(arg)]
+        users = readers(reduction.read)
+        others = [arg for user in users if user.target == aten.add.Tensor for arg in user.args if is_tensor(arg)]
         if any(val(arg).dim() == 1 for arg in others):
             return "a bias is added to its sum: have one rank add it to its partial sum"
-        return f"no RMSNorm of its sum was found: it is read by {match._names(users) or 'nobody'}"
+        return f"no RMSNorm of its sum was found: it is read by {names(users) or 'nobody'}"
 
 
 def _form(total: Sum) -> str:
-    names = " + ".join("reduce_scatter" if reduction.scatters else "all_reduce" for reduction in total.reductions)
-    return f"{names} ->{' + residual ->' * bool(total.others)} RMSNorm"
+    reductions = " + ".join("reduce_scatter" if one.scatters else "all_reduce" for one in total.reductions)
+    return f"{reductions} ->{' + residual ->' * bool(total.others)} RMSNorm"
 
 
-_REDUCTIONS = (match.c10d.all_reduce.default, match.c10d.reduce_scatter_tensor.default)
+_REDUCTIONS = (c10d.all_reduce.default, c10d.reduce_scatter_tensor.default)
