@@ -38,10 +38,12 @@ def all_reduced_in_place(module, given, output):
     return output
 
 
+def own_part(weight: torch.Tensor, dim: int) -> torch.Tensor:
+    return torch.tensor_split(weight, dist.get_world_size(), dim)[dist.get_rank()].clone()
+
+
 def cut(linear: nn.Linear, dim: int) -> None:
-    linear.weight = nn.Parameter(
-        torch.tensor_split(linear.weight.data, dist.get_world_size(), dim)[dist.get_rank()].clone()
-    )
+    linear.weight = nn.Parameter(own_part(linear.weight.data, dim))
 
 
 class Decoder(nn.Module):
@@ -49,8 +51,6 @@ class Decoder(nn.Module):
 
     def __init__(self, config, layer_class, norm_class, rotary_class, hook):
         super().__init__()
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        self.own = torch.tensor_split(torch.arange(config.vocab_size), world_size)[rank]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(layer_class(config, index) for index in range(config.num_hidden_layers))
         self.norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)
@@ -64,8 +64,8 @@ class Decoder(nn.Module):
                 parameter.data += 1
         for layer in self.layers:
             self.shard(layer, hook)
-        self.register_buffer("start", self.own[:1].clone())
-        self.embed_tokens.weight = nn.Parameter(self.embed_tokens.weight.data[self.own])
+        self.register_buffer("start", own_part(torch.arange(config.vocab_size), 0)[:1])
+        self.embed_tokens.weight = nn.Parameter(own_part(self.embed_tokens.weight.data, 0))
         self.requires_grad_(False)
 
     def embed(self, ids):
@@ -88,13 +88,12 @@ class Decoder(nn.Module):
         attention.o_proj.register_forward_hook(hook)
         for part in (mlp, *([mlp.shared_experts] if hasattr(mlp, "shared_experts") else [])):
             if hasattr(part, "gate_proj"):
-                cut(part.gate_proj, 0), cut(part.up_proj, 0), cut(part.down_proj, 1)
+                for linear, dim in ((part.gate_proj, 0), (part.up_proj, 0), (part.down_proj, 1)):
+                    cut(linear, dim)
         if hasattr(mlp, "experts"):
-            half = [torch.tensor_split(x, dist.get_world_size(), 1)[dist.get_rank()]
-                    for x in mlp.experts.gate_up_proj.data.chunk(2, 1)]  # fmt: skip
-            mlp.experts.gate_up_proj = nn.Parameter(torch.cat(half, 1))
-            down = torch.tensor_split(mlp.experts.down_proj.data, dist.get_world_size(), 2)[dist.get_rank()]
-            mlp.experts.down_proj = nn.Parameter(down.clone())
+            halves = [own_part(half, 1) for half in mlp.experts.gate_up_proj.data.chunk(2, 1)]
+            mlp.experts.gate_up_proj = nn.Parameter(torch.cat(halves, 1))
+            mlp.experts.down_proj = nn.Parameter(own_part(mlp.experts.down_proj.data, 2))
             mlp.experts.register_forward_hook(hook)  # as transformers' plan does: two reductions, then a sum
             mlp.shared_experts.down_proj.register_forward_hook(hook)
         else:
@@ -122,13 +121,23 @@ class Gemma(Decoder):
 class Deepseek(Decoder):
     """The first layer is dense, the second one has experts."""
 
-    def __init__(self, hook=all_reduced, dense: int = 1):
+    def __init__(self, hook=all_reduced):
         config = DeepseekV3Config(
-            **SHARED, moe_intermediate_size=24, q_lora_rank=Q_LORA,
-            kv_lora_rank=KV_LORA, qk_rope_head_dim=ROPE, qk_nope_head_dim=8, v_head_dim=12, n_routed_experts=4,
-            num_experts_per_tok=2, n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=dense,
+            **SHARED,
+            moe_intermediate_size=24,
+            q_lora_rank=Q_LORA,
+            kv_lora_rank=KV_LORA,
+            qk_rope_head_dim=ROPE,
+            qk_nope_head_dim=8,
+            v_head_dim=12,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
             experts_implementation="batched_mm",
-        )  # fmt: skip
+        )
         rotary = deepseek.DeepseekV3RotaryEmbedding
         super().__init__(config, deepseek.DeepseekV3DecoderLayer, deepseek.DeepseekV3RMSNorm, rotary, hook)
 

@@ -158,7 +158,7 @@ LEFT = {
     three_dimensions: "it scatters a tensor of 3 dimensions, and only rows of two are served",
     too_many_tokens: "num_tokens=120 is over the workspace's max_num_tokens=64",
     too_wide_for_the_kernels: "hidden_size=16448 is over 16384, the widest row the kernels reduce",
-    sizes_of_its_own: "the sizes (s + 1, s - 1, 64) are not inputs of the graph",
+    sizes_of_its_own: "the sizes (s + 1, s - 1, s) are not inputs of the graph",
     too_wide: "hidden_size=576 of torch.float32 (2304 bytes a row) does not fit the workspace (1024 bytes a row)",
 }
 SYMBOLIC = {symbolic_eps, sizes_of_its_own}
@@ -219,6 +219,17 @@ def program(x, residual, weight):
     return norm(residual + all_reduced(x), weight)
 
 
+def run_without_reduction() -> str:
+    """Runs on a rank: an engine's own op reduces."""
+    library = torch.library.Library("an_engine", "FRAGMENT")
+    library.define("all_reduce(Tensor x) -> Tensor")
+    library.impl("all_reduce", lambda x: x + 1, "CompositeExplicitAutograd")
+    x, residual, weight = inputs(torch.float32)
+    with compiled(lambda x: norm(residual + torch.ops.an_engine.all_reduce(x), weight)) as (function, rewriting, _):
+        function(x)
+        return rewriting.report().graphs[0].because
+
+
 def run_training() -> str:
     """Runs on a rank."""
     x, residual, weight = inputs(torch.float32)
@@ -241,6 +252,9 @@ def run_without_workspace() -> tuple[str, str]:
 
 @pytest.mark.parametrize("world_size", [2])
 def test_left_as_a_whole(pool):
+    for because in pool.run(run_without_reduction, timeout_s=200):
+        missing = "it has no all_reduce and no reduce_scatter_tensor of torch.ops._c10d_functional"
+        assert because == f"{missing}: an_engine.all_reduce.default is not one"
     for because in pool.run(run_training, timeout_s=200):
         assert because == "the graph is traced for training: call the model under torch.no_grad()"
     for because, error in pool.run(run_without_workspace, timeout_s=200):

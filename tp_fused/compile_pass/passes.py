@@ -1,5 +1,6 @@
 """The pass as Inductor knows it."""
 
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterable
@@ -59,10 +60,8 @@ class TpFusedPass(CustomInferenceAwareGraphPass):
     # ---- Inductor's side ----
 
     def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
-        seen = self._rewritten(graph, is_inference)
-        if seen.sites or seen.because:
-            self._graphs.append(seen)
-            _log.info("%s", seen)
+        self._graphs.append(self._rewritten(graph, is_inference))
+        _log.info("%s", self._graphs[-1])
 
     def uuid(self):
         """What a cached graph depends on besides itself; None has nothing cached, where `replicated` is a function."""
@@ -73,10 +72,14 @@ class TpFusedPass(CustomInferenceAwareGraphPass):
         sizes = tuple((w.device_type, w.backend, w.max_num_tokens, w.row_bytes) for w in made)
         return (_sources(), __version__, self.group.group_name, rank, world_size, self._names, sizes)
 
+    def __deepcopy__(self, memo) -> "TpFusedPass":
+        """Itself: torch copies its configuration, and a process group cannot be copied."""
+        return self
+
     def _rewritten(self, graph: fx.Graph, is_inference: bool) -> GraphReport:
         reductions = find_reductions(graph)
         if not reductions:
-            return GraphReport([])
+            return GraphReport([], _no_reduction(graph))
         if not is_inference:
             return GraphReport([], "the graph is traced for training: call the model under torch.no_grad()")
         device = val(next(iter(reductions))).device
@@ -92,6 +95,14 @@ class TpFusedPass(CustomInferenceAwareGraphPass):
         return not set(self._names).isdisjoint(path.split("."))
 
 
+def _no_reduction(graph: fx.Graph) -> str:
+    targets = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    others = sorted(target for target in targets if "all_reduce" in target or "reduce_scatter" in target)
+    told = f": {', '.join(others)} is not one" if others else ""
+    return f"it has no all_reduce and no reduce_scatter_tensor of torch.ops._c10d_functional{told}"
+
+
+@functools.cache
 def _sources() -> str:
     """Of the files that decide what a graph becomes."""
     digest = hashlib.sha256()

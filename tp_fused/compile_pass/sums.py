@@ -176,7 +176,7 @@ def as_linear(node: fx.Node, rows: Callable[[fx.Node], bool]) -> Linear | None:
 # ---- whether all ranks hold the same ----
 
 _FACTORIES = ("full", "arange", "zeros", "ones", "scalar_tensor")
-_MOVES = ("embedding", "slice", "select", "cat", "expand", "permute", "index", "repeat", "mean", "sum")  # of pieces or means
+_MOVES = ("embedding", "slice", "select", "cat", "expand", "permute", "index", "repeat", "mean", "sum")
 _GATHERS = (c10d.all_gather_into_tensor.default, c10d.all_reduce.default)
 
 
