@@ -149,8 +149,8 @@ LEFT = {
     read_before_the_weight: "what the norm multiplies by its weight is read by aten.add.Tensor, too",
     computed_weight: "the norm's weight is computed (aten.add.Tensor) after the sum that it norms",
     strided_weight: "the norm's weight has strides (2,)",
-    symbolic_eps: "torch has made a symbol of the norm's eps, or of what is added to its weight: it does so of a "
-    "Python float under dynamic=True, unless it is an attribute of a module",
+    symbolic_eps: "torch has made a symbol of the norm's eps, or of what is added to its weight, as it does of floats "
+    "under dynamic=True: set torch._dynamo.config.specialize_float = True",
     bias: "a bias is added to its sum: have one rank add it to its partial sum",
     double: "it reduces torch.float64",
     several_dtypes: "the reductions that are added up have several dtypes",

@@ -59,6 +59,26 @@ def test_logits_equal_eager_ones(pool, world_size, kind, hook):
         assert (totals["collectives_before"], totals["collectives_after"]) == (reductions, len(wanted))
 
 
+def run_dynamic(kind: str) -> tuple[int, list, list[str]]:
+    """Runs on a rank: dynamic=True makes symbols of all sizes of inputs, and of floats where torch is not told not to."""
+    model = getattr(models, kind)().eval()
+    with (
+        compiled(model, dynamic=True, sizes=SIZES) as (function, rewriting, graphs),
+        torch._dynamo.config.patch(specialize_float=True),
+    ):
+        for num_tokens in (9, 2, 31):
+            given = tokens(num_tokens)
+            torch.testing.assert_close(function(*given), model(*given), rtol=1e-4, atol=1e-4)
+        return len(graphs), calls(graphs[0].graph), list(map(str, rewriting.report().left))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Deepseek"])
+@pytest.mark.parametrize("world_size", [2])
+def test_all_is_dynamic(pool, kind):
+    for seen in pool.run(run_dynamic, kind, timeout_s=290):
+        assert seen == (1, MODELS[kind][0], [])
+
+
 def bytes_of(kind: str) -> list[tuple[float, float]]:
     """Runs on a rank: bytes a token with and without the pass, counted in the graph and as the report has them."""
     counts, names = [], list(compile_pass.MLA_PROJECTIONS)

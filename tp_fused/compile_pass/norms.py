@@ -12,8 +12,8 @@ from torch import fx
 from .nodes import ADDS, CONVERT, MULS, aten, base, hint, is_tensor, module_of, names, same, val
 
 _SYMBOL = (
-    "torch has made a symbol of the norm's eps, or of what is added to its weight: it does so of a Python float under "
-    "dynamic=True, unless it is an attribute of a module"
+    "torch has made a symbol of the norm's eps, or of what is added to its weight, as it does of floats under "
+    "dynamic=True: set torch._dynamo.config.specialize_float = True"
 )
 
 
