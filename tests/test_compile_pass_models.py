@@ -60,7 +60,7 @@ def test_logits_equal_eager_ones(pool, world_size, kind, hook):
 
 
 def run_dynamic(kind: str) -> tuple[int, list, list[str]]:
-    """Runs on a rank: dynamic=True makes symbols of all sizes of inputs, and of floats where torch is not told not to."""
+    """Runs on a rank: dynamic=True makes symbols of the sizes of inputs, and of floats if torch is not told not to."""
     model = getattr(models, kind)().eval()
     with (
         compiled(model, dynamic=True, sizes=SIZES) as (function, rewriting, graphs),

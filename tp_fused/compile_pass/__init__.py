@@ -1,7 +1,9 @@
 """torch.compile puts the ops into a model that does not know of them.
 
+    from tp_fused import compile_pass
+
     tp_fused.init(max_num_tokens=..., hidden_size=...)
-    tp_fused.compile_pass.install()
+    compile_pass.install()
     model = torch.compile(model)
 
 The model is one that all-reduces its row-parallel products (functional collectives, or `torch.distributed.all_reduce`,
