@@ -1,12 +1,14 @@
 """What torch's compilers are told of the ops, so that compiled code does on every rank what eager code does.
 
 1. Calls keep their program order: every op is an ordered effect. Ranks see other row counts, so a compiler may fuse,
-   drop and move other things on each; calls in another order would add up sums of different calls.
+   drop and move other things on each; calls in another order would add up sums of different calls. Under Inductor
+   torch's own collectives keep their place among them.
 2. Code belongs to one rank: a graph that the wrappers are traced into names the group with its rank and world size
    ("0#1/2"), and the names of all workspaces are part of the key of torch's compile caches.
 3. A row count that torch would guard on, 0 or 1, is a symbol of its own (`free_size`).
 """
 
+import functools
 import re
 import sys
 import types
@@ -50,9 +52,41 @@ def tracing() -> None:
     if lowering is not None and _ops[0] not in lowering.lowerings:
         for op in _ops:
             lowering.lowerings[op] = _lowering(op, lowering)
+        for op, lower in list(lowering.lowerings.items()):
+            if getattr(op, "namespace", "") == "_c10d_functional" and "wait_tensor" not in str(op):
+                lowering.lowerings[op] = _in_line(lower)
 
 
 _last_calls = weakref.WeakKeyDictionary()  # the buffer that the last call in a graph of Inductor's made
+
+
+def _follow(graph, before: int) -> None:
+    """The calls among the operations from number `before` on come after the last one before them."""
+    from torch._inductor import ir
+
+    for kernel in graph.operations[before:]:
+        if isinstance(kernel, ir.FallbackKernel):
+            if graph in _last_calls:
+                graph.additional_buffer_deps[kernel.get_operation_name()].add(_last_calls[graph])
+            _last_calls[graph] = kernel.get_name()
+
+
+def _in_line(lower):
+    """The lowering of a collective of torch's, which keeps its place among the calls of the ops, too.
+
+    On the CPU a rank that waits in an op does not start the collective in which its peers wait for it.
+    """
+
+    @functools.wraps(lower)
+    def in_line(*arguments, **keywords):
+        from torch._inductor.virtualized import V
+
+        before = len(V.graph.operations)
+        result = lower(*arguments, **keywords)
+        _follow(V.graph, before)
+        return result
+
+    return in_line
 
 
 def _lowering(op: torch._ops.OpOverload, lowering):
@@ -61,7 +95,6 @@ def _lowering(op: torch._ops.OpOverload, lowering):
     Up to torch 2.13 its own one, for ops with effects, forgets the layout that inputs have to have, and files the
     order under the names of buffers, where the scheduler looks for names of operations.
     """
-    from torch._inductor import ir
     from torch._inductor.virtualized import V
 
     call = lowering.fallback_handler(op, add_to_fallback_set=False)
@@ -75,10 +108,7 @@ def _lowering(op: torch._ops.OpOverload, lowering):
             _refuse_free_sizes(op, graph)
         before = len(graph.operations)
         result = call(*arguments, **keywords)
-        kernel = next(made for made in graph.operations[before:] if isinstance(made, ir.FallbackKernel))
-        if graph in _last_calls:
-            graph.additional_buffer_deps[kernel.get_operation_name()].add(_last_calls[graph])
-        _last_calls[graph] = kernel.get_name()
+        _follow(graph, before)
         return result
 
     return lower

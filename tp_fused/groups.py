@@ -142,6 +142,11 @@ def get_workspace(group_name: str, device: torch.device) -> Workspace:
     return workspace
 
 
+def workspaces_of(group_name: str) -> list[Workspace]:
+    """Those that serve the group: one for each kind of device, at most."""
+    return [workspace for (name, _), workspace in _workspaces.items() if name == group_name]
+
+
 def resolve_group_name(group: dist.ProcessGroup | str | None) -> str:
     """The name by which the ops know a group; None is the default group.
 

@@ -33,8 +33,9 @@ _ops = torch.ops.tp_fused
 
 
 def _rs_rmsnorm_fake(input, residual, weight, eps, group_name, complete=False, weight_offset=0.0):
-    output = input.new_empty(own_rows(input, input.shape[0], group_name), input.shape[1])
-    return output, torch.empty_like(output)
+    shape = (own_rows(input, input.shape[0], group_name), input.shape[1])
+    # Not empty_like: torch would ask whether there is one row, and guard on the answer.
+    return input.new_empty(shape), input.new_empty(shape)
 
 
 @define(
@@ -229,12 +230,12 @@ def _rs_rmsnorm_ag_fp8_fake(
     round_scales=False,
 ):
     num_tokens, hidden_size = input.shape
-    residual_out = input.new_empty(own_rows(input, num_tokens, group_name), hidden_size)
+    rows = own_rows(input, num_tokens, group_name)
     return (
         input.new_empty(num_tokens, hidden_size, dtype=checks.E4M3),
         reference.empty_scale(num_tokens, hidden_size, group_size, scale_layout, input.device),
-        residual_out,
-        torch.empty_like(residual_out) if keep_output else input.new_empty(0, hidden_size),
+        input.new_empty(rows, hidden_size),
+        input.new_empty(rows if keep_output else 0, hidden_size),
     )
 
 
