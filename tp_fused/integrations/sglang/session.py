@@ -99,7 +99,7 @@ class Session:
         try:
             workspace = init(
                 group.device_group,
-                max_num_tokens=self.release.max_num_tokens(),
+                max_num_tokens=self.release.max_num_tokens() + group.world_size,  # SGLang pads to a multiple of it
                 hidden_size=self.hidden_size,
                 latent_size=self.latent_size,
                 dtype=torch.get_default_dtype(),  # the model's, while SGLang builds it
