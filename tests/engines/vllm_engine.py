@@ -1,4 +1,4 @@
-"""Runs vLLM on two CPU ranks, in a process of its own, and prints what came out; `tests/engines/test_vllm.py` starts it.
+"""Runs vLLM on two CPU ranks in a process of its own and prints what came out; `tests/engines/test_vllm.py` starts it.
 
     python vllm_engine.py FOLDER_OF_A_MODEL PROMPTS.json [drop]
 
