@@ -11,7 +11,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "build/engines/vllm"
-PROMPTS = [[(7 * i + 3 * p) % 250 + 3 for i in range(length)] for p, length in enumerate((40, 25, 7))]
+# The first is long enough to be scattered by itself, whatever the scheduler puts together.
+PROMPTS = [[(7 * i + 3 * p) % 250 + 3 for i in range(length)] for p, length in enumerate((71, 25, 7))]
 NEW = 6
 NUM_LAYERS = 3
 
