@@ -1,4 +1,4 @@
-"""What of the plugins needs no engine: when they are off, what they refuse, how the launcher reaches SGLang's processes.
+"""What of the plugins needs no engine: when they are off, what they refuse, how the launcher reaches all processes.
 
 The rest: tests/engines.
 """
