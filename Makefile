@@ -15,12 +15,14 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 # The build calls cmake and ninja by name.
 $(VENV)/built wheel: export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: FORCE help demo test soak fuzz bench build docs wheel format lint clean
+.PHONY: FORCE help demo test test-sglang test-vllm soak fuzz bench build docs wheel format lint clean
 .PHONY: gpu-build gpu-demo gpu-test gpu-soak gpu-sanitize gpu-bench gpu-multi
 
 help:
 	@echo "make demo          a small DeepSeek-V3 on 4 ranks, as engines run it today and with scattered rows"
 	@echo "make test          the tests, without a GPU          ARGS=\"-k faults\""
+	@echo "make test-sglang   the SGLang plugin on the code of SGLang 0.5.6 and 0.5.23"
+	@echo "make test-vllm     the vLLM plugin in vLLM's engine, on CPU ranks"
 	@echo "make bench         a benchmark                       ARGS=\"rs_rmsnorm --world-size 4\""
 	@echo "make soak          random calls, all compared        ARGS=\"--world-size 2 3 8 --calls 20000\""
 	@echo "make fuzz          the C API under AddressSanitizer  ARGS=\"-max_total_time=600\""
@@ -40,6 +42,29 @@ demo: build
 WORKERS ?= 2
 test: build
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The SGLang plugin against SGLang's own code, of both releases: 40 MB and 220 MB, and 100 MB beside them, once.
+SGLANG_FOLDERS := build/engines/sglang-0.5.6 build/engines/sglang-0.5.23
+test-sglang: build build/engines/requirements $(SGLANG_FOLDERS)
+	$(BIN)/python -m pytest tests/engines/test_sglang.py $(ARGS)
+
+INSTALL_ALONE := -m pip install --quiet --disable-pip-version-check --no-deps
+build/engines/sglang-%: | $(VENV)/packages
+	$(BIN)/python $(INSTALL_ALONE) --target $@ sglang==$*
+
+build/engines/requirements: tests/engines/sglang-requirements.txt | $(VENV)/packages
+	$(BIN)/python $(INSTALL_ALONE) --upgrade --target $@ --requirement $<
+	touch $@
+
+# The vLLM plugin in a real engine on two CPU ranks: 1.1 GB, once, in a folder of its own. For x86-64.
+test-vllm: build build/engines/vllm
+	$(BIN)/python -m pytest tests/engines/test_vllm.py $(ARGS)
+
+build/engines/vllm: tests/engines/vllm-requirements.txt tests/engines/vllm-engine.txt | $(VENV)/packages
+	rm -rf $@ $@.part
+	$(BIN)/python $(INSTALL_ALONE) --target $@.part --requirement tests/engines/vllm-requirements.txt
+	$(BIN)/python $(INSTALL_ALONE) --target $@.part --upgrade --require-hashes --requirement tests/engines/vllm-engine.txt
+	mv $@.part $@
 
 # Random calls for as long as asked: make soak ARGS="--world-size 2 3 8 --calls 20000"
 soak: build

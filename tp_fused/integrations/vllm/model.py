@@ -1,0 +1,182 @@
+"""vLLM's DeepSeek-V2 and V3, from partial sum to partial sum.
+
+    vLLM:   input norm -> attention (all-reduces) -> norm -> MLP (all-reduces), all tokens and the residual on each rank
+    here:   rs_rmsnorm, qkv_a_proj_ag -> attention -> rs_rmsnorm_ag -> MLP, the residual scattered
+
+Blocks keep vLLM's modules, weights and names; they leave their last reduction out. A layer's projection runs before its
+attention, which is handed the latent. Whether a model is served is decided once, when it has been built, the same on
+all ranks: a model whose blocks leave partial sums has no way back.
+"""
+
+import collections
+import logging
+import os
+
+import torch
+from torch import nn
+from vllm.distributed import get_tp_group
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.models import deepseek_v2
+
+from ... import faults, ops, projections
+from ...groups import init
+
+logger = logging.getLogger(__name__)
+
+calls = collections.Counter()  # of the ops, in this process
+
+
+class DeepseekV2ForCausalLM(deepseek_v2.DeepseekV2ForCausalLM):
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        _scatter(self.model, vllm_config)
+
+
+class DeepseekV3ForCausalLM(deepseek_v2.DeepseekV3ForCausalLM):
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        _scatter(self.model, vllm_config)
+
+
+def _scatter(model: nn.Module, vllm_config) -> None:
+    """Collective where the model is served."""
+    reason = _refusal(model, vllm_config) or _make_workspace(model, vllm_config)
+    if reason is not None:
+        logger.warning("tp_fused leaves vLLM's model as it is: %s", reason)
+        return
+    group_name = get_tp_group().device_group.group_name
+    for layer in model.layers:
+        _ScatteredLayer.take(layer, group_name)
+    model.norm.__class__, model.norm.group_name = _ScatteredNorm, group_name
+
+
+# ---- what is refused ----
+
+
+def _refusal(model: nn.Module, vllm_config) -> str | None:
+    """Everything that is not served, by what is the same on all ranks."""
+    parallel, config = vllm_config.parallel_config, model.config
+    not_served = {
+        "one rank": parallel.tensor_parallel_size == 1,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
+        "expert parallelism": parallel.enable_expert_parallel,
+        "context parallelism": max(
+            getattr(parallel, "decode_context_parallel_size", 1), getattr(parallel, "prefill_context_parallel_size", 1)
+        )
+        > 1,
+        "speculation": vllm_config.speculative_config is not None,
+        "LoRA": vllm_config.lora_config is not None,
+        "torch.compile (pass -cc.mode=0)": int(vllm_config.compilation_config.mode or 0) != 0,
+        "float16, which vLLM scales": vllm_config.model_config.dtype == torch.float16,
+        "batch invariance": os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"),
+        "a model without q_lora_rank": getattr(config, "q_lora_rank", None) is None,
+        "a sparse-attention indexer": model.is_v32,
+        "an unknown kind of layer": not all(map(_is_known, model.layers)) or type(model.norm) is not RMSNorm,
+    }
+    return next((what for what, found in not_served.items() if found), None)
+
+
+def _is_known(layer: nn.Module) -> bool:
+    if type(layer) is not deepseek_v2.DeepseekV2DecoderLayer or layer.use_sequence_parallel_moe:
+        return False
+    if type(layer.self_attn) is not deepseek_v2.DeepseekV2MLAAttention or layer.self_attn.mla_attn.g_proj is not None:
+        return False
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    if not all(type(norm) is RMSNorm and norm.variance_size_override is None and norm.has_weight for norm in norms):
+        return False
+    if type(layer.mlp) is deepseek_v2.DeepseekV2MLP:
+        return True
+    experts = getattr(layer.mlp, "experts", None)
+    return hasattr(getattr(experts, "moe_config", None), "skip_final_all_reduce")
+
+
+def _make_workspace(model: nn.Module, vllm_config) -> str | None:
+    config, group = model.config, get_tp_group()
+    try:
+        workspace = init(
+            group.device_group,
+            max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            hidden_size=config.hidden_size,
+            latent_size=config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim,
+            dtype=vllm_config.model_config.dtype,
+            device=torch.device(group.device).type,
+        )
+    except (ValueError, TypeError, MemoryError, RuntimeError, faults.CollectiveFault) as error:  # on every rank
+        return f"tp_fused.init: {error}"
+    if workspace.backend == "reference" and os.environ.get("TP_FUSED_BACKEND") != "reference":
+        workspace.close()
+        return f"no kernels for this group: {workspace.reason}"
+    logger.info(
+        "tp_fused: scattered residual for up to %d tokens, backend %s", workspace.max_num_tokens, workspace.backend
+    )
+    return None
+
+
+# ---- the modules ----
+
+
+class _Handed(nn.Module):
+    """Stands in for the attention's latent projection, whose output the layer has computed already."""
+
+    latent = None
+
+    def forward(self, hidden_states):
+        latent, self.latent = self.latent, None
+        return latent, None
+
+
+class _ScatteredLayer(deepseek_v2.DeepseekV2DecoderLayer):
+    """Takes a partial sum and this rank's rows of the residual, and leaves both; the first layer takes the embedding,
+    which is full."""
+
+    @classmethod
+    def take(cls, layer: nn.Module, group_name: str) -> None:
+        layer.__class__ = cls
+        layer.group_name = group_name
+        layer.handed = layer.self_attn.mla_attn.fused_qkv_a_proj = _Handed()
+        layer.self_attn.fused_qkv_a_proj._cpu_skip_gemm_dispatch = True  # on a CPU vLLM keeps no weight it has packed
+        layer.self_attn.o_proj.reduce_results = False
+        if isinstance(layer.mlp, deepseek_v2.DeepseekV2MLP):
+            layer.mlp.down_proj.reduce_results = False
+        else:
+            layer.mlp.experts.moe_config.skip_final_all_reduce = True
+
+    def forward(self, positions, hidden_states, residual, llama_4_scaling=None):
+        if residual is None:
+            residual = hidden_states
+            self.handed.latent = self.self_attn.fused_qkv_a_proj(self.input_layernorm(hidden_states))[0]
+        else:
+            self.handed.latent, residual = self._latent(hidden_states.contiguous(), residual)
+        # Of the hidden states the attention asks the number of rows alone.
+        partial = self.self_attn(positions, hidden_states, llama_4_scaling)
+        rows, residual = _norm_all(partial.contiguous(), residual, self.post_attention_layernorm, self.group_name)
+        return self.mlp(rows), residual
+
+    def _latent(self, partial, residual):
+        linear, norm, num_tokens = self.self_attn.fused_qkv_a_proj, self.input_layernorm, partial.shape[0]
+        if num_tokens <= sum(linear.output_sizes) // 10:
+            # As mla_prologue: of few tokens, every rank projects all.
+            rows, residual = _norm_all(partial, residual, norm, self.group_name)
+            return linear(rows)[0], residual
+        calls["rs_rmsnorm"] += 1
+        rows, residual = ops.rs_rmsnorm(partial, residual, norm.weight, norm.variance_epsilon, self.group_name)
+        weight = getattr(linear, "weight", None)
+        plain = type(linear.quant_method).__name__ == "UnquantizedLinearMethod" and weight.dtype == partial.dtype
+        if plain and tuple(weight.shape) == (sum(linear.output_sizes), partial.shape[1]) and weight.is_contiguous():
+            calls["qkv_a_proj_ag"] += 1
+            return projections.qkv_a_proj_ag(rows, weight, num_tokens, self.group_name), residual
+        calls["all_gather_rows"] += 1  # quantised: vLLM's own kernel on this rank's rows
+        return ops.all_gather_rows(linear(rows)[0], num_tokens, self.group_name), residual
+
+
+class _ScatteredNorm(RMSNorm):
+    """The final norm, of the last layer's partial sum."""
+
+    def forward(self, hidden_states, residual):
+        return _norm_all(hidden_states.contiguous(), residual, self, self.group_name)
+
+
+def _norm_all(partial, residual, norm, group_name: str):
+    calls["rs_rmsnorm_ag"] += 1
+    return ops.rs_rmsnorm_ag(partial, residual, norm.weight, norm.variance_epsilon, group_name)
