@@ -1,6 +1,6 @@
 // What the kernels in torch_ops.cpp call of PyTorch's stable C ABI (torch/csrc/inductor/aoti_torch/c/shim.h,
 // .../generated/c_shim_cpu.h and c_shim_cuda.h, torch/csrc/stable/c/shim.h), looked up in the libtorch that this
-// process has loaded. So the build asks for no torch and serves every torch from 2.10 on. tests/test_torch_ops.py
+// process has loaded. So the build asks for no torch and serves every torch from 2.10 on. tests/test_torch_border.py
 // compares these declarations with torch's own.
 #pragma once
 #include <cstddef>

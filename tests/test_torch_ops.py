@@ -24,7 +24,6 @@ from thread_ranks import ThreadRanks
 import tp_fused
 from tp_fused import native, ops, projections
 
-ROOT = Path(__file__).resolve().parents[1]
 FP8_OPTIONS = [
     {"group_size": size, "scale_layout": layout, "keep_output": keep}
     for size, layout, keep in itertools.product((64, 128), ("row", "column"), (False, True))
