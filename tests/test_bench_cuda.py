@@ -259,6 +259,7 @@ def test_ranks_share_cards_where_there_are_fewer(monkeypatch, cards, rank, world
     monkeypatch.setattr(dist, "get_rank", lambda: rank)
     monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
     monkeypatch.setattr(launch, "_nccl_group", lambda: "nccl")
+    monkeypatch.setattr(launch, "default_group", lambda: "gloo")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tp_fused import doctor, nvml
+from tp_fused import doctor, native, nvml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,6 +113,7 @@ def with_cards(monkeypatch, count: int, apart=(), by_pcie=(), told=True) -> None
         "can_device_access_peer": lambda a, b: (min(a, b), max(a, b)) not in apart,
     }.items():
         monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(native._C, "cuda_has_code", lambda card: True)  # which build this is makes no difference
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
     connected = nvml.Nvml("580.95", lambda uuid: uuid, status), ""
