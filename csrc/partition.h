@@ -1,4 +1,5 @@
-// Who owns which rows and columns, host and device: torch.tensor_split's rule (tp_fused/partition.py says the same).
+// Who owns which rows and columns, host and device: torch.tensor_split's rule. Of rows tp_fused/partition.py
+// says the same.
 #pragma once
 #include <cstdint>
 

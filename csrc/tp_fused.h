@@ -166,7 +166,7 @@ typedef struct tpf_plan {
   int32_t few_rows;     /* a projection with another body: whether since that takes less time; 0: no kernel does both */
 } tpf_plan;
 
-/* A function of its arguments alone. team: world_size, max_ctas, free_sms and slot_bytes are read. */
+/* A function of its arguments alone. Of team it reads world_size, max_ctas, slot_bytes and both free_ fields. */
 tpf_status tpf_plan_call(tpf_plan* plan, const tpf_call* call, const tpf_team* team, const tpf_card* card);
 
 /* ---- shared-memory segments (CPU) ---- */

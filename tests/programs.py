@@ -197,6 +197,21 @@ def _rms_norm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.rms_norm(rows, rows.shape[-1:], weight, EPS)
 
 
+def prologue_inputs(
+    num_tokens: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    residual: str | None,
+    rank: int,
+    world_size: int,
+    complete: bool,
+) -> list:
+    """input, residual and norm weight of mla_prologue and mla_prologue_fp8 on a rank."""
+    call = Call("rs_rmsnorm", num_tokens, hidden_size, dtype, residual, options={"complete": complete})
+    arguments = call.arguments(rank, world_size)
+    return [arguments[name] for name in ("input", "residual", "weight")]
+
+
 def python_of(name: str):
     """What is written in Python for an op: `_name`, which explains refusals, or `_name_fake`."""
     return next(getattr(module, name) for module in (ops, projections, prologue) if hasattr(module, name))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from programs import EPS, random, same_bits, within_one_rounding
+from programs import EPS, prologue_inputs, random, same_bits, within_one_rounding
 from ranks import outcome, workspace
 
 import tp_fused
@@ -72,13 +72,8 @@ def test_beside_the_formulas_of_others():
 
 def arguments(num_tokens: int, dtype: torch.dtype, residual: str | None, device: str, complete: bool = False) -> list:
     """Of mla_prologue_fp8, up to eps."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    made = [random(f"input {0 if complete else rank}", (num_tokens, HIDDEN), dtype), None]
-    if residual is not None:
-        full = random("residual", (num_tokens, HIDDEN), dtype)
-        own = partition.row_slice(num_tokens, rank, world_size)
-        made[1] = full if residual == "full" else full[own].clone()
-    made.append(random("norm", (HIDDEN,), dtype) + 1)
+    place = (dist.get_rank(), dist.get_world_size())
+    made = prologue_inputs(num_tokens, HIDDEN, dtype, residual, *place, complete)
     made.append(random("projection", (sum(LATENT), HIDDEN), torch.float32).to(E4M3))
     made.append(random("weight scale", (2, 2), torch.float32).abs() * 0.1)
     made += [random(f"latent norm {size}", (size,), torch.float32) + 1 for size in LATENT[:2]]

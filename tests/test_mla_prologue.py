@@ -3,11 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from programs import EPS, random, same_bits
+from programs import EPS, prologue_inputs, random, same_bits
 from ranks import outcome, workspace
 
 import tp_fused
-from tp_fused import partition
 from tp_fused.native import _C
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -19,13 +18,8 @@ SIZES = {"max_num_tokens": 64, "hidden_size": HIDDEN, "latent_size": sum(LATENT)
 
 def arguments(num_tokens: int, dtype: torch.dtype, residual: str | None, device: str, complete: bool = False) -> list:
     """Of this rank, up to eps."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    made = [random(f"input {0 if complete else rank}", (num_tokens, HIDDEN), dtype), None]
-    if residual is not None:
-        full = random("residual", (num_tokens, HIDDEN), dtype)
-        own = partition.row_slice(num_tokens, rank, world_size)
-        made[1] = full if residual == "full" else full[own].clone()
-    made.append(random("norm", (HIDDEN,), dtype) + 1)
+    place = (dist.get_rank(), dist.get_world_size())
+    made = prologue_inputs(num_tokens, HIDDEN, dtype, residual, *place, complete)
     made.append(random("projection", (sum(LATENT), HIDDEN), dtype, HIDDEN**-0.5))
     made += [random(f"latent norm {size}", (size,), dtype) + 1 for size in LATENT[:2]]
     return [x if x is None else x.to(device) for x in made]

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 import tp_fused
+from tp_fused import reference
 from tp_fused.launch import launch
 from tp_fused.native import _C
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from programs import REDUCTIONS, Call
+from programs import REDUCTIONS, Call, same_bits
 from ranks import outcome, settled, workspace
 
 WORLD_SIZE = 2
@@ -71,7 +72,11 @@ def others(device: str) -> list[Call]:
         Call("qkv_a_proj_ag_fp8", count, hidden_size, FP32, device=device, options={"scale_layout": layout})
         for count, hidden_size, layout in ((1100, 1024, "row"), (1100, 768, "column"), (29, 256, "column"))
     ]
-    return [*gathers, *projections, *fp8]
+    complete = [
+        Call(op, FEW, 256, dtype, device=device, options={"complete": True})
+        for op, dtype in (("qkv_a_proj_ag", BF16), ("qkv_a_proj_ag_norm", FP32), ("qkv_a_proj_ag_fp8", FP32))
+    ]
+    return [*gathers, *projections, *fp8, *complete]
 
 
 def disagreed(device: str) -> list[Call]:
@@ -103,9 +108,22 @@ def run_reductions(device: str, max_ctas: int) -> int:
         return sum(run(call, memory) for call in calls for memory in (None, memories[call.dtype]))
 
 
+def quantize_latent(device: str) -> int:
+    """qkv_a_proj_ag_norm_fp8, beside itself with a q_a that is quantised afterwards."""
+    call = Call("qkv_a_proj_ag_fp8", FEW, 256, FP32, device=device)
+    given = call.arguments(dist.get_rank(), WORLD_SIZE)
+    given |= {
+        name: torch.ones(size, dtype=BF16, device=device) for name, size in (("q_a_weight", 96), ("kv_a_weight", 40))
+    }
+    q_a, *_ = tp_fused.qkv_a_proj_ag_norm_fp8(**given)
+    q, scale, *_ = tp_fused.qkv_a_proj_ag_norm_fp8(**given, quantize_q_a=True)
+    same_bits((q, scale), reference.quantize_e4m3(q_a))
+    return 2
+
+
 def run_others(device: str) -> int:
     with workspace(device, device, max_num_tokens=1100, hidden_size=4096, max_ctas=2, timeout_s=60.0) as made:
-        number = sum(map(run, others(device)))
+        number = sum(map(run, others(device))) + quantize_latent(device)
         if device == "cuda":
             assert _C.barrier(made.team, torch.cuda.current_stream().cuda_stream) == 0
             torch.cuda.synchronize()

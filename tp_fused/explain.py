@@ -44,9 +44,6 @@ def explain(
     checks.count("num_tokens", num_tokens)
     if input is not None:
         checks.rows("input", input, tuple(native.DTYPE_CODES))
-    if op in COMPOSED:
-        asked = {key: value for key, value in locals().items() if key not in ("op", "num_tokens", "complete")}
-        return _explain_composed(op, num_tokens, complete, asked)
     if gpu is not None:
         if not isinstance(gpu, str):
             raise TypeError(f"gpu must be a card's name, got {checks.described(gpu)}")
@@ -56,6 +53,12 @@ def explain(
         checks.count("ranks_per_card", ranks_per_card, 1, world_size)
         checks.count("hidden_size", hidden_size, 1)
         checks.count("latent_size", latent_size, 1)
+    if op in COMPOSED:
+        asked = {"group": group, "device": device, "input": input, "in_place": in_place}
+        asked |= {"gpu": gpu, "world_size": world_size, "ranks_per_card": ranks_per_card, "dtype": dtype}
+        asked |= {"hidden_size": hidden_size, "latent_size": latent_size}
+        return _explain_composed(op, num_tokens, complete, asked)
+    if gpu is not None:
         share = planning.share_of(gpu, ranks_per_card)
         sizes = {"world_size": world_size, "hidden_size": hidden_size, "columns": latent_size, "complete": complete}
         about = f"{world_size} ranks, {ranks_per_card} on each {gpu}; rank 0 of them owns "

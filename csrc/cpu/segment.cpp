@@ -125,6 +125,7 @@ int64_t tpf_sizeof(const char* name) {
       {"tpf_refusal", sizeof(tpf_refusal)},
       {"tpf_stream_order", sizeof(tpf_stream_order)},
       {"tpf_projection", sizeof(tpf_projection)},
+      {"tpf_quantization", sizeof(tpf_quantization)},
   };
   for (const auto& [known, bytes] : kStructs) {
     if (std::strcmp(known, name) == 0) return static_cast<int64_t>(bytes);

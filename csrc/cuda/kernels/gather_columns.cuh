@@ -1,5 +1,5 @@
 // gather_columns_kernel: the gathering half of a projection of rows that all ranks have (TPF_COMPLETE). Each rank has
-// multiplied its share of the columns, and pushes them into every rank's slot, where whole rows come about.
+// multiplied its share of the columns, and pushes them into every rank's slot, where they form whole rows.
 //
 // A block pushes its columns of some rows, publishes, and waits for the peers' blocks of its number. The rows are then
 // in this rank's own slot: it copies them to the outputs or, in qkv_a_proj_ag_norm, normalises their parts on the way.
