@@ -22,7 +22,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
-def test_ranks_are_tried():
+def test_ranks_are_tried(device):
     done = run("--json", TP_FUSED_BACKEND="reference")  # what is asked for elsewhere does not count here
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -30,6 +30,9 @@ def test_ranks_are_tried():
     by_check = {finding["check"]: finding for finding in told["findings"]}
     assert torch.__version__ in by_check["versions"]["found"]
     assert by_check["2 ranks on cpu"]["found"] == "share memory: the cpu backend serves, and its result is right"
+    if device == "cuda":
+        assert by_check["driver"]["found"].endswith(f"torch was built with {torch.version.cuda}")
+        assert by_check["driver"]["state"] != doctor.FAILED and by_check["GPU 0"]["state"] == doctor.OK
 
 
 def no_folder(monkeypatch):
@@ -115,7 +118,7 @@ def with_cards(monkeypatch, count: int, apart=(), by_pcie=(), told=True) -> None
         monkeypatch.setattr(torch.cuda, name, function)
     monkeypatch.setattr(native._C, "cuda_has_code", lambda card: True)  # which build this is makes no difference
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    monkeypatch.setattr(doctor, "_newest_cuda", lambda: 13000)
     connected = nvml.Nvml("580.95", lambda uuid: uuid, status), ""
     monkeypatch.setattr(nvml, "connect", lambda: connected if told else (None, "NVML is not installed"))
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
@@ -162,7 +165,7 @@ def test_links_that_nvml_does_not_know(monkeypatch):
 
 def test_a_driver_that_does_not_answer(monkeypatch):
     with_cards(monkeypatch, 1)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 0)
+    monkeypatch.setattr(doctor, "_newest_cuda", lambda: 0)
     found = by_check(doctor._cards())["driver"]
     assert (found.state, found.found) == (doctor.FAILED, "none answers")
 
@@ -188,7 +191,7 @@ def test_without_nvml_links_are_not_told(monkeypatch):
 def test_the_driver_serves_torchs_cuda(monkeypatch, serves, torchs, state, advice):
     with_cards(monkeypatch, 1)
     monkeypatch.setattr(torch.version, "cuda", torchs)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: serves)
+    monkeypatch.setattr(doctor, "_newest_cuda", lambda: serves)
     found = by_check(doctor._cards())["driver"]
     assert found.state == state and advice in found.advice
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from programs import EPS, prologue_inputs, random, same_bits
-from ranks import outcome, workspace
+from ranks import outcome, settled, workspace
 
 import tp_fused
 from tp_fused.native import _C
@@ -123,7 +123,7 @@ def late_peer(device: str) -> str:
             dist.barrier()
             return ""
         given = arguments(3, torch.float32, None, device)
-        error = outcome(lambda: (tp_fused.mla_prologue(*given, EPS), made.check()))[0]
+        error = outcome(lambda: settled(made, tp_fused.mla_prologue, *given, EPS))[0]
         dist.barrier()
         return str(error)
 

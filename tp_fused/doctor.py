@@ -4,6 +4,7 @@ Every line is one check: what was found and, where that is in the way of somethi
 ranks are started, make a workspace and call an op, on the CPU and, where there are GPUs, on them.
 """
 
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -158,13 +159,25 @@ def _cards() -> list[Finding]:
     return [*_driver(), *map(_card, cards), *(_links(cards) if len(cards) > 1 else []), *_mps(len(cards)), _nccl()]
 
 
+def _newest_cuda() -> int:
+    """The newest CUDA that the driver serves, as 1000 * major + 10 * minor; 0: no driver answers.
+
+    Asked of the driver itself: not every CUDA build of torch passes it on, and NVML may not be installed.
+    """
+    try:
+        libcuda, number = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+        return 0 if libcuda.cuDriverGetVersion(ctypes.byref(number)) else number.value
+    except OSError:  # there is none
+        return 0
+
+
 def _driver() -> list[Finding]:
     """The driver, and the newest CUDA that it serves, beside torch's."""
     if torch.version.cuda is None:
         return []
     connected, why_not = nvml.connect()
     driver = f"{connected.driver}, " if connected else ""
-    number, torchs = torch._C._cuda_getDriverVersion(), torch.version.cuda  # pyright: ignore[reportAttributeAccessIssue]
+    number, torchs = _newest_cuda(), torch.version.cuda
     if not number:
         advice = "install NVIDIA's driver; start a container with the GPUs (docker run --gpus all)"
         return [Finding("driver", FAILED, "none answers", advice)]
