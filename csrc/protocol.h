@@ -109,11 +109,13 @@ constexpr int64_t kControlBytes = 8192;
 constexpr int64_t kSignalBytes = int64_t{TPF_MAX_STEPS} * TPF_MAX_CTAS * TPF_MAX_RANKS * sizeof(uint64_t);
 static_assert(sizeof(Control) <= kControlBytes);
 
-// An inbox takes what a slot does, as long as that is little: larger calls do not wait for fences most.
-constexpr int64_t kMaxInboxBytes = int64_t{16} << 20;
+// An inbox takes the rows of all ranks and the residual's, as long as that is little: larger calls do not wait for
+// fences most. At most it takes 512 tokens of DeepSeek-V3 of two ranks.
+constexpr int64_t kMaxInboxBytes = int64_t{24} << 20;
 
 TPF_HD constexpr int64_t inbox_bytes(int64_t slot_bytes) {
-  return slot_bytes < kMaxInboxBytes ? slot_bytes : kMaxInboxBytes;
+  constexpr int64_t kMost = 1 + TPF_MAX_RANKS;
+  return slot_bytes < kMaxInboxBytes / kMost ? kMost * slot_bytes : kMaxInboxBytes;
 }
 
 TPF_HD constexpr int64_t region_bytes(int64_t slot_bytes, bool on_cuda) {

@@ -150,6 +150,8 @@ typedef enum tpf_body {
   TPF_ONE_ROW = 1,     /* a block, or a cluster of blocks, has one row at most */
   TPF_BULK = 2,        /* TMA moves rows through shared memory */
   TPF_TILES = 3,       /* tensor cores multiply tiles, and finished rows are gathered meanwhile */
+  TPF_ALL_ROWS = 4,    /* every rank adds up all rows, of rs_rmsnorm_ag: one synchronisation instead of two */
+  TPF_COLUMNS = 5,     /* tensor cores multiply all rows by some of the weight's, and post the columns */
 } tpf_body;
 
 typedef struct tpf_plan {
@@ -162,7 +164,7 @@ typedef struct tpf_plan {
   int32_t stages;       /* TPF_BULK, reductions: row buffers of the ring */
   int64_t shared_bytes; /* dynamic, of a block */
   int64_t source;       /* as in tpf_call */
-  int32_t tile_columns; /* TPF_TILES; a tile has chunk_rows rows */
+  int32_t tile_columns; /* TPF_TILES, TPF_COLUMNS (a cluster's); with chunk_rows rows */
   int32_t few_rows;     /* a projection with another body: whether since that takes less time; 0: no kernel does both */
 } tpf_plan;
 

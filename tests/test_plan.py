@@ -85,7 +85,7 @@ def calls(draw, ops=OPS) -> Asked:
         card,
         ranks_per_card,
         draw(st.none() | st.integers(1, sms // ranks_per_card)),
-        op in ("rs_rmsnorm", "rs_rmsnorm_fp8") and draw(st.booleans()),
+        op in ("rs_rmsnorm", "rs_rmsnorm_fp8", *PROJECTIONS) and draw(st.booleans()),
     )
 
 
@@ -100,17 +100,25 @@ def test_every_plan_serves_the_call_within_the_limits(asked):
     assert plan["shared_bytes"] + STATIC_SHARED_BYTES <= card["shared_bytes"]
     if card["architecture"] < 90:
         assert (plan["cluster"], plan["body"] in ("bulk", "tiles")) == (1, False)
+    if plan["body"] == "columns":
+        unit = 128 if asked.dtype == torch.float8_e4m3fn else 8
+        most = partition.row_count(-(-asked.columns // unit), 0, asked.world_size) * unit  # of rank 0
+        assert plan["blocks"] // plan["cluster"] * plan["tile_columns"] >= min(most, asked.columns)
+        assert plan["cluster"] <= 2 or plan["blocks"] <= card["cluster_sms"]
+        assert plan["chunk_rows"] * plan["chunks"] >= asked.num_tokens
+        return
     if plan["body"] == "tiles":
         assert plan["chunk_rows"] * plan["chunks"] >= asked.rows
         return
     assert plan["chunks"] <= (MOST_CHUNKS if asked.op in REDUCTIONS else 8)
-    assert plan["chunks"] * plan["chunk_rows"] * (plan["blocks"] // plan["cluster"]) >= asked.rows
+    rows = asked.num_tokens if plan["body"] == "all rows" else asked.rows
+    assert plan["chunks"] * plan["chunk_rows"] * (plan["blocks"] // plan["cluster"]) >= rows
     if asked.op not in REDUCTIONS:
         return
     # A row is held by the threads of a block or, with a row a block at most, of a cluster.
     helpers, parts = (64, 1) if plan["body"] == "bulk" else (0, plan["cluster"])
     assert (plan["threads"] - helpers) * plan["vectors"] * parts >= asked.vectors
-    assert plan["cluster"] == 1 or plan["body"] == "one row"
+    assert plan["cluster"] == 1 or (plan["body"] in ("one row", "all rows") and plan["chunk_rows"] <= 1)
     if plan["body"] == "all threads" and card["architecture"] >= 90:  # what is compiled for such a card
         assert plan["vectors"] == (16 if asked.dtype == torch.float32 else 8)
     if plan["body"] == "one row":
@@ -118,7 +126,8 @@ def test_every_plan_serves_the_call_within_the_limits(asked):
     if plan["body"] == "bulk":
         assert plan["stages"] >= asked.world_size + 1
         assert plan["shared_bytes"] >= plan["stages"] * asked.hidden_size * BYTES[asked.dtype]
-    assert plan["in_place"] <= asked.in_place
+    assert plan["in_place"] <= (asked.in_place and plan["body"] != "all rows")
+    assert plan["body"] != "all rows" or asked.op == "rs_rmsnorm_ag"
 
 
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
@@ -130,7 +139,8 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
     asked = dataclasses.replace(asked, card=smaller, max_ctas=None)
     plans = [asked.plan(), asked.plan(other)]
     for plan in plans:
-        plan.pop("cluster")  # pairs of a projection's blocks are nobody else's business
+        if plan["body"] == "tiles":
+            plan.pop("cluster")  # pairs of blocks are nobody else's business
     assert plans[0] == plans[1]
 
 
@@ -147,6 +157,11 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
         ("qkv_a_proj_ag", 2048, {}, {"body": "all threads", "few_rows": True}),
         ("qkv_a_proj_ag", 2048, {"ranks_per_card": 8}, {"body": "tiles", "few_rows": False, "cluster": 2}),
         ("qkv_a_proj_ag_fp8", 2048, {}, {"body": "tiles", "few_rows": False}),
+        ("rs_rmsnorm_ag", 8, {}, {"body": "all rows", "cluster": 4, "in_place": False}),
+        ("rs_rmsnorm_ag", 64, {"ranks_per_card": 8}, {"body": "one row", "cluster": 1}),
+        ("qkv_a_proj_ag", 64, {"complete": True}, {"body": "columns", "cluster": 8, "tile_columns": 24}),
+        ("qkv_a_proj_ag", 64, {"complete": True, "ranks_per_card": 8}, {"body": "columns", "cluster": 8}),
+        ("qkv_a_proj_ag", 128, {"complete": True}, {"body": "all threads"}),
         ("qkv_a_proj_ag", 16384, {"card": "B200"}, {"few_rows": False, "tile_columns": 0}),
     ],
 )

@@ -28,7 +28,7 @@ import torch.distributed._symmetric_memory as symm_mem
 from bench.cases import EPS, steps_apart
 from bench.context import Host
 from bench.timing import Program, measure
-from tp_fused import reference
+from tp_fused import partition, reference
 from tp_fused.launch import launch, take_device
 from tp_fused.native import _C, DTYPE_CODES
 
@@ -130,7 +130,7 @@ def reductions(ranks: Ranks) -> list[Case]:
     residual = torch.randn(MOST_TOKENS, HIDDEN, device=ranks.device, dtype=BF16)
     weight = (1 + torch.randn(HIDDEN, device=ranks.device) / 8).to(BF16)
     outputs = torch.empty(MOST_TOKENS, HIDDEN, dtype=BF16, device=ranks.device)
-    residuals_out = torch.empty(MOST_TOKENS // ranks.world_size, HIDDEN, dtype=BF16, device=ranks.device)
+    residuals_out = torch.empty(-(-MOST_TOKENS // ranks.world_size), HIDDEN, dtype=BF16, device=ranks.device)
     symm = Symm((Pointer * 8)(*(tensor.data_ptr() for tensor in inputs)), 0, 1)
 
     def clear() -> None:
@@ -138,8 +138,8 @@ def reductions(ranks: Ranks) -> list[Case]:
             tensor.fill_(float("nan"))
 
     def case(tokens: int, max_ctas: int | None = None, staged: bool = False, gathered: bool = False) -> Case:
-        count = tokens // ranks.world_size
-        own = slice(count * ranks.rank, count * (ranks.rank + 1))
+        own = partition.row_slice(tokens, ranks.rank, ranks.world_size)
+        count = own.stop - own.start
 
         def launch(build: Build) -> None:
             build.call(
@@ -164,12 +164,13 @@ def reductions(ranks: Ranks) -> list[Case]:
         *(case(tokens) for tokens in (8, 32, 64, 512, 1024, 16384)),
         *(case(tokens, staged=True) for tokens in (64, 16384)),
         case(16384, max_ctas=8),
-        *(case(tokens, gathered=True) for tokens in (512, 2048, 4096, 16384)),
+        *(case(tokens, gathered=True) for tokens in (1, 8, 16, 32, 64, 128, 256, 512, 2048, 4096, 16384)),
+        *(case(tokens, staged=True, gathered=True) for tokens in (64, 256, 512)),
     ]
 
 
 def projections(ranks: Ranks) -> list[Case]:
-    """qkv_a_proj_ag: projT tokens, projT-norm with the latent norms, projT-fp8."""
+    """qkv_a_proj_ag: projT tokens, projT-norm with the latent norms, projT-fp8; -complete: of rows that all ranks have."""
     generator = torch.Generator(ranks.device).manual_seed(0)  # all ranks know all rows
     random = functools.partial(torch.rand, generator=generator, device=ranks.device)
     drawn, weight = (
@@ -181,11 +182,12 @@ def projections(ranks: Ranks) -> list[Case]:
     norms = [(0.9 + random(width) / 4).to(BF16) for width in WIDTHS[:2]]
     outputs = torch.empty(MOST_TOKENS * LATENT, dtype=BF16, device=ranks.device)
 
-    def case(tokens: int, op: int) -> Case:
-        first, normed = tokens // ranks.world_size * ranks.rank, op == _C.QKV_A_PROJ_AG_NORM
+    def case(tokens: int, op: int, complete: bool = False) -> Case:
+        first = 0 if complete else partition.row_slice(tokens, ranks.rank, ranks.world_size).start
+        normed, variant = op == _C.QKV_A_PROJ_AG_NORM, _C.COMPLETE if complete else 0
         dtype = E4M3 if op == _C.QKV_A_PROJ_AG_FP8 else BF16
         code = DTYPE_CODES[dtype]
-        call = Call(op, code, tokens, HIDDEN, LATENT, 0, 0, WIDTHS[1] * normed, 0, -1, WIDTHS[0] * normed)
+        call = Call(op, code, tokens, HIDDEN, LATENT, 0, variant, WIDTHS[1] * normed, 0, -1, WIDTHS[0] * normed)
         starts = [tokens * sum(WIDTHS[:part]) for part in range(3 if normed else 1)]
         places = (Pointer * 3)(*(outputs[start:].data_ptr() for start in starts))
         projection = Projection(
@@ -219,14 +221,17 @@ def projections(ranks: Ranks) -> list[Case]:
         def product() -> torch.Tensor:
             return torch._scaled_mm(*operands, *scales, out_dtype=BF16) if dtype == E4M3 else torch.mm(*operands)
 
-        name = f"proj{tokens}{'-norm' * normed}{'-fp8' * (dtype == E4M3)}"
+        name = f"proj{tokens}{'-norm' * normed}{'-fp8' * (dtype == E4M3)}{'-complete' * complete}"
         alone = ranks.world_size == 1 and not normed
         return Case(name, launch, lambda: outputs.fill_(float("nan")), wrong, product if alone else None)
 
     return [
-        *(case(tokens, _C.QKV_A_PROJ_AG) for tokens in (64, 512, 1024, 2048, 4096, 8192, 16384)),
+        *(case(tokens, _C.QKV_A_PROJ_AG) for tokens in (1, 8, 64, 512, 1024, 2048, 4096, 8192, 16384)),
         *(case(tokens, _C.QKV_A_PROJ_AG_NORM) for tokens in (4096, 8192, 16384)),
-        *(case(tokens, _C.QKV_A_PROJ_AG_FP8) for tokens in (512, 2048, 4096, 8192, 16384)),
+        *(case(tokens, _C.QKV_A_PROJ_AG_FP8) for tokens in (64, 512, 2048, 4096, 8192, 16384)),
+        *(case(tokens, _C.QKV_A_PROJ_AG, True) for tokens in (1, 8, 32, 64)),
+        *(case(tokens, _C.QKV_A_PROJ_AG_NORM, True) for tokens in (1, 8, 64)),
+        *(case(tokens, _C.QKV_A_PROJ_AG_FP8, True) for tokens in (1, 8, 64)),
     ]
 
 

@@ -139,6 +139,12 @@ def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool 
             "rows meanwhile",
             grid,
         ]
+    if plan["body"] == "columns":
+        return [
+            f"one kernel multiplies all rows by this rank's share of the weight, {plan['tile_columns']} of its rows at a "
+            f"time in {plan['cluster']} blocks, and posts the columns to all ranks",
+            grid,
+        ]
     lines = []
     if projects:
         complete = sizes["complete"]
@@ -162,10 +168,14 @@ def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool 
             lines.append("the input is staged by the same kernel")
 
     shared_by, groups = plan["cluster"], plan["blocks"] // plan["cluster"]
-    whole = projects and sizes["complete"]
+    whole = plan["body"] == "all rows" or (projects and sizes["complete"])
     most = -(-(num_tokens if whole else partition.row_count(num_tokens, 0, sizes["world_size"])) // groups)
     who = f"each {shared_by} of them share" if shared_by > 1 else "each has"
     lines.append(f"{grid}; {who} {most} row{'s' if most != 1 else ''} at most")
+    if plan["body"] == "all rows":
+        lines.append("one synchronisation: every rank posts its rows to all others and adds up all rows itself")
+    elif op == "rs_rmsnorm_ag":
+        lines.append("two synchronisations: rows are added up by their owners, then gathered")
     if plan["body"] == "bulk":
         lines.append(f"TMA moves rows, through {plan['shared_bytes'] // 1024} KiB of shared memory a block")
     else:

@@ -16,6 +16,10 @@ struct Fitted {
   int64_t ring_bytes;
   // Blocks that share a row, from which on it is posted into the inboxes rather than read in place. Two H100.
   int cluster_to_post;
+  // Bytes that a rank adds up in rs_rmsnorm_ag, up to which it is faster for all ranks to add up all rows, in one round
+  // instead of two: where ranks share a card, 8 / 16 / 32 tokens of DeepSeek-V3 of 8 / 4 / 2 ranks. One H200,
+  // `tools/compare_builds.py`, at 0be5b49.
+  int64_t shared_card_all_rows, own_card_all_rows;
   // Rows of a chunk that is gathered from a card of its own, at least. Two H100, `python -m bench multi`.
   int gathered_rows_of_chunk;
 
@@ -44,6 +48,8 @@ constexpr Fitted kFittedSm90 = {
     .half_a_card = 66,
     .ring_bytes = 128 << 10,
     .cluster_to_post = 4,
+    .shared_card_all_rows = 896 << 10,
+    .own_card_all_rows = 4 << 20,
     .gathered_rows_of_chunk = 8,
     .gather_chunk_bytes = 34 << 10,
     .few_rows = 256,

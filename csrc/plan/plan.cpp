@@ -1,6 +1,7 @@
 // tpf_plan_call: what a call would launch, told without a card.
 #include <cstring>
 
+#include "columns.h"
 #include "gather.h"
 #include "projection.h"
 #include "reduce.h"
@@ -34,6 +35,17 @@ void plan_of_gather(tpf_plan* plan, const tpf_call& call, int64_t columns, tpf_d
 }
 
 void plan_of_projection(tpf_plan* plan, const tpf_call& call, const tpf::Limits& limits, const tpf_card& card) {
+  if (const tpf::ColumnsPlan columns = tpf::plan_columns(call, true, limits, card); columns.serves) {
+    plan->body = TPF_COLUMNS;
+    plan->blocks = columns.blocks;
+    plan->threads = 32 * tpf::kColumnsWarps;
+    plan->cluster = columns.cluster;
+    plan->shared_bytes = columns.shared_bytes;
+    plan->chunk_rows = 16 * columns.row_tiles;
+    plan->chunks = columns.row_blocks;
+    plan->tile_columns = tpf::kColumnUnit * columns.units;
+    return;
+  }
   const tpf::ProjectionPlan projection = tpf::plan_projection(call, true, limits, card);
   plan->few_rows = projection.few_rows;
   if (!projection.fused) return plan_of_gather(plan, call, call.columns, tpf::latent_dtype(call), limits, card);
@@ -50,9 +62,19 @@ void plan_of_projection(tpf_plan* plan, const tpf_call& call, const tpf::Limits&
 bool plan_of_reduction(tpf_plan* plan, const tpf_call& call, const tpf::Limits& limits, const tpf_card& card) {
   tpf::ReducePlan reduce;
   if (!tpf::plan_reduce(&reduce, call, limits, card)) return false;
-  plan->body = reduce.body == tpf::Body::kOneRow ? TPF_ONE_ROW
-               : reduce.body == tpf::Body::kBulk ? TPF_BULK
-                                                 : TPF_ALL_THREADS;
+  switch (reduce.body) {
+    case tpf::Body::kOneRow:
+      plan->body = TPF_ONE_ROW;
+      break;
+    case tpf::Body::kBulk:
+      plan->body = TPF_BULK;
+      break;
+    case tpf::Body::kDirect:
+      plan->body = TPF_ALL_THREADS;
+      break;
+    case tpf::Body::kAllRows:
+      plan->body = TPF_ALL_ROWS;
+  }
   plan->blocks = reduce.blocks;
   plan->threads = reduce.threads;
   plan->cluster = reduce.cluster;

@@ -17,6 +17,15 @@ struct Planner {
   // Whether all that a rank is sent fits its inbox.
   bool fits_inbox() const { return limits.world_size * rows * row_bytes <= inbox_bytes(limits.slot_bytes); }
 
+  // Whether every rank adds up all rows, in one synchronisation: as long as what every rank is sent then takes less time
+  // than a second one.
+  bool takes_all_rows() const {
+    const int64_t bytes = limits.world_size * call.num_tokens * row_bytes;
+    const Fitted& fitted = fitted_to(card);
+    return gathers && bytes + call.num_tokens * row_bytes <= inbox_bytes(limits.slot_bytes) &&
+           bytes <= (shares_card(limits.max_ctas, card) ? fitted.shared_card_all_rows : fitted.own_card_all_rows);
+  }
+
   // As many blocks for a row as there may be, down to four warps each. What a small call waits for most is the way of
   // its rows through the SMs.
   int cluster_of_row(int rows_at_once) const {
@@ -60,6 +69,15 @@ struct Planner {
 bool plan_reduce(ReducePlan* plan, const tpf_call& call, const Limits& limits, const tpf_card& card) {
   const Planner planner = {call, limits, card};
   const Fitted& fitted = fitted_to(card);
+  *plan = {};
+  if (planner.takes_all_rows()) {
+    const RowsOfBlocks all = share_out(call.num_tokens, limits.max_ctas);
+    plan->chunk_rows = all.rows;
+    plan->num_chunks = 1;
+    plan->cluster = all.rows <= 1 ? planner.cluster_of_row(all.blocks) : 1;
+    plan->posted = call.source >= 0;
+    if (planner.takes(plan, Body::kAllRows, 1, all.blocks)) return true;
+  }
   const RowsOfBlocks shared_out = share_out(planner.rows, limits.max_ctas);
   *plan = {};
   // Staged rows that fit no inbox are for the bodies that stage in slots, one row a block or not. Between cards,

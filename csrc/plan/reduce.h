@@ -4,8 +4,9 @@
 
 namespace tpf {
 
-// At most one row a block; threads load and store 16 bytes at a time; TMA moves rows through shared memory.
-enum class Body { kOneRow, kDirect, kBulk };
+// At most one row a block; threads load and store 16 bytes at a time; TMA moves rows through shared memory; every rank
+// adds up all rows, of rs_rmsnorm_ag.
+enum class Body { kOneRow, kDirect, kBulk, kAllRows };
 
 constexpr int kMaxChunks = 7;           // of a block
 constexpr int kHelperThreads = 64;      // kBulk: the staging and the fetching warp
@@ -33,7 +34,7 @@ struct ReducePlan {
   int vectors;  // of a row, that a thread holds
   int blocks, threads;
   int64_t shared_bytes;
-  int cluster;  // kOneRow: blocks of a cluster that share a row
+  int cluster;  // kOneRow, kAllRows: blocks of a cluster that share a row
   int chunk_rows, num_chunks;
   int stages;   // kBulk: row buffers of the ring
   bool posted;  // staged, although the input could be read in place

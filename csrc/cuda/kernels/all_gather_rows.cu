@@ -1,27 +1,8 @@
-#include "../launch.cuh"
+#include "all_gather_rows_launch.cuh"
 #include "gather_columns.cuh"
 
 namespace tpf {
 namespace {
-
-GatherArgs gather_args(const void* input, const tpf_team* team, const tpf_call& call) {
-  GatherArgs args = {};
-  args.input = static_cast<const char*>(input);
-  args.team = *team;
-  args.call = call;
-  args.contract = contract_of(call);
-  args.partition = partition_of(call.num_tokens, team->world_size);
-  return args;
-}
-
-void add_part(GatherArgs& args, void* output, const void* weight, int64_t row_bytes) {
-  GatherPart& part = args.parts[args.num_parts++];
-  part = {static_cast<char*>(output), weight, row_bytes, args.row_bytes, 0};
-  for (int p = 0; p + 1 < args.num_parts; ++p) {
-    part.slot_offset += (args.partition.largest() * args.parts[p].row_bytes + 15) / 16 * 16;
-  }
-  args.row_bytes += row_bytes;
-}
 
 template <typename T>
 tpf_status launch_columns(const GatherArgs& gather, const tpf_card& card, tpf_stream stream) {

@@ -1,6 +1,7 @@
 #include <cudaTypedefs.h>
 
 #include "../launch.cuh"
+#include "qkv_a_proj_ag_columns.h"
 #include "qkv_a_proj_ag_kernel.cuh"
 
 namespace tpf {
@@ -72,11 +73,12 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   using namespace tpf;
   tpf_card card;
   if (const tpf_status status = use_device(&card, team->device); status != TPF_OK) return status;
-  if (encoder() == nullptr) return TPF_UNSUPPORTED;
   bool aligned = begins_at_16_bytes(projection->input) && begins_at_16_bytes(projection->weight);
   for (int i = 0; i < 3; ++i) aligned = aligned && begins_at_16_bytes(outputs[i]);
+  const ColumnsPlan columns = plan_columns(*call, aligned, limits_of(*team), card);
+  if (columns.serves) return launch_columns(outputs, *projection, *team, *call, columns, card, stream);
   const ProjectionPlan plan = plan_projection(*call, aligned, limits_of(*team), card);
-  if (!plan.fused) return TPF_UNSUPPORTED;
+  if (!plan.fused || encoder() == nullptr) return TPF_UNSUPPORTED;
   ProjectionArgs args = {};
   const bool norm = call->op == TPF_QKV_A_PROJ_AG_NORM;
   const uint32_t rest = call->columns - call->q_columns - call->kv_columns;

@@ -5,10 +5,11 @@
 // those that block b of the peer adds up. Rows go in chunks; chunk c is published at step c, and may be added up while
 // chunk c + 1 is being staged. A staged row is written straight into the slot of the rank that wants it.
 //
-// Three bodies. kOneRow: at most one row a block; every thread holds its vector of all rows that come and go, and from
+// Four bodies. kOneRow: at most one row a block; every thread holds its vector of all rows that come and go, and from
 // sm_90 on a cluster of blocks may share the row. kBulk, with TMA on sm_90 and newer: one warp stages, one
 // warp fetches rows into a ring of shared-memory buffers, and the others add them up from there. kDirect, everywhere
-// else: every thread loads and stores 16 bytes at a time.
+// else: every thread loads and stores 16 bytes at a time. kAllRows, of few tokens in rs_rmsnorm_ag: every rank posts
+// all its rows to all others and adds up all rows itself, so that nothing is left to gather.
 #pragma once
 #include <cfloat>
 
@@ -42,7 +43,7 @@ struct ReduceArgs {
   int32_t chunk_rows;  // rows of one chunk, for one block
   int32_t num_chunks;
   int32_t stages;    // kBulk: row buffers of the ring
-  int32_t cluster;   // kOneRow: blocks of a cluster that share a row
+  int32_t cluster;   // kOneRow, kAllRows: blocks of a cluster that share a row
   uint32_t no_bits;  // 0, which the compiler does not know: see barrier_arrive_having
 };
 
@@ -220,19 +221,22 @@ struct Nothing {
   __device__ void operator()() const {}
 };
 
-// What is done with a summed row: round, store, normalise, quantise. Threads hold kVecs vectors of it each.
-template <typename T, int kVecs, Epilogue kEpilogue, typename Meanwhile = Nothing>
+// What is done with a summed row: round, store, normalise, quantise. Threads hold kVecs vectors of it each. `row` is
+// one of this rank's share; in kAllRows one of all, and what a rank keeps of its own share alone is kept of these.
+template <typename T, int kVecs, Epilogue kEpilogue, bool kAllRows = false, typename Meanwhile = Nothing>
 __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&sums)[kVecs][kLanes<T>],
                                   const RowWeight<T, kVecs>& weight, const RowThreads& group, int parity, bool arrived,
                                   Meanwhile&& meanwhile = {}) {
   const ReduceArgs& args = view.args;
-  T* stored = static_cast<T*>(args.residual_out) + row * view.hidden;
+  const int64_t own_row = kAllRows ? row - view.own.start : row;
+  const bool owned = !kAllRows || (own_row >= 0 && own_row < view.own.count);
+  T* stored = static_cast<T*>(args.residual_out) + own_row * view.hidden;
   float squares[kVecs] = {};
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     const int column = group.vector(v) * kLanes<T>;
     const uint4 rounded = pack(sums[v], T{});
-    if (column < view.hidden) {
+    if (column < view.hidden && owned) {
       kEpilogue == Epilogue::kSum ? store16(stored + column, rounded) : store16_streaming(stored + column, rounded);
     }
     unpack(sums[v], rounded, T{});
@@ -252,7 +256,7 @@ __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&s
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) scaled[i] *= sums[v][i] * rstd;
     const uint4 rounded = pack(scaled, T{});
-    if constexpr (kEpilogue == Epilogue::kNorm) {
+    if constexpr (kEpilogue == Epilogue::kNorm || (kAllRows && kEpilogue == Epilogue::kGather)) {
       if (inside) store16(static_cast<T*>(args.output) + row * view.hidden + column, rounded);
     } else if constexpr (kEpilogue == Epilogue::kGather) {
       if (inside) {

@@ -1,5 +1,8 @@
-// rs_rmsnorm_kernel: one of its three bodies, and what is done after a fault.
+// rs_rmsnorm_kernel: one of its four bodies, and what is done after a fault.
 #pragma once
+#include <type_traits>
+
+#include "rs_rmsnorm_all_rows.cuh"
 #include "rs_rmsnorm_bulk.cuh"
 #include "rs_rmsnorm_direct.cuh"
 #include "rs_rmsnorm_one_row.cuh"
@@ -15,9 +18,10 @@ constexpr bool kHasTma = true;
 template <typename T, int kVecs, Epilogue kEpilogue, Body kBody>
 __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBody == Body::kBulk ? kHelperThreads : 0),
                                   1) rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
-  constexpr int kRounds = kEpilogue == Epilogue::kGather ? 2 : 1;
+  constexpr int kRounds = kEpilogue == Epilogue::kGather && kBody != Body::kAllRows ? 2 : 1;
   __shared__ float partial[2 * kMaxPartials];
-  if constexpr (kBody == Body::kOneRow) {
+  if constexpr (kBody == Body::kOneRow || kBody == Body::kAllRows) {
+    using Few = std::conditional_t<kBody == Body::kOneRow, OneRow<T>, AllRows<T>>;
     __shared__ uint64_t partials_barrier;
     if (args.cluster > 1) cluster_arrive(&partials_barrier, args.cluster * (blockDim.x / 32) * sizeof(float));
     pdl_wait();
@@ -25,13 +29,13 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBo
     const int cta = blockIdx.x % args.cluster, first = cta * blockDim.x;
     const RowThreads group = {
         static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partial, first, args.cluster, &partials_barrier};
-    OneRow<T> one(early, blockIdx.x / args.cluster, group.vector(0) * kLanes<T>);
+    Few few(early, blockIdx.x / args.cluster, group.vector(0) * kLanes<T>);
     const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
     if (args.cluster > 1) cluster_wait();
-    const bool arrived = reduce_one_row<T, kEpilogue>(RowView<T>(args, round.epoch), round, one, group);
+    const bool arrived = reduce_few_rows<T, kEpilogue>(RowView<T>(args, round.epoch), round, few, group);
     if (all_arrived<kEpilogue>(early, arrived)) return end_op(args.team);
     const int last = min(first + static_cast<int>(blockDim.x), early.hidden / kLanes<T>);
-    poison_rows<T, kEpilogue>(early, one.row, gridDim.x / args.cluster, first, last);
+    poison_few_rows<T, kEpilogue>(RowView<T>(args), few, gridDim.x / args.cluster, first, last);
     end_faulted_op(args.team, args.call, round);
   } else if constexpr (kBody == Body::kDirect) {
     if constexpr (compiled_directly(kVecs, sizeof(T), kHasTma)) {

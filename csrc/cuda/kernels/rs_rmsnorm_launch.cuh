@@ -25,7 +25,8 @@ template <Epilogue kEpilogue>
 struct ReduceLauncher {
   template <typename T, int kVecs, Body kBody>
   static tpf_status launch(const ReduceArgs& args, const ReducePlan& plan, const tpf_card& card, tpf_stream stream) {
-    const Grid grid = {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster, kBody == Body::kOneRow};
+    const Grid grid = {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster,
+                       kBody == Body::kOneRow || kBody == Body::kAllRows};
     return launch_kernel(rs_rmsnorm_kernel<T, kVecs, kEpilogue, kBody>, args, card, grid, stream);
   }
 
@@ -41,6 +42,8 @@ struct ReduceLauncher {
       case Body::kDirect:
         return plan.vectors == 4 ? launch<T, 4, Body::kDirect>(args, plan, card, stream)
                                  : launch<T, most_vectors(sizeof(T)), Body::kDirect>(args, plan, card, stream);
+      case Body::kAllRows:
+        if constexpr (kEpilogue == Epilogue::kGather) return launch<T, 1, Body::kAllRows>(args, plan, card, stream);
     }
     return TPF_UNSUPPORTED;
   }

@@ -1,20 +1,9 @@
 // rs_rmsnorm_kernel where a block has one row, or a cluster of blocks shares one.
 #pragma once
+#include "../comm/inbox.cuh"
 #include "rs_rmsnorm.cuh"
 
 namespace tpf {
-
-// A vector in an inbox (protocol.h): inverted, and no word of it 0. The one word that would be, two NaN of 16 bits or
-// one of 32, becomes its neighbour, which is NaN too. Words may come one by one.
-__device__ inline void post16(void* address, uint4 raw) {
-  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(max(~raw.x, 1u)),
-               "r"(max(~raw.y, 1u)), "r"(max(~raw.z, 1u)), "r"(max(~raw.w, 1u))
-               : "memory");
-}
-
-__device__ inline bool has_arrived(uint4 posted) { return min(min(posted.x, posted.y), min(posted.z, posted.w)) != 0; }
-
-__device__ inline uint4 posted_value(uint4 posted) { return {~posted.x, ~posted.y, ~posted.z, ~posted.w}; }
 
 // One thread's part: a vector of each row that goes and comes. What peers wait for is loaded before the epoch is
 // known; what only this rank adds up is loaded while it waits for them. A rank has at most TPF_MAX_CTAS rows, so 32
@@ -76,47 +65,10 @@ struct OneRow {
 
   // Looks into the inbox until every source's vector has come; false, with the fault on record, where one does not.
   __device__ bool take_posted(const RowView<T>& view, const BlockRound& round) {
-    const tpf_team& team = view.args.team;
-    const char* const first_row = posted(view, view.rank, 0);
-    const auto missing = [&] {
-      int first = 0;
-#pragma unroll
-      for (int source = TPF_MAX_RANKS - 1; source >= 0; --source) {
-        if (comes_from(view, source) && !has_arrived(vectors[source])) first = source;
-      }
-      return first;
-    };
-    Backoff backoff;
-    tpf_status status;
-    do {
-      // The sources' addresses are worked out anew at each look: there are not the registers to keep them.
-      int bytes = posted_bytes(view);
-      asm volatile("" : "+r"(bytes));
-#pragma unroll
-      for (int source = 0; source < TPF_MAX_RANKS; ++source) {
-        if (comes_from(view, source) && !has_arrived(vectors[source])) {
-          vectors[source] = load16_relaxed(first_row + source * bytes);
-        }
-      }
-      bool all = true;
-#pragma unroll
-      for (int source = 0; source < TPF_MAX_RANKS; ++source)
-        all &= !comes_from(view, source) || has_arrived(vectors[source]);
-      if (all) {
-#pragma unroll
-        for (int source = 0; source < TPF_MAX_RANKS; ++source) {
-          if (comes_from(view, source)) vectors[source] = posted_value(vectors[source]);
-        }
-        return true;
-      }
-      status = backoff.ask(team, missing);
-    } while (status == TPF_OK);
-    const int peer = missing();
-    report(team, view.args.call, round, status, peer, 0, observe(signal(team.region[team.rank], 0, blockIdx.x, peer)),
-           backoff.waited_ns());
-#pragma unroll
-    for (int source = 0; source < TPF_MAX_RANKS; ++source) vectors[source] = {};
-    return false;
+    return tpf::take_posted(
+        vectors, view.args.team, view.args.call, round, [&] { return posted(view, view.rank, 0); },
+        [&] { return posted_bytes(view); }, [&](int source) { return comes_from(view, source); },
+        [](int source) { return source; });
   }
 
   // What was read is to be 0 again, in time for the round after the next.
@@ -152,15 +104,16 @@ __device__ inline bool sync_having(float value) {
 }
 
 template <typename T, Epilogue kEpilogue>
-__device__ inline bool reduce_one_row(const RowView<T>& view, const BlockRound& round, OneRow<T>& one,
-                                      const RowThreads& group) {
+__device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound& round, OneRow<T>& one,
+                                       const RowThreads& group) {
   if (!round.refused) {
     publish_unfenced_to_peers(view.args.team, round, 0, threadIdx.x);
     if (view.staged()) one.post(view);
   }
   one.load_own(view);
   RowWeight<T, 1> weight;
-  if constexpr (kEpilogue != Epilogue::kSum) weight.init(view, group);
+  constexpr bool kLate = kEpilogue == Epilogue::kGather;  // there are not the registers to load the weight before
+  if constexpr (kEpilogue != Epilogue::kSum && !kLate) weight.init(view, group);
   bool arrived = __syncthreads_and(!round.refused && wait_for_peers(view, round, 0, threadIdx.x));
   // Blocks b of all ranks are on their SMs. Once all blocks of this grid say so, the next kernel may take what is free
   // without being in anybody's way.
@@ -179,6 +132,7 @@ __device__ inline bool reduce_one_row(const RowView<T>& view, const BlockRound& 
       if (source < view.num_sources()) add_vector<T>(sums[0], one.vectors[source]);
     }
     if (view.has_residual()) add_vector<T>(sums[0], one.residual);
+    if constexpr (kLate) weight.init(view, group);
     if (closes && arrived) {
       // The peers have their inputs back while this row is still being finished.
       if (sync_having(sums[0][0])) publish_unfenced_to_peers(view.args.team, round, kClosingStep, threadIdx.x);
@@ -203,6 +157,11 @@ __device__ inline bool reduce_one_row(const RowView<T>& view, const BlockRound& 
   }
   if (closes && arrived) arrived = wait_for_readers(view, round, threadIdx.x);
   return arrived;
+}
+
+template <typename T, Epilogue kEpilogue>
+__device__ inline void poison_few_rows(const RowView<T>& view, const OneRow<T>& one, int groups, int begin, int end) {
+  poison_rows<T, kEpilogue>(view, one.row, groups, begin, end);
 }
 
 }  // namespace tpf

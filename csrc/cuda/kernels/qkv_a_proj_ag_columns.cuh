@@ -1,0 +1,337 @@
+// qkv_a_proj_ag_columns_kernel: the projection of few rows that every rank has (TPF_COMPLETE), and its gather. Each
+// rank multiplies all rows by its share of the weight, so reads 1/W of it, and posts the columns to all ranks.
+//
+// The time of such a product is that of reading the weight. A cluster of blocks takes some units of 8 columns; its
+// blocks, and in these the warps, share out K in chunks of 64 bytes, and add up what they have in a fixed order: first
+// the warps' sums, then the blocks'. Lanes hold 16 bytes of a row of K each, operands straight from global memory: the
+// two factors have their elements along K in the same order, though not in the instruction's, which a sum does not
+// mind. The first of the weight is asked for before the kernel before this one has ended (PDL).
+//
+// A finished vector of 8 columns is posted into all ranks' inboxes, this rank's too, as flag-in-data. Then each rank
+// takes whole rows from its inbox, a warp a part of a row, and normalises q_a and kv_a on the way.
+#pragma once
+#include "../../plan/columns.h"
+#include "../comm/inbox.cuh"
+#include "../ptx/cluster.cuh"
+#include "../ptx/mma.cuh"
+#include "all_gather_rows.cuh"
+
+namespace tpf {
+
+constexpr int kColumnsThreads = 32 * kColumnsWarps;
+
+struct ColumnsArgs {
+  GatherArgs gather;   // its input is not looked at
+  const void* input;   // [num_tokens, hidden]
+  const void* weight;  // [columns, hidden]
+  const void* bias;
+  const float* scale;  // of fp8
+  int64_t scale_row_stride, scale_group_stride;
+  const float* weight_scale;
+  Rows own;       // columns
+  int32_t units;  // of a cluster
+  int32_t cluster;
+  int32_t row_blocks;  // of 16 * kRowTiles rows
+};
+
+// Where 16 bytes of one row along K are.
+template <typename In>
+__device__ inline const uint4* factor_at(const void* rows, int64_t row, int hidden, int k) {
+  return reinterpret_cast<const uint4*>(static_cast<const In*>(rows) + row * hidden + k);
+}
+
+// What one warp multiplies: chunks first, first + step, ... of K, in one pass after the other. A pass is of
+// kColumnUnits units and one block of rows; those of the same units follow each other, so that the weight is in a
+// cache.
+template <typename In, int kRowTiles>
+struct WarpProduct {
+  static constexpr bool kScaled = sizeof(In) == 1;
+  static constexpr int kChunk = kChunkBytes / sizeof(In), kLaneElements = 16 / sizeof(In);
+  static constexpr int kDepth = kScaled || kRowTiles == 4 ? 2 : 4;  // chunks whose operands are in flight
+
+  __device__ explicit WarpProduct(const ColumnsArgs& args)
+      : args(args),
+        hidden(args.gather.call.hidden_size),
+        chunks((hidden + kChunk - 1) / kChunk),
+        first(static_cast<int>(blockIdx.x) % args.cluster * kColumnsWarps + static_cast<int>(threadIdx.x) / 32),
+        step(args.cluster * kColumnsWarps),
+        column(static_cast<int>(blockIdx.x) / args.cluster * args.units * kColumnUnit +
+               static_cast<int>(threadIdx.x) % 32 / 4),
+        lane_k(static_cast<int>(threadIdx.x) % 4 * kLaneElements) {}
+
+  // This rank's column of the lane, in unit `unit` of the cluster.
+  __device__ int column_of(int unit) const { return column + unit * kColumnUnit; }
+
+  __device__ int units_of(int pass) const { return pass / args.row_blocks * kColumnUnits; }
+  __device__ int row_of(int pass) const { return pass % args.row_blocks * 16 * kRowTiles; }
+  __device__ int num_passes() const { return (args.units + kColumnUnits - 1) / kColumnUnits * args.row_blocks; }
+
+  __device__ void load_weight(int pass, int chunk) {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+      for (int u = 0; u < kColumnUnits; ++u) {
+        const int unit = units_of(pass) + u, at = column_of(unit);
+        const int k = (chunk + d * step) * kChunk + lane_k;
+        const bool inside = unit < args.units && at < args.own.count && k < hidden;
+        weights[d][u] = inside ? __ldg(factor_at<In>(args.weight, args.own.start + at, hidden, k)) : uint4{};
+      }
+    }
+  }
+
+  // Not through the read-only path: the kernel before this one, which may have written them, ended after it began.
+  __device__ void load_rows(int pass, int chunk) {
+    const int tokens = static_cast<int>(args.gather.call.num_tokens);
+    const int row = row_of(pass) + static_cast<int>(threadIdx.x) % 32 / 4;
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+      for (int half = 0; half < 2 * kRowTiles; ++half) {
+        const int k = (chunk + d * step) * kChunk + lane_k;
+        const bool inside = row + 8 * half < tokens && k < hidden;
+        rows[d][half] = inside ? load16(factor_at<In>(args.input, row + 8 * half, hidden, k)) : uint4{};
+      }
+    }
+  }
+
+  // Of the chunks that were loaded.
+  __device__ void multiply(float (&sums)[kRowTiles][kColumnUnits][4], int pass, int chunk) {
+#pragma unroll
+    for (int d = 0; d < kDepth; ++d) {
+      float weight_scales[kColumnUnits];
+      if constexpr (kScaled) load_weight_scales(weight_scales, pass, chunk + d * step);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+        const uint4 low = rows[d][2 * m], high = rows[d][2 * m + 1];
+        float row_scales[2];
+        if constexpr (kScaled) load_row_scales(row_scales, row_of(pass) + 16 * m, chunk + d * step);
+#pragma unroll
+        for (int u = 0; u < kColumnUnits; ++u) {
+          const uint4 by = weights[d][u];
+          if constexpr (kScaled) {
+            float block[4] = {};
+            mma(block, low.x, high.x, low.y, high.y, by.x, by.y, In{});
+            mma(block, low.z, high.z, low.w, high.w, by.z, by.w, In{});
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              sums[m][u][i] = fmaf(block[i], row_scales[i / 2] * weight_scales[u], sums[m][u][i]);
+            }
+          } else {
+            mma(sums[m][u], low.x, high.x, low.y, high.y, by.x, by.y, In{});
+            mma(sums[m][u], low.z, high.z, low.w, high.w, by.z, by.w, In{});
+          }
+        }
+      }
+    }
+  }
+
+  // The scales of a chunk: half of the 128 elements along K that have the same.
+  __device__ void load_row_scales(float (&scales)[2], int first_row, int chunk) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + 8 * half + static_cast<int>(threadIdx.x) % 32 / 4;
+      const bool inside = row < static_cast<int>(args.gather.call.num_tokens) && chunk < chunks;
+      scales[half] = inside ? args.scale[row * args.scale_row_stride + chunk / 2 * args.scale_group_stride] : 0;
+    }
+  }
+  // All columns of a unit have the same: a rank's share begins at a multiple of 128.
+  __device__ void load_weight_scales(float (&scales)[kColumnUnits], int pass, int chunk) const {
+    const int groups = (hidden + 127) / 128;
+#pragma unroll
+    for (int u = 0; u < kColumnUnits; ++u) {
+      const int at = column_of(units_of(pass) + u);
+      const bool inside = at < args.own.count && chunk < chunks;
+      const int block = (static_cast<int>(args.own.start) + at) / 128;
+      scales[u] = inside ? __ldg(args.weight_scale + block * groups + chunk / 2) : 0;
+    }
+  }
+
+  const ColumnsArgs& args;
+  const int hidden, chunks, first, step;
+  const int column, lane_k;
+  uint4 weights[kDepth][kColumnUnits];
+  uint4 rows[kDepth][2 * kRowTiles];
+};
+
+// The warps' sums of one pass, added up in their order: into the block's sums, [rows, units * kColumnUnit].
+template <int kRowTiles>
+__device__ inline void add_warps(const float (&sums)[kRowTiles][kColumnUnits][4], float* partial, float* block_sums,
+                                 int first_row, int first_unit, int units) {
+  constexpr int kRows = 16 * kRowTiles, kColumns = kColumnUnits * kColumnUnit;
+  const int lane = threadIdx.x % 32;
+  float* const own = partial + threadIdx.x / 32 * kRows * kPartialStride;
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+    for (int u = 0; u < kColumnUnits; ++u) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* const to = own + (16 * m + 8 * half + lane / 4) * kPartialStride + u * kColumnUnit + lane % 4 * 2;
+        *reinterpret_cast<float2*>(to) = {sums[m][u][2 * half], sums[m][u][2 * half + 1]};
+      }
+    }
+  }
+  __syncthreads();
+  for (int at = threadIdx.x; at < kRows * kColumns; at += kColumnsThreads) {
+    const int row = at / kColumns, column = at % kColumns, to = first_unit * kColumnUnit + column;
+    float sum = 0;
+#pragma unroll
+    for (int warp = 0; warp < kColumnsWarps; ++warp) {
+      sum += partial[(warp * kRows + row) * kPartialStride + column];
+    }
+    if (to < units * kColumnUnit) block_sums[(first_row + row) * units * kColumnUnit + to] = sum;
+  }
+  __syncthreads();
+}
+
+template <typename In, int kRowTiles>
+__device__ inline void multiply_columns(const ColumnsArgs& args, WarpProduct<In, kRowTiles>& product, float* partial,
+                                        float* block_sums) {
+  const int step = product.step * product.kDepth;
+#pragma unroll 1
+  for (int pass = 0; pass < product.num_passes(); ++pass) {
+    float sums[kRowTiles][kColumnUnits][4] = {};
+#pragma unroll 1
+    for (int chunk = product.first; chunk < product.chunks; chunk += step) {
+      product.multiply(sums, pass, chunk);
+      const bool last = chunk + step >= product.chunks;
+      const int next_pass = last ? pass + 1 : pass, next = last ? product.first : chunk + step;
+      product.load_weight(next_pass, next);
+      product.load_rows(next_pass, next);
+    }
+    add_warps(sums, partial, block_sums, product.row_of(pass), product.units_of(pass), args.units);
+  }
+}
+
+// A vector of the rank's columns: the blocks' sums, added up in their order, and the bias. Each block of a cluster
+// posts its share of the vectors.
+template <typename Out>
+__device__ inline void post_columns(const ColumnsArgs& args, const float* block_sums, const BlockRound& round) {
+  const GatherArgs& gather = args.gather;
+  const int tokens = static_cast<int>(gather.call.num_tokens), columns = args.units * kColumnUnit;
+  const int first = static_cast<int>(blockIdx.x) / args.cluster * columns;
+  const int cta = static_cast<int>(blockIdx.x) % args.cluster;
+  for (int at = cta * kColumnsThreads + threadIdx.x; at < tokens * args.units; at += args.cluster * kColumnsThreads) {
+    const int row = at / args.units, column = at % args.units * kColumnUnit;
+    if (first + column >= args.own.count) continue;
+    float values[8] = {};
+    for (int other = 0; other < args.cluster; ++other) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float4 sums = cluster_load(block_sums + row * columns + column + 4 * half, other);
+        values[4 * half] += sums.x, values[4 * half + 1] += sums.y;
+        values[4 * half + 2] += sums.z, values[4 * half + 3] += sums.w;
+      }
+    }
+    const int64_t place = args.own.start + first + column;
+    if (args.bias != nullptr) {
+      float bias[8];
+      unpack(bias, __ldg(reinterpret_cast<const uint4*>(static_cast<const Out*>(args.bias) + place)), Out{});
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values[i] += bias[i];
+    }
+    const uint4 vector = pack(values, Out{});
+#pragma unroll 1
+    for (int rank = 0; rank < gather.team.world_size; ++rank) {
+      post16(inbox_of(gather.team, rank, round.epoch) + row * gather.row_bytes + place * sizeof(Out), vector);
+    }
+  }
+}
+
+// Whose columns these are.
+__device__ inline int owner_of_column(const ColumnsArgs& args, int64_t column) {
+  const int world_size = args.gather.team.world_size;
+  int rank = 0;
+  while (rank + 1 < world_size && column >= latent_columns_of(args.gather.call, rank + 1, world_size).start) ++rank;
+  return rank;
+}
+
+// Up to kCount vectors of a part of a row, 512 bytes apart, from the inbox; they are 0 there again afterwards.
+template <typename Out, int kCount>
+__device__ inline bool take_columns(const ColumnsArgs& args, const BlockRound& round, uint4 (&vectors)[kCount],
+                                    int64_t row, const GatherPart& part, int begin) {
+  const GatherArgs& gather = args.gather;
+  char* const from =
+      inbox_of(gather.team, gather.team.rank, round.epoch) + row * gather.row_bytes + part.row_offset + begin;
+  const auto comes = [&](int v) { return begin + v * 512 < part.row_bytes; };
+#pragma unroll
+  for (uint4& vector : vectors) vector = {};
+  const bool arrived = take_posted(
+      vectors, gather.team, gather.call, round, [&] { return from; }, [] { return 512; }, comes,
+      [&](int v) { return owner_of_column(args, (part.row_offset + begin + v * 512) / int64_t{sizeof(Out)}); });
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    if (arrived && comes(v)) store16(from + v * 512, {});
+  }
+  return arrived;
+}
+
+// run(part, row) for the parts of rows that this warp finishes.
+template <typename Run>
+__device__ inline void for_parts(const GatherArgs& args, Run&& run) {
+  const int tokens = static_cast<int>(args.call.num_tokens), warps = static_cast<int>(gridDim.x) * kColumnsWarps;
+  // The first parts of all rows, which take longest, in as many blocks as there are.
+  for (int task = threadIdx.x / 32 * gridDim.x + blockIdx.x; task < args.num_parts * tokens; task += warps) {
+    run(args.parts[task / tokens], task % tokens);
+  }
+}
+
+template <typename Out>
+__device__ inline bool finish_columns(const ColumnsArgs& args, const BlockRound& round) {
+  const GatherArgs& gather = args.gather;
+  const int lane = threadIdx.x % 32;
+  bool arrived = true;
+  for_parts(gather, [&](const GatherPart& part, int64_t row) {
+    char* const to = part.output + row * part.row_bytes;
+    if (part.weight != nullptr) {
+      HeldPart<Out> held;
+      const HeldWeight<Out> weight(gather, part);
+      arrived = take_columns<Out>(args, round, held.raw, row, part, lane * 16) && arrived;
+      norm_held(gather, held, weight, to, nullptr, part);
+      return;
+    }
+    for (int begin = lane * 16; begin < part.row_bytes; begin += 4 * 512) {
+      uint4 vectors[4];
+      arrived = take_columns<Out>(args, round, vectors, row, part, begin) && arrived;
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        if (begin + v * 512 < part.row_bytes) store16(to + begin + v * 512, vectors[v]);
+      }
+    }
+  });
+  return arrived;
+}
+
+template <typename In, int kRowTiles>
+__global__ void __launch_bounds__(kColumnsThreads, 1)
+    qkv_a_proj_ag_columns_kernel(const __grid_constant__ ColumnsArgs args) {
+  using Out = std::conditional_t<sizeof(In) == 1, __nv_bfloat16, In>;
+  extern __shared__ __align__(128) float dynamic[];
+  float* const partial = dynamic;
+  float* const block_sums = dynamic + kColumnsWarps * 16 * kRowTiles * kPartialStride;
+  WarpProduct<In, kRowTiles> product(args);
+  product.load_weight(0, product.first);  // hangs on no kernel before
+  pdl_wait();
+  product.load_rows(0, product.first);
+  const GatherArgs& gather = args.gather;
+  const BlockRound round = begin_op(gather.team, gather.call, gather.contract, 1);
+  if (!round.refused) publish_unfenced_to_peers(gather.team, round, 0, threadIdx.x);
+  // A refused block multiplies, too: its cluster waits for it.
+  multiply_columns(args, product, partial, block_sums);
+  cluster_arrive();
+  cluster_wait();
+  if (!round.refused) post_columns<Out>(args, block_sums, round);
+  cluster_arrive_relaxed();  // others' sums have been read
+  bool arrived = !round.refused && wait_for_peers(gather.team, gather.call, round, 0, threadIdx.x);
+  arrived = __syncthreads_and(arrived);
+  pdl_trigger();  // as in OneRow's
+  if (arrived) arrived = finish_columns<Out>(args, round);
+  cluster_wait();
+  if (__syncthreads_and(arrived)) return end_op(gather.team);
+  for_parts(gather, [&](const GatherPart& part, int64_t row) {
+    poison(part.output + row * part.row_bytes, part.row_bytes, threadIdx.x % 32, 32);
+  });
+  end_faulted_op(gather.team, gather.call, round);
+}
+
+}  // namespace tpf

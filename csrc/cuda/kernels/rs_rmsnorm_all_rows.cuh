@@ -1,0 +1,138 @@
+// rs_rmsnorm_kernel where every rank adds up all rows: rs_rmsnorm_ag of few tokens, in one synchronisation instead of
+// two.
+//
+// A rank posts its rows of the input, and the rows of the residual that it owns, into all peers' inboxes. There the
+// residual's rows come first, then those of rank 0, of rank 1, ... All ranks add up the same values in the same order,
+// so they come to the same bits, which are those of the other bodies.
+#pragma once
+#include "../comm/inbox.cuh"
+#include "rs_rmsnorm.cuh"
+
+namespace tpf {
+
+// One thread's vector of one row of all. What this rank has of it is loaded when this is made.
+template <typename T>
+struct AllRows {
+  __device__ AllRows(const RowView<T>& view, int row, int column)
+      : row(row),
+        column(column),
+        inside(row < view.args.call.num_tokens && column < view.hidden),
+        owned(row >= view.own.start && row < view.own.start + view.own.count) {
+    if (!inside) return;
+    own = load16(static_cast<const T*>(view.args.input) + row * view.hidden + column);
+    if (owned && view.has_residual()) {
+      const int own_row = row - static_cast<int>(view.own.start);
+      residual = load16(static_cast<const T*>(view.args.residual) + own_row * view.hidden + column);
+    }
+  }
+
+  // Of one rank's rows, in an inbox.
+  __device__ static int posted_bytes(const RowView<T>& view) {
+    return static_cast<int>(view.args.call.num_tokens) * view.hidden * int{sizeof(T)};
+  }
+  // This vector of the residual; of source s it lies posted_bytes * (s + 1) behind.
+  __device__ char* posted(const RowView<T>& view, int rank) const {
+    return inbox_of(view.args.team, rank, view.epoch) + (row * view.hidden + column) * int{sizeof(T)};
+  }
+  // Whether vector `i` of `vectors` comes from a peer.
+  __device__ bool comes(const RowView<T>& view, int i) const {
+    if (i == 0) return inside && view.has_residual() && !owned;
+    return inside && i <= view.world_size && i - 1 != view.rank;
+  }
+  __device__ int owner(const RowView<T>& view) const {
+    int rank = 0;
+    while (row >= view.rows(rank).start + view.rows(rank).count) ++rank;
+    return rank;
+  }
+
+  __device__ void post(const RowView<T>& view) const {
+    if (!inside) return;
+    const bool posts_residual = owned && view.has_residual();
+    const int offset = (view.rank + 1) * posted_bytes(view);
+#pragma unroll
+    for (int peer = 0; peer < TPF_MAX_RANKS; ++peer) {
+      if (!is_peer(view.args.team, peer)) continue;
+      char* const to = posted(view, peer);
+      post16(to + offset, own);
+      if (posts_residual) post16(to, residual);
+    }
+  }
+
+  __device__ void begin_sum(const RowView<T>& view) {
+#pragma unroll
+    for (int i = 0; i <= TPF_MAX_RANKS; ++i) vectors[i] = comes(view, i) ? uint4{} : i == 0 ? residual : own;
+  }
+
+  __device__ bool take_posted(const RowView<T>& view, const BlockRound& round) {
+    return tpf::take_posted(
+        vectors, view.args.team, view.args.call, round, [&] { return posted(view, view.rank); },
+        [&] { return posted_bytes(view); }, [&](int i) { return comes(view, i); },
+        [&](int i) { return i == 0 ? owner(view) : i - 1; });
+  }
+
+  // As OneRow's.
+  __device__ void clear_posted(const RowView<T>& view) const {
+    char* const first = posted(view, view.rank);
+#pragma unroll
+    for (int i = 0; i <= TPF_MAX_RANKS; ++i) {
+      if (comes(view, i)) store16(first + i * posted_bytes(view), {});
+    }
+  }
+
+  int row, column;
+  bool inside, owned;
+  uint4 own = {}, residual = {};
+  uint4 vectors[1 + TPF_MAX_RANKS];  // the residual's, then the sources'
+};
+
+// Rows b, b + groups, ... of all; `first` is of the first one.
+template <typename T, Epilogue kEpilogue>
+__device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound& round, AllRows<T>& first,
+                                       const RowThreads& group) {
+  const int num_tokens = static_cast<int>(view.args.call.num_tokens);
+  const int groups = static_cast<int>(gridDim.x) / group.cluster;
+  if (!round.refused) {
+    publish_unfenced_to_peers(view.args.team, round, 0, threadIdx.x);
+    first.post(view);
+#pragma unroll 1
+    for (int row = first.row + groups; row < num_tokens; row += groups) AllRows<T>(view, row, first.column).post(view);
+  }
+  bool arrived = __syncthreads_and(!round.refused && wait_for_peers(view, round, 0, threadIdx.x));
+  pdl_trigger();  // as in OneRow's
+  AllRows<T> one = first;
+#pragma unroll 1
+  for (int step = 0; one.row < num_tokens; ++step) {
+    one.begin_sum(view);
+    // A block that saw a fault goes on: its other threads and its cluster wait for it.
+    if (arrived) arrived = one.take_posted(view, round);
+    if (!arrived) one.vectors[1] = {~0u, ~0u, ~0u, ~0u};
+    float sums[1][kLanes<T>];
+    unpack(sums[0], one.vectors[1], T{});
+#pragma unroll
+    for (int source = 1; source < TPF_MAX_RANKS; ++source) {
+      if (source < view.world_size) add_vector<T>(sums[0], one.vectors[1 + source]);
+    }
+    if (view.has_residual()) add_vector<T>(sums[0], one.vectors[0]);
+    RowWeight<T, 1> weight;  // there are not the registers to load it before
+    weight.init(view, group);
+    finish_row<T, 1, kEpilogue, true>(view, one.row, sums, weight, group, step % 2, arrived, [&] {
+      if (arrived) one.clear_posted(view);
+    });
+    one = AllRows<T>(view, one.row + groups, one.column);
+  }
+  return arrived;
+}
+
+// As poison_rows of the other bodies, of the rows that a block has here.
+template <typename T, Epilogue kEpilogue>
+__device__ inline void poison_few_rows(const RowView<T>& view, AllRows<T>& first, int groups, int begin, int end) {
+  __syncthreads();
+#pragma unroll 1
+  for (AllRows<T> one = first; one.row < view.args.call.num_tokens; one.row += groups) {
+    const int owner = one.owner(view);
+    const int64_t row = one.row - view.rows(owner).start;
+    poison_row<T, kEpilogue>(view, owner, row, begin, end, threadIdx.x, blockDim.x);
+  }
+}
+
+}  // namespace tpf

@@ -1,0 +1,53 @@
+#include "columns.h"
+
+namespace tpf {
+
+ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limits, const tpf_card& card) {
+  ColumnsPlan plan = {};
+  const bool scaled = call.dtype == TPF_E4M3;
+  const int64_t row_bytes = call.hidden_size * bytes_of(static_cast<tpf_dtype>(call.dtype));
+  const uint32_t rest = call.columns - call.q_columns - call.kv_columns;
+  const int64_t posted = call.num_tokens * call.columns * bytes_of(latent_dtype(call));
+  if ((call.variant & TPF_COMPLETE) == 0 || call.op == TPF_QKV_A_PROJ_AG_NORM_FP8 || !aligned ||
+      call.dtype == TPF_F32 || (scaled && !has_tma(card)) || call.num_tokens > kMostColumnRows || row_bytes % 16 != 0 ||
+      call.columns % 8 != 0 || call.q_columns % 8 != 0 || call.kv_columns % 8 != 0 || rest % 8 != 0 ||
+      call.q_columns > kMostNormedColumns || call.kv_columns > kMostNormedColumns ||
+      posted > inbox_bytes(limits.slot_bytes)) {
+    return plan;
+  }
+  // The largest share decides: all ranks have the same grid.
+  const int units =
+      static_cast<int>((latent_columns_of(call, 0, limits.world_size).count + kColumnUnit - 1) / kColumnUnit);
+  const int most = std::min(limits.max_ctas, card.sm_count);
+  const int64_t chunks = (row_bytes + kChunkBytes - 1) / kChunkBytes;
+  // Of fp8, which is multiplied into sums of its own for each scale, there are the registers for two.
+  plan.row_tiles = call.num_tokens <= 16 ? 1 : call.num_tokens <= 32 || scaled ? 2 : 4;
+  plan.row_blocks = std::max(1, static_cast<int>((call.num_tokens + 16 * plan.row_tiles - 1) / (16 * plan.row_tiles)));
+  // What a block reads of the weight decides; where that is equal, fewer blocks share out K. All blocks of all ranks
+  // must be on their cards at once, since each waits for what the others multiply. Not all SMs are in a cluster of more
+  // than two, and how many other ranks want is known where the workspace has shared out the card. Cards of a group may
+  // differ in how many: kUnclustered are more than any lacks.
+  int64_t least = 0;
+  for (int cluster = 1; cluster <= kMaxColumnsCluster; cluster *= 2) {
+    const bool shares = shares_card(limits.max_ctas, card);
+    const int sms = cluster > 2 ? std::min(most - kUnclustered, card.cluster_sms) : most;
+    const int groups = std::min(sms / cluster, units);
+    if (groups <= 0 || (cluster > 1 && (!has_tma(card) || chunks < cluster * kColumnsWarps)) ||
+        (cluster > 2 && shares && limits.free_cluster_sms == 0) || !cluster_fits(limits, cluster, cluster * groups)) {
+      break;
+    }
+    const int of_group = (units + groups - 1) / groups;
+    const int64_t cost = of_group * ((chunks + cluster - 1) / cluster);
+    if (plan.cluster != 0 && cost >= least) continue;
+    least = cost;
+    plan.cluster = cluster;
+    plan.units = of_group;
+    plan.blocks = (units + of_group - 1) / of_group * cluster;
+  }
+  plan.shared_bytes = 16 * plan.row_tiles * int64_t{sizeof(float)} *
+                      (kColumnsWarps * kPartialStride + plan.row_blocks * plan.units * kColumnUnit);
+  plan.serves = plan.cluster != 0 && plan.shared_bytes + kStaticSharedBytes <= card.shared_bytes;
+  return plan;
+}
+
+}  // namespace tpf

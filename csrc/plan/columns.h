@@ -1,0 +1,31 @@
+// How a projection of few rows that every rank has is run: the product of its share of the weight's rows and the gather
+// of columns in one kernel, qkv_a_proj_ag_columns_kernel.
+#pragma once
+#include "card.h"
+
+namespace tpf {
+
+constexpr int kColumnsWarps = 8;  // of a block; each takes every so many chunks of K
+constexpr int kMaxColumnsCluster = 8;
+constexpr int kUnclustered = 24;
+constexpr int kColumnUnit = 8;                                  // columns of one tensor-core instruction
+constexpr int kColumnUnits = 4;                                 // that a warp has accumulators of
+constexpr int kMostColumnRows = 64;                             // of the input
+constexpr int kChunkBytes = 64;                                 // of a row along K, of which a lane has 16
+constexpr int kPartialStride = kColumnUnits * kColumnUnit + 8;  // floats of a row of a warp's sums: no bank conflicts
+constexpr int kMostNormedColumns = 8 * 32 * 8;                  // that a warp holds, of 16 bits
+
+struct ColumnsPlan {
+  bool serves;
+  int blocks;
+  int cluster;     // blocks that share out K for the same columns
+  int units;       // of kColumnUnit columns, of a cluster, at most
+  int row_tiles;   // of 16 rows, that a warp has accumulators of: 1, 2 or 4
+  int row_blocks;  // of so many, one after the other
+  int64_t shared_bytes;
+};
+
+// aligned: operands and outputs begin at a multiple of 16 bytes.
+ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limits, const tpf_card& card);
+
+}  // namespace tpf
