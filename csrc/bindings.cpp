@@ -163,6 +163,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("EPOCH_OFFSET") = offsetof(tpf::Control, progress) + offsetof(tpf::Progress, epoch);
   m.attr("SEGMENT_HEADER_BYTES") = TPF_SEGMENT_HEADER_BYTES;
   m.attr("FAULT_BYTES") = sizeof(tpf_fault);
+  m.attr("COMPLETE") = TPF_COMPLETE;
   m.attr("RESIDUAL") = TPF_RESIDUAL;
   m.attr("QKV_A_PROJ_AG") = static_cast<int>(TPF_QKV_A_PROJ_AG);
   m.attr("QKV_A_PROJ_AG_FP8") = static_cast<int>(TPF_QKV_A_PROJ_AG_FP8);
