@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,13 @@ def page(name: str) -> str:
 
 def programs(name: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page(name), re.DOTALL | re.MULTILINE)
+
+
+def command(name: str, word: str) -> list[str]:
+    """The arguments behind the word, of the one command of a page's that has it."""
+    lines = "".join(programs(name, "sh")).replace("\\\n", " ").splitlines()
+    (words,) = [words for line in lines if word in (words := shlex.split(line, comments=True))]
+    return words[words.index(word) + 1 :]
 
 
 def run_on_ranks(script: Path, program: str, *arguments: str, num_ranks: int = 2, device: str = "cpu") -> str:

@@ -50,8 +50,8 @@ def step_and_compare():
 
 
 step_and_compare()
-captured = decoder.graphs
-assert sorted(captured) == (sorted(CAPTURE_SIZES) if device == "cuda" else [])
+faulted = decoder.graphs
+assert sorted(faulted) == (sorted(CAPTURE_SIZES) if device == "cuda" else [])
 
 # Rank 1 has another batch, so replays another graph: NaN, in later replays as well. Then all start again.
 partial = torch.randn(5, HIDDEN)
@@ -69,13 +69,15 @@ dist.barrier()
 assert torch.equal(decode(partial), expected)
 step_and_compare()
 
-# Graphs of the workspace that init has closed.
+# Graphs of the two workspaces that init has closed, of which the second had no fault before.
+replaced = decoder.graphs
+decoder.start()
 if device == "cuda":
-    graph, output = captured[16]
-    output.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert output.isnan().all()
+    for graph, output in (faulted[16], replaced[16]):
+        output.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert output.isnan().all()
     try:
         decoder.workspace.check()
         reason = "none"
@@ -83,7 +85,7 @@ if device == "cuda":
         reason = fault.reason
     assert reason == "closed", reason
     dist.barrier()
-    step_and_compare()
+step_and_compare()
 print(f"rank {rank} is through")
 """
 
