@@ -2,27 +2,15 @@
 
 import importlib
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from pages import ROOT, page, programs, run_on_ranks
 
 import tp_fused
 from tp_fused import faults, ops, projections, prologue
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def page(name: str) -> str:
-    return (ROOT / name).read_text()
-
-
-def programs(name: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page(name), re.DOTALL | re.MULTILINE)
 
 
 def first_cells(text: str) -> set[str]:
@@ -30,30 +18,11 @@ def first_cells(text: str) -> set[str]:
     return set(re.findall(r"`(\w[\w ]*)`", "".join(re.findall(r"^\|([^|]*)\|", text, re.MULTILINE))))
 
 
-def run_on_two_ranks(script: Path, program: str, *arguments: str) -> str:
-    """What it prints."""
-    script.write_text(program + "\ndist.destroy_process_group()\n")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        *arguments,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}  # its tensors are the CPU's
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_the_programs_run(tmp_path):
     """The README's, and the one of docs/ops.md that goes on from it."""
     use = programs("README.md", "python")[0]
     in_place = next(program for program in programs("docs/ops.md", "python") if "symm_empty" in program)
-    printed = run_on_two_ranks(
+    printed = run_on_ranks(
         tmp_path / "use.py",
         f"{use}\n{in_place}\n"
         "world_size = dist.get_world_size()\n"
@@ -65,7 +34,7 @@ def test_the_programs_run(tmp_path):
 
 def test_the_prologue_s_program_runs(tmp_path):
     (program,) = programs("docs/how-to/mla_prologue.md", "python")
-    assert run_on_two_ranks(tmp_path / "use.py", program).count("mla_prologue: all ranks take all 1 normed rows") == 2
+    assert run_on_ranks(tmp_path / "use.py", program).count("mla_prologue: all ranks take all 1 normed rows") == 2
 
 
 def test_the_programs_on_transformers_run(tmp_path):
@@ -75,7 +44,7 @@ def test_the_programs_on_transformers_run(tmp_path):
     make_model("v3").save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     first, second = programs("docs/how-to/transformers.md", "python")
-    printed = run_on_two_ranks(tmp_path / "use.py", first + second, str(tmp_path / "model"))
+    printed = run_on_ranks(tmp_path / "use.py", first + second, str(tmp_path / "model"))
     assert printed.startswith("who are you ") and len(printed.split()) == 3 + 8
 
 

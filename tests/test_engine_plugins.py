@@ -61,7 +61,7 @@ def test_an_unknown_release_is_left_alone_with_one_line_a_process(installed):
 
 @pytest.mark.parametrize(
     "wanted, version, registered",
-    [(None, "0.32.0", 0), ("1", "0.32.0+cpu", 2), ("1", "0.33.0", 0)],
+    [(None, "0.32.0", 0), ("1", "0.32.0+cpu", 4), ("1", "0.33.0", 0)],
 )
 def test_vllm_s_models_are_replaced_where_asked_for_and_known(monkeypatch, caplog, wanted, version, registered):
     models = {}
@@ -73,8 +73,30 @@ def test_vllm_s_models_are_replaced_where_asked_for_and_known(monkeypatch, caplo
     vllm_plugin.plugin()
     vllm_plugin.plugin()  # vLLM may call it again
     assert len(models) == registered
-    assert all(value == f"tp_fused.integrations.vllm.model:{name}" for name, value in models.items())
+    served = {name for name, value in models.items() if value == f"tp_fused.integrations.vllm.model:{name}"}
+    left = {name for name, value in models.items() if value == f"tp_fused.integrations.vllm.unserved:{name}"}
+    assert not registered or served == {"DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"}
+    assert not registered or left == {"DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"}
     assert ("this is 0.33.0" in caplog.text) == (version == "0.33.0")
+
+
+@pytest.mark.parametrize("name, told", [("DeepseekV32ForCausalLM", "DeepSeek-V3.2"), ("GlmMoeDsaForCausalLM", "GLM-5")])
+def test_models_with_sparse_attention_are_vllm_s_own_after_one_line(monkeypatch, caplog, name, told):
+    class Built:
+        def __init__(self, **arguments):
+            self.arguments = arguments
+
+    names = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
+    classes = types.SimpleNamespace(**{one: type(one, (Built,), {}) for one in names})
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.models", types.SimpleNamespace(deepseek_v32=classes))
+    unserved = importlib.import_module("tp_fused.integrations.vllm.unserved")
+    del sys.modules[unserved.__name__]  # made of stand-ins
+    model = getattr(unserved, name)(vllm_config="config", prefix="model")
+    assert isinstance(model, getattr(classes, name))
+    assert model.arguments == {"vllm_config": "config", "prefix": "model"}
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"tp_fused leaves vLLM's model as it is: {told}, ")
 
 
 def test_the_entry_points_are_there():

@@ -3,9 +3,11 @@
 import logging
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import pages
 import pytest
 import ranks
 import sglang_layers
@@ -219,6 +221,30 @@ def engine(request, tmp_path_factory):
     with ranks.Pool(world_size) as pool:
         alone = pool.run(begin, release, str(folder), timeout_s=280.0)
         yield pool, alone, release
+
+
+PARSED = """
+import argparse, sys
+import sglang_stubs
+sglang_stubs.install(sys.argv[1])
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+parsed = parser.parse_args(sys.argv[2:])
+assert parsed.enable_attn_tp_input_scattered and parsed.model_path == "deepseek-ai/DeepSeek-V3"
+"""
+
+
+@pytest.mark.parametrize(
+    "release, module",
+    [("0.5.23", "sglang.launch_server"), ("0.5.6", "tp_fused.integrations.sglang.launch_server")],
+)
+def test_the_page_s_command_is_one_of_sglang_s(release, module):
+    if (lacks := sglang_stubs.missing(release)) is not None:
+        pytest.skip(lacks)
+    command = [sys.executable, "-c", PARSED, release, *pages.command("docs/how-to/sglang.md", module)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests/engines")}
+    subprocess.run(command, env=environment, check=True, timeout=120)
 
 
 def test_the_same_at_any_token_count(engine):

@@ -2,7 +2,8 @@
 
     TP_FUSED_VLLM=1 vllm serve ... --tensor-parallel-size 8 -cc.mode=0
 
-Off unless TP_FUSED_VLLM=1. vLLM builds and loads its model; what lies between the blocks is replaced (model.py).
+Off unless TP_FUSED_VLLM=1. vLLM builds and loads its model; what lies between the blocks is replaced (model.py). Some
+models are left by name, with one line (unserved.py).
 """
 
 import logging
@@ -11,7 +12,10 @@ import os
 logger = logging.getLogger(__name__)
 
 RELEASES = ("0.32.0",)
-_MODELS = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+_MODELS = {
+    "model": ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
+    "unserved": ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
+}
 
 
 def plugin() -> None:
@@ -23,5 +27,6 @@ def plugin() -> None:
     if vllm.__version__.split("+")[0] not in RELEASES:
         logger.warning("tp_fused serves vLLM %s, this is %s: left as it is", ", ".join(RELEASES), vllm.__version__)
         return
-    for model in _MODELS:
-        vllm.ModelRegistry.register_model(model, f"{__name__}.model:{model}")
+    for module, models in _MODELS.items():
+        for model in models:
+            vllm.ModelRegistry.register_model(model, f"{__name__}.{module}:{model}")
