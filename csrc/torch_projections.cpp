@@ -169,7 +169,11 @@ bool qkv_a_proj_ag_norm_fp8(const Value* arguments, Results* results) {
   projection.eps = eps;
   Temporary product;
   void* rows;
-  if (!in.multiply(call, &product, &rows) || !gather_normed(in, outputs, rows, call, projection)) return false;
+  const auto launched = in.run_fused(outputs, projection, call);
+  if (launched ? !*launched
+               : !in.multiply(call, &product, &rows) || !gather_normed(in, outputs, rows, call, projection)) {
+    return false;
+  }
   if (!quantize) return true;
   const tpf_quantization to = {
       static_cast<uint8_t*>(q), static_cast<float*>(scale), column ? 1 : groups, column ? pitch : 1, 128, rounded};

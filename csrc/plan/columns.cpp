@@ -8,11 +8,10 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
   const int64_t row_bytes = call.hidden_size * bytes_of(static_cast<tpf_dtype>(call.dtype));
   const uint32_t rest = call.columns - call.q_columns - call.kv_columns;
   const int64_t posted = call.num_tokens * call.columns * bytes_of(latent_dtype(call));
-  if ((call.variant & TPF_COMPLETE) == 0 || call.op == TPF_QKV_A_PROJ_AG_NORM_FP8 || !aligned ||
-      call.dtype == TPF_F32 || (scaled && !has_tma(card)) || call.num_tokens > kMostColumnRows || row_bytes % 16 != 0 ||
-      call.columns % 8 != 0 || call.q_columns % 8 != 0 || call.kv_columns % 8 != 0 || rest % 8 != 0 ||
-      call.q_columns > kMostNormedColumns || call.kv_columns > kMostNormedColumns ||
-      posted > inbox_bytes(limits.slot_bytes)) {
+  if ((call.variant & TPF_COMPLETE) == 0 || !aligned || call.dtype == TPF_F32 || (scaled && !has_tma(card)) ||
+      call.num_tokens > kMostColumnRows || row_bytes % 16 != 0 || call.columns % 8 != 0 || call.q_columns % 8 != 0 ||
+      call.kv_columns % 8 != 0 || rest % 8 != 0 || call.q_columns > kMostNormedColumns ||
+      call.kv_columns > kMostNormedColumns || posted > inbox_bytes(limits.slot_bytes)) {
     return plan;
   }
   // The largest share decides: all ranks have the same grid.
@@ -44,9 +43,19 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
     plan.units = of_group;
     plan.blocks = (units + of_group - 1) / of_group * cluster;
   }
-  plan.shared_bytes = 16 * plan.row_tiles * int64_t{sizeof(float)} *
-                      (kColumnsWarps * kPartialStride + plan.row_blocks * plan.units * kColumnUnit);
-  plan.serves = plan.cluster != 0 && plan.shared_bytes + kStaticSharedBytes <= card.shared_bytes;
+  // The warps' sums take the ring's place; the block's sums, of all passes, have one of their own.
+  const int64_t rows = 16 * plan.row_tiles, partial = rows * kColumnsWarps * kPartialStride * sizeof(float);
+  const int64_t sums = rows * plan.row_blocks * plan.units * kColumnUnit * sizeof(float);
+  plan.stage_units = std::min(plan.units, kColumnUnits);
+  plan.stage_vectors = plan.stage_units + std::min(2 * plan.row_tiles, static_cast<int>((call.num_tokens + 7) / 8));
+  const int64_t stage = plan.stage_vectors * kColumnsWarps * 32 * kVectorBytes;
+  for (const int stages : {8, 6, 4, 3}) {
+    plan.stages = stages;
+    plan.ring_bytes = std::max(stages * stage, partial);
+    plan.shared_bytes = plan.ring_bytes + sums;
+    plan.serves = plan.cluster != 0 && plan.shared_bytes + kStaticSharedBytes <= card.shared_bytes;
+    if (plan.serves) break;
+  }
   return plan;
 }
 

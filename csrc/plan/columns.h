@@ -9,7 +9,7 @@ constexpr int kColumnsWarps = 8;  // of a block; each takes every so many chunks
 constexpr int kMaxColumnsCluster = 8;
 constexpr int kUnclustered = 24;
 constexpr int kColumnUnit = 8;                                  // columns of one tensor-core instruction
-constexpr int kColumnUnits = 4;                                 // that a warp has accumulators of
+constexpr int kColumnUnits = 8;                                 // that a warp has accumulators of
 constexpr int kMostColumnRows = 64;                             // of the input
 constexpr int kChunkBytes = 64;                                 // of a row along K, of which a lane has 16
 constexpr int kPartialStride = kColumnUnits * kColumnUnit + 8;  // floats of a row of a warp's sums: no bank conflicts
@@ -18,11 +18,13 @@ constexpr int kMostNormedColumns = 8 * 32 * 8;                  // that a warp h
 struct ColumnsPlan {
   bool serves;
   int blocks;
-  int cluster;     // blocks that share out K for the same columns
-  int units;       // of kColumnUnit columns, of a cluster, at most
-  int row_tiles;   // of 16 rows, that a warp has accumulators of: 1, 2 or 4
-  int row_blocks;  // of so many, one after the other
-  int64_t shared_bytes;
+  int cluster;                     // blocks that share out K for the same columns
+  int units;                       // of kColumnUnit columns, of a cluster, at most
+  int row_tiles;                   // of 16 rows, that a warp has accumulators of: 1, 2 or 4
+  int row_blocks;                  // of so many, one after the other
+  int stages;                      // of the ring that operands go through
+  int stage_units, stage_vectors;  // of 16 bytes, of a thread in a stage: the weight's, and all
+  int64_t ring_bytes, shared_bytes;
 };
 
 // aligned: operands and outputs begin at a multiple of 16 bytes.

@@ -32,7 +32,7 @@ tpf_status launch_columns(void* const outputs[3], const tpf_projection& projecti
   args.gather.weight_addend = weight_addend(projection.weight_offset);
   args.gather.float_weights = (call.variant & TPF_FLOAT_WEIGHT) != 0;
   const int64_t bytes = bytes_of(latent_dtype(call));
-  if (call.op == TPF_QKV_A_PROJ_AG_NORM) {
+  if (call.op == TPF_QKV_A_PROJ_AG_NORM || call.op == TPF_QKV_A_PROJ_AG_NORM_FP8) {
     add_part(args.gather, outputs[0], projection.q_a_weight, call.q_columns * bytes);
     add_part(args.gather, outputs[1], projection.kv_a_weight, call.kv_columns * bytes);
     add_part(args.gather, outputs[2], nullptr, (int64_t{call.columns} - call.q_columns - call.kv_columns) * bytes);
@@ -50,6 +50,10 @@ tpf_status launch_columns(void* const outputs[3], const tpf_projection& projecti
   args.units = plan.units;
   args.cluster = plan.cluster;
   args.row_blocks = plan.row_blocks;
+  args.stages = plan.stages;
+  args.stage_units = plan.stage_units;
+  args.stage_vectors = plan.stage_vectors;
+  args.ring_bytes = static_cast<int32_t>(plan.ring_bytes);
   switch (call.dtype) {
     case TPF_BF16:
       return launch<__nv_bfloat16>(args, plan, card, stream);

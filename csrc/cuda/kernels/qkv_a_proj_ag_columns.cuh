@@ -12,6 +12,7 @@
 #pragma once
 #include "../../plan/columns.h"
 #include "../comm/inbox.cuh"
+#include "../ptx/async_copy.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/mma.cuh"
 #include "all_gather_rows.cuh"
@@ -31,126 +32,152 @@ struct ColumnsArgs {
   Rows own;       // columns
   int32_t units;  // of a cluster
   int32_t cluster;
-  int32_t row_blocks;  // of 16 * kRowTiles rows
+  int32_t row_blocks;                  // of 16 * kRowTiles rows
+  int32_t stages;                      // of the ring
+  int32_t stage_units, stage_vectors;  // of a stage: the weight's vectors of a thread, and all
+  int32_t ring_bytes;
 };
-
-// Where 16 bytes of one row along K are.
-template <typename In>
-__device__ inline const uint4* factor_at(const void* rows, int64_t row, int hidden, int k) {
-  return reinterpret_cast<const uint4*>(static_cast<const In*>(rows) + row * hidden + k);
-}
 
 // What one warp multiplies: chunks first, first + step, ... of K, in one pass after the other. A pass is of
 // kColumnUnits units and one block of rows; those of the same units follow each other, so that the weight is in a
 // cache.
+//
+// Operands go through a ring in shared memory, of which each thread has its own 16 bytes of every vector: it reads what
+// it has copied, and nobody waits for another. A place in the ring is filled anew one chunk after it was read.
 template <typename In, int kRowTiles>
 struct WarpProduct {
   static constexpr bool kScaled = sizeof(In) == 1;
-  static constexpr int kChunk = kChunkBytes / sizeof(In), kLaneElements = 16 / sizeof(In);
-  static constexpr int kDepth = kScaled || kRowTiles == 4 ? 2 : 4;  // chunks whose operands are in flight
+  static constexpr int kChunk = kChunkBytes / sizeof(In), kLaneElements = 16 / sizeof(In), kHalves = 2 * kRowTiles;
 
-  __device__ explicit WarpProduct(const ColumnsArgs& args)
+  struct Scales {  // of fp8
+    float rows[kHalves], weights[kColumnUnits];
+  };
+
+  __device__ WarpProduct(const ColumnsArgs& args, char* ring)
       : args(args),
+        ring(ring + threadIdx.x * 16),
         hidden(args.gather.call.hidden_size),
-        chunks((hidden + kChunk - 1) / kChunk),
-        first(static_cast<int>(blockIdx.x) % args.cluster * kColumnsWarps + static_cast<int>(threadIdx.x) / 32),
+        tokens(static_cast<int>(args.gather.call.num_tokens)),
         step(args.cluster * kColumnsWarps),
-        column(static_cast<int>(blockIdx.x) / args.cluster * args.units * kColumnUnit +
-               static_cast<int>(threadIdx.x) % 32 / 4),
-        lane_k(static_cast<int>(threadIdx.x) % 4 * kLaneElements) {}
+        lane_row(static_cast<int>(threadIdx.x) % 32 / 4),
+        first(static_cast<int>(blockIdx.x) % args.cluster * kColumnsWarps + static_cast<int>(threadIdx.x) / 32),
+        count(max(0, ((hidden + kChunk - 1) / kChunk - first + step - 1) / step)),
+        column(static_cast<int>(blockIdx.x) / args.cluster * args.units * kColumnUnit + lane_row) {
+    begin_pass(0);
+  }
 
-  // This rank's column of the lane, in unit `unit` of the cluster.
-  __device__ int column_of(int unit) const { return column + unit * kColumnUnit; }
-
-  __device__ int units_of(int pass) const { return pass / args.row_blocks * kColumnUnits; }
-  __device__ int row_of(int pass) const { return pass % args.row_blocks * 16 * kRowTiles; }
   __device__ int num_passes() const { return (args.units + kColumnUnits - 1) / kColumnUnits * args.row_blocks; }
+  __device__ void begin_pass(int pass) {
+    first_unit = pass / args.row_blocks * kColumnUnits;
+    units = min(kColumnUnits, args.units - first_unit);
+    first_row = pass % args.row_blocks * 16 * kRowTiles;
+    halves = min(kHalves, (tokens - first_row + 7) / 8);
+  }
 
-  __device__ void load_weight(int pass, int chunk) {
+  // The lane's first element along K of chunk `i` of the warp's.
+  __device__ int k_of(int i) const {
+    return (first + i * step) * kChunk + static_cast<int>(threadIdx.x) % 4 * kLaneElements;
+  }
+  __device__ char* place(int slot, int vector) const {
+    return ring + (slot * args.stage_vectors + vector) * kColumnsThreads * 16;
+  }
+  // This rank's column of the lane in unit `u` of the pass.
+  __device__ int column_of(int u) const { return column + (first_unit + u) * kColumnUnit; }
+
+  __device__ void copy_weight(int i, int slot) const {
+    const int k = k_of(i);
 #pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
+    for (int u = 0; u < kColumnUnits; ++u) {
+      if (u >= units) break;
+      const int at = column_of(u);
+      const In* const from = static_cast<const In*>(args.weight) + (args.own.start + at) * hidden + k;
+      copy16_async(place(slot, u), from, i < count && at < args.own.count && k < hidden);
+    }
+  }
+  __device__ void copy_rows(int i, int slot) const {
+    const int k = k_of(i);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      if (half >= halves) break;
+      const int row = first_row + 8 * half + lane_row;
+      const In* const from = static_cast<const In*>(args.input) + int64_t{row} * hidden + k;
+      copy16_async(place(slot, args.stage_units + half), from, i < count && row < tokens && k < hidden);
+    }
+  }
+  __device__ void wait_for_chunk() const {
+    switch (args.stages) {  // all but the last stages - 2 groups
+      case 8:
+        return wait_for_copies<6>();
+      case 6:
+        return wait_for_copies<4>();
+      case 4:
+        return wait_for_copies<2>();
+      default:
+        return wait_for_copies<1>();
+    }
+  }
+
+  __device__ uint4 take(int slot, int vector) const { return *reinterpret_cast<const uint4*>(place(slot, vector)); }
+
+  // Chunk `i`, which is in `slot`. The next one's scales are on their way meanwhile.
+  __device__ void multiply(float (&sums)[kRowTiles][kColumnUnits][4], Scales& scales, int i, int slot) const {
+    const Scales own = scales;
+    if constexpr (kScaled) load_scales(scales, i + 1);
+    uint4 weights[kColumnUnits];
+#pragma unroll
+    for (int u = 0; u < kColumnUnits; ++u) {
+      if (u < units) weights[u] = take(slot, u);
+    }
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      if (2 * m >= halves) break;
+      const uint4 low = take(slot, args.stage_units + 2 * m);
+      const uint4 high = 2 * m + 1 < halves ? take(slot, args.stage_units + 2 * m + 1) : uint4{};
 #pragma unroll
       for (int u = 0; u < kColumnUnits; ++u) {
-        const int unit = units_of(pass) + u, at = column_of(unit);
-        const int k = (chunk + d * step) * kChunk + lane_k;
-        const bool inside = unit < args.units && at < args.own.count && k < hidden;
-        weights[d][u] = inside ? __ldg(factor_at<In>(args.weight, args.own.start + at, hidden, k)) : uint4{};
-      }
-    }
-  }
-
-  // Not through the read-only path: the kernel before this one, which may have written them, ended after it began.
-  __device__ void load_rows(int pass, int chunk) {
-    const int tokens = static_cast<int>(args.gather.call.num_tokens);
-    const int row = row_of(pass) + static_cast<int>(threadIdx.x) % 32 / 4;
+        if (u >= units) break;
+        const uint4 by = weights[u];
+        if constexpr (kScaled) {
+          float block[4] = {};
+          mma(block, low.x, high.x, low.y, high.y, by.x, by.y, In{});
+          mma(block, low.z, high.z, low.w, high.w, by.z, by.w, In{});
 #pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-#pragma unroll
-      for (int half = 0; half < 2 * kRowTiles; ++half) {
-        const int k = (chunk + d * step) * kChunk + lane_k;
-        const bool inside = row + 8 * half < tokens && k < hidden;
-        rows[d][half] = inside ? load16(factor_at<In>(args.input, row + 8 * half, hidden, k)) : uint4{};
-      }
-    }
-  }
-
-  // Of the chunks that were loaded.
-  __device__ void multiply(float (&sums)[kRowTiles][kColumnUnits][4], int pass, int chunk) {
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      float weight_scales[kColumnUnits];
-      if constexpr (kScaled) load_weight_scales(weight_scales, pass, chunk + d * step);
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        const uint4 low = rows[d][2 * m], high = rows[d][2 * m + 1];
-        float row_scales[2];
-        if constexpr (kScaled) load_row_scales(row_scales, row_of(pass) + 16 * m, chunk + d * step);
-#pragma unroll
-        for (int u = 0; u < kColumnUnits; ++u) {
-          const uint4 by = weights[d][u];
-          if constexpr (kScaled) {
-            float block[4] = {};
-            mma(block, low.x, high.x, low.y, high.y, by.x, by.y, In{});
-            mma(block, low.z, high.z, low.w, high.w, by.z, by.w, In{});
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              sums[m][u][i] = fmaf(block[i], row_scales[i / 2] * weight_scales[u], sums[m][u][i]);
-            }
-          } else {
-            mma(sums[m][u], low.x, high.x, low.y, high.y, by.x, by.y, In{});
-            mma(sums[m][u], low.z, high.z, low.w, high.w, by.z, by.w, In{});
+          for (int at = 0; at < 4; ++at) {
+            sums[m][u][at] = fmaf(block[at], own.rows[2 * m + at / 2] * own.weights[u], sums[m][u][at]);
           }
+        } else {
+          mma(sums[m][u], low.x, high.x, low.y, high.y, by.x, by.y, In{});
+          mma(sums[m][u], low.z, high.z, low.w, high.w, by.z, by.w, In{});
         }
       }
     }
   }
 
-  // The scales of a chunk: half of the 128 elements along K that have the same.
-  __device__ void load_row_scales(float (&scales)[2], int first_row, int chunk) const {
+  // Those of a chunk: half of the 128 elements along K that have the same. All columns of a unit have the same, since a
+  // rank's share begins at a multiple of 128.
+  __device__ void load_scales(Scales& scales, int i) const {
+    const int group = (first + i * step) * kChunk / 128, groups = (hidden + 127) / 128;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + 8 * half + static_cast<int>(threadIdx.x) % 32 / 4;
-      const bool inside = row < static_cast<int>(args.gather.call.num_tokens) && chunk < chunks;
-      scales[half] = inside ? args.scale[row * args.scale_row_stride + chunk / 2 * args.scale_group_stride] : 0;
+    for (int half = 0; half < kHalves; ++half) {
+      const int row = first_row + 8 * half + lane_row;
+      const bool inside = i < count && row < tokens;
+      scales.rows[half] = inside ? args.scale[row * args.scale_row_stride + group * args.scale_group_stride] : 0;
     }
-  }
-  // All columns of a unit have the same: a rank's share begins at a multiple of 128.
-  __device__ void load_weight_scales(float (&scales)[kColumnUnits], int pass, int chunk) const {
-    const int groups = (hidden + 127) / 128;
 #pragma unroll
     for (int u = 0; u < kColumnUnits; ++u) {
-      const int at = column_of(units_of(pass) + u);
-      const bool inside = at < args.own.count && chunk < chunks;
+      const int at = column_of(u);
+      const bool inside = i < count && u < units && at < args.own.count;
       const int block = (static_cast<int>(args.own.start) + at) / 128;
-      scales[u] = inside ? __ldg(args.weight_scale + block * groups + chunk / 2) : 0;
+      scales.weights[u] = inside ? __ldg(args.weight_scale + block * groups + group) : 0;
     }
   }
 
   const ColumnsArgs& args;
-  const int hidden, chunks, first, step;
-  const int column, lane_k;
-  uint4 weights[kDepth][kColumnUnits];
-  uint4 rows[kDepth][2 * kRowTiles];
+  char* const ring;
+  const int hidden, tokens, step, lane_row, first;
+  const int count;   // of the warp's chunks
+  const int column;  // of the rank's
+  int first_unit, units, first_row, halves;
 };
 
 // The warps' sums of one pass, added up in their order: into the block's sums, [rows, units * kColumnUnit].
@@ -184,22 +211,38 @@ __device__ inline void add_warps(const float (&sums)[kRowTiles][kColumnUnits][4]
   __syncthreads();
 }
 
+// The first pass's weights have been asked for.
 template <typename In, int kRowTiles>
 __device__ inline void multiply_columns(const ColumnsArgs& args, WarpProduct<In, kRowTiles>& product, float* partial,
                                         float* block_sums) {
-  const int step = product.step * product.kDepth;
 #pragma unroll 1
   for (int pass = 0; pass < product.num_passes(); ++pass) {
-    float sums[kRowTiles][kColumnUnits][4] = {};
+    product.begin_pass(pass);
 #pragma unroll 1
-    for (int chunk = product.first; chunk < product.chunks; chunk += step) {
-      product.multiply(sums, pass, chunk);
-      const bool last = chunk + step >= product.chunks;
-      const int next_pass = last ? pass + 1 : pass, next = last ? product.first : chunk + step;
-      product.load_weight(next_pass, next);
-      product.load_rows(next_pass, next);
+    for (int i = 0; i < args.stages; ++i) {
+      if (pass > 0) product.copy_weight(i, i);
+      product.copy_rows(i, i);
+      commit_copies();
     }
-    add_warps(sums, partial, block_sums, product.row_of(pass), product.units_of(pass), args.units);
+    typename WarpProduct<In, kRowTiles>::Scales scales = {};
+    if constexpr (product.kScaled) product.load_scales(scales, 0);
+    float sums[kRowTiles][kColumnUnits][4] = {};
+    int slot = 0, last = args.stages - 1;
+#pragma unroll 1
+    for (int i = 0; i < product.count; ++i) {
+      product.wait_for_chunk();
+      product.multiply(sums, scales, i, slot);
+      if (i > 0) {
+        product.copy_weight(i - 1 + args.stages, last);
+        product.copy_rows(i - 1 + args.stages, last);
+      }
+      commit_copies();
+      last = slot;
+      if (++slot == args.stages) slot = 0;
+    }
+    wait_for_copies<0>();
+    __syncthreads();  // the sums take the ring's place
+    add_warps(sums, partial, block_sums, product.first_row, product.first_unit, args.units);
   }
 }
 
@@ -306,13 +349,12 @@ template <typename In, int kRowTiles>
 __global__ void __launch_bounds__(kColumnsThreads, 1)
     qkv_a_proj_ag_columns_kernel(const __grid_constant__ ColumnsArgs args) {
   using Out = std::conditional_t<sizeof(In) == 1, __nv_bfloat16, In>;
-  extern __shared__ __align__(128) float dynamic[];
-  float* const partial = dynamic;
-  float* const block_sums = dynamic + kColumnsWarps * 16 * kRowTiles * kPartialStride;
-  WarpProduct<In, kRowTiles> product(args);
-  product.load_weight(0, product.first);  // hangs on no kernel before
+  extern __shared__ __align__(128) char dynamic[];
+  float* const partial = reinterpret_cast<float*>(dynamic);
+  float* const block_sums = reinterpret_cast<float*>(dynamic + args.ring_bytes);
+  WarpProduct<In, kRowTiles> product(args, dynamic);
+  for (int i = 0; i < args.stages; ++i) product.copy_weight(i, i);  // hangs on no kernel before
   pdl_wait();
-  product.load_rows(0, product.first);
   const GatherArgs& gather = args.gather;
   const BlockRound round = begin_op(gather.team, gather.call, gather.contract, 1);
   if (!round.refused) publish_unfenced_to_peers(gather.team, round, 0, threadIdx.x);

@@ -11,7 +11,7 @@ namespace tpf {
 // sums += a b: 32 bytes of K. Lane l has the rows l / 4 and 8 + l / 4 of a, the column l / 4 of b, and of the sums
 // these rows at columns 2 (l % 4) and the next one: two of the one row, then two of the other.
 #define TPF_MMA(shape, type)                                                \
-  asm("mma.sync.aligned." shape ".row.col.f32." type "." type      \
+  asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type      \
                ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "                  \
                "{%8, %9}, {%0, %1, %2, %3};"                                \
                : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]) \
