@@ -32,11 +32,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import transformers
-from presets import PRESETS, make_config, make_model, read_prompt
+from presets import PRESETS, make_config, make_model, quantise, read_prompt
 from tqdm import tqdm
 
 import tp_fused
 from tp_fused.integrations.transformers import parallelize
+from tp_fused.integrations.transformers.fp8_kernels import supply_kernels
 from tp_fused.launch import choose_device, launch, take_device
 
 TODAY = "all_reduce"
@@ -159,7 +160,8 @@ def judge(found: dict[str, list[dict]], num_tokens: int, largest_logit: float, d
 def run(args: argparse.Namespace) -> None:
     """What every rank does."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    place, dtype = take_device(args.device), getattr(torch, args.dtype)
+    fp8 = args.dtype == "fp8"
+    place, dtype = take_device(args.device), torch.bfloat16 if fp8 else getattr(torch, args.dtype)
     device = place.device
     transformers.logging.set_verbosity_error()
     ids, taken = read_prompt(args.text_file, args.num_tokens)
@@ -181,6 +183,9 @@ def run(args: argparse.Namespace) -> None:
 
         step("building the model")
         model = make_model(make_config(args.preset, args.num_tokens), args.seed, dtype, device)
+        if fp8:
+            quantise(model)
+            supply_kernels()  # for the unsharded model, which is transformers' own
         step("unsharded model")
         expected = unsharded_logits(model, ids)
         step("sharding")
@@ -299,15 +304,16 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary, epilog=rest, formatter_class=formatter)
     readme = Path(__file__).resolve().parent.parent / "README.md"
     parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", 4)), help="ranks (4)")
-    parser.add_argument("--preset", choices=PRESETS, default="small", help="model (small)")
+    parser.add_argument("--preset", choices=PRESETS, help="model (small, or small-fp8 with --dtype fp8)")
     parser.add_argument("--text-file", type=Path, default=readme, help="its bytes are the prompt (the README)")
     parser.add_argument("--num-tokens", type=int, default=1024, help="cut or repeat the text to this length (1024)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "fp8"), default="float32")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds (5)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs if any")
     parser.add_argument("--json", type=Path, help="write the results there too")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (0)")
     args = parser.parse_args(argv)
+    args.preset = args.preset or ("small-fp8" if args.dtype == "fp8" else "small")
     heads = PRESETS[args.preset]["num_attention_heads"]
     if not 1 <= args.world_size <= heads:
         parser.error(f"--world-size must be 1 to {heads} (the heads of {args.preset}), got {args.world_size}")
