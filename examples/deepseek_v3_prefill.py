@@ -127,16 +127,19 @@ def judge(found: dict[str, list[dict]], num_tokens: int, largest_logit: float, d
 
     In lower precision two experts, or two logits, that are nearly tied may swap, in any way of computing them, and the
     largest difference tells nothing. There the mean over positions takes its place, today's at most 10 % of the largest
-    logit, and the argmax may differ at twice as many positions as in today's way, or at 1 % and one more.
+    logit, and the argmax may differ at twice as many positions as in today's way, or at 1 % and one more. In fp8 a
+    difference of bf16's size moves some elements by a step of e4m3, which is 6 to 12 %: today's mean is at most 20 %
+    there, and its argmax may differ at a third of the positions.
 
     No bound is below some roundings of the largest logit: today's way may round exactly as the unsharded model does (on
     one rank it does).
     """
-    exact = dtype == torch.float32
-    measure, share, roundings = ("max_difference", 1e-3, 32) if exact else ("mean_difference", 0.1, 4)
-    floor = roundings * torch.finfo(dtype).eps * largest_logit
+    exact, fp8 = dtype == torch.float32, dtype == torch.float8_e4m3fn
+    measure, share, roundings = ("max_difference", 1e-3, 32) if exact else ("mean_difference", 0.2 if fp8 else 0.1, 4)
+    floor = roundings * torch.finfo(torch.bfloat16 if fp8 else dtype).eps * largest_logit
     twice_today = 2 * max(result[measure] for result in found[TODAY])
     most_flips = 0 if exact else max(2 * max(len(result["flipped"]) for result in found[TODAY]), num_tokens // 100 + 1)
+    most_flips_today = most_flips if exact else num_tokens // (3 if fp8 else 10)
     wrong = []
     for way, ranks in found.items():
         bound = share * largest_logit if way == TODAY else max(twice_today, floor)
@@ -146,7 +149,7 @@ def judge(found: dict[str, list[dict]], num_tokens: int, largest_logit: float, d
                     f"{way}, rank {rank}: {measure} of the logits is {result[measure]:.3g}, more than {bound:.3g}; "
                     f"worst at position {result['worst_position']}"
                 )
-            if len(result["flipped"]) > (num_tokens // 10 if way == TODAY and not exact else most_flips):
+            if len(result["flipped"]) > (most_flips_today if way == TODAY else most_flips):
                 wrong.append(
                     f"{way}, rank {rank}: another argmax at {len(result['flipped'])} of {num_tokens} positions, the "
                     f"first {result['flipped'][0]}"
@@ -204,7 +207,7 @@ def run(args: argparse.Namespace) -> None:
     dist.all_gather_object(everyone, (found, runs))
     found, runs = ({way: [kind[way] for kind in kinds] for way in WAYS} for kinds in zip(*everyone, strict=True))
     times = summarize(runs)
-    wrong = judge(found, args.num_tokens, expected.abs().max().item(), dtype)
+    wrong = judge(found, args.num_tokens, expected.abs().max().item(), torch.float8_e4m3fn if fp8 else dtype)
     if rank == 0:
         backend = get_backend(tp)
         print_times(times, args, backend)

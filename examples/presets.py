@@ -142,13 +142,13 @@ def quantise(model: DeepseekV3ForCausalLM, scale_fmt: str = "float") -> None:
     config = FineGrainedFP8Config(scale_fmt=scale_fmt)
     FineGrainedFP8HfQuantizer(config, pre_quantized=True).preprocess_model(model)
     model.config.quantization_config = config
-    for name, parameter in list(model.named_parameters()):
-        if parameter.dtype == torch.float8_e4m3fn:
-            stored = dict(model.named_parameters())[f"{name}_scale_inv"].dtype
-            made = zip(("", "_scale_inv"), quantise_blocks(whole[name], stored), strict=True)
-            for suffix, tensor in made:
-                owner, _, last = f"{name}{suffix}".rpartition(".")
-                setattr(model.get_submodule(owner), last, torch.nn.Parameter(tensor, requires_grad=False))
+    made = dict(model.named_parameters())  # of which those of replaced modules have no values yet
+    values = {name: whole[name] for name, parameter in made.items() if parameter.is_meta and name in whole}
+    for name in [name for name in values if made[name].dtype == torch.float8_e4m3fn]:
+        values[name], values[f"{name}_scale_inv"] = quantise_blocks(whole[name], made[f"{name}_scale_inv"].dtype)
+    for name, value in values.items():
+        module, _, last = name.rpartition(".")
+        setattr(model.get_submodule(module), last, torch.nn.Parameter(value.detach(), requires_grad=False))
 
 
 def quantise_blocks(weight: torch.Tensor, stored: torch.dtype, size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:

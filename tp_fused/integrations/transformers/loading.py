@@ -95,7 +95,12 @@ def _quantise(model: PreTrainedModel) -> None:
     quantised = getattr(model.config, "quantization_config", None)
     if quantised is not None:
         quantizer = AutoHfQuantizer.from_config(quantised, pre_quantized=True)
-        quantizer.preprocess_model(model)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(model.dtype)  # of the biases that it makes
+        try:
+            quantizer.preprocess_model(model)
+        finally:
+            torch.set_default_dtype(default)
         model.config.quantization_config = quantizer.quantization_config
 
 
