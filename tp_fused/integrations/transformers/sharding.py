@@ -106,7 +106,9 @@ class Shards:
         for name, part, half in (("", own, size), ("_scale_inv", in_blocks(own), size // BLOCK)):
             gate_up, down = getattr(experts, f"gate_up_proj{name}"), getattr(experts, f"down_proj{name}")
             halves = [self.read(gate_up, every, slice(at + part.start, at + part.stop)) for at in (0, half)]
-            setattr(experts, f"gate_up_proj{name}", frozen(torch.cat(halves, dim=1)))
+            # As bytes: on CUDA torch does not join tensors of every dtype of one byte (2.11: scales of ue8m0).
+            joined = torch.cat([rows.view(torch.uint8) for rows in halves], dim=1).view(gate_up.dtype)
+            setattr(experts, f"gate_up_proj{name}", frozen(joined))
             setattr(experts, f"down_proj{name}", self.take(down, every, every, part))
         experts.intermediate_dim = own.stop - own.start
 
