@@ -125,6 +125,13 @@ def result(difference: float, flipped=()) -> dict:
         (result(0.9), result(0.9), torch.float8_e4m3fn, "all_reduce, rank 0: mean_difference"),
         (result(0.5), result(1.1), torch.float8_e4m3fn, "fused, rank 0: mean_difference"),
         (result(0.5, range(34)), result(0.5), torch.float8_e4m3fn, "all_reduce, rank 0: another argmax at 34 of 100"),
+        (result(0.5, range(3)), result(0.5, range(21)), torch.float8_e4m3fn, None),
+        (
+            result(0.5, range(3)),
+            result(0.5, range(22)),
+            torch.float8_e4m3fn,
+            "fused, rank 0: another argmax at 22 of 100",
+        ),
     ],
 )
 def test_demo_judges(today, fused, dtype, words):
