@@ -23,6 +23,9 @@ OPS = (*REDUCTIONS, "all_gather_rows", *PROJECTIONS)
 PROLOGUES = ("mla_prologue", "mla_prologue_fp8")
 COMPOSED = ("rs_rmsnorm_ag_fp8", "qkv_a_proj_ag_norm_fp8", *PROLOGUES)
 ALL_OPS = (*OPS, *COMPOSED)
+PROJECTING = (*PROJECTIONS, "qkv_a_proj_ag_norm_fp8", *PROLOGUES)
+REDUCING = (*REDUCTIONS, "rs_rmsnorm_ag_fp8", *PROLOGUES)
+SUMS |= {"rs_rmsnorm_ag_fp8": 2, "mla_prologue": 3, "mla_prologue_fp8": 4}
 EPS = 1e-5
 LATENT = (96, 40, 8)  # columns of q_a, kv_a and k_pe
 
@@ -101,6 +104,7 @@ class Call:
             given = dataclasses.replace(self, op="qkv_a_proj_ag_fp8").arguments(rank, world_size)
             return given | {"q_a_weight": norms[0], "kv_a_weight": norms[1], "eps": EPS}
         given = dataclasses.replace(self, op="rs_rmsnorm").arguments(rank, world_size)
+        given["input"] = self.input(rank).to(self.device)  # of as many rows as those that errors are measured on
         weights = {"norm_weight": given.pop("weight"), "q_a_norm_weight": norms[0], "kv_a_norm_weight": norms[1]}
         if self.op == "mla_prologue":
             weights["qkv_a_weight"] = self._projection_weight().to(self.device)
@@ -161,6 +165,8 @@ class Call:
                 rows.append(_rms_norm(sums, norm.to(self.dtype)))
         latents = [part for index, part in enumerate(outputs) if index != 1 or self.op == "mla_prologue"][:3]
         exact, unfused = self._project(torch.float64, rows=rows[0]), [self._project(self.dtype, rows=x) for x in rows]
+        if self.device != "cpu":  # cuBLAS adds up in another order where the rows are fewer
+            unfused.append(self._project(self.dtype, partition.row_count(self.num_tokens, 0, world_size), rows[0]))
         for index, values in enumerate(zip(latents, exact, *unfused, strict=True)):
             assert len(values[0]) == self.num_tokens, f"latent {index} has {len(values[0])} rows"
             within_twice_the_error(f"latent {index}", *values)
