@@ -260,6 +260,8 @@ def _rs_rmsnorm_ag_fp8(
     workspace = get_workspace(group_name, input.device)
     checks.quantisation(workspace, group_size, scale_layout)
     residual = checks.normed_reduction(workspace, input, residual, weight, eps, weight_offset)
+    scales = -(-input.shape[1] // group_size)
+    checks.capacity(workspace, input, input.shape[0], scales, torch.float32, name="scales of a row")
     arguments = (input, residual, weight, eps, weight_offset, group_size, scale_layout, keep_output, round_scales)
     return unfused(workspace, reference.rs_rmsnorm_ag_fp8, *arguments)
 
