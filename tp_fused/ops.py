@@ -289,7 +289,7 @@ def rs_rmsnorm_ag_fp8(
     on every rank; residual_out [rows of this rank, hidden_size]; output, where it is kept, this rank's normed rows
     before they were quantised, for a router whose logits are gathered afterwards. For the attention -> MLP boundary of
     fp8 models. An op after the other: ranks tell each other, and faults name, those two. The scales of a row must fit a
-    row of the workspace, as they do from group_size=4 on.
+    row of the workspace, as they do but in the narrowest groups.
     """
     return _ops.rs_rmsnorm_ag_fp8(
         input,
