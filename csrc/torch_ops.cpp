@@ -89,6 +89,8 @@ bool all_gather_rows(const Value* arguments, Results* results) {
 
 bool reduce_and_gather_fp8(const ReduceCall& in, const Quantized& as, Value group_name, Results* results) {
   Results own, gathered;
+  // Before anything is launched: of narrow groups a row has more bytes of scales than of elements.
+  if (!in.fits(in.input.rows, (in.input.columns + as.group_size - 1) / as.group_size, TPF_F32)) return false;
   if (!reduce_fp8(in, {as.group_size, false, as.keep_output}, &own)) return false;
   const auto count = static_cast<Value>(in.input.rows);
   for (int i = 0; i < 2; ++i) {

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from programs import LATENT, OPS, Call
+from programs import ALL_OPS, LATENT, Call
 from ranks import outcome, settled, workspace
 
 import tp_fused
@@ -25,6 +25,7 @@ ODD = 1  # the rank that misbehaves
 SIZES = {"hidden_size": 256, "latent_size": sum(LATENT)}
 SHORT_S, LONG_S = 1.0, 8.0  # deadlines: where one is to pass, and where none is
 TWO_STREAMS_CALLS = 8
+ONE_DTYPE = ("qkv_a_proj_ag_fp8", "qkv_a_proj_ag_norm_fp8")  # rows of another dtype are refused
 
 
 class Step(NamedTuple):
@@ -79,7 +80,7 @@ class Site:
 
 
 def other_op(call: Call) -> Call:
-    return dataclasses.replace(call, op=OPS[(OPS.index(call.op) + 1) % len(OPS)])
+    return dataclasses.replace(call, op=ALL_OPS[(ALL_OPS.index(call.op) + 1) % len(ALL_OPS)])
 
 
 # ---- late ----
@@ -111,7 +112,7 @@ def another_op(site: Site) -> list[Step]:
 
 
 def other_dtype(site: Site) -> list[Step]:
-    if site.odd and site.call.op == "qkv_a_proj_ag_fp8":  # takes one dtype only
+    if site.odd and site.call.op in ONE_DTYPE:
         return [site.step(q=site.arguments(site.call)["q"].bfloat16())]
     return [site.step(dataclasses.replace(site.call, dtype=torch.bfloat16 if site.odd else torch.float32))]
 
@@ -288,13 +289,13 @@ SITUATIONS = {
 
 
 def expected(name: str, op: str, device: str) -> dict[str, set[str]]:
-    if (name, op) == ("dtype", "qkv_a_proj_ag_fp8"):
+    if name == "dtype" and op in ONE_DTYPE:
         return {"peers": {"never arrived"}, "itself": {"refused"}}
     return getattr(SITUATIONS[name], device)
 
 
 def deadline_of(name: str, op: str, device: str) -> float:
-    if (name, op) == ("dtype", "qkv_a_proj_ag_fp8") or (name, device) == ("killed", "cuda"):
+    if (name == "dtype" and op in ONE_DTYPE) or (name, device) == ("killed", "cuda"):
         return SHORT_S
     return SITUATIONS[name].deadline_s
 
@@ -311,7 +312,7 @@ def come_about(name: str, device: str) -> dict[str, list[Step]]:
         return be_killed(device)
     if name == "late" and device == "cpu":
         return be_late(device)
-    return {op: _come_about(name, op, device) for op in OPS}
+    return {op: _come_about(name, op, device) for op in ALL_OPS}
 
 
 def _come_about(name: str, op: str, device: str) -> list[Step]:
@@ -327,7 +328,7 @@ def _come_about(name: str, op: str, device: str) -> list[Step]:
 def _warm_up() -> None:
     """Once on a rank: kernels are loaded, cuBLAS is set up and Triton compiles before a short deadline is at stake."""
     with workspace("cuda", "cuda", timeout_s=100.0, **SIZES) as made:
-        for op in OPS:
+        for op in ALL_OPS:
             _begin_well(Site(made, call_of(op, "cuda")))
 
 
@@ -361,8 +362,8 @@ def be_late(device: str) -> dict[str, list[Step]]:
 
     if dist.get_rank() == ODD:
         dist.barrier()  # the others have given up
-    with concurrent.futures.ThreadPoolExecutor(len(OPS)) as executor:
-        steps = dict(zip(OPS, executor.map(come, OPS), strict=True))
+    with concurrent.futures.ThreadPoolExecutor(len(ALL_OPS)) as executor:
+        steps = dict(zip(ALL_OPS, executor.map(come, ALL_OPS), strict=True))
     if dist.get_rank() != ODD:
         dist.barrier()
     dist.barrier()
@@ -378,7 +379,7 @@ def _sites(name: str, device: str) -> dict[str, Site]:
     everyone = list(range(dist.get_world_size()))
     sizes = {"max_num_tokens": 64, "dtype": torch.float32, "device": device, **SIZES}
     sites = {}
-    for op in OPS:
+    for op in ALL_OPS:
         group = dist.new_group(everyone)
         made = tp_fused.init(group, timeout_s=deadline_of(name, op, device), **sizes)
         sites[op] = Site(made, call_of(op, device), group)

@@ -19,6 +19,13 @@ PROJECTIONS = ("qkv_a_proj_ag", "qkv_a_proj_ag_fp8", "qkv_a_proj_ag_norm")
 # Which output is the rounded sum.
 SUMS = {"rs_rmsnorm": 1, "rs_rmsnorm_fp8": 2, "rs_rmsnorm_ag": 1, "reduce_scatter_rows": 0}
 OPS = (*REDUCTIONS, "all_gather_rows", *PROJECTIONS)
+# Calls of two or three of these, which ranks tell each other and faults name; their bits: test_mla_prologue, test_fp8.
+PROLOGUES = ("mla_prologue", "mla_prologue_fp8")
+COMPOSED = ("rs_rmsnorm_ag_fp8", "qkv_a_proj_ag_norm_fp8", *PROLOGUES)
+ALL_OPS = (*OPS, *COMPOSED)
+PROJECTING = (*PROJECTIONS, "qkv_a_proj_ag_norm_fp8", *PROLOGUES)
+REDUCING = (*REDUCTIONS, "rs_rmsnorm_ag_fp8", *PROLOGUES)
+SUMS |= {"rs_rmsnorm_ag_fp8": 2, "mla_prologue": 3, "mla_prologue_fp8": 4}
 EPS = 1e-5
 LATENT = (96, 40, 8)  # columns of q_a, kv_a and k_pe
 
@@ -61,6 +68,8 @@ class Call:
 
     def arguments(self, rank: int, world_size: int) -> dict:
         """What this rank passes, on the call's device."""
+        if self.op in COMPOSED:
+            return self._composed_arguments(rank, world_size)
         own = self.rows(rank, world_size)
         arguments = {"input": self.input(rank)}
         if self.op in REDUCTIONS:
@@ -74,7 +83,7 @@ class Call:
         if self.op in PROJECTIONS:
             arguments["weight"] = self._projection_weight()
         if self.op == "qkv_a_proj_ag_norm":
-            q_a, kv_a = (self._norm_weight(name, size) for name, size in zip("qk", self.latent[:2], strict=True))
+            q_a, kv_a = self._latent_norms()
             arguments |= {"q_a_weight": q_a, "kv_a_weight": kv_a, "eps": EPS}
         options = dict(self.options)
         options.pop("float_weight", None)
@@ -86,6 +95,24 @@ class Call:
             arguments["weight"], arguments["weight_scale"] = self._projection_weight_fp8()
         moved = {key: v.to(self.device) if torch.is_tensor(v) else v for key, v in arguments.items()}
         return moved | options
+
+    def _composed_arguments(self, rank: int, world_size: int) -> dict:
+        if self.op == "rs_rmsnorm_ag_fp8":
+            return dataclasses.replace(self, op="rs_rmsnorm_fp8").arguments(rank, world_size)
+        norms = [norm.to(self.device) for norm in self._latent_norms()]
+        if self.op == "qkv_a_proj_ag_norm_fp8":
+            given = dataclasses.replace(self, op="qkv_a_proj_ag_fp8").arguments(rank, world_size)
+            return given | {"q_a_weight": norms[0], "kv_a_weight": norms[1], "eps": EPS}
+        given = dataclasses.replace(self, op="rs_rmsnorm").arguments(rank, world_size)
+        given["input"] = self.input(rank).to(self.device)  # of as many rows as those that errors are measured on
+        weights = {"norm_weight": given.pop("weight"), "q_a_norm_weight": norms[0], "kv_a_norm_weight": norms[1]}
+        if self.op == "mla_prologue":
+            weights["qkv_a_weight"] = self._projection_weight().to(self.device)
+        else:
+            weights["qkv_a_weight"], weights["weight_scale"] = (
+                x.to(self.device) for x in self._projection_weight_fp8()
+            )
+        return given | weights
 
     def run(self, rank: int, world_size: int, arguments: dict | None = None) -> tuple[torch.Tensor, ...]:
         arguments = self.arguments(rank, world_size) if arguments is None else arguments
@@ -102,6 +129,8 @@ class Call:
         """The same of outputs that lie where `_random` makes tensors."""
         if self.op == "all_gather_rows":
             same_bits(outputs, (self.input(0),))
+        elif self.op in COMPOSED:
+            self._compare_composed(outputs, rank, world_size)
         elif self.op in PROJECTIONS:
             exact, unfused = self._project(torch.float64), [self._project(self.dtype)]
             if self.device != "cpu":  # cuBLAS adds up in another order where the rows are fewer
@@ -118,14 +147,43 @@ class Call:
                 same_bits(outputs[sums : sums + 1], expected[sums : sums + 1])
                 within_one_rounding(outputs, expected, self.dtype)
 
+    def _compare_composed(self, outputs, rank: int, world_size: int) -> None:
+        if self.op == "rs_rmsnorm_ag_fp8":
+            own = dataclasses.replace(self, op="rs_rmsnorm_fp8")
+            shares = [own._reduce(peer, world_size) for peer in range(world_size)]
+            q, scale = (torch.cat(parts) for parts in list(zip(*shares, strict=True))[:2])
+            expected = (q, scale, *shares[rank][2:])
+            same_bits(outputs[2:3], expected[2:3])
+            within_one_rounding(outputs, expected, self.dtype)
+            return
+        rows = [self._sample(0)]
+        if self.op in PROLOGUES:
+            sums, norm = self.sums(world_size, every=True), self._norm_weight("norm", self.hidden_size)
+            same_bits(outputs[-1:], (sums[: self.num_tokens][self.rows(rank, world_size)],))
+            rows = [reference.rms_norm(sums, norm, EPS)]
+            if self.device != "cpu":  # where a norm may be rounded the other way
+                rows.append(_rms_norm(sums, norm.to(self.dtype)))
+        latents = [part for index, part in enumerate(outputs) if index != 1 or self.op == "mla_prologue"][:3]
+        exact, unfused = self._project(torch.float64, rows=rows[0]), [self._project(self.dtype, rows=x) for x in rows]
+        if self.device != "cpu":  # cuBLAS adds up in another order where the rows are fewer
+            unfused.append(self._project(self.dtype, partition.row_count(self.num_tokens, 0, world_size), rows[0]))
+        for index, values in enumerate(zip(latents, exact, *unfused, strict=True)):
+            assert len(values[0]) == self.num_tokens, f"latent {index} has {len(values[0])} rows"
+            within_twice_the_error(f"latent {index}", *values)
+
     def rows(self, rank: int, world_size: int) -> slice:
         return partition.row_slice(self.num_tokens, rank, world_size)
 
-    def sums(self, world_size: int) -> torch.Tensor:
-        """All rows of what is reduced, [num_tokens, hidden_size]: the same bits on every backend."""
-        complete = self.options.get("complete")
-        parts = [self.input(rank) for rank in range(1 if complete else world_size)]
-        return reference.sum_in_rank_order(parts, self._residual())
+    def sums(self, world_size: int, every: bool = False) -> torch.Tensor:
+        """All rows of what is reduced, [num_tokens, hidden_size]: the same bits on every backend.
+
+        every: and of the sample's other rows, which have no residual.
+        """
+        ranks = range(1 if self.options.get("complete") else world_size)
+        parts, residual = [self._sample(rank) if every else self.input(rank) for rank in ranks], self._residual()
+        if every and residual is not None:
+            residual = torch.nn.functional.pad(residual, (0, 0, 0, len(parts[0]) - len(residual)))
+        return reference.sum_in_rank_order(parts, residual)
 
     def _reduce(self, rank: int, world_size: int) -> tuple[torch.Tensor, ...]:
         sums = self.sums(world_size)
@@ -142,10 +200,14 @@ class Call:
         q, scale = reference.quantize_e4m3(output, group_size, layout, self.options.get("round_scales", False))
         return q, scale, residual_out, output if self.options.get("keep_output") else output[:0]
 
-    def _project(self, dtype: torch.dtype, rows_each: int = 0) -> tuple[torch.Tensor, ...]:
-        """The projection of the sample's rows with every step done in `dtype`, in products of so many rows, or one."""
-        rows, weight = self._sample(0), self._projection_weight()
-        if self.op == "qkv_a_proj_ag_fp8":
+    def _project(
+        self, dtype: torch.dtype, rows_each: int = 0, rows: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """The projection of the sample's rows, or of others, with every step done in `dtype`, in products of so many
+        rows, or one.
+        """
+        rows, weight = self._sample(0) if rows is None else rows, self._projection_weight()
+        if self.op.endswith("_fp8"):
             dtype = torch.bfloat16 if dtype != torch.float64 else dtype
             rows = reference.dequantize(*reference.quantize_e4m3(rows), (1, 128))
             weight = reference.dequantize(*self._projection_weight_fp8(), (128, 128))
@@ -153,12 +215,11 @@ class Call:
         rows, weight = rows.to(dtype), weight.to(dtype)
         parts = rows.split(rows_each or len(rows))
         latent = torch.cat([torch.nn.functional.linear(part, weight, bias) for part in parts])
-        if self.op != "qkv_a_proj_ag_norm":
+        if self.op in ("qkv_a_proj_ag", "qkv_a_proj_ag_fp8"):
             return (latent,)
         q_a, kv_a, k_pe = latent.split(self.latent, dim=1)
         wide, offset = torch.promote_types(dtype, torch.float32), self.options.get("weight_offset", 0.0)
-        weights = (self._norm_weight(name, size) for name, size in zip("qk", self.latent[:2], strict=True))
-        weights = ((weight.to(wide) + offset).to(dtype) for weight in weights)
+        weights = ((weight.to(wide) + offset).to(dtype) for weight in self._latent_norms())
         return (*(_rms_norm(x, weight) for x, weight in zip((q_a, kv_a), weights, strict=True)), k_pe)
 
     # ---- tensors ----
@@ -178,6 +239,12 @@ class Call:
     def _norm_weight(self, name: str, size: int) -> torch.Tensor:
         # In fp32 it is one that 16 bits do not hold.
         return self._random(name, (size,), dtype=torch.float32 if self.options.get("float_weight") else None) + 1
+
+    def _latent_norms(self) -> list[torch.Tensor]:
+        """Of fp8 products, which make bf16, in bf16 or fp32."""
+        made = [self._norm_weight(name, size) for name, size in zip("qk", self.latent[:2], strict=True)]
+        fp8 = self.op.endswith("_fp8") and not self.options.get("float_weight")
+        return [norm.to(torch.bfloat16) if fp8 else norm for norm in made]
 
     def _projection_weight(self) -> torch.Tensor:
         return self._random("weight", (sum(self.latent), self.hidden_size), self.hidden_size**-0.5)

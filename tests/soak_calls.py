@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 
 import torch
-from programs import NORMS, OPS, PROJECTIONS, REDUCTIONS, SUMS, Call
+from programs import ALL_OPS, COMPOSED, NORMS, OPS, PROJECTING, PROLOGUES, REDUCING, SUMS, Call
 
 BF16, FP16, FP32 = FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 E4M3 = torch.float8_e4m3fn
@@ -98,7 +98,7 @@ class Sequence:
 
     @property
     def ops(self) -> tuple[str, ...]:
-        return self.only or OPS
+        return self.only or (ALL_OPS if self.device == "cpu" else OPS)
 
     @property
     def segment_calls(self) -> int:
@@ -134,7 +134,7 @@ class SoakCall(Call):
         return (torch.randn(shape, generator=generator, device=self.device) * scale).to(dtype)
 
     def _sample(self, rank: int) -> torch.Tensor:
-        rows = max(self.num_tokens, 256 if self.op in PROJECTIONS else 0)
+        rows = max(self.num_tokens, 256 if self.op in PROJECTING else 0)
         sample = self._random(f"input {rank} {self.version}", (rows, self.hidden_size), self.scale)
         if self.zeros:
             (sample.view(torch.uint8) if sample.element_size() == 1 else sample)[::5] = 0
@@ -151,7 +151,7 @@ class SoakCall(Call):
         """An output that has the same bits on every backend, and these; a projection has none."""
         if self.op == "all_gather_rows":
             return 0, self.input(0)
-        if self.op in PROJECTIONS:
+        if self.op not in SUMS:
             return None
         return SUMS[self.op], self.sums(world_size)[self.rows(rank, world_size)]
 
@@ -160,9 +160,9 @@ class SoakCall(Call):
 
     def __str__(self) -> str:
         told = {"num_tokens": self.num_tokens, "hidden_size": self.hidden_size, "dtype": self.dtype}
-        if self.op in PROJECTIONS:
+        if self.op in PROJECTING:
             told["latent"] = self.latent
-        elif self.op in REDUCTIONS:
+        if self.op in REDUCING:
             told["residual"] = self.residual
         return f"{self.op}({', '.join(f'{key}={value}' for key, value in (told | self.options).items())})"
 
@@ -216,7 +216,7 @@ class Segment:
         kind = self.kinds[step.kind]
         space = self.spaces[kind.space]
         form = "staged" if kind.in_place is None else f"in place at byte {kind.in_place}"
-        form = form if kind.call.op in REDUCTIONS else "gathered"
+        form = form if kind.call.op in REDUCING else "gathered"
         how = "a replayed graph" if kind.captured else "eager"
         again = f", repeat {step.repeat[0]} of {step.repeat[1]}" if step.repeat else ""
         return (
@@ -248,7 +248,7 @@ class Segment:
             for op in self.sequence.ops
             for tokens, hidden in profile.shapes
             for dtype in FLOATS
-            if op in PROJECTIONS or hidden * dtype.itemsize <= profile.row_bytes
+            if op not in REDUCING or hidden * dtype.itemsize <= profile.row_bytes
         ]
         random.Random(f"{self.sequence} {profile}").shuffle(cases)
         for i in range(count):
@@ -260,7 +260,7 @@ class Segment:
         index = 0 if rng.random() < 0.6 else rng.randrange(len(self.spaces))
         space, op, dtype = self.spaces[index], rng.choice(self.sequence.ops), rng.choice(FLOATS)
         tokens = self._draw_tokens(space.max_num_tokens, len(space.ranks))
-        widest = min(16384, 7168 if op in PROJECTIONS else space.row_bytes // dtype.itemsize)
+        widest = min(16384, space.row_bytes // dtype.itemsize if op in REDUCING or op not in PROJECTING else 7168)
         few = self.sequence.device == "cpu" and rng.random() < 0.3
         hidden = rng.choice([size for size in (ODD_HIDDEN if few else HIDDEN) if size <= widest])
         if rng.random() < 0.2:
@@ -278,40 +278,44 @@ class Segment:
         """The call in a form of its own."""
         rng, on_cuda = self._rng, self.sequence.device == "cuda"
         options, latent, residual, in_place, scale = {}, LATENTS[0], None, None, 1.0
-        if op in PROJECTIONS:
-            size = torch.bfloat16.itemsize if op == "qkv_a_proj_ag_fp8" else dtype.itemsize
+        if op in PROJECTING:
+            fp8 = op.endswith("_fp8")
+            size = torch.bfloat16.itemsize if fp8 else dtype.itemsize
             fitting = [parts for parts in LATENTS if sum(parts) * size <= self.spaces[space].row_bytes]
-            if on_cuda and op == "qkv_a_proj_ag_fp8":
+            if on_cuda and fp8:
                 fitting, hidden = [parts for parts in fitting if sum(parts) % 8 == 0], max(16, hidden // 16 * 16)
-            if op == "qkv_a_proj_ag_norm":  # a norm of one number magnifies its rounding error without a bound
-                fitting = [parts for parts in fitting if parts[1] > 1]
+            if op not in ("qkv_a_proj_ag", "qkv_a_proj_ag_fp8"):  # a norm of one number magnifies its rounding error
+                fitting = [parts for parts in fitting if parts[1] > 1]  # without a bound
             latent = rng.choice(fitting)
             options["complete"] = rng.random() < 0.3
             hidden = self._bounded(tokens, hidden, sum(latent), dtype)
-            if op == "qkv_a_proj_ag_fp8":
+            if op in ("qkv_a_proj_ag_fp8", "qkv_a_proj_ag_norm_fp8"):
                 options["scale_layout"] = rng.choice(("row", "column"))
             elif op == "qkv_a_proj_ag":
                 options["bias"] = rng.random() < 0.5
         elif op == "all_gather_rows":
             dtype = rng.choice((dtype, dtype, E4M3, torch.uint8))
-        else:
+        if op in REDUCING:
             residual = rng.choice((None, "full", "slice"))
             in_place = rng.choice((None, None, 0, 16 * rng.randint(1, 64)))
-            scale = rng.choice((1.0, 1.0, 32.0, 2.0**-12))
+            scale = 1.0 if op in PROLOGUES else rng.choice((1.0, 1.0, 32.0, 2.0**-12))
         if op in ("rs_rmsnorm", "rs_rmsnorm_fp8"):
             options["complete"] = rng.random() < 0.15
-        if op == "rs_rmsnorm_fp8":
+        if op in ("rs_rmsnorm_fp8", "rs_rmsnorm_ag_fp8"):
             groups = (64, 128, 128) if on_cuda else (1, 32, 64, 100, 128, 128)
+            if op == "rs_rmsnorm_ag_fp8":  # whose scales travel
+                groups = [size for size in groups if -(-hidden // size) * 4 <= self.spaces[space].row_bytes]
             options |= {"group_size": rng.choice(groups), "keep_output": rng.random() < 0.5}
             options["scale_layout"] = rng.choice(("row", "column"))
             options["round_scales"] = rng.random() < 0.3
-        if op in NORMS:
+        if op in (*NORMS, "rs_rmsnorm_ag_fp8"):
             options["weight_offset"] = rng.choice((0.0, 0.0, 0.0, 1.0, -0.5))
+        if op in (*NORMS, *COMPOSED):
             options["float_weight"] = rng.random() < 0.2
         call = SoakCall(
             op, tokens, hidden, dtype, residual, rng.getrandbits(40), self.sequence.device, latent, options, 0, scale
         )
-        call = dataclasses.replace(call, zeros=op not in PROJECTIONS and rng.random() < 0.2)
+        call = dataclasses.replace(call, zeros=op not in PROJECTING and rng.random() < 0.2)
         return Kind(call, space, in_place, on_cuda and rng.random() < 0.25)
 
     def _bounded(self, tokens: int, hidden: int, columns: int, dtype: torch.dtype) -> int:

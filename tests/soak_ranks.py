@@ -16,7 +16,7 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
-from programs import PROJECTIONS, same_bits
+from programs import COMPOSED, PROJECTIONS, same_bits
 from soak_calls import Kind, Segment, Sequence, SoakCall, Step
 from soak_stalls import StallWatch
 
@@ -29,7 +29,8 @@ LIMIT_S = 240.0  # of a segment, which takes seconds
 MOST_TOLD = 10  # wrong results that a rank describes
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 # The outputs that all ranks have.
-_EVERYWHERE = {"all_gather_rows": 1, "rs_rmsnorm_ag": 1, **dict.fromkeys(PROJECTIONS, 3)}
+_EVERYWHERE = {"all_gather_rows": 1, "rs_rmsnorm_ag": 1, "rs_rmsnorm_ag_fp8": 2, "mla_prologue": 3}
+_EVERYWHERE |= {**dict.fromkeys(PROJECTIONS, 3), "qkv_a_proj_ag_norm_fp8": 4, "mla_prologue_fp8": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +203,7 @@ class _Distinct:
 
     def add_version(self, version: int) -> None:
         made = self.call.of_version(version).arguments(self.rank, self.world_size)
-        names = ("q", "scale") if self.call.op == "qkv_a_proj_ag_fp8" else ("input",)
+        names = ("q", "scale") if "q" in made else ("input",)
         self.inputs[version] = {name: made[name] for name in names}
 
     def run(self, version: int, **options) -> tuple[torch.Tensor, ...]:
@@ -341,7 +342,7 @@ class _Run:
             results.append((q, scale, residual_out, output[:0]))
         if distinct.kind.captured and distinct.graph is None:
             eager = self._checked(call, distinct.run(version), distinct)
-            if call.op not in PROJECTIONS:  # torch's products may have other bits when they are captured
+            if call.op not in (*PROJECTIONS, *COMPOSED):  # torch's products may have other bits when they are captured
                 results.append(eager)
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             distinct.capture(self._pool)

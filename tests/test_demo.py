@@ -33,7 +33,8 @@ def text_file(tmp_path) -> Path:
 def run_demo(path: str, num_tokens: int, dtype: str, spoil: str | None) -> int:
     """Runs on a rank: the demo's exit code, with one rank's logits spoilt."""
     os.environ.pop("TP_FUSED_BACKEND", None)
-    arguments = f"--preset tiny --repeats 1 --num-tokens {num_tokens} --dtype {dtype} --text-file {path}".split()
+    preset = "tiny-fp8" if dtype == "fp8" else "tiny"
+    arguments = f"--preset {preset} --repeats 1 --num-tokens {num_tokens} --dtype {dtype} --text-file {path}".split()
     args = demo.parse_arguments([*arguments, "--world-size", str(dist.get_world_size())])
     compare, calls = demo.compare, []
 
@@ -60,7 +61,7 @@ def test_demo_any_token_count(pool, text_file, num_tokens):
 
 
 @pytest.mark.parametrize("spoil", [None, *WAYS])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8"])
 @pytest.mark.parametrize("world_size", [2])
 def test_demo_exits_with_1_on_every_rank_when_one_rank_is_wrong(pool, text_file, dtype, spoil):
     assert set(pool.run(run_demo, str(text_file), 129, dtype, spoil)) == {0 if spoil is None else 1}
@@ -120,6 +121,17 @@ def result(difference: float, flipped=()) -> dict:
         (result(0.03, [7]), result(0.03, [8, 9]), torch.bfloat16, None),
         (result(0.03, [7]), result(0.03, [6, 8, 9]), torch.bfloat16, "another argmax at 3 of 100 positions"),
         (result(0.1), result(0.3), torch.bfloat16, "fused, rank 0: mean_difference"),
+        (result(0.7, range(33)), result(1.3, range(66)), torch.float8_e4m3fn, None),
+        (result(0.9), result(0.9), torch.float8_e4m3fn, "all_reduce, rank 0: mean_difference"),
+        (result(0.5), result(1.1), torch.float8_e4m3fn, "fused, rank 0: mean_difference"),
+        (result(0.5, range(34)), result(0.5), torch.float8_e4m3fn, "all_reduce, rank 0: another argmax at 34 of 100"),
+        (result(0.5, range(3)), result(0.5, range(21)), torch.float8_e4m3fn, None),
+        (
+            result(0.5, range(3)),
+            result(0.5, range(22)),
+            torch.float8_e4m3fn,
+            "fused, rank 0: another argmax at 22 of 100",
+        ),
     ],
 )
 def test_demo_judges(today, fused, dtype, words):

@@ -8,7 +8,7 @@ import pathlib
 import fault_table
 import pytest
 from fault_situations import ODD, SITUATIONS, Step, come_about, deadline_of, expected
-from programs import OPS
+from programs import ALL_OPS
 from ranks import BUSY_S, RankDied
 
 WORLD_SIZES = {"cpu": [4], "cuda": [4, 8]}
@@ -61,7 +61,7 @@ def test_every_op(pools, device, world_size, name, request):
         if isinstance(result, Exception):
             raise result
     observed = {}
-    for op in OPS:
+    for op in ALL_OPS:
         told = judged(name, op, device, [step for steps in survivors.values() for step in steps[op]])
         for role, words in survivors_words(name, op, device, {r: steps[op] for r, steps in survivors.items()}).items():
             told[role]["word"] = " or ".join(sorted(words))

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from programs import LATENT, OPS, Call
+from programs import ALL_OPS, LATENT, OPS, Call
 from ranks import BUSY_S, RankDied, names_in_shared_memory, outcome, settled, workspace
 
 import tp_fused
@@ -29,7 +29,7 @@ def call_of(op: str, device: str, **changes) -> Call:
 def faults_of_every_op(made) -> list:
     """What each op does on the workspace as it is: the type of its error, or None."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    errors = [outcome(settled, made, call_of(op, made.device_type).run, rank, world_size)[0] for op in OPS]
+    errors = [outcome(settled, made, call_of(op, made.device_type).run, rank, world_size)[0] for op in ALL_OPS]
     return [type(error) if isinstance(error, Exception) else None for error in errors]
 
 
@@ -316,7 +316,7 @@ def be_killed_anywhere(device: str) -> Exception:
     """Runs on a rank: calls without end, until a peer is gone."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with workspace(device, device, timeout_s=expected(device, "killed")[0], **SIZES):
-        calls = [call_of(op, device) for op in OPS]
+        calls = [call_of(op, device) for op in ALL_OPS]
         arguments = [call.arguments(rank, world_size) for call in calls]
         if rank == ODD:
             signal.setitimer(signal.ITIMER_REAL, 0.2)  # SIGALRM, which nobody handles

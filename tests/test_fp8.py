@@ -101,6 +101,23 @@ def test_quantised_rows_gathered(pool, backend, device, world_size):
     pool.run(check_gathered, backend, device)
 
 
+def refuse_wide_scales(backend: str, device: str) -> str:
+    """Runs on a rank: more bytes of scales than the workspace has for a row; what follows works."""
+    with workspace(backend, device, max_num_tokens=8, hidden_size=64, dtype=BF16, timeout_s=10.0):
+        given = [torch.ones(3, 64, dtype=BF16, device=device), None, torch.ones(64, dtype=BF16, device=device), EPS]
+        refused = outcome(lambda: tp_fused.rs_rmsnorm_ag_fp8(*given, group_size=1))[0]
+        if device == "cpu":
+            tp_fused.rs_rmsnorm_ag_fp8(*given, group_size=2)
+        return str(refused)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_scales_have_to_fit_the_workspace(pool, backend, device, world_size):
+    said = "group_size must be 64" if device == "cuda" else "scales of a row=64 of torch.float32 (256 bytes a row) does"
+    for refused in pool.run(refuse_wide_scales, backend, device):
+        assert said in refused
+
+
 def check_latent(backend: str, device: str) -> None:
     """Runs on a rank: qkv_a_proj_ag_norm_fp8, beside its unfused program on the same product."""
     rank, world_size = dist.get_rank(), dist.get_world_size()

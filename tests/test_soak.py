@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from programs import OPS, PROJECTIONS, REDUCTIONS
+from programs import ALL_OPS, OPS, PROJECTING, REDUCING
 from ranks import Pool
 from soak_calls import PROFILES, SEGMENT_CALLS, Sequence
 from soak_ranks import Report, Wrong
@@ -83,7 +83,7 @@ def test_results_that_differ_from_rank_to_rank_are_a_failure():
     """Where only the first result of each rank is known to be near enough."""
     sequence = Sequence(seed=0, world_size=2)
     segment = sequence.segment(0)
-    step = next(step for step in segment.steps if segment.kinds[step.kind].call.op in PROJECTIONS)
+    step = next(step for step in segment.steps if segment.kinds[step.kind].call.op in PROJECTING)
     number = next(
         i for i, other in enumerate(segment.steps) if (other.kind, other.version) == (step.kind, step.version)
     )
@@ -109,13 +109,15 @@ def test_a_segment_follows_from_the_sequence(kind):
 @pytest.mark.parametrize("kind", DEVICES)
 @pytest.mark.parametrize("world_size", [2, 3, 6])
 def test_everything_is_called_sooner_or_later(kind, world_size):
-    segments = [Sequence(0, world_size, kind).segment(index) for index in range(60)]
+    segments = [Sequence(0, world_size, kind).segment(index) for index in range(90)]
     kinds = [(segment.spaces[made.space], made) for segment in segments for made in segment.kinds]
     calls = [made.call for _, made in kinds]
     forms = {(made.call.op, made.call.dtype, made.call.residual, made.in_place is None) for _, made in kinds}
-    for op, dtype in itertools.product(OPS, (torch.bfloat16, torch.float16, torch.float32)):
-        residuals = (None, "full", "slice") if op in REDUCTIONS else (None,)
-        for residual, staged in itertools.product(residuals, (True, False) if op in REDUCTIONS else (True,)):
+    for op, dtype in itertools.product(
+        ALL_OPS if kind == "cpu" else OPS, (torch.bfloat16, torch.float16, torch.float32)
+    ):
+        residuals = (None, "full", "slice") if op in REDUCING else (None,)
+        for residual, staged in itertools.product(residuals, (True, False) if op in REDUCING else (True,)):
             assert (op, dtype, residual, staged) in forms
     assert {torch.uint8, torch.float8_e4m3fn} <= {call.dtype for call in calls}
     counts, widths = {call.num_tokens for call in calls}, {call.hidden_size for call in calls}
@@ -132,11 +134,14 @@ def test_calls_fit_their_workspaces(kind):
     for segment in (Sequence(3, 4, kind).segment(index) for index in range(40)):
         for made in segment.kinds:
             call, space = made.call, segment.spaces[made.space]
-            size = 2 if call.op == "qkv_a_proj_ag_fp8" else call.dtype.itemsize
-            columns = sum(call.latent) if call.op in PROJECTIONS else call.hidden_size
-            assert call.num_tokens <= space.max_num_tokens and columns * size <= space.row_bytes
+            assert call.num_tokens <= space.max_num_tokens
+            if call.op in PROJECTING:
+                size = 2 if call.op.endswith("_fp8") else call.dtype.itemsize
+                assert sum(call.latent) * size <= space.row_bytes
+            if call.op in REDUCING or call.op == "all_gather_rows":
+                assert call.hidden_size * call.dtype.itemsize <= space.row_bytes
             assert call.hidden_size >= 1 and (kind == "cpu" or call.hidden_size % 8 == 0)
-            assert made.in_place is None or (call.op in REDUCTIONS and made.in_place % 16 == 0)
+            assert made.in_place is None or (call.op in REDUCING and made.in_place % 16 == 0)
             assert not made.captured or kind == "cuda"
 
 
@@ -147,7 +152,7 @@ def test_every_op_is_repeated_at_every_size_of_workspace(kind):
     repeated = {
         (segment.kinds[step.kind].call.op, size) for size, segment in segments for step in segment.steps if step.repeat
     }
-    assert repeated == set(itertools.product(OPS, sizes))
+    assert repeated == set(itertools.product(ALL_OPS if kind == "cpu" else OPS, sizes))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

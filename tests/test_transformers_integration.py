@@ -183,7 +183,7 @@ def refuse(case: str, device: str) -> None:
     if case == "twice":
         parallelize(model, max_num_tokens=8)
     if case == "quantised":
-        whole.config.quantization_config = {"quant_method": "fp8"}
+        whole.config.quantization_config = {"quant_method": "gptq"}
         parallelize(whole, max_num_tokens=8)
     if case == "closed":
         tp_fused.groups.get_workspace(tp.group.group_name, torch.device(device)).close()
@@ -205,7 +205,7 @@ def refuse(case: str, device: str) -> None:
         ("group", ValueError, "has no workspace for .* tensors; call tp_fused.init"),
         ("way", ValueError, "way must be one of all_reduce, transport, fused, got 'fusd'"),
         ("twice", ValueError, "parallelized already"),
-        ("quantised", ValueError, "unquantised"),
+        ("quantised", ValueError, "unquantised weights and .* fine-grained fp8, .* quant_method 'gptq'"),
         ("closed", ValueError, "has no workspace"),
         ("long", ValueError, r"9 tokens \(3, 3\) is over max_num_tokens=8"),
         ("long_all_reduce", ValueError, r"9 tokens \(3, 3\) is over max_num_tokens=8"),

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from tp_fused import reference
-from tp_fused.triton import qkv_a_proj_ag, tiles
+from tp_fused.triton import qkv_a_proj_ag, quantize, tiles
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 # What multiplies matrices, and what reads them from memory while others are multiplied.
@@ -108,6 +108,25 @@ def test_compiled(compiled, request, arch, dtype, tile, shape):
     assert shared_bytes <= SHARED_BYTES[arch]
     assert found >= {*INSTRUCTIONS[arch, dtype], "STG", "EXIT"}, sorted(found)
     assert not found & {"LDL", "STL"}
+
+
+@pytest.mark.parametrize("round_scales", [False, True])
+@pytest.mark.parametrize("arch", [90, 100])
+def test_rows_are_quantised(tmp_path, monkeypatch, arch, round_scales):
+    """Without local memory, and divided as `reference.quantize_e4m3` divides: no approximate reciprocal of amax."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    triton.runtime.driver.set_active(Card(arch))
+    rows, scale = torch.empty(3, 7168, dtype=torch.bfloat16), torch.empty(3, 56)
+    arguments = (rows.to(torch.float8_e4m3fn), scale, rows, 7168, round_scales, quantize.GROUP, quantize.GROUPS)
+    kernel = quantize.quantize_kernel.warmup(*arguments, grid=(1,), num_warps=4)
+    assert kernel.asm["ptx"].count("div.rn.f32") >= 2 and "div.full" not in kernel.asm["ptx"]
+    assert "cvt.rn.satfinite.e4m3x2" in kernel.asm["ptx"]
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin], text=True)
+    assert re.search(r"STACK:0\b", usage) and re.search(r"LOCAL:0\b", usage), usage
+    if torch.cuda.is_available():
+        triton.runtime.driver.reset_active()
 
 
 def test_two_scale_layouts_are_one_kernel(tmp_path, monkeypatch):

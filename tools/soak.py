@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from programs import OPS
+from programs import ALL_OPS
 from ranks import Pool
 from soak_calls import Sequence
 from soak_ranks import LIMIT_S, Injection, Report, Wrong, run_segment
@@ -122,7 +122,7 @@ def summary(outcomes: list[Outcome]) -> str:
     """One line."""
     told = []
     for outcome in outcomes:
-        ops = ", ".join(f"{op} {outcome.calls[op]}" for op in OPS if outcome.calls[op])
+        ops = ", ".join(f"{op} {outcome.calls[op]}" for op in ALL_OPS if outcome.calls[op])
         told.append(f"W={outcome.world_size}: {outcome.calls.total()} ({ops})")
     calls, seconds = sum(o.calls.total() for o in outcomes), sum(o.seconds for o in outcomes)
     return f"{calls} calls, {sum(o.num_wrong for o in outcomes)} wrong, in {seconds:.0f} s; {'; '.join(told)}"
@@ -135,7 +135,7 @@ def write(path: str, sequences: list[Sequence], outcomes: list[Outcome]) -> None
         {
             **dataclasses.asdict(sequence),
             "calls": outcome.calls.total(),
-            "ops": {op: outcome.calls[op] for op in OPS if outcome.calls[op]},
+            "ops": {op: outcome.calls[op] for op in ALL_OPS if outcome.calls[op]},
             "wrong": outcome.num_wrong,
             "seconds": round(outcome.seconds, 1),
             "repeat": outcome.repeat,
@@ -161,7 +161,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seconds", type=float, help="for each world size, to the segment; default: none, on cuda 90")
     add("--seed", type=int, help="default: another one every time")
     add("--start", type=int, default=0, help="the number of the first call")
-    add("--only", nargs="+", choices=OPS, default=(), metavar="OP", help="call nothing else")
+    add("--only", nargs="+", choices=ALL_OPS, default=(), metavar="OP", help="call nothing else")
     add("--repeat-share", type=float, default=Sequence.repeat_share, help="of the calls; the others are mixed")
     add("--subgroups", action=argparse.BooleanOptionalAction, default=True, help="workspaces of some of the ranks, too")
     add("--json", metavar="PATH", help="leave a summary there")

@@ -260,6 +260,8 @@ def _rs_rmsnorm_ag_fp8(
     workspace = get_workspace(group_name, input.device)
     checks.quantisation(workspace, group_size, scale_layout)
     residual = checks.normed_reduction(workspace, input, residual, weight, eps, weight_offset)
+    scales = -(-input.shape[1] // group_size)
+    checks.capacity(workspace, input, input.shape[0], scales, torch.float32, name="scales of a row")
     arguments = (input, residual, weight, eps, weight_offset, group_size, scale_layout, keep_output, round_scales)
     return unfused(workspace, reference.rs_rmsnorm_ag_fp8, *arguments)
 
@@ -286,7 +288,8 @@ def rs_rmsnorm_ag_fp8(
     Arguments as `rs_rmsnorm_fp8`. Returns (q, scale, residual_out, output): q [num_tokens, hidden_size] and its scales
     on every rank; residual_out [rows of this rank, hidden_size]; output, where it is kept, this rank's normed rows
     before they were quantised, for a router whose logits are gathered afterwards. For the attention -> MLP boundary of
-    fp8 models. An op after the other: ranks tell each other, and faults name, those two.
+    fp8 models. An op after the other: ranks tell each other, and faults name, those two. The scales of a row must fit a
+    row of the workspace, as they do but in the narrowest groups.
     """
     return _ops.rs_rmsnorm_ag_fp8(
         input,

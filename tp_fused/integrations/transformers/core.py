@@ -8,6 +8,8 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from ...groups import init
+from .fp8 import check_config, check_weights, fp8_parameters, has_fp8
+from .fp8_kernels import supply_kernels
 from .heads import HeadsLayer
 from .layers import DecoderLayer, FinalNorm, VocabParallelEmbedding
 from .mla import LatentAttentionLayer
@@ -45,6 +47,9 @@ def parallelize(
     model: a DeepSeek-V2, V3 or V3.2, a Kimi-K2 (V3's class), a Glm4MoeLite (GLM-4.7-Flash) or GlmMoeDsa (GLM-5), with
     multi-head latent attention; or a Llama, Mistral, Qwen2 or Qwen3, which run `rs_rmsnorm_ag` at both boundaries.
 
+    Weights may be in transformers' fine-grained fp8 (`FP8Linear`, blocks of 128 x 128, rows quantised as they come):
+    `mla_prologue_fp8` runs then, and a rank has whole blocks of every weight.
+
     Collective: every rank calls it with the same model. Attention is split by heads, the MLPs, shared and routed
     experts by intermediate columns, the embedding by vocabulary, all as `torch.tensor_split` does, so that the sizes
     need not divide. Where ranks are more than key-value heads, several ranks hold the same one. The latent projections,
@@ -62,9 +67,10 @@ def parallelize(
     It is for inference: weights no longer require gradients, `output_hidden_states` raises. So does `save_pretrained`:
     what is left on a rank are its shards. `copy.deepcopy` copies these, and shares the group.
 
-    Raises ValueError, before anything is changed, when the model is of another class, quantised, of mixed dtypes (norms
-    in fp32 are taken), on several devices or not on the workspace's, or has fewer heads than there are ranks. A forward
-    of more than max_num_tokens tokens raises ValueError.
+    Raises ValueError, before anything is changed, when the model is of another class, quantised in another way, of
+    mixed dtypes (norms in fp32 are taken), on several devices or not on the workspace's, or has fewer heads than there
+    are ranks; and, by the layer's name, where heads or columns cut a block of fp8 weights. A forward of more than
+    max_num_tokens tokens raises ValueError.
     """
     group = resolve_group(group)
     check_model(model, group.size())
@@ -97,6 +103,8 @@ def convert(
             device=device,
         )
     tp = TensorParallel(group, device, way, check_tokens)
+    if has_fp8(model):
+        supply_kernels()
     decoder = model.model
     model.eval().requires_grad_(False)
     decoder.embed_tokens = VocabParallelEmbedding(tp, shards, decoder.embed_tokens)
@@ -139,12 +147,15 @@ def check_model(model, world_size: int) -> None:
         raise ValueError(f"parallelize takes a {', '.join(FAMILIES)} of transformers, got {type(model)}")
     if isinstance(model.model.norm, FinalNorm):
         raise ValueError("the model is parallelized already")
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError("parallelize takes unquantised weights, and this model has a quantization_config")
+    check_config(model.config)
     for name in ("num_attention_heads", "intermediate_size", "moe_intermediate_size", "vocab_size"):
         size = getattr(model.config, name, None)
         if size is not None and size < world_size:
             raise ValueError(f"{world_size} ranks are more than {name}={size} can be split over")
+    if has_fp8(model):
+        check_weights(model, FAMILIES[_class_name(model)], world_size)
+        if model.lm_head.weight.dtype != torch.bfloat16:
+            raise ValueError(f"beside fp8 weights the others must be bfloat16, got {model.lm_head.weight.dtype}")
 
 
 def _device(model) -> torch.device:
@@ -153,7 +164,7 @@ def _device(model) -> torch.device:
     # Those that the ops apply, which may be in fp32 beside rows of any dtype; attention's own norms may not.
     norms = {name for name in named if name.endswith(("layernorm.weight", "model.norm.weight"))}
     devices = {parameter.device for parameter in named.values()}
-    dtypes = {parameter.dtype for name, parameter in named.items() if name not in norms}
+    dtypes = {named[name].dtype for name in named.keys() - norms - fp8_parameters(model)}
     norm_dtypes = {named[name].dtype for name in norms}
     if len(devices) != 1 or len(dtypes) != 1 or norm_dtypes not in (dtypes, {torch.float32}):
         found = ", ".join(map(str, devices | dtypes | norm_dtypes))

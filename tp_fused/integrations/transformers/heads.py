@@ -13,15 +13,17 @@ class HeadsLayer(DecoderLayer):
     def __init__(self, tp, shards: Shards, layer: nn.Module):
         super().__init__(tp, shards, layer)
         attention = self.self_attn
-        config, size = attention.config, attention.head_dim
-        queries, keys = share_heads(
-            config.num_attention_heads, config.num_key_value_heads, shards.rank, shards.world_size
-        )
-        shards.column_parallel(attention.q_proj, scaled(queries, size))
-        shards.column_parallel(attention.k_proj, scaled(keys, size))
-        shards.column_parallel(attention.v_proj, scaled(keys, size))
-        shards.row_parallel(attention.o_proj, scaled(queries, size))
+        shares = self.shares(attention, shards)
+        shards.attention(attention, shares)
+        queries, keys = shares["q_proj"], shares["k_proj"]
         attention.num_key_value_groups = (queries.stop - queries.start) // (keys.stop - keys.start)
+
+    @staticmethod
+    def shares(attention, shards):
+        config, size = attention.config, attention.head_dim
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        queries, keys = (scaled(own, size) for own in share_heads(*heads, shards.rank, shards.world_size))
+        return {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
 
     def attend(self, rows, residual, shape, kwargs):
         rows, residual = self.tp.program.norm_rows(rows, residual, self.input_layernorm)

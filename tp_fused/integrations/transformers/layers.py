@@ -45,7 +45,8 @@ class VocabParallelEmbedding(nn.Module):
 class DecoderLayer(nn.Module):
     """A layer from partial sum to partial sum. Both blocks end in one; the next norm's op completes it.
 
-    A kind of attention has `attend`, and the widest rows that its ops have beside the hidden ones: `latent_size`.
+    A kind of attention has `attend`, `shares`, and `latent_size`: the widest rows that its ops have beside the hidden
+    ones.
     """
 
     def __init__(self, tp: TensorParallel, shards: Shards, layer: nn.Module):
@@ -58,6 +59,11 @@ class DecoderLayer(nn.Module):
     @staticmethod
     def latent_size(config) -> int | None:
         return None
+
+    @staticmethod
+    def shares(attention: nn.Module, shards: Shards) -> dict[str, slice]:
+        """By name, of each projection that heads are split in: this rank's rows, of o_proj its columns."""
+        raise NotImplementedError
 
     def attend(self, rows, residual, shape, kwargs) -> tuple[tuple, torch.Tensor]:
         """-> (what the attention returns; residual)"""

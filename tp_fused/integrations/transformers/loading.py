@@ -11,13 +11,17 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 
 from ...groups import type_of
 from .core import FAMILIES, check_model, convert, resolve_group
+from .fp8 import check_config
 from .sharding import Shards
 from .tensor_parallel import TensorParallel
 
-_FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors; what is narrower is quantised, and its scales are elsewhere
+# Of safetensors. What is narrower is quantised, and is read as it is.
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_STORED_AS = {torch.float8_e4m3fn: ("F8_E4M3",), torch.float8_e8m0fnu: ("F8_E8M0", "F32", "BF16")}
 
 
 def load_parallel(
@@ -50,6 +54,7 @@ def load_parallel(
     checkpoint = Checkpoint(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.get_default_dtype())
+    _quantise(model)
     check_model(model, group.size())
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -84,6 +89,21 @@ def _config(folder: Path) -> PreTrainedConfig:
     return getattr(transformers, name).config_class.from_pretrained(folder)
 
 
+def _quantise(model: PreTrainedModel) -> None:
+    """Puts transformers' fp8 modules in, where config.json says so, as `from_pretrained` does on a GPU."""
+    check_config(model.config)
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised is not None:
+        quantizer = AutoHfQuantizer.from_config(quantised, pre_quantized=True)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(model.dtype)  # of the biases that it makes
+        try:
+            quantizer.preprocess_model(model)
+        finally:
+            torch.set_default_dtype(default)
+        model.config.quantization_config = quantizer.quantization_config
+
+
 def _with_index(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
@@ -103,13 +123,13 @@ class Checkpoint:
         self._opened = {}
         self.folder, self.names = folder, set(self._files)
 
-    def require(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises where the tensor is not one of floats, or has another shape."""
-        stored = self._slice(name)
+    def require(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Raises where the tensor has another shape, or cannot be read as one of dtype."""
+        stored, kinds = self._slice(name), _STORED_AS.get(dtype, _FLOATS)
         if tuple(stored.get_shape()) != shape:
             raise ValueError(f"{name} is {tuple(stored.get_shape())} in {self.folder}, expected {shape}")
-        if stored.get_dtype() not in _FLOATS:
-            raise ValueError(f"{name} is {stored.get_dtype()} in {self.folder}, expected one of {', '.join(_FLOATS)}")
+        if stored.get_dtype() not in kinds:
+            raise ValueError(f"{name} is {stored.get_dtype()} in {self.folder}, expected one of {', '.join(kinds)}")
 
     def read(self, name: str, *index: slice) -> torch.Tensor:
         return self._slice(name)[index or (slice(None),)]
@@ -148,7 +168,11 @@ class _Weights:
 
     def read(self, tensor: torch.Tensor, *index: slice) -> torch.Tensor:
         source, dtype = self._sources[tensor]
-        return source.read(self.checkpoint, *index).to(self.device, dtype)
+        stored = source.read(self.checkpoint, *index)
+        made = stored.to(dtype)
+        if dtype == torch.float8_e8m0fnu and not torch.equal(made.float(), stored.float()):
+            raise ValueError(f"{source.names[0]}: scales of scale_fmt 'ue8m0' must be powers of two")
+        return made.to(self.device)
 
     def fill(self, model: PreTrainedModel) -> None:
         """Reads what is still to be read: the weights that every rank has whole."""
@@ -178,10 +202,10 @@ class _Stored:
 class _Experts:
     """Of all experts one tensor, which files have by expert: gate_proj and up_proj, or down_proj, of each."""
 
-    def __init__(self, prefix: str, num_experts: int, projections: tuple[str, ...], rows: int):
+    def __init__(self, prefix: str, num_experts: int, projections: tuple[str, ...], rows: int, kind: str):
         self.rows = rows // len(projections)  # of one projection
         self._by_projection = [
-            [f"{prefix}.{expert}.{projection}.weight" for expert in range(num_experts)] for projection in projections
+            [f"{prefix}.{expert}.{projection}.{kind}" for expert in range(num_experts)] for projection in projections
         ]
         self.names = tuple(name for names in self._by_projection for name in names)
 
@@ -196,17 +220,19 @@ class _Experts:
 def _find(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> _Stored | _Experts | None:
     prefix, _, last = name.rpartition(".")
     fused = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    kind = "weight_scale_inv" if last.endswith("_scale_inv") else "weight"
+    last = last.removesuffix("_scale_inv")
     if name in checkpoint.names:
         source, expected = _Stored(name), tuple(tensor.shape)
     elif prefix.endswith(".experts") and last in fused:
-        source = _Experts(prefix, tensor.shape[0], fused[last], tensor.shape[1])
+        source = _Experts(prefix, tensor.shape[0], fused[last], tensor.shape[1], kind)
         expected = (source.rows, tensor.shape[2])
     else:
         return None
     for stored in source.names:
         if stored not in checkpoint.names:
             return None
-        checkpoint.require(stored, expected)
+        checkpoint.require(stored, expected, tensor.dtype)
     return source
 
 

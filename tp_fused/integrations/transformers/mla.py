@@ -4,34 +4,14 @@ The latent projections are one replicated weight, which multiplies scattered row
 attention (GLM-5), the two projections of the indexer that read hidden states: they join it as further columns.
 """
 
+import math
+
 import torch
 from torch import nn
 
+from .latents import latent_projection
 from .layers import DecoderLayer
-from .programs import rms_norm
-from .sharding import Shards, frozen
-
-
-class LatentProjection(nn.Module):
-    """q_a and kv_a, and the indexer's projections, as one replicated projection; and the two latent norms."""
-
-    def __init__(self, shards: Shards, attention: nn.Module, replicated: list[nn.Linear]):
-        super().__init__()
-        self.weight = frozen(torch.cat([shards.read(linear.weight) for linear in replicated]))
-        biases = [
-            torch.zeros_like(self.weight[: linear.out_features, 0]) if linear.bias is None else shards.read(linear.bias)
-            for linear in replicated
-        ]
-        self.bias = frozen(torch.cat(biases)) if any(linear.bias is not None for linear in replicated) else None
-        self.q_norm, self.kv_norm = attention.q_a_layernorm, attention.kv_a_layernorm
-        norms = [norm for norm in (self.q_norm, self.kv_norm) if norm is not None]
-        self.norms_fuse = self.bias is None and len({norm.variance_epsilon for norm in norms}) == 1
-        q_columns, kv_columns = (0 if norm is None else norm.weight.shape[0] for norm in (self.q_norm, self.kv_norm))
-        self.widths = [q_columns, kv_columns, self.weight.shape[0] - q_columns - kv_columns]
-
-    def normed(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q_a, kv_a, rest = columns.split(self.widths, dim=-1)
-        return q_a if self.q_norm is None else rms_norm(q_a, self.q_norm), rms_norm(kv_a, self.kv_norm), rest
+from .sharding import BLOCK, Shards, is_fp8, scaled
 
 
 class Handed(nn.Module):
@@ -53,10 +33,10 @@ class LatentAttentionLayer(DecoderLayer):
         attention = self.self_attn
         indexer = getattr(attention, "indexer", None)
         read_hidden = [] if indexer is None else [indexer.wk, indexer.weights_proj]
-        latents = [linear for linear in (attention.q_a_proj, attention.kv_a_proj_with_mqa) if linear is not None]
-        self.latent = LatentProjection(shards, attention, [*latents, *read_hidden])
+        latents = [linear for _, linear in replicated(attention)]
+        self.latent = latent_projection(shards, attention, latents)
         self.rest_widths = [attention.qk_rope_head_dim, *(linear.out_features for linear in read_hidden)]
-        self.handed = [Handed(self.latent.weight.dtype) for _ in self.rest_widths]
+        self.handed = [Handed(self.latent.dtype) for _ in self.rest_widths]
         _shard(shards, attention, indexer, self.handed)
 
     @staticmethod
@@ -72,16 +52,42 @@ class LatentAttentionLayer(DecoderLayer):
             handed.value = value.unflatten(0, shape)
         return self.self_attn(hidden_states=queries.unflatten(0, shape), **kwargs), residual
 
+    @staticmethod
+    def shares(attention: nn.Module, shards: Shards) -> dict[str, slice]:
+        heads, names = share_heads(attention, shards), _by_heads(attention)
+        return {name: scaled(heads, size) for name, size in names.items()}
+
+
+def replicated(attention: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The projections of hidden states, in the order in which they become one, by name."""
+    indexer = getattr(attention, "indexer", None)
+    named = [(name, getattr(attention, name)) for name in ("q_a_proj", "kv_a_proj_with_mqa")]
+    if indexer is not None:
+        named += [(f"indexer.{name}", getattr(indexer, name)) for name in ("wk", "weights_proj")]
+    return [(name, linear) for name, linear in named if linear is not None]
+
+
+def heads_together(attention: nn.Module) -> dict[str, int]:
+    """Of each projection: the fewest heads that fill whole blocks of an fp8 weight, which ranks take together."""
+    names = _by_heads(attention)
+    together = {name: BLOCK // math.gcd(BLOCK, size) for name, size in names.items()}
+    return {name: count if is_fp8(getattr(attention, name).weight) else 1 for name, count in together.items()}
+
+
+def share_heads(attention: nn.Module, shards: Shards) -> slice:
+    return shards.share_blocks(attention.num_heads, max(heads_together(attention).values()))
+
+
+def _by_heads(attention: nn.Module) -> dict[str, int]:
+    """Rows of a head, or, of o_proj, columns."""
+    queries = "q_b_proj" if getattr(attention, "q_proj", None) is None else "q_proj"
+    key_value = attention.qk_nope_head_dim + attention.v_head_dim
+    return {queries: attention.qk_head_dim, "kv_b_proj": key_value, "o_proj": attention.v_head_dim}
+
 
 def _shard(shards: Shards, attention: nn.Module, indexer: nn.Module | None, handed: list[Handed]) -> None:
-    queries = attention.q_b_proj if getattr(attention, "q_proj", None) is None else attention.q_proj
-    num_heads = attention.num_heads
-    shards.column_parallel(queries, shards.share(num_heads, attention.qk_head_dim))
-    shards.column_parallel(
-        attention.kv_b_proj, shards.share(num_heads, attention.qk_nope_head_dim + attention.v_head_dim)
-    )
-    shards.row_parallel(attention.o_proj, shards.share(num_heads, attention.v_head_dim))
-    own = shards.share(num_heads)
+    own = share_heads(attention, shards)
+    shards.attention(attention, LatentAttentionLayer.shares(attention, shards))
     attention.num_heads = own.stop - own.start
     # The latents come in computed and normalised; the attention's own steps to them fall away.
     if attention.q_a_proj is not None:

@@ -4,11 +4,8 @@ All take this rank's partial sum [num_tokens, hidden_size], which they may overw
 None at the first layer. `tp` is the `TensorParallel` of the model, `latent` the `LatentProjection` of a layer.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-
-from ... import ops, partition, projections, prologue
+from ... import ops, partition
+from .latents import rms_norm
 
 
 class Unfused:
@@ -32,7 +29,7 @@ class Unfused:
         """
         rows, residual = self.norm_rows(partial, residual, norm)
         with self.tp.timed("qkv_a_proj"):
-            columns = F.linear(rows, latent.weight, latent.bias)
+            columns = latent.multiply(rows)
         with self.tp.timed("rms_norm"):
             q_a, kv_a, rest = latent.normed(columns)
         return (rows if latent.q_norm is None else q_a), kv_a, rest, residual
@@ -49,32 +46,23 @@ class Fused:
             return ops.rs_rmsnorm_ag(partial, residual, norm.weight, norm.variance_epsilon, self.tp.group)
 
     def attention_input(self, partial, residual, norm, latent):
-        num_tokens, group, eps = partial.shape[0], self.tp.group, latent.kv_norm.variance_epsilon
-        if latent.q_norm is not None and latent.norms_fuse and norm.variance_epsilon == eps:
-            weights = (norm.weight, latent.weight, latent.q_norm.weight, latent.kv_norm.weight)
+        num_tokens, group = partial.shape[0], self.tp.group
+        same_eps = norm.variance_epsilon == latent.kv_norm.variance_epsilon
+        if latent.q_norm is not None and latent.norms_fuse and same_eps:
             with self.tp.timed("qkv_a_proj"):
-                return prologue.mla_prologue(partial, residual, *weights, eps, group)
+                return latent.prologue(partial, residual, norm, group)
         if latent.q_norm is None:
             queries, residual = self.norm_rows(partial, residual, norm)
-            own = queries[partition.row_slice(num_tokens, self.tp.rank, self.tp.world_size)]
+            own = latent.own(queries[partition.row_slice(num_tokens, self.tp.rank, self.tp.world_size)])
         else:
             with self.tp.timed("communication"):
-                own, residual = ops.rs_rmsnorm(partial, residual, norm.weight, norm.variance_epsilon, group)
+                own, residual = latent.reduce(partial, residual, norm, group)
         if latent.norms_fuse:
-            q_weight = latent.kv_norm.weight.new_empty(0) if latent.q_norm is None else latent.q_norm.weight
             with self.tp.timed("qkv_a_proj"):
-                q_a, kv_a, rest = projections.qkv_a_proj_ag_norm(
-                    own, latent.weight, q_weight, latent.kv_norm.weight, num_tokens, eps, group
-                )
+                q_a, kv_a, rest = latent.project_normed(own, num_tokens, group)
         else:
             with self.tp.timed("qkv_a_proj"):
-                columns = projections.qkv_a_proj_ag(own, latent.weight, num_tokens, group, bias=latent.bias)
+                columns = latent.project(own, num_tokens, group)
             with self.tp.timed("rms_norm"):
                 q_a, kv_a, rest = latent.normed(columns)
         return (queries if latent.q_norm is None else q_a), kv_a, rest, residual
-
-
-def rms_norm(rows: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    weight = norm.weight
-    wide = rows if weight.dtype == rows.dtype else rows.to(weight.dtype)
-    return F.rms_norm(wide, weight.shape, weight, norm.variance_epsilon).to(rows.dtype)
