@@ -13,6 +13,8 @@ class Op:
     baselines: tuple[str, ...]
     options: tuple[str, ...]  # of those that not every op takes: which do something for it
     cuda_only: bool = False
+    # Inside the op, maybe by clusters of eight blocks: where ranks share a card these need room beside blocks that wait.
+    torch_multiplies: bool = False
 
 
 OPS = {
@@ -106,6 +108,7 @@ OPS = {
         """,
         ("dist", "twoshot", "oneshot", "own", "dist-rs", "own-rs", "chain"),
         ("dtype", "zero_copy", "compile", "latent", "kv_lora", "rope"),
+        torch_multiplies=True,
     ),
     "beside_gemm": Op(
         """rs_rmsnorm with a matrix product beside it on another stream: what both together take. CUDA only.

@@ -14,6 +14,7 @@ from tp_fused import partition
 from tp_fused.launch import take_device
 from tp_fused.native import _C
 
+from .catalog import OPS
 from .options import ctas_of
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -72,7 +73,8 @@ class Context(Host):
 
     def _open(self) -> None:
         options, max_ctas = self.options, self.options.max_ctas
-        if max_ctas is None and self.ranks_per_card > 1:  # init would leave room on the card
+        guarded = any(OPS[op].torch_multiplies for op in options.ops)
+        if max_ctas is None and self.ranks_per_card > 1 and not guarded:  # init would leave room on the card
             max_ctas = torch.cuda.get_device_properties(self.device).multi_processor_count // self.ranks_per_card
         self.workspace = tp_fused.init(
             self.group,

@@ -113,7 +113,9 @@ def refuse_wide_scales(backend: str, device: str) -> str:
 
 @pytest.mark.parametrize("world_size", [2])
 def test_scales_have_to_fit_the_workspace(pool, backend, device, world_size):
-    said = "group_size must be 64" if device == "cuda" else "scales of a row=64 of torch.float32 (256 bytes a row) does"
+    said = (
+        "group_size must be 64" if backend == "cuda" else "scales of a row=64 of torch.float32 (256 bytes a row) does"
+    )
     for refused in pool.run(refuse_wide_scales, backend, device):
         assert said in refused
 

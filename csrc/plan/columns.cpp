@@ -7,9 +7,11 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
   const bool scaled = call.dtype == TPF_E4M3;
   const int64_t row_bytes = call.hidden_size * bytes_of(static_cast<tpf_dtype>(call.dtype));
   const uint32_t rest = call.columns - call.q_columns - call.kv_columns;
+  const bool shares = shares_card(limits.max_ctas, card);
+  const int most_rows = shares ? fitted_to(card).shared_card_column_rows : fitted_to(card).own_card_column_rows;
   const int64_t posted = call.num_tokens * call.columns * bytes_of(latent_dtype(call));
   if ((call.variant & TPF_COMPLETE) == 0 || !aligned || call.dtype == TPF_F32 || (scaled && !has_tma(card)) ||
-      call.num_tokens > kMostColumnRows || row_bytes % 16 != 0 || call.columns % 8 != 0 || call.q_columns % 8 != 0 ||
+      call.num_tokens > most_rows || row_bytes % 16 != 0 || call.columns % 8 != 0 || call.q_columns % 8 != 0 ||
       call.kv_columns % 8 != 0 || rest % 8 != 0 || call.q_columns > kMostNormedColumns ||
       call.kv_columns > kMostNormedColumns || posted > inbox_bytes(limits.slot_bytes)) {
     return plan;
@@ -28,7 +30,6 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
   // differ in how many: kUnclustered are more than any lacks.
   int64_t least = 0;
   for (int cluster = 1; cluster <= kMaxColumnsCluster; cluster *= 2) {
-    const bool shares = shares_card(limits.max_ctas, card);
     const int sms = cluster > 2 ? std::min(most - kUnclustered, card.cluster_sms) : most;
     const int groups = std::min(sms / cluster, units);
     if (groups <= 0 || (cluster > 1 && (!has_tma(card) || chunks < cluster * kColumnsWarps)) ||

@@ -32,6 +32,10 @@ struct Fitted {
   // itself: all tiles are multiplied at once, no row is finished early enough for its way to be hidden, and cuBLAS can
   // divide K, too. Two H100, 2112 columns (docs/notes/few_rows.md).
   int few_rows;
+  // Rows that all ranks have, up to which one kernel multiplies and posts columns: of more, each of its blocks reads
+  // more of the rows than of the weight, and cuBLAS and then a gather take less time. Where ranks share a card: one
+  // H200, `tools/compare_builds.py`, at 8300447. On a card of its own a block has fewer columns and less of K: counted.
+  int shared_card_column_rows, own_card_column_rows;
   // For the time of a tile, in cycles a block of K: products of so many rows times columns a cycle; of fp8, cycles that
   // each product is waited for; bytes of operands a cycle, of fp8, of 16 bits on a shared card, and on a rank's own.
   int products_a_cycle, fp8_wait, fp8_operands, shared_card_operands, own_card_operands;
@@ -53,6 +57,8 @@ constexpr Fitted kFittedSm90 = {
     .gathered_rows_of_chunk = 8,
     .gather_chunk_bytes = 34 << 10,
     .few_rows = 256,
+    .shared_card_column_rows = 32,
+    .own_card_column_rows = 64,
     .products_a_cycle = 32,
     .fp8_wait = 260,
     .fp8_operands = 35,

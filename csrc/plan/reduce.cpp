@@ -17,8 +17,8 @@ struct Planner {
   // Whether all that a rank is sent fits its inbox.
   bool fits_inbox() const { return limits.world_size * rows * row_bytes <= inbox_bytes(limits.slot_bytes); }
 
-  // Whether every rank adds up all rows, in one synchronisation: as long as what every rank is sent then takes less time
-  // than a second one.
+  // Whether every rank adds up all rows, in one synchronisation: as long as what every rank is sent then takes less
+  // time than a second one.
   bool takes_all_rows() const {
     const int64_t bytes = limits.world_size * call.num_tokens * row_bytes;
     const Fitted& fitted = fitted_to(card);
