@@ -51,6 +51,26 @@ def test_it_has_the_bits_of_its_two_ops(pool, backend, device, world_size):
     pool.run(check_calls, backend, device)
 
 
+def check_columns(device: str) -> None:
+    """Runs on a rank: K shared out among the blocks of a cluster, and columns in several passes."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with workspace(device, device, max_num_tokens=64, hidden_size=7168, latent_size=2112, dtype=torch.bfloat16):
+        for num_tokens in (1, 9, 32, 64):
+            rows = random("rows", (num_tokens, 7168), torch.bfloat16).to(device)
+            weight = random("weight", (2112, 7168), torch.bfloat16, 7168**-0.5).to(device)
+            exact = rows.float() @ weight.float().T
+            for _ in range(20):
+                latent = tp_fused.qkv_a_proj_ag(rows, weight, num_tokens, complete=True)
+                error = (latent.float() - exact).abs().max().item()
+                assert error < 2**-7 * exact.abs().max().item(), (rank, world_size, num_tokens, error)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_columns_of_deepseek_v3(pool, device, world_size):
+    pool.run(check_columns, device)
+
+
 def test_which_way_is_the_same_on_all_ranks():
     few = [tokens for tokens in range(1000) if _C.gathers_normed_rows(tokens, 2112, 8)]
     assert few == list(range(212))

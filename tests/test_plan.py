@@ -160,7 +160,7 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
         ("rs_rmsnorm_ag", 8, {}, {"body": "all rows", "cluster": 4, "in_place": False}),
         ("rs_rmsnorm_ag", 64, {"ranks_per_card": 8}, {"body": "one row", "cluster": 1}),
         ("qkv_a_proj_ag", 64, {"complete": True}, {"body": "columns", "cluster": 8, "tile_columns": 24}),
-        ("qkv_a_proj_ag", 32, {"complete": True, "ranks_per_card": 8}, {"body": "columns", "cluster": 8}),
+        ("qkv_a_proj_ag", 32, {"complete": True, "ranks_per_card": 8}, {"body": "columns", "cluster": 2}),
         ("qkv_a_proj_ag", 33, {"complete": True, "ranks_per_card": 8}, {"body": "all threads"}),
         ("qkv_a_proj_ag", 128, {"complete": True}, {"body": "all threads"}),
         ("qkv_a_proj_ag", 16384, {"card": "B200"}, {"few_rows": False, "tile_columns": 0}),

@@ -24,20 +24,22 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
   // Of fp8, which is multiplied into sums of its own for each scale, there are the registers for two.
   plan.row_tiles = call.num_tokens <= 16 ? 1 : call.num_tokens <= 32 || scaled ? 2 : 4;
   plan.row_blocks = std::max(1, static_cast<int>((call.num_tokens + 16 * plan.row_tiles - 1) / (16 * plan.row_tiles)));
-  // What a block reads of the weight decides; where that is equal, fewer blocks share out K. All blocks of all ranks
-  // must be on their cards at once, since each waits for what the others multiply. Not all SMs are in a cluster of more
-  // than two, and how many other ranks want is known where the workspace has shared out the card. Cards of a group may
-  // differ in how many: kUnclustered are more than any lacks.
+  // What a block reads of the weight and of the rows decides; where that is equal, fewer blocks share out K. All blocks
+  // of all ranks must be on their cards at once, since each waits for what the others multiply. Not all SMs are in a
+  // cluster of more than two, and cards of a group may differ in how many: kUnclustered are more than any lacks. Where
+  // ranks share a card, such clusters would have to find room beside the others'.
+  const int64_t rows = (call.num_tokens + 7) / 8 * 8;
+  const int largest = !has_tma(card) ? 1 : shares ? 2 : kMaxColumnsCluster;
   int64_t least = 0;
-  for (int cluster = 1; cluster <= kMaxColumnsCluster; cluster *= 2) {
+  for (int cluster = 1; cluster <= largest; cluster *= 2) {
     const int sms = cluster > 2 ? std::min(most - kUnclustered, card.cluster_sms) : most;
     const int groups = std::min(sms / cluster, units);
-    if (groups <= 0 || (cluster > 1 && (!has_tma(card) || chunks < cluster * kColumnsWarps)) ||
-        (cluster > 2 && shares && limits.free_cluster_sms == 0) || !cluster_fits(limits, cluster, cluster * groups)) {
+    if (groups <= 0 || (cluster > 1 && chunks < cluster * kColumnsWarps) ||
+        !cluster_fits(limits, cluster, cluster * groups)) {
       break;
     }
     const int of_group = (units + groups - 1) / groups;
-    const int64_t cost = of_group * ((chunks + cluster - 1) / cluster);
+    const int64_t cost = (of_group * kColumnUnit + rows) * ((chunks + cluster - 1) / cluster);
     if (plan.cluster != 0 && cost >= least) continue;
     least = cost;
     plan.cluster = cluster;
@@ -45,8 +47,9 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
     plan.blocks = (units + of_group - 1) / of_group * cluster;
   }
   // The warps' sums take the ring's place; the block's sums, of all passes, have one of their own.
-  const int64_t rows = 16 * plan.row_tiles, partial = rows * kColumnsWarps * kPartialStride * sizeof(float);
-  const int64_t sums = rows * plan.row_blocks * plan.units * kColumnUnit * sizeof(float);
+  const int64_t block_rows = 16 * plan.row_tiles;
+  const int64_t partial = block_rows * kColumnsWarps * kPartialStride * sizeof(float);
+  const int64_t sums = block_rows * plan.row_blocks * plan.units * kColumnUnit * sizeof(float);
   plan.stage_units = std::min(plan.units, kColumnUnits);
   plan.stage_vectors = plan.stage_units + std::min(2 * plan.row_tiles, static_cast<int>((call.num_tokens + 7) / 8));
   const int64_t stage = plan.stage_vectors * kColumnsWarps * 32 * kVectorBytes;
