@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from programs import Call
-from ranks import outcome, workspace
+from ranks import outcome, settled, workspace
 
 import tp_fused
 from tp_fused.native import _C
@@ -221,6 +221,11 @@ def replay_after(end: str, device: str) -> tuple:
     dist.barrier()
     if end == "closed":
         first.close()
+    elif end == "faulted":  # and then replaced
+        odd = torch.ones(8 + dist.get_rank(), 256, device=device)
+        fault, _ = outcome(settled, first, tp_fused.rs_rmsnorm, odd, None, torch.ones(256, device=device))
+        assert fault.reason in ("disagrees", "gave up")
+        dist.barrier()
     with tp_fused.init(device=device, **GOOD) as second:
         assert first.closed and first.nbytes == second.nbytes  # a graph may still read that memory
         healthy = replayed(graph, outputs)
@@ -236,13 +241,14 @@ def replay_after(end: str, device: str) -> tuple:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("end", ["closed", "replaced"])
+@pytest.mark.parametrize("end", ["closed", "replaced", "faulted"])
 @pytest.mark.parametrize("world_size", [2])
 def test_a_graph_of_a_closed_workspace_faults_by_name(fresh_pool, device, world_size, end):
     for rank, (healthy, fault) in enumerate(fresh_pool.run(replay_after, end, device)):
         assert not healthy
         assert isinstance(fault, tp_fused.CollectiveFault) and fault.reason == "closed"
-        assert f"rs_rmsnorm #3: rank {rank} replayed a CUDA graph that was captured on a workspace" in str(fault)
+        call = 4 if end == "faulted" else 3
+        assert f"rs_rmsnorm #{call}: rank {rank} replayed a CUDA graph that was captured on a workspace" in str(fault)
 
 
 def not_captured(device: str) -> int:
