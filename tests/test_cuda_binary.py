@@ -74,7 +74,7 @@ def read_cubin(cubin: Path) -> dict[str, Kernel]:
         for name, stack, shared, local in resources
     }
     # An instruction is `/*0070*/  @P0 LDG.E.128 R4, ...`; the predicate may be absent.
-    counted = r"(?:LDL|STL|LDG|STG|UBLK|UTMA|[HQ]GMMA|WARPGROUP|BAR\.RED|BRA\.U\.ANY)[\w.]*"
+    counted = r"(?:LDL|STL|LDG|STG|UBLK|UTMA|[HQ]G?MMA|WARPGROUP|BAR\.RED|BRA\.U\.ANY)[\w.]*"
     token = re.compile(rf"^\.text\.(\S+):|\*/ +(?:@!?\w+ )?({counted}) ", re.MULTILINE)
     encoded = cubin.suffixes[-2][1:] in ENCODED
     text = run("nvdisasm", "-c", *["-hex"] * encoded, cubin)
@@ -151,6 +151,13 @@ def reductions(kernels: dict[str, Kernel], *bodies: int) -> dict[str, Kernel]:
     return {name: kernels[name] for name in found}
 
 
+def all_rows(kernels: dict[str, Kernel]) -> dict[str, Kernel]:
+    """rs_rmsnorm_kernel's body of rs_rmsnorm_ag alone."""
+    return {
+        name: kernels[name] for name in (f"rs_rmsnorm_kernel<{t}, 1, (tpf::Epilogue)3, (tpf::Body)3>" for t in DTYPES)
+    }
+
+
 def gathers(kernels: dict[str, Kernel], bulk: bool) -> dict[str, Kernel]:
     """all_gather_rows_kernel<dtype of the norms or void, bulk>."""
     return {
@@ -187,6 +194,7 @@ def test_rows_travel_in_vectors_of_16_bytes(kernels):
         name: dict(kernel.opcodes)
         for name, kernel in {
             **reductions(kernels, ONE_ROW, DIRECT),
+            **all_rows(kernels),
             **gathers(kernels, bulk=False),
         }.items()
         if not kernel.count(r"LDG\.E(?!.*CONSTANT).*\.128") or not kernel.count(r"STG\.E.*\.128")
@@ -221,6 +229,20 @@ def test_rows_travel_in_bulk_copies(kernels):
         or kernel.count(r"LDG\.E(?!.*CONSTANT).*\.128")
     }
     assert not threads_copy
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_columns_of_few_rows_are_multiplied_by_tensor_cores(kernels, architecture):
+    """Operands go to shared memory past the registers, and past the cache that no byte is read from twice."""
+    forms = [("__nv_bfloat16", tiles) for tiles in (1, 2, 4)] + [("__half", tiles) for tiles in (1, 2, 4)]
+    if architecture != "sm_80":  # has no products of fp8
+        forms += [("__nv_fp8_e4m3", tiles) for tiles in (1, 2)]
+    for dtype, tiles in forms:
+        kernel = kernels[f"qkv_a_proj_ag_columns_kernel<{dtype}, {tiles}>"]
+        assert kernel.count(r"[HQ]MMA") >= 16 * tiles and kernel.count(r"LDGSTS\.E\.BYPASS(?:\.\w+)*\.128"), (
+            dtype,
+            tiles,
+        )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:])

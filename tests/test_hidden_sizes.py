@@ -13,7 +13,7 @@ from tp_fused import partition, reference
 
 LARGEST = 16384
 MAX_CTAS = 2
-COUNTS = {2: (2, 13), 5: (4, 31)}  # tokens, by world size: of the first at most one a rank
+COUNTS = {2: (2, 13, 61), 5: (4, 31)}  # tokens, by world size: of the first at most one a rank
 
 
 def rows(sample: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -51,3 +51,26 @@ def reduce_rows(device: str, dtype: torch.dtype, step: int) -> None:
 @pytest.mark.parametrize("world_size", [2, 5])
 def test_rows_of_any_size(pool, device, dtype, world_size):
     pool.run(reduce_rows, device, dtype, 8 if device == "cuda" and dtype == torch.bfloat16 else 616)
+
+
+def gather_either_way(backend: str, device: str) -> None:
+    """Runs on a rank: few tokens, which all ranks add up on CUDA, and more, which their owners do."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    sizes = {"max_num_tokens": 300, "hidden_size": 1792, "dtype": torch.float32}
+    with workspace(backend, device, **sizes):
+        for dtype in (torch.bfloat16, torch.float32):
+            weight = random("weight", (1792,), dtype).to(device)
+            for num_tokens in (1, 7, 16, 33, 64, 120, 300):
+                input = random(f"rank {rank}", (num_tokens, 1792), dtype).to(device)
+                memory = tp_fused.symm_empty(input.shape, dtype=dtype, device=device).copy_(input)
+                own = partition.row_slice(num_tokens, rank, world_size)
+                residual = random("residual", (num_tokens, 1792), dtype)[own].to(device)
+                for given in ((input, None), (input, residual), (memory, residual)):
+                    normed, stored = tp_fused.rs_rmsnorm(*given, weight, EPS)
+                    expected = tp_fused.all_gather_rows(normed, num_tokens), stored
+                    same_bits(tp_fused.rs_rmsnorm_ag(*given, weight, EPS), expected)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_gathered_rows_have_the_bits_of_two_ops(pool, backend, device, world_size):
+    pool.run(gather_either_way, backend, device)

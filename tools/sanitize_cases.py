@@ -40,7 +40,10 @@ FORMS = {
     ],
     # A row for a cluster of eight, four and two blocks; the first two post their pieces.
     8: [(2, 8192, BF16), (4, 4096, FP32), (6, 2048, FP16)],
+    20: [(40, 7168, BF16)],  # a row a block, too large for all ranks to add up all
 }
+# Of rs_rmsnorm_ag alone, whose ranks all add up all of fewer rows.
+LARGER = [(163, 3072, BF16), (163, 3072, FP16)]
 FEW = 29  # tokens of the calls that ranks disagree on
 FP8_OPTIONS = {"keep_output": True, "scale_layout": "column"}
 
@@ -55,6 +58,7 @@ def reductions(device: str, max_ctas: int) -> list[Call]:
     calls = [reduction(device, op, form) for op in REDUCTIONS for form in FORMS[max_ctas]]
     if max_ctas == 2:
         calls += [reduction(device, op, (163, 768, BF16), None) for op in REDUCTIONS[:3]]
+        calls += [reduction(device, "rs_rmsnorm_ag", form) for form in LARGER]
         calls += [reduction(device, op, (163, 256, BF16), complete=True) for op in REDUCTIONS[:2]]
     return calls
 
@@ -72,10 +76,13 @@ def others(device: str) -> list[Call]:
         Call("qkv_a_proj_ag_fp8", count, hidden_size, FP32, device=device, options={"scale_layout": layout})
         for count, hidden_size, layout in ((1100, 1024, "row"), (1100, 768, "column"), (29, 256, "column"))
     ]
+    # In one kernel, its blocks in pairs that share out K; of fp32 and of more rows, a product first.
     complete = [
-        Call(op, FEW, 256, dtype, device=device, options={"complete": True})
-        for op, dtype in (("qkv_a_proj_ag", BF16), ("qkv_a_proj_ag_norm", FP32), ("qkv_a_proj_ag_fp8", FP32))
+        Call(op, count, hidden_size, dtype, device=device, options={"complete": True})
+        for op, dtype in (("qkv_a_proj_ag", BF16), ("qkv_a_proj_ag_norm", FP16), ("qkv_a_proj_ag_fp8", FP32))
+        for count, hidden_size in ((FEW, 1024), (300, 256))
     ]
+    complete.append(Call("qkv_a_proj_ag_norm", FEW, 256, FP32, device=device, options={"complete": True}))
     return [*gathers, *projections, *fp8, *complete]
 
 
