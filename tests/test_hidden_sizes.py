@@ -13,7 +13,7 @@ from tp_fused import partition, reference
 
 LARGEST = 16384
 MAX_CTAS = 2
-COUNTS = {2: (2, 13, 61), 5: (4, 31)}  # tokens, by world size: of the first at most one a rank
+COUNTS = {2: (2, 13), 5: (4, 31)}  # tokens, by world size: of the first at most one a rank
 
 
 def rows(sample: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -57,10 +57,11 @@ def gather_either_way(backend: str, device: str) -> None:
     """Runs on a rank: few tokens, which all ranks add up on CUDA, and more, which their owners do."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     sizes = {"max_num_tokens": 300, "hidden_size": 1792, "dtype": torch.float32}
+    counts = (1, 7, 16, 33, 64, 120, 300) if device == "cuda" else (1, 33)
     with workspace(backend, device, **sizes):
         for dtype in (torch.bfloat16, torch.float32):
             weight = random("weight", (1792,), dtype).to(device)
-            for num_tokens in (1, 7, 16, 33, 64, 120, 300):
+            for num_tokens in counts:
                 input = random(f"rank {rank}", (num_tokens, 1792), dtype).to(device)
                 memory = tp_fused.symm_empty(input.shape, dtype=dtype, device=device).copy_(input)
                 own = partition.row_slice(num_tokens, rank, world_size)
