@@ -54,6 +54,8 @@ def _differences(expected: dict, seen: dict) -> tuple[str, str]:
         return f"{key}={value}"
 
     keys = [key for key in expected if expected[key] != seen[key]]
+    if not keys:
+        return "the same, in as many blocks as its card has room for", "the same, in another number of blocks"
     if "op" in keys:  # the rest follows from it
         keys = ["op"] + (["num_tokens"] if "num_tokens" in keys else [])
     return ", ".join(words(expected, key) for key in keys), ", ".join(words(seen, key) for key in keys)

@@ -109,11 +109,8 @@ tpf_status tpf_card_of(tpf_card* card, int32_t device) { return tpf::use_device(
 const char* tpf_cuda_error_string(void) { return cudaGetErrorString(tpf::last_error); }
 
 void tpf_team_close_cuda(const tpf_team* team) {
-  tpf::Control* const own = tpf::control(team->region[team->rank]);
-  const uint32_t closed = 1, unclaimed = 0;
-  cudaMemcpy(&own->closed, &closed, sizeof(closed), cudaMemcpyHostToDevice);
-  // A graph that is replayed from here on leaves its own record, whatever the workspace has run into before.
-  cudaMemcpy(&own->claimed, &unclaimed, sizeof(unclaimed), cudaMemcpyHostToDevice);
+  const uint32_t closed = 1;
+  cudaMemcpy(&tpf::control(team->region[team->rank])->closed, &closed, sizeof(closed), cudaMemcpyHostToDevice);
 }
 
 tpf_fault tpf_team_fault_cuda(const tpf_team* team, int32_t rank) {

@@ -11,9 +11,10 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
   const int most_rows = shares ? fitted_to(card).shared_card_column_rows : fitted_to(card).own_card_column_rows;
   const int64_t posted = call.num_tokens * call.columns * bytes_of(latent_dtype(call));
   if ((call.variant & TPF_COMPLETE) == 0 || !aligned || call.dtype == TPF_F32 || (scaled && !has_tma(card)) ||
-      call.num_tokens > most_rows || row_bytes % 16 != 0 || call.columns % 8 != 0 || call.q_columns % 8 != 0 ||
-      call.kv_columns % 8 != 0 || rest % 8 != 0 || call.q_columns > kMostNormedColumns ||
-      call.kv_columns > kMostNormedColumns || posted > inbox_bytes(limits.slot_bytes)) {
+      call.num_tokens > most_rows || call.hidden_size > kMostColumnsHidden || row_bytes % 16 != 0 ||
+      call.columns % 8 != 0 || call.q_columns % 8 != 0 || call.kv_columns % 8 != 0 || rest % 8 != 0 ||
+      call.q_columns > kMostNormedColumns || call.kv_columns > kMostNormedColumns ||
+      posted > inbox_bytes(limits.slot_bytes)) {
     return plan;
   }
   // The largest share decides: all ranks have the same grid.

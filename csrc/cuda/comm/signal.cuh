@@ -45,7 +45,8 @@ __device__ inline bool has_faulted(const tpf_team& team) {
 __device__ inline void report(const tpf_team& team, const tpf_call& call, const BlockRound& round, tpf_status status,
                               int peer, int step, uint64_t seen, uint64_t waited_ns) {
   Control* own = control(team.region[team.rank]);
-  if (atomicExch(&own->claimed, 1u) != 0) return;
+  // The first one writes the record. Of a workspace that is closed every replayed graph does, whatever came before.
+  if (atomicExch(&own->claimed, 1u) != 0 && status != TPF_CLOSED) return;
   const tpf_call* const announced = &control(team.region[peer])->announced[round.epoch & 1];
   if (status == TPF_DISAGREE) {
     // A word that was not released may have come before what its sender announced: a matter of microseconds.

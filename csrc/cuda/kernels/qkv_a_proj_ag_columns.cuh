@@ -3,9 +3,9 @@
 //
 // The time of such a product is that of reading the weight. A cluster of blocks takes some units of 8 columns; its
 // blocks, and in these the warps, share out K in chunks of 64 bytes, and add up what they have in a fixed order: first
-// the warps' sums, then the blocks'. Lanes hold 16 bytes of a row of K each, operands straight from global memory: the
-// two factors have their elements along K in the same order, though not in the instruction's, which a sum does not
-// mind. The first of the weight is asked for before the kernel before this one has ended (PDL).
+// the warps' sums, then the blocks'. A lane has 16 bytes of a row along K: the two factors have their elements in the
+// same order, though not in the instruction's, which a sum does not mind. The weight is on its way to the L2 cache
+// before the kernel before this one has ended (PDL); no further, for that kernel may have written it.
 //
 // A finished vector of 8 columns is posted into all ranks' inboxes, this rank's too, as flag-in-data. Then each rank
 // takes whole rows from its inbox, a warp a part of a row, and normalises q_a and kv_a on the way.
@@ -92,6 +92,20 @@ struct WarpProduct {
       const int at = column_of(u);
       const In* const from = static_cast<const In*>(args.weight) + (args.own.start + at) * hidden + k;
       copy16_async(place(slot, u), from, i < count && at < args.own.count && k < hidden);
+    }
+  }
+  // All that the warp will copy in a pass: a chunk of a row is half a line of the cache.
+  __device__ void prefetch_weight(int pass) {
+    begin_pass(pass);
+    if (threadIdx.x % 4 != 0) return;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+#pragma unroll
+      for (int u = 0; u < kColumnUnits; ++u) {
+        const int at = column_of(u);
+        if (u >= units || at >= args.own.count) break;
+        prefetch_to_l2(static_cast<const In*>(args.weight) + (args.own.start + at) * hidden + k_of(i));
+      }
     }
   }
   __device__ void copy_rows(int i, int slot) const {
@@ -211,7 +225,6 @@ __device__ inline void add_warps(const float (&sums)[kRowTiles][kColumnUnits][4]
   __syncthreads();
 }
 
-// The first pass's weights have been asked for.
 template <typename In, int kRowTiles>
 __device__ inline void multiply_columns(const ColumnsArgs& args, WarpProduct<In, kRowTiles>& product, float* partial,
                                         float* block_sums) {
@@ -220,7 +233,7 @@ __device__ inline void multiply_columns(const ColumnsArgs& args, WarpProduct<In,
     product.begin_pass(pass);
 #pragma unroll 1
     for (int i = 0; i < args.stages; ++i) {
-      if (pass > 0) product.copy_weight(i, i);
+      product.copy_weight(i, i);
       product.copy_rows(i, i);
       commit_copies();
     }
@@ -353,7 +366,7 @@ __global__ void __launch_bounds__(kColumnsThreads, 1)
   float* const partial = reinterpret_cast<float*>(dynamic);
   float* const block_sums = reinterpret_cast<float*>(dynamic + args.ring_bytes);
   WarpProduct<In, kRowTiles> product(args, dynamic);
-  for (int i = 0; i < args.stages; ++i) product.copy_weight(i, i);  // hangs on no kernel before
+  for (int pass = 0; pass < product.num_passes(); pass += args.row_blocks) product.prefetch_weight(pass);
   pdl_wait();
   const GatherArgs& gather = args.gather;
   const BlockRound round = begin_op(gather.team, gather.call, gather.contract, 1);
