@@ -15,6 +15,7 @@ import faulthandler
 import io
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import tempfile
@@ -38,6 +39,19 @@ def preload(*more: str) -> None:
 
 
 preload()
+
+
+def _start_server() -> None:
+    """Unless it runs. It finds modules of this folder, too: Python before 3.13 does not tell it where to look."""
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.path.dirname(os.path.abspath(__file__)), path]))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if path is not None:
+            os.environ["PYTHONPATH"] = path
+
 
 # What takes no time may take so long on a busy machine. Waits that must not come to their deadline have a longer one.
 BUSY_S = 15.0
@@ -72,6 +86,7 @@ class Pool:
 
     def __init__(self, world_size: int, device: str = "cpu"):
         self.world_size, self.device = world_size, device
+        _start_server()
         self._folder = tempfile.TemporaryDirectory(prefix="tp_fused-ranks-")
         # Served by this process, which no test kills. Over files an exchange would take milliseconds.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -12,7 +12,7 @@ import tp_fused
 from tp_fused import compiled, ops
 from tp_fused.partition import row_count
 
-pytestmark = pytest.mark.preload("torch._inductor.compile_fx")
+pytestmark = pytest.mark.preload("warm_compiler")
 
 # ---- caches and programs: what one process makes and another finds ----
 
