@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_program
 
 import tp_fused
 from tp_fused import faults, ops, projections, prologue
@@ -30,20 +31,16 @@ def first_cells(text: str) -> set[str]:
     return set(re.findall(r"`(\w[\w ]*)`", "".join(re.findall(r"^\|([^|]*)\|", text, re.MULTILINE))))
 
 
-def run_on_two_ranks(script: Path, program: str, *arguments: str) -> str:
-    """What it prints."""
-    script.write_text(program + "\ndist.destroy_process_group()\n")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        *arguments,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}  # its tensors are the CPU's
+GROUP_ENDS = "dist.destroy_process_group()"
+ON_THE_CPU = {"CUDA_VISIBLE_DEVICES": ""}  # the programs' tensors are the CPU's
+
+
+def run_under_torchrun(script: Path, program: str) -> str:
+    """What it prints on two ranks."""
+    script.write_text(f"{program}\n{GROUP_ENDS}\n")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **ON_THE_CPU}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -53,7 +50,7 @@ def test_the_programs_run(tmp_path):
     """The README's, and the one of docs/ops.md that goes on from it."""
     use = programs("README.md", "python")[0]
     in_place = next(program for program in programs("docs/ops.md", "python") if "symm_empty" in program)
-    printed = run_on_two_ranks(
+    printed = run_under_torchrun(
         tmp_path / "use.py",
         f"{use}\n{in_place}\n"
         "world_size = dist.get_world_size()\n"
@@ -65,9 +62,11 @@ def test_the_programs_run(tmp_path):
 
 def test_the_prologue_s_program_runs(tmp_path):
     (program,) = programs("docs/how-to/mla_prologue.md", "python")
-    assert run_on_two_ranks(tmp_path / "use.py", program).count("mla_prologue: all ranks take all 1 normed rows") == 2
+    printed = run_program(f"{program}\n{GROUP_ENDS}", tmp_path, 2, **ON_THE_CPU)
+    assert printed.count("mla_prologue: all ranks take all 1 normed rows") == 2
 
 
+@pytest.mark.preload("transformers")
 def test_the_programs_on_transformers_run(tmp_path):
     pytest.importorskip("transformers", reason="needs transformers (the test extra)")
     from tiny_models import make_model, make_tokenizer
@@ -75,7 +74,7 @@ def test_the_programs_on_transformers_run(tmp_path):
     make_model("v3").save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     first, second = programs("docs/how-to/transformers.md", "python")
-    printed = run_on_two_ranks(tmp_path / "use.py", first + second, str(tmp_path / "model"))
+    printed = run_program(f"{first}{second}\n{GROUP_ENDS}", tmp_path, 2, str(tmp_path / "model"), **ON_THE_CPU)
     assert printed.startswith("who are you ") and len(printed.split()) == 3 + 8
 
 
