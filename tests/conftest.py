@@ -1,6 +1,7 @@
 """Fixtures. `--device cuda` runs the tests that take `device`, on GPU tensors, and no others; the default is cpu."""
 
 import inspect
+import time
 
 import progress
 import pytest
@@ -63,6 +64,16 @@ def pools(device):
     yield get
     for pool in made.values():
         pool.close()
+
+
+@pytest.fixture(scope="module")
+def kept(request):
+    """A folder for what follows from its name alone, and takes long to make: one that is not touched is deleted."""
+    begin, folder = time.time(), request.config.cache.mkdir(request.module.__name__)
+    yield folder
+    for path in folder.iterdir():
+        if path.stat().st_mtime < begin:
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import venv
 from pathlib import Path
 
@@ -24,16 +23,13 @@ pytestmark = pytest.mark.packaging
 
 
 @pytest.fixture(scope="module")
-def checkout(request, tmp_path_factory):
-    """The sources alone, without what has been built in place. Object files are kept until a later run has others."""
+def checkout(kept, tmp_path_factory) -> Path:
+    """The sources alone, without what has been built in place; and object files of the last time."""
     folder = tmp_path_factory.mktemp("wheel") / "tp_fused"
     built = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "tests", "bench", "docs")
     shutil.copytree(ROOT, folder, ignore=built)
-    begin, objects = time.time(), request.config.cache.mkdir("objects")
-    (folder.parent / "objects").symlink_to(objects)
-    yield folder
-    for unused in [path for path in objects.iterdir() if path.stat().st_mtime < begin]:
-        unused.unlink()
+    (folder.parent / "objects").symlink_to(kept)
+    return folder
 
 
 def script(path: Path, text: str) -> Path:
