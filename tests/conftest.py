@@ -1,5 +1,6 @@
 """Fixtures. `--device cuda` runs the tests that take `device`, on GPU tensors, and no others; the default is cpu."""
 
+import gc
 import inspect
 import time
 
@@ -32,6 +33,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
+    gc.freeze()  # no collection of garbage looks through all that has been imported and collected until now
     if session.config.getoption("--device") == "cuda":
         return  # what is imported may look for GPUs, which a process that is forked from it could not use any more
     marks = [mark for item in session.items for mark in item.iter_markers("preload")]
