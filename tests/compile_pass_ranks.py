@@ -19,7 +19,7 @@ class FrontEnd:
 
     def __init__(self, compile_pass):
         self.options = compile_pass.options
-        self.graphs: list[torch.fx.GraphModule] = []
+        self.graphs: list[torch.fx.Graph] = []
 
     def __call__(self, module, inputs):
         return inductor.compile_fx(module, inputs, inner_compile=self._compile, config_patches=self.options)
@@ -31,7 +31,7 @@ class FrontEnd:
         with V.set_fake_mode(fake_mode):
             inductor._recursive_post_grad_passes(module, is_inference=is_inference)
         module.graph.lint()
-        self.graphs.append(module)
+        self.graphs.append(module.graph)
 
         def run(arguments):
             return module(*arguments)
@@ -77,16 +77,26 @@ def received(graph: torch.fx.Graph, num_tokens: int, world_size: int) -> float:
 
 
 @contextlib.contextmanager
-def compiled(module, backend: str = "front end", device: str = "cpu", dynamic=None, sizes=None, **options):
+def compiled(module, backend: str = "front end", dynamic=None, sizes=None, made=compile_pass.TpFusedPass, **options):
     """(the module, compiled with the pass; the pass; the graphs) with a workspace. Every rank is to enter."""
-    with rank_of_its_own(), workspace(device, device, timeout_s=100.0, **{"max_num_tokens": 64, **(sizes or {})}):
-        rewriting = compile_pass.TpFusedPass(**options)
-        front = FrontEnd(rewriting)
+    with rank_of_its_own(), workspace("cpu", timeout_s=100.0, **{"max_num_tokens": 64, **(sizes or {})}):
+        rewriting = made(**options)
         if backend == "inductor":
-            function = torch.compile(module, fullgraph=True, dynamic=dynamic, options=rewriting.options)
+            graphs = []
+            options = rewriting.options | {"post_grad_custom_post_pass": lambda graph: graphs.append(copied(graph))}
+            function = torch.compile(module, fullgraph=True, dynamic=dynamic, options=options)
         else:
+            front = FrontEnd(rewriting)
+            graphs = front.graphs
             function = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=front)
-        yield function, rewriting, front.graphs
+        yield function, rewriting, graphs
+
+
+def copied(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """As it is now: Inductor goes on with the other one."""
+    copy = torch.fx.Graph()
+    copy.graph_copy(graph, {})
+    return copy
 
 
 def reduced(rows):

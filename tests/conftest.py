@@ -1,6 +1,8 @@
 """Fixtures. `--device cuda` runs the tests that take `device`, on GPU tensors, and no others; the default is cpu."""
 
+import gc
 import inspect
+import time
 
 import progress
 import pytest
@@ -31,6 +33,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
+    gc.freeze()  # no collection of garbage looks through all that has been imported and collected until now
     if session.config.getoption("--device") == "cuda":
         return  # what is imported may look for GPUs, which a process that is forked from it could not use any more
     marks = [mark for item in session.items for mark in item.iter_markers("preload")]
@@ -63,6 +66,16 @@ def pools(device):
     yield get
     for pool in made.values():
         pool.close()
+
+
+@pytest.fixture(scope="module")
+def kept(request):
+    """A folder for what follows from its name alone, and takes long to make: one that is not touched is deleted."""
+    begin, folder = time.time(), request.config.cache.mkdir(request.module.__name__)
+    yield folder
+    for path in folder.iterdir():
+        if path.stat().st_mtime < begin:
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Pages of the documents: what they say, and their programs, which run on ranks of torchrun."""
+"""Pages of the documents: what they say, and their programs, which run on ranks."""
 
 import os
 import re
@@ -6,6 +6,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from ranks import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,22 +27,19 @@ def command(name: str, word: str) -> list[str]:
     return words[words.index(word) + 1 :]
 
 
-def run_on_ranks(script: Path, program: str, *arguments: str, num_ranks: int = 2, device: str = "cpu") -> str:
-    """What it prints."""
-    script.write_text(program + "\ndist.destroy_process_group()\n")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(num_ranks),
-        str(script),
-        *arguments,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def run_on_ranks(folder: Path, program: str, *arguments: str, num_ranks: int = 2, device: str = "cpu") -> str:
+    """What it prints; without a GPU on ranks that have torch already."""
+    program += "\ndist.destroy_process_group()\n"
     if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+        return run_program(program, folder, num_ranks, *arguments, CUDA_VISIBLE_DEVICES="")
+    return run_under_torchrun(folder / "program.py", program, *arguments, num_ranks=num_ranks)
+
+
+def run_under_torchrun(script: Path, program: str, *arguments: str, num_ranks: int = 2, **environment: str) -> str:
+    script.write_text(program)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command = [sys.executable, *launcher, str(script), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

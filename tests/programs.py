@@ -228,8 +228,9 @@ class Call:
         return random(f"{name} {self.seed} {self.num_tokens}", shape, dtype or self.dtype, scale)
 
     def _sample(self, rank: int) -> torch.Tensor:
-        """The rank's rows and, where they are few, some more: rounding errors are measured on all of these."""
-        return self._random(f"input {rank}", (max(self.num_tokens, 256), self.hidden_size))
+        """The rank's rows and, where few are projected, some more: rounding errors are measured on all of these."""
+        num_rows = max(self.num_tokens, 256) if self.op in PROJECTIONS else self.num_tokens
+        return self._random(f"input {rank}", (num_rows, self.hidden_size))
 
     def _residual(self) -> torch.Tensor | None:
         if self.residual is None:

@@ -15,8 +15,11 @@ import faulthandler
 import io
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
+import runpy
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -33,11 +36,26 @@ _context = multiprocessing.get_context("forkserver")
 
 def preload(*more: str) -> None:
     """What the server imports, for all ranks at once; before the first pool is made."""
-    # The last one is what torch.use_deterministic_algorithms imports: two seconds of it.
-    _context.set_forkserver_preload(["torch", "torch.distributed", "tp_fused", "torch._inductor.config", *more])
+    # torch.use_deterministic_algorithms imports Inductor's configuration, for two seconds. What is there at the end is
+    # frozen: the garbage collector of a rank would look through all of it, and make a copy of its pages.
+    modules = ["torch", "torch.distributed", "tp_fused", "torch._inductor.config", *more, "tp_fused.frozen"]
+    _context.set_forkserver_preload(modules)
 
 
 preload()
+
+
+def _start_server() -> None:
+    """Unless it runs. It finds modules of this folder, too: Python before 3.13 does not tell it where to look."""
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.path.dirname(os.path.abspath(__file__)), path]))
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if path is not None:
+            os.environ["PYTHONPATH"] = path
+
 
 # What takes no time may take so long on a busy machine. Waits that must not come to their deadline have a longer one.
 BUSY_S = 15.0
@@ -72,6 +90,7 @@ class Pool:
 
     def __init__(self, world_size: int, device: str = "cpu"):
         self.world_size, self.device = world_size, device
+        _start_server()
         self._folder = tempfile.TemporaryDirectory(prefix="tp_fused-ranks-")
         # Served by this process, which no test kills. Over files an exchange would take milliseconds.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -212,6 +231,53 @@ def _run(function, arguments) -> bytes:
             return data
         except Exception:  # not every exception can be pickled
             return _pack((None, RuntimeError(f"{type(error).__name__}: {error}"), text))
+
+
+# ---- programs ----
+
+
+def run_program(program: str, folder, world_size: int, *arguments: str, timeout_s: float = 240.0, **environment) -> str:
+    """What a script prints that all ranks run: as under torchrun, without the seconds in which torch is imported."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "program.py"), "w") as file:
+        file.write(program)
+    variables = environment | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is served here
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
+    _start_server()
+    processes = []
+    for rank in range(world_size):
+        given = (str(folder), [file.name, *arguments], variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        processes.append(_context.Process(target=_be_program, args=given, daemon=True))
+        processes[-1].start()
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
+    printed, told = ("".join(_read(folder, kind, rank) for rank in range(world_size)) for kind in ("out", "err"))
+    assert [process.exitcode for process in processes] == [0] * world_size, printed + told
+    return printed
+
+
+def _read(folder, kind: str, rank: int) -> str:
+    with open(os.path.join(folder, f"{kind}-{rank}")) as file:
+        return file.read()
+
+
+def _be_program(folder: str, arguments: list[str], variables: dict[str, str]) -> None:
+    for descriptor, kind in ((1, "out"), (2, "err")):
+        with open(os.path.join(folder, f"{kind}-{variables['RANK']}"), "w") as file:
+            os.dup2(file.fileno(), descriptor)
+    os.environ |= variables
+    torch.set_num_threads(1)
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 # ---- what the functions that run on ranks need ----

@@ -7,8 +7,8 @@ scoreboard in a mask that it waits for. Both are in the upper half of the 128-bi
 import re
 from dataclasses import dataclass
 
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/")
-_UPPER_HALF = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
+_INSTRUCTION = re.compile(r" */\*[0-9a-f]{4,}\*/ +([^;]*?) *;")
+_UPPER_HALF = re.compile(r" */\* 0x([0-9a-f]{16}) \*/")
 _NO_DESTINATION = re.compile(r"ST|RED|BAR|BRA|SYNCS|MEMBAR|ERRBAR|UBLK|UTMA|EXIT|CCTL|WARPSYNC|B[S]?SY|NOP")
 
 
@@ -47,13 +47,13 @@ def functions(text: str) -> dict[str, list[Instruction | Label]]:
     """The kernels of a disassembly, by mangled name, in the order of their code."""
     found, current, pending = {}, None, None
     for line in text.splitlines():
-        if section := re.match(r"^\.text\.(\S+):", line):
-            current = found.setdefault(section[1], [])
-        elif label := re.match(r"^(\.L_\w+):", line):
+        if line.startswith(".text."):
+            current = found.setdefault(line[len(".text.") : line.index(":")], [])
+        elif line.startswith(".L_"):
             if current is not None:
-                current.append(Label(label[1]))
-        elif match := _INSTRUCTION.search(line):
-            pending = match[2]
+                current.append(Label(line[: line.index(":")]))
+        elif match := _INSTRUCTION.match(line):
+            pending = match[1]
         elif pending is not None and (match := _UPPER_HALF.match(line)):
             upper = int(match[1], 16)
             predicate, _, rest = pending.partition(" ") if pending.startswith("@") else ("", "", pending)

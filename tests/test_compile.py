@@ -9,7 +9,7 @@ from ranks import workspace
 
 import tp_fused
 
-pytestmark = pytest.mark.preload("torch._inductor.compile_fx")
+pytestmark = pytest.mark.preload("warm_compiler")
 
 SIZES = {"max_num_tokens": 300, "hidden_size": 256, "latent_size": sum(LATENT)}
 

@@ -10,6 +10,8 @@ from compile_pass_ranks import calls, compiled, random, reduced
 
 from tp_fused import compile_pass
 
+pytestmark = pytest.mark.preload("warm_compiler")
+
 HIDDEN, NUM_TOKENS = 64, 6
 EPS = 1e-5
 
@@ -190,7 +192,7 @@ def run(programs: list) -> list[tuple]:
                     output, wanted, rtol=0.05 if wanted.dtype == torch.bfloat16 else 1e-5, atol=1e-4
                 )
             (site,) = rewriting.report().sites
-            told.append((site.because, calls(graphs[0].graph), _groups[0].group_name))
+            told.append((site.because, calls(graphs[0]), _groups[0].group_name))
     return told
 
 
@@ -272,7 +274,7 @@ def run_projections(replicated: bool, columns: int, wide: int = HIDDEN) -> tuple
     with compiled(projected, replicated=lambda name, shape: replicated) as (function, rewriting, graphs):
         torch.testing.assert_close(function(*given), projected(*given), rtol=1e-4, atol=1e-4)
         (site,) = rewriting.report().sites
-        return calls(graphs[0].graph), "; ".join(site.notes)
+        return calls(graphs[0]), "; ".join(site.notes)
 
 
 @pytest.mark.parametrize("world_size", [2])

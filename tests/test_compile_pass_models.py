@@ -11,19 +11,25 @@ from compile_pass_ranks import calls, compiled, random, received, reduced
 from ranks import Pool, workspace
 from torch._inductor import ir
 
-import tp_fused
 from tp_fused import compile_pass
 
 pytest.importorskip("transformers", reason="needs transformers (the test extra)")
 
 import compile_pass_models as models
 
+pytestmark = pytest.mark.preload("warm_compiler", "transformers")
+
 SIZES = {"hidden_size": models.HIDDEN}
 LLAMA = ["rs_rmsnorm_ag"] * (2 * models.LAYERS + 1)
 PROJECTED = ["rs_rmsnorm", "qkv_a_proj_ag", "qkv_a_proj_ag"]
-DEEPSEEK = [*PROJECTED, "rs_rmsnorm_ag", *PROJECTED, "rs_rmsnorm_ag", "rs_rmsnorm_ag"]
+EXPERTS = [*PROJECTED, "rs_rmsnorm_ag", "rs_rmsnorm_ag"]
 # The two reductions of the layer with experts, routed and shared, are one after.
-MODELS = {"Llama": (LLAMA, 5), "Gemma": (LLAMA, 5), "Deepseek": (DEEPSEEK, 6)}
+MODELS = {
+    "Llama": (LLAMA, 5),
+    "Gemma": (LLAMA, 5),
+    "Deepseek": ([*PROJECTED, "rs_rmsnorm_ag", *EXPERTS], 6),
+    "Experts": (EXPERTS, 4),
+}
 
 
 def tokens(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,18 +49,26 @@ def run(kind: str, hook: str, backend: str, token_counts: list[int]) -> tuple[li
             torch.testing.assert_close(function(*given), expected, rtol=1e-4, atol=1e-4)
         report = rewriting.report()
         assert not report.left, str(report)
-        return [calls(graph.graph) for graph in graphs], report.graphs[0].totals()
+        return [calls(graph) for graph in graphs], report.graphs[0].totals()
 
 
-RUNS = [(2, "Llama", "all_reduced_in_place"), *((2, kind, "all_reduced") for kind in MODELS)]
+# Each model, form of all-reduce and number of ranks; and all that Inductor makes code of, as users have it.
+RUNS = [
+    (2, "Deepseek", "all_reduced", "front end"),
+    (3, "Gemma", "all_reduced", "front end"),
+    (2, "Llama", "all_reduced_in_place", "inductor"),
+    (2, "Experts", "all_reduced_in_place", "inductor"),
+]
 
 
-@pytest.mark.parametrize(("world_size", "kind", "hook"), [*RUNS, (3, "Deepseek", "all_reduced_in_place")])
-def test_logits_equal_eager_ones(pool, kind, hook):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("world_size", "kind", "hook", "compiler"), RUNS)
+def test_logits_equal_eager_ones(pool, kind, hook, compiler):
     """Token counts that the ranks cannot share out evenly, and fewer than there are ranks."""
     wanted, reductions = MODELS[kind]
-    for graphs, totals in pool.run(run, kind, hook, "front end", [9, 2, 31, 1], timeout_s=290):
-        assert graphs == [wanted, wanted]  # for any count, and for one token
+    token_counts = [9, 2, 31] if compiler == "inductor" else [9, 2, 31, 1]
+    for graphs, totals in pool.run(run, kind, hook, compiler, token_counts, timeout_s=600):
+        assert graphs == [wanted] * (1 + (1 in token_counts))  # for any count, and for one token
         assert (totals["collectives_before"], totals["collectives_after"]) == (reductions, len(wanted))
 
 
@@ -68,28 +82,32 @@ def run_dynamic(kind: str) -> tuple[int, list, list[str]]:
         for num_tokens in (9, 2, 31):
             given = tokens(num_tokens)
             torch.testing.assert_close(function(*given), model(*given), rtol=1e-4, atol=1e-4)
-        return len(graphs), calls(graphs[0].graph), list(map(str, rewriting.report().left))
+        return len(graphs), calls(graphs[0]), list(map(str, rewriting.report().left))
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Deepseek"])
+@pytest.mark.parametrize("kind", ["Llama", "Experts"])
 @pytest.mark.parametrize("world_size", [2])
 def test_all_is_dynamic(pool, kind):
     for seen in pool.run(run_dynamic, kind, timeout_s=290):
         assert seen == (1, MODELS[kind][0], [])
 
 
-def bytes_of(kind: str) -> list[tuple[float, float]]:
-    """Runs on a rank: bytes a token with and without the pass, counted in the graph and as the report has them."""
-    counts, names = [], list(compile_pass.MLA_PROJECTIONS)
-    for group in (None, dist.new_group()):
-        model = getattr(models, kind)().eval()
-        with tp_fused.init(group, max_num_tokens=64, hidden_size=8, device="cpu"):
-            options = {} if group is None else {"group": group}  # a pass for a group that reduces nothing
-            with compiled(model, sizes=SIZES, replicated=names, **options) as (function, rewriting, graphs):
-                function(*tokens(6))
-                totals = rewriting.report().graphs[0].totals()
-                counts.append((received(graphs[0].graph, 6, dist.get_world_size()), totals["bytes_after"]))
-    return counts
+class Counting(compile_pass.TpFusedPass):
+    """Counts the bytes of the graph that it is given, too."""
+
+    def __call__(self, graph: torch.fx.Graph, is_inference: bool) -> None:
+        self.bytes_before = received(graph, 6, dist.get_world_size())
+        super().__call__(graph, is_inference)
+
+
+def bytes_of(kind: str) -> tuple:
+    """Runs on a rank: bytes a token without and with the pass, counted in the graph and as the report has them."""
+    model, names = getattr(models, kind)().eval(), list(compile_pass.MLA_PROJECTIONS)
+    with compiled(model, sizes=SIZES, made=Counting, replicated=names) as (function, rewriting, graphs):
+        function(*tokens(6))
+        totals = rewriting.report().graphs[0].totals()
+        bytes_after = received(graphs[0], 6, dist.get_world_size())
+        return (rewriting.bytes_before, bytes_after), (totals["bytes_before"], totals["bytes_after"])
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Deepseek"])
@@ -97,20 +115,13 @@ def bytes_of(kind: str) -> list[tuple[float, float]]:
 def test_bytes(pool, kind):
     row = 4 * models.HIDDEN / 2
     columns = 4 * (models.Q_LORA + models.KV_LORA + models.ROPE) / 2
-    wanted = {"Llama": (10 * row, 10 * row), "Deepseek": (8 * row + 2 * columns, 12 * row)}[kind]
-    for after, before in pool.run(bytes_of, kind, timeout_s=290):
-        assert (after[0], before[0]) == pytest.approx(wanted)
-        assert (after[1], before[1]) == pytest.approx(wanted)
+    wanted = {"Llama": (10 * row, 10 * row), "Deepseek": (12 * row, 8 * row + 2 * columns)}[kind]
+    for counted, reported in pool.run(bytes_of, kind, timeout_s=290):
+        assert counted == pytest.approx(wanted)
+        assert reported == pytest.approx(wanted)
 
 
-# ---- Inductor as users have it ----
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["Llama", "Deepseek"])
-@pytest.mark.parametrize("world_size", [2])
-def test_inductor(pool, kind):
-    pool.run(run, kind, "all_reduced_in_place", "inductor", [9, 2, 31], timeout_s=600)
+# ---- Inductor as a whole ----
 
 
 def with_a_gather(x, residual, weight, up, down):

@@ -9,7 +9,7 @@ from ranks import workspace
 
 import tp_fused
 
-pytestmark = pytest.mark.preload("torch._inductor.compile_fx")
+pytestmark = pytest.mark.preload("warm_compiler")
 
 NUM_TOKENS, HIDDEN = 5, 64  # shares of two ranks: 3 and 2 rows, which compilers weigh differently
 WIDTHS = (8, 16, 64)

@@ -7,9 +7,11 @@ loads that were issued before it, and a bulk copy that then overwrites the buffe
 import collections
 import concurrent.futures
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -24,6 +26,10 @@ ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 DTYPES = ("__nv_bfloat16", "__half", "float")
 ENCODED = ("sm_90a", "sm_100")  # of which the code is read
 ARRIVAL = r"SYNCS\.ARRIVE\.TRANS64\.A1T0"  # without bytes to expect: what gives a buffer back, or passes an end on
+# An instruction is `/*0070*/  @P0 LDG.E.128 R4, ...`; the predicate may be absent.
+COUNTED = re.compile(
+    r"\*/ +(?:@!?\w+ )?((?:LDL|STL|LDG|STG|UBLK|UTMA|[HQ]G?MMA|WARPGROUP|BAR\.RED|BRA\.U\.ANY)[\w.]*) "
+)
 EPILOGUES = (0, 1, 2, 3)  # tpf::Epilogue
 ONE_ROW, DIRECT, BULK = 0, 1, 2  # tpf::Body
 
@@ -36,7 +42,9 @@ class Kernel:
     local_bytes: int
     shared_bytes: int  # static
     opcodes: collections.Counter  # of accesses to memory, products, reducing barriers, loops over threads: "LDG.E.128"
-    code: list = dataclasses.field(default_factory=list)  # sass.py's, where it arrives on mbarriers; of ENCODED alone
+    # Its arrivals on mbarriers, on ENCODED alone: whether each hangs on rows that were read; those that come too early.
+    waiting: list[bool] = dataclasses.field(default_factory=list)
+    early: list[int] = dataclasses.field(default_factory=list)
 
     def count(self, pattern: str) -> int:
         """Instructions whose opcode matches."""
@@ -73,23 +81,20 @@ def read_cubin(cubin: Path) -> dict[str, Kernel]:
         name: Kernel(int(stack), int(local), int(shared), collections.Counter())
         for name, stack, shared, local in resources
     }
-    # An instruction is `/*0070*/  @P0 LDG.E.128 R4, ...`; the predicate may be absent.
-    counted = r"(?:LDL|STL|LDG|STG|UBLK|UTMA|[HQ]G?MMA|WARPGROUP|BAR\.RED|BRA\.U\.ANY)[\w.]*"
-    token = re.compile(rf"^\.text\.(\S+):|\*/ +(?:@!?\w+ )?({counted}) ", re.MULTILINE)
     encoded = cubin.suffixes[-2][1:] in ENCODED
-    text = run("nvdisasm", "-c", *["-hex"] * encoded, cubin)
-    opcodes = None
-    for section, opcode in token.findall(text):
-        if section:
-            opcodes = kernels[section].opcodes
-        else:
-            opcodes[opcode] += 1
-    if encoded:
-        # The others are most of the text, and reading it takes longest.
-        kernels_of = re.split(r"^(?=\.text\.)", text, flags=re.MULTILINE)
-        for name, code in sass.functions("".join(text for text in kernels_of if re.search(ARRIVAL, text))).items():
-            kernels[name].code = code
+    _, *sections = run("nvdisasm", "-c", *["-hex"] * encoded, cubin).split("\n.text.")
+    for section in sections:
+        kernel = kernels[section[: section.index(":")]]
+        kernel.opcodes.update(COUNTED.findall(section))
+        if encoded and re.search(ARRIVAL, section):
+            (code,) = sass.functions(f".text.{section}").values()
+            kernel.waiting = [sass.hangs_on(code, index, r"LDS\.128") for index in arrivals(code)]
+            kernel.early = sass.outstanding_loads(code, "LDS", ARRIVAL)
     return kernels
+
+
+def arrivals(code: list) -> list[int]:
+    return [i for i, item in enumerate(code) if isinstance(item, sass.Instruction) and re.match(ARRIVAL, item.text)]
 
 
 def demangle(names: list[str]) -> list[str]:
@@ -110,11 +115,24 @@ def extract_cubins(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.cubin"))
 
 
-def read_library(folder: Path) -> dict[str, dict[str, Kernel]]:
+def read_once(cubin: Path, kept: Path) -> dict[str, Kernel]:
+    """What `read_cubin` has read of the same code, with the same tools and sources; it takes half a minute in all."""
+    sources = Path(__file__).read_bytes() + Path(sass.__file__).read_bytes() + run("nvdisasm", "--version").encode()
+    path = kept / hashlib.sha256(sources + cubin.suffixes[-2].encode() + cubin.read_bytes()).hexdigest()
+    if path.exists():
+        path.touch()
+        return pickle.loads(path.read_bytes())
+    content = read_cubin(cubin)
+    path.with_suffix(".part").write_bytes(pickle.dumps(content))
+    path.with_suffix(".part").rename(path)
+    return content
+
+
+def read_library(folder: Path, kept: Path) -> dict[str, dict[str, Kernel]]:
     """The kernels of libtp_fused, by architecture and name."""
     cubins = extract_cubins(folder)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
-        contents = list(executor.map(read_cubin, cubins))
+        contents = list(executor.map(read_once, cubins, itertools.repeat(kept)))
     kernels = collections.defaultdict(dict)
     for cubin, content in zip(cubins, contents, strict=True):
         kernels[cubin.suffixes[-2][1:]] |= dict(zip(demangle(list(content)), content.values(), strict=True))
@@ -122,9 +140,9 @@ def read_library(folder: Path) -> dict[str, dict[str, Kernel]]:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """What is read of libtp_fused's machine code: half a minute, once."""
-    return read_library(tmp_path_factory.mktemp("cubins"))
+def library(tmp_path_factory, kept):
+    """What is read of libtp_fused's machine code."""
+    return read_library(tmp_path_factory.mktemp("cubins"), kept)
 
 
 @pytest.fixture
@@ -275,19 +293,11 @@ def test_projections_multiply_by_warp_groups(library):
 # ---- arrivals on mbarriers ----
 
 
-def arrivals(code: list) -> list[int]:
-    return [i for i, item in enumerate(code) if isinstance(item, sass.Instruction) and re.match(ARRIVAL, item.text)]
-
-
-def arriving(library, architecture: str, name: str) -> dict[str, list]:
-    """The code of those that arrive on mbarriers."""
+def arriving(library, architecture: str, name: str) -> dict[str, Kernel]:
+    """Those that arrive on mbarriers."""
     if architecture not in library:
         pytest.skip(f"libtp_fused was not built for {architecture}")
-    return {
-        kernel: read.code
-        for kernel, read in library[architecture].items()
-        if re.match(name, kernel) and arrivals(read.code)
-    }
+    return {kernel: read for kernel, read in library[architecture].items() if re.match(name, kernel) and read.waiting}
 
 
 @pytest.mark.parametrize("architecture", ENCODED)
@@ -296,13 +306,11 @@ def test_a_row_buffer_is_given_back_when_its_row_is_in_registers(library, archit
     address is computed from what the loads have brought. One arrival more passes on that there are no more rows."""
     bulk = arriving(library, architecture, r"rs_rmsnorm_kernel<.*\(tpf::Body\)2>")
     assert len(bulk) == 3 * 4 * 2  # dtypes, epilogues, widths
-    wrong = {}
-    for name, code in bulk.items():
-        found = arrivals(code)
-        waiting = [sass.hangs_on(code, index, r"LDS\.128") for index in found]
-        if len(found) < 4 or sum(waiting) != len(found) - 1:
-            wrong[name] = f"{sum(waiting)} of {len(found)} arrivals"
-    assert not wrong
+    assert not {
+        name: f"{sum(kernel.waiting)} of {len(kernel.waiting)} arrivals"
+        for name, kernel in bulk.items()
+        if len(kernel.waiting) < 4 or sum(kernel.waiting) != len(kernel.waiting) - 1
+    }
 
 
 @pytest.mark.parametrize("architecture", ENCODED[:1])
@@ -311,8 +319,7 @@ def test_a_stage_is_given_back_when_its_scales_are_in_registers(library, archite
     by loads."""
     projections = arriving(library, architecture, "qkv_a_proj_ag_kernel")
     assert projections
-    early = {name: sass.outstanding_loads(code, "LDS", ARRIVAL) for name, code in projections.items()}
-    assert not {name: places for name, places in early.items() if places}
+    assert not {name: kernel.early for name, kernel in projections.items() if kernel.early}
 
 
 def test_an_arrival_before_its_loads_is_seen():

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from pages import ROOT, page, programs, run_on_ranks
+from pages import ROOT, page, programs, run_on_ranks, run_under_torchrun
 
 import tp_fused
 from tp_fused import faults, ops, projections, prologue
@@ -22,21 +22,24 @@ def test_the_programs_run(tmp_path):
     """The README's, and the one of docs/ops.md that goes on from it."""
     use = programs("README.md", "python")[0]
     in_place = next(program for program in programs("docs/ops.md", "python") if "symm_empty" in program)
-    printed = run_on_ranks(
+    printed = run_under_torchrun(
         tmp_path / "use.py",
         f"{use}\n{in_place}\n"
         "world_size = dist.get_world_size()\n"
         "assert h.shape == (num_tokens // world_size, 7168) and latent.shape == (num_tokens, 2112)\n"
-        "assert out.shape == (num_tokens, 7168) and residual.shape == h.shape\n",
+        "assert out.shape == (num_tokens, 7168) and residual.shape == h.shape\n"
+        "dist.destroy_process_group()\n",
+        CUDA_VISIBLE_DEVICES="",
     )
     assert printed.count("rs_rmsnorm: backend ") == 2 and len(use.splitlines()) <= 15
 
 
 def test_the_prologue_s_program_runs(tmp_path):
     (program,) = programs("docs/how-to/mla_prologue.md", "python")
-    assert run_on_ranks(tmp_path / "use.py", program).count("mla_prologue: all ranks take all 1 normed rows") == 2
+    assert run_on_ranks(tmp_path, program).count("mla_prologue: all ranks take all 1 normed rows") == 2
 
 
+@pytest.mark.preload("transformers")
 def test_the_programs_on_transformers_run(tmp_path):
     pytest.importorskip("transformers", reason="needs transformers (the test extra)")
     from tiny_models import make_model, make_tokenizer
@@ -44,7 +47,7 @@ def test_the_programs_on_transformers_run(tmp_path):
     make_model("v3").save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
     first, second = programs("docs/how-to/transformers.md", "python")
-    printed = run_on_ranks(tmp_path / "use.py", first + second, str(tmp_path / "model"))
+    printed = run_on_ranks(tmp_path, first + second, str(tmp_path / "model"))
     assert printed.startswith("who are you ") and len(printed.split()) == 3 + 8
 
 

@@ -16,7 +16,7 @@ def replaced(text: str, **words: str) -> str:
 
 def test_the_ops_in_a_forward(tmp_path, device):
     program = "".join(programs("docs/how-to/raw_ops.md", "python"))  # it compares by itself
-    assert run_on_ranks(tmp_path / "use.py", program, device=device).count(f"rs_rmsnorm: backend {device}") == 2
+    assert run_on_ranks(tmp_path, program, device=device).count(f"rs_rmsnorm: backend {device}") == 2
 
 
 # ---- CUDA graphs ----
@@ -94,7 +94,7 @@ print(f"rank {rank} is through")
 def test_cuda_graphs(tmp_path, device, num_ranks):
     """On the CPU the same code runs eagerly."""
     program = "".join(programs("docs/how-to/cuda_graphs.md", "python"))
-    printed = run_on_ranks(tmp_path / "use.py", program + DECODED, num_ranks=num_ranks, device=device)
+    printed = run_on_ranks(tmp_path, program + DECODED, num_ranks=num_ranks, device=device)
     assert printed.count("is through") == num_ranks
     told = re.findall(r"rank \d called with num_tokens=(\d+), rank \d with num_tokens=(\d+)", printed)
     assert {"1", "16"} in map(set, told)  # as decode prints it
@@ -142,7 +142,7 @@ UNSET = {"hidden = torch.empty(num_tokens, HIDDEN)": "hidden = torch.full((num_t
 def test_stages_of_as_many_ranks_send_slices(tmp_path):
     program, _ = programs("docs/how-to/pipeline_stages.md", "python")
     program = replaced(program, **UNSET)  # rows that are not received have no influence
-    assert run_on_ranks(tmp_path / "use.py", program + STAGED, num_ranks=4).count("right") == 2 * 2 * 4
+    assert run_on_ranks(tmp_path, program + STAGED, num_ranks=4).count("right") == 2 * 2 * 4
 
 
 def test_stages_of_other_sizes_send_what_is_gathered(tmp_path):
@@ -151,7 +151,7 @@ def test_stages_of_other_sizes_send_what_is_gathered(tmp_path):
     program = replaced(
         f"{before}{functions}\n\n{after}", **{"STAGES = [[0, 1], [2, 3]]": "STAGES = [[0, 1], [2, 3, 4]]"}
     )
-    assert run_on_ranks(tmp_path / "use.py", program + STAGED, num_ranks=5).count("right") == 3 * 2 * 4
+    assert run_on_ranks(tmp_path, program + STAGED, num_ranks=5).count("right") == 3 * 2 * 4
 
 
 def test_a_partial_sum_that_is_sent_is_seen(tmp_path):
@@ -159,4 +159,4 @@ def test_a_partial_sum_that_is_sent_is_seen(tmp_path):
     program, _ = programs("docs/how-to/pipeline_stages.md", "python")
     wrong = {"rows = tp_fused.reduce_scatter_rows(hidden, group, residual=residual)": "rows = residual"}
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        run_on_ranks(tmp_path / "use.py", replaced(program, **wrong) + STAGED, num_ranks=4)
+        run_on_ranks(tmp_path, replaced(program, **wrong) + STAGED, num_ranks=4)

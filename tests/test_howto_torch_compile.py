@@ -1,12 +1,10 @@
-"""docs/how-to/torch_compile.md: its program runs under torchrun, and prints what the page shows."""
+"""docs/how-to/torch_compile.md: its program runs on two ranks, and prints what the page shows."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/how-to/torch_compile.md").read_text()
@@ -17,24 +15,11 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.preload("warm_compiler")
 def test_the_program_of_the_page(tmp_path):
-    program = tmp_path / "model.py"
-    program.write_text(blocks("python")[0])
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == blocks("text")[0]
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    printed = run_program(blocks("python")[0], tmp_path, 2, timeout_s=500.0, **cache)
+    assert printed == blocks("text")[0]
 
 
 def test_what_the_page_names_exists():

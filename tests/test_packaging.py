@@ -23,11 +23,12 @@ pytestmark = pytest.mark.packaging
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Path:
-    """The sources alone, without what has been built in place."""
+def checkout(kept, tmp_path_factory) -> Path:
+    """The sources alone, without what has been built in place; and object files of the last time."""
     folder = tmp_path_factory.mktemp("wheel") / "tp_fused"
     built = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "tests", "bench", "docs")
     shutil.copytree(ROOT, folder, ignore=built)
+    (folder.parent / "objects").symlink_to(kept)
     return folder
 
 
@@ -49,9 +50,10 @@ def away_from_here(**more: str) -> dict[str, str]:
 
 
 def build_environment(checkout: Path, **more: str) -> dict[str, str]:
-    """A torch that cannot be imported, no nvcc in reach; what is compiled is not optimised."""
+    """A torch that cannot be imported, no nvcc in reach; what is compiled is not optimised, and kept."""
     poison = checkout.parent / "poison"
-    compiler = script(poison / "c++", f'exec {os.environ.get("CXX", "c++")} "$@" -O0 -fno-lto')
+    keep = f"{sys.executable} -SE {ROOT / 'tests/kept_objects.py'} {checkout.parent / 'objects'}"
+    compiler = script(poison / "c++", f'exec {keep} {os.environ.get("CXX", "c++")} "$@" -O0 -fno-lto')
     (poison / "torch.py").write_text("raise ImportError('the build imports torch')\n")
     reachable = [entry for entry in os.environ["PATH"].split(":") if not os.access(f"{entry}/nvcc", os.X_OK)]
     path = ":".join([str(Path(sys.executable).parent), *reachable])

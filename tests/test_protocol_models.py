@@ -91,7 +91,7 @@ def search(folder: Path, *defines: str) -> str:
     live = "LIVE" in defines
     run("spin", *[f"-D{define}" for define in defines], "-a", str(MODEL))
     run(COMPILER, "-O0", "-w", "-DCOLLAPSE", "-DMEMLIM=2000", *[] if live else ["-DSAFETY"], "-o", "pan", "pan.c")
-    return run("./pan", "-m1000000", *["-a"] if live else [])
+    return run("./pan", "-w20", "-m1000000", *["-a"] if live else [])  # a hash table of 8 MB, instead of 128
 
 
 @pytest.fixture(scope="module")
