@@ -21,7 +21,19 @@ _BYTES_A_THREAD, _FEWEST_THREADS, _MOST_BLOCKS = 16, 128, 8  # of a cluster, whi
 
 
 class LeftOut(Exception):
-    """A baseline cannot be set up, on any rank: why."""
+    """A baseline cannot be set up: why. Raised on all ranks alike."""
+
+
+def on_all_ranks(context, set_up):
+    """What `set_up` returns; LeftOut where it raises, on this rank or on another."""
+    made = problem = None
+    try:
+        made = set_up()
+    except Exception as error:
+        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if context.host_sum(problem is not None):
+        raise LeftOut(problem or "another rank could not set it up")
+    return made
 
 
 # ---- FlashInfer ----
@@ -89,16 +101,15 @@ class FlashInfer:
     def __init__(self, context, way: str):
         # Torch's symmetric memory in place of FlashInfer's own, which asks for handles that not every driver gives out.
         os.environ.setdefault("FLASHINFER_CONFIDENTIAL_COMPUTE", "1")
-        problem = None
-        try:
-            compile_flashinfer()
-            from flashinfer import comm
-        except Exception as error:
-            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        if context.host_sum(problem is not None):
-            raise LeftOut(problem or "it cannot be set up on another rank")
+        for compiles in (context.rank == 0, True):  # one at a time, or a rank may load a library that another writes
+            on_all_ranks(context, load_flashinfer if compiles else lambda: None)
+        from flashinfer import comm
+
         self.comm, self.one_shot = comm, way == "one-shot"
-        self.workspace = comm.create_allreduce_fusion_workspace(
+        self.workspace = on_all_ranks(context, lambda: self._make_workspace(context, way))
+
+    def _make_workspace(self, context, way: str):
+        workspace = self.comm.create_allreduce_fusion_workspace(
             backend="trtllm",  # the other one needs NVLink multicast
             world_size=context.world_size,
             rank=context.rank,
@@ -108,7 +119,7 @@ class FlashInfer:
             group=context.group,
         )
         context.settle()  # a peer writes into the buffers as soon as the ranks have met
-        context.host_barrier()
+        return workspace
 
     def all_reduce_norm(self, input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float):
         """(output, residual_out), all rows. As engines call it: summed in fp32, with PDL."""
@@ -132,7 +143,8 @@ class FlashInfer:
         self.workspace.destroy()
 
 
-def compile_flashinfer() -> None:
+def load_flashinfer() -> None:
+    """Imports it, and compiles its kernels where they are not yet."""
     from flashinfer.comm.trtllm_ar import get_trtllm_comm_module
 
     get_trtllm_comm_module()
@@ -176,7 +188,7 @@ class OverNcclWindows(OverTorch):
 
     def __init__(self, context, num_tokens: int, input: torch.Tensor):
         super().__init__(context, num_tokens, input)
-        windows = context.keep("windows", lambda: NcclWindows(context))
+        windows = context.keep("windows", lambda: on_all_ranks(context, lambda: NcclWindows(context)))
         self.padded = windows.input[: self.padded.shape[0]].copy_(self.padded)
         self.output, self.scratch = windows.output[: self.share], windows.input[:num_tokens]
 
@@ -185,4 +197,4 @@ class OverNcclWindows(OverTorch):
 
 
 if __name__ == "__main__":
-    compile_flashinfer()
+    load_flashinfer()

@@ -231,11 +231,31 @@ def test_kernels_that_do_not_compile_are_one_line_too(flashinfer, one_rank, caps
     assert "# flashinfer: left out: RuntimeError: ninja exited with 1\n" in out and "said much" not in out
 
 
+def test_a_workspace_that_cannot_be_had_is_one_line_too(flashinfer, one_rank, capsys, monkeypatch):
+    def fail(**arguments):
+        raise TypeError("create_allreduce_fusion_workspace() got an unexpected keyword argument 'group'")
+
+    monkeypatch.setattr(flashinfer, "create_allreduce_fusion_workspace", fail)
+    out, programs = run_it(one_rank, capsys)
+    assert "flashinfer" not in programs and "own" in programs
+    assert "# flashinfer: left out: TypeError: create_allreduce_fusion_workspace() got an unexpected" in out
+
+
 def test_all_ranks_leave_it_out_where_one_cannot_set_it_up(flashinfer, kept, monkeypatch):
     monkeypatch.setattr(kept, "host_sum", lambda mine: mine + 1)
-    with pytest.raises(peers.LeftOut, match="on another rank"):
+    with pytest.raises(peers.LeftOut, match="another rank could not"):
         peers.FlashInfer(kept, "one-shot")
     assert not flashinfer.workspaces
+
+
+def test_other_ranks_load_what_rank_0_has_compiled(flashinfer, kept, monkeypatch):
+    happened = []
+    monkeypatch.setattr(flashinfer.trtllm_ar, "get_trtllm_comm_module", lambda: happened.append("load"))
+    monkeypatch.setattr(kept, "host_sum", lambda mine: happened.append("meet") or mine)
+    peers.FlashInfer(kept, "one-shot").close()
+    monkeypatch.setattr(kept, "rank", 1)
+    peers.FlashInfer(kept, "one-shot").close()
+    assert happened == ["load", "meet", "load", "meet", "meet", "meet", "load", "meet", "meet"]
 
 
 def ranks(world_size: int, ranks_per_card: int, *tokens: int, hidden: int = 7168, dtype=torch.bfloat16):

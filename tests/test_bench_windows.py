@@ -1,6 +1,7 @@
 """The benchmark's NCCL over symmetric windows, without a card: on one rank, over gloo, with a stand-in for the pool."""
 
 import contextlib
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +86,20 @@ def test_windows_are_registered_once_with_all_memory_in_the_pool(context, window
     assert windows == [("register", "ncclMemAlloc", True, 1)]
     context._kept.pop("windows").close()
     assert windows[1:] == [("deregister",)]
+
+
+def test_windows_that_cannot_be_registered_are_left_out(context, windows, monkeypatch):
+    def fail(backend, pool, symm=False):
+        raise RuntimeError("NCCL Error 1: unhandled cuda error")
+
+    monkeypatch.setattr(NcclBackend, "register_mem_pool", fail)
+    possible = dataclasses.replace(BASELINES["nccl-symm"], available=lambda _: True, why_not=lambda _: None)
+    monkeypatch.setitem(BASELINES, "nccl-symm", possible)
+    programs = cases.ReduceScatterRows(context, 6).programs()
+    assert set(programs) == {"fused", "dist"}
+    assert cases.ReduceScatterRows.left_out(context) == {
+        "nccl-symm": "RuntimeError: NCCL Error 1: unhandled cuda error"
+    }
 
 
 @pytest.mark.parametrize(
