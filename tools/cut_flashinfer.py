@@ -1,17 +1,21 @@
 """Cuts FlashInfer's wheel down to its fused all-reduce, for a machine without network.
 
-    pip download --no-deps flashinfer-python apache-tvm-ffi -d build/peers
+    pip download --no-deps --only-binary=:all: --python-version 3.12 flashinfer-python apache-tvm-ffi -d build/peers
     python tools/cut_flashinfer.py build/peers/flashinfer_python-*.whl -o build/peers/cut
     pip install --no-deps --no-index build/peers/cut/*.whl build/peers/apache_tvm_ffi-*.whl   # on the other machine
 
-The wheel has over 100 MB, nearly all of it other kernels. Kept, as they are: the modules that flashinfer.comm.allreduce
-imports, the sources of its kernels with every header that they include, and the licenses. Written anew, since they
-import the rest of the package: the files of REPLACED, and what METADATA requires. The version gets "+comm".
+--python-version is the other machine's. The wheel has over 100 MB, nearly all of it other kernels. Kept, as they are:
+the modules that flashinfer.comm.allreduce imports, the sources of its kernels with every header that they include, and
+the licenses. Written anew, since they import the rest of the package: the files of REPLACED, and what METADATA
+requires. The version gets "+comm".
 
 The kernels are compiled at the first call, with the other machine's nvcc and ninja; that takes minutes. Compiled here,
-they can be packed: FLASHINFER_CUDA_ARCH_LIST=9.0a, then `python -c "from flashinfer.jit import comm;
-comm.gen_trtllm_comm_module().build(verbose=True)"`, and --module with the trtllm_comm.so that lies under
-~/.cache/flashinfer.
+they can be packed: install the cut wheel, and with FLASHINFER_CUDA_ARCH_LIST=9.0a in the environment
+
+    python -c "from flashinfer.jit import comm; comm.gen_trtllm_comm_module().build(verbose=True)"
+
+makes a trtllm_comm.so under ~/.cache/flashinfer, for --module. No GPU is needed, but a libcuda.so to link with: the
+driver's, or the stub that comes with CUDA.
 """
 
 import argparse
