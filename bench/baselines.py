@@ -25,6 +25,22 @@ def _symm_mem(context) -> bool:
     return _on_cuda(context) and fits and context.world_size in (2, 4, 8) and context.options.dtype != "fp16"
 
 
+def _no_flashinfer(context) -> str | None:
+    from .peers import why_no_flashinfer
+
+    return why_no_flashinfer(context)
+
+
+def _over_nccl(context) -> bool:
+    return context.device.type == "cuda" and context.has_collectives
+
+
+def _no_windows(context) -> str | None:
+    from .peers import why_no_windows
+
+    return why_no_windows(context)
+
+
 def _block_scaled_mm(context) -> bool:
     import torch
 
@@ -40,6 +56,8 @@ def _block_scaled_mm(context) -> bool:
 class Baseline:
     meaning: str  # printed above the table
     available: Callable[[object], bool] = _always
+    # Why it is left out where it is available: a line for the reader, who may be able to change that.
+    why_not: Callable[[object], str | None] = lambda context: None
     empty: bool = False  # whether it can run without tokens: the collectives of torch refuse empty tensors
 
 
@@ -52,6 +70,17 @@ BASELINES = {
     "symm": Baseline("torch's symm_mem.reduce_scatter_out alone, which neither adds nor norms", _symm_mem),
     "twoshot": Baseline("torch's symm_mem.two_shot_all_reduce_, then all rows on every rank", _symm_mem),
     "oneshot": Baseline("torch's symm_mem.one_shot_all_reduce, then all rows on every rank", _symm_mem),
+    "nccl-symm": Baseline(
+        "NCCL's reduce-scatter or all-reduce over symmetric windows, the rest as in dist or allreduce",
+        _over_nccl,
+        _no_windows,
+    ),
+    "flashinfer": Baseline(
+        "FlashInfer's all-reduce + add + RMSNorm in one kernel, the faster of one-shot and two-shot; all rows on every "
+        "rank",
+        _on_cuda,
+        _no_flashinfer,
+    ),
     "rs_rmsnorm": Baseline("the fused op without the quantisation", empty=True),
     "copies": Baseline("the projection, a barrier, then copies out of every peer's memory", _on_cuda),
     "gemm": Baseline("this rank's matrix product alone, nothing travels"),

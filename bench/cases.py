@@ -15,10 +15,12 @@ from tp_fused import reference
 from . import catalog
 from .baselines import BASELINES
 from .context import compact
+from .peers import FlashInfer, LeftOut, OverNcclWindows, fastest, ways
 from .timing import Program
 from .transports import OverSymmMem, OverTorch, OverTpFused
 
 EPS = 1e-6
+TRANSPORTS = {"dist": OverTorch, "allreduce": OverTorch, "nccl-symm": OverNcclWindows, "own": OverTpFused}
 OPS = torch.ops.tp_fused  # as engines and compiled graphs call them
 
 
@@ -91,25 +93,40 @@ class Case:
             programs[name] = Program(variant.fused, case=variant)
         for name in self.available_baselines(self.context):
             if self.num_tokens > 0 or BASELINES[name].empty:
-                program = self.baseline(name)
+                try:
+                    program = self.baseline(name)
+                except LeftOut as why:
+                    self.context.left_out[name] = str(why)
+                    continue
                 if program is not None:
                     programs[name] = program
         return programs
 
     @classmethod
     def available_baselines(cls, context) -> tuple[str, ...]:
+        left_out = cls.left_out(context)
+        return tuple(name for name in cls._asked_baselines(context) if name not in left_out)
+
+    @classmethod
+    def left_out(cls, context) -> dict[str, str]:
+        """Baselines that would be available, and why they are not."""
+        reasons = {
+            name: context.left_out.get(name) or BASELINES[name].why_not(context)
+            for name in cls._asked_baselines(context)
+        }
+        return {name: reason for name, reason in reasons.items() if reason}
+
+    @classmethod
+    def _asked_baselines(cls, context) -> list[str]:
         asked = context.options.baselines
-        return tuple(
-            name
-            for name in catalog.OPS[cls.op].baselines
-            if (asked is None or name in asked) and BASELINES[name].available(context)
-        )
+        names = [name for name in catalog.OPS[cls.op].baselines if asked is None or name in asked]
+        return [name for name in names if BASELINES[name].available(context)]
 
     def baseline(self, name: str) -> Program | None:
         """None where it cannot run at this size."""
         if name == "barrier":
             return self.bare_barrier()
-        kind = {"dist": OverTorch, "own": OverTpFused}[name]
+        kind = TRANSPORTS[name]
         return self.unfused(kind(self.context, self.num_tokens, getattr(self, "input", None)))
 
     def bare_barrier(self) -> Program:
@@ -182,9 +199,25 @@ class Reduction(Case):
         if name in ("twoshot", "oneshot"):
             via = OverSymmMem(self.context, self.num_tokens, self.input, one_shot=name == "oneshot")
         else:
-            kind = OverTpFused if name == "own" else OverTorch
-            via = kind(self.context, self.num_tokens, self.input)
+            via = TRANSPORTS[name](self.context, self.num_tokens, self.input)
         return self.all_reduced(via, finish)
+
+    def flashinfer(self, finish) -> Program | None:
+        """FlashInfer's fused all-reduce, then `finish(normed rows)` on every rank. None where it cannot run."""
+        own = tp_fused.row_slice(self.num_tokens, self.context.rank, self.context.world_size)
+        residual = self.full_residual
+
+        def program(way: str) -> Program:
+            via = self.context.keep(f"flashinfer {way}", lambda: FlashInfer(self.context, way))
+
+            def call():
+                output, residual_out = via.all_reduce_norm(self.input, residual, self.weight, EPS)
+                return (*finish(output), residual_out[own])
+
+            return Program(call)
+
+        programs = {way: program(way) for way in ways(self.context, self.num_tokens)}
+        return fastest(self.context, programs) if programs else None
 
     def expected_sum(self, residual: torch.Tensor | None) -> torch.Tensor:
         parts = [self._partial(source, self.context.rank) for source in range(self.context.world_size)]
@@ -285,7 +318,9 @@ class RsRmsnormAg(Reduction):
         return Program(call)
 
     def baseline(self, name):
-        if name in ("allreduce", "twoshot", "oneshot"):
+        if name == "flashinfer":
+            return self.flashinfer(lambda output: (output,))
+        if name in ("allreduce", "nccl-symm", "twoshot", "oneshot"):
             norm = self._local(add_norm)
             return self.all_reduce_baseline(name, lambda rows, residual: norm(rows, residual, self.weight))
         return super().baseline(name)

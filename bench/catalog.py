@@ -13,10 +13,12 @@ class Op:
     baselines: tuple[str, ...]
     options: tuple[str, ...]  # of those that not every op takes: which do something for it
     cuda_only: bool = False
-    # Inside the op, maybe by clusters of eight blocks: where ranks share a card these need room beside blocks that wait.
+    # Inside the op, maybe by clusters of eight blocks: on a shared card these need room beside blocks that wait.
     torch_multiplies: bool = False
 
 
+# Of chain and mla_prologue: what engines do, with the fastest parts that there are.
+ENGINES = ("dist", "nccl-symm", "twoshot", "oneshot", "flashinfer", "own")
 OPS = {
     "rs_rmsnorm": Op(
         """Reduce-scatter, residual add and RMSNorm.
@@ -25,7 +27,7 @@ OPS = {
 
         Right: residual_out has the oracle's bits; so has output on a CPU, on CUDA it is within one rounding.
         """,
-        ("dist", "own", "symm", "barrier"),
+        ("dist", "nccl-symm", "own", "symm", "barrier"),
         ("dtype", "zero_copy", "compile"),
     ),
     "rs_rmsnorm_fp8": Op(
@@ -36,7 +38,7 @@ OPS = {
         Right: residual_out has the oracle's bits; so have q and scale on a CPU, on CUDA they are within one step of
         e4m3 and one rounding of the group's largest number.
         """,
-        ("dist", "own", "rs_rmsnorm"),
+        ("dist", "nccl-symm", "own", "rs_rmsnorm"),
         ("dtype", "zero_copy", "compile", "scale_layout"),
     ),
     "rs_rmsnorm_ag": Op(
@@ -44,7 +46,7 @@ OPS = {
 
         bytes: one rank's input, scattered and gathered again. Right: as rs_rmsnorm.
         """,
-        ("dist", "allreduce", "twoshot", "oneshot", "own"),
+        ("dist", "allreduce", "nccl-symm", "twoshot", "oneshot", "flashinfer", "own"),
         ("dtype", "zero_copy", "compile"),
     ),
     "reduce_scatter_rows": Op(
@@ -52,7 +54,7 @@ OPS = {
 
         bytes: one rank's input. Right: the oracle's bits.
         """,
-        ("dist",),
+        ("dist", "nccl-symm"),
         ("dtype", "zero_copy"),
     ),
     "all_gather_rows": Op(
@@ -97,7 +99,7 @@ OPS = {
 
         bytes: those of both ops. Right: residual_out has the oracle's bits, the latents are as in qkv_a_proj_ag_norm.
         """,
-        ("dist", "twoshot", "oneshot", "own", "dist-rs", "own-rs"),
+        (*ENGINES, "dist-rs", "own-rs"),
         ("dtype", "zero_copy", "compile", "latent", "kv_lora", "rope"),
     ),
     "mla_prologue": Op(
@@ -106,7 +108,7 @@ OPS = {
         Few tokens are gathered and multiplied by a share of the weight, of many each rank multiplies its own. Today,
         bytes and right: as chain.
         """,
-        ("dist", "twoshot", "oneshot", "own", "dist-rs", "own-rs", "chain"),
+        (*ENGINES, "dist-rs", "own-rs", "chain"),
         ("dtype", "zero_copy", "compile", "latent", "kv_lora", "rope"),
         torch_multiplies=True,
     ),

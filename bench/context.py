@@ -67,6 +67,8 @@ class Context(Host):
             dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 10_000
             inductor.compile_threads = 1
         self._variants: dict[str, Context] = {}
+        self._kept: dict[str, object] = {}
+        self.left_out: dict[str, str] = {}  # baselines that could not be set up, and why
         self.workspace, self._symmetric = None, {}
         self._open()
         self._nothing = torch.empty(0, options.hidden, dtype=self.dtype, device=self.device)
@@ -90,6 +92,8 @@ class Context(Host):
 
     def close(self) -> None:
         self.host_barrier()
+        for kept in self._kept.values():
+            kept.close()
         for variant in self._variants.values():
             if variant.workspace is not self.workspace:
                 variant.workspace.close()
@@ -140,6 +144,12 @@ class Context(Host):
         placed = self.symmetric("input", input.shape[0])
         placed.copy_(input)
         return placed
+
+    def keep(self, name: str, make):
+        """What `make` returns, made once for all sizes and closed at the end."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
 
     def explain(self, op: str) -> str:
         """What the backend would do with the run's inputs, and why."""

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .catalog import ENGINES
 from .options import Options
 from .results import file_name
 from .suite import Launch, run
-
-ENGINES = ("dist", "twoshot", "oneshot", "own")  # of the chain: what engines do, with the fastest parts that there are
 
 
 def _fastest(row: dict, names: tuple[str, ...]) -> float:

@@ -15,6 +15,7 @@ from .results import device_name, load, short_commit
 # Those that say most come first: of the others there is no room for.
 LABELS = {
     "dist": "unfused, torch.distributed",
+    "flashinfer": "FlashInfer's fused all-reduce, all rows on every rank",
     "twoshot": "unfused, torch's two-shot all-reduce",
     "own": "unfused, tp_fused's transport",
     "scaled_mm": "unfused, cuBLAS and tp_fused's gather",
@@ -27,6 +28,7 @@ LABELS = {
     "rs_rmsnorm": "rs_rmsnorm, without quantisation",
     "oneshot": "unfused, torch's one-shot all-reduce",
     "allreduce": "all-reduce, all rows on every rank",
+    "nccl-symm": "unfused, NCCL over symmetric windows",
     "staged": "tp_fused, input staged",
     "zero-copy": "tp_fused, input read in place",
     "own-rs": "scattered, unfused, tp_fused's transport",

@@ -224,6 +224,8 @@ class Chain(QkvAProjAgNorm):
 
     def baseline(self, name):
         norm, latents = self._local(add_norm), self._local(self.finish)
+        if name == "flashinfer":
+            return self.reduction.flashinfer(lambda output: latents(self.project(output)))
 
         def finish(rows, residual):
             output, residual_out = norm(rows, residual, self.reduction.weight)

@@ -1,6 +1,7 @@
 """What a run shows: the header, one line a size as nccl-tests prints them, the progress bar and the JSON file."""
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -20,7 +21,13 @@ from .baselines import BASELINES
 from .results import variant_meaning
 
 FORMAT = 1  # of the JSON file: raised when a key changes its meaning
-_SETTINGS = ("NCCL_", "TORCH_SYMM_MEM_", "NVSHMEM_", "CUDA_DEVICE_MAX_CONNECTIONS")  # that what is timed depends on
+_SETTINGS = (
+    "NCCL_",
+    "TORCH_SYMM_MEM_",
+    "NVSHMEM_",
+    "FLASHINFER_",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+)  # that what is timed depends on
 
 
 def machine(context, copy_bytes_per_s: float, link_bytes_per_s: float | None) -> dict:
@@ -34,6 +41,7 @@ def machine(context, copy_bytes_per_s: float, link_bytes_per_s: float | None) ->
         "gpus": min(torch.cuda.device_count(), context.world_size) if cuda else 0,
         "ranks_per_gpu": context.ranks_per_card,
         "driver": _driver() if cuda else None,
+        "flashinfer": _installed("flashinfer-python"),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None,
         "environment": {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)},
         "torch": torch.__version__,
@@ -64,6 +72,13 @@ def _driver() -> str | None:
     return version and version.group()
 
 
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _commit() -> str | None:
     """TP_FUSED_COMMIT where it is set; the checkout's commit, "-dirty" where files differ from it; else None."""
     if named := os.environ.get("TP_FUSED_COMMIT"):
@@ -92,6 +107,8 @@ def result_row(case, programs: dict, samples: dict, wrong: int | None, host_s, b
     for name, program in programs.items():
         if program.case is not None:
             results[name]["copy_share"] = program.case.memory_bytes / samples[name].median / copy
+        if program.way is not None:
+            results[name]["way"] = program.way
     return {
         "op": case.op,
         "tokens": case.num_tokens,
@@ -169,7 +186,7 @@ class Report:
             print("# host: us that an eager call keeps the CPU; %copy: the bytes of memory that the op needs over its")
             print("# time, of what large copies reach; %link: busbw of what copies between cards reach")
 
-    def table(self, op: str, baselines: tuple[str, ...], explanation: str) -> None:
+    def table(self, op: str, baselines: tuple[str, ...], left_out: dict[str, str], explanation: str) -> None:
         self._others = (*self.options.variants, *baselines)
         columns = "".join(f" |{name:>10} {'x':>6}" for name in self._others)
         first, *rest = explanation.splitlines()
@@ -180,6 +197,8 @@ class Report:
             print(f"# {name}: the fused op, {variant_meaning(name)}")
         for name in baselines:
             print(f"# {name}: {BASELINES[name].meaning}")
+        for name, reason in left_out.items():
+            print(f"# {name}: left out: {reason}")
         measured = f" {'host':>6} {'%link' if self._linked else '%copy':>6}" if self._cuda else ""
         print(
             f"#{'tokens':>7} {'bytes':>12} {'time':>10} {'p99':>10} {'algbw':>7} {'busbw':>7} {'#wrong':>7}{measured}"

@@ -77,7 +77,7 @@ def _run_case(context, case, report, bandwidths, first: bool) -> dict:
     label = f"{case.op} {case.num_tokens}"
     programs = case.programs()
     if report and first:
-        report.table(case.op, case.available_baselines(context), context.explain(case.op))
+        report.table(case.op, case.available_baselines(context), case.left_out(context), context.explain(case.op))
     wrong = None
     if context.options.check:
         if report:

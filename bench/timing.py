@@ -21,13 +21,14 @@ class Program:
     """A call to be timed, and what has to be done before each, off the clock.
 
     expected: what the call's outputs resemble; by default, what the fused op returns. case: whose outputs they are,
-    where they have to be right, not only alike.
+    where they have to be right, not only alike. way: which of several programs of one name this is.
     """
 
     call: Callable[[], object]
     prepare: Callable[[], None] | None = None
     expected: Callable[[], tuple[torch.Tensor, ...]] | None = None
     case: object = None
+    way: str | None = None
 
 
 @dataclass

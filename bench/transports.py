@@ -59,7 +59,9 @@ class OverTorch:
         return padded
 
     def reduce_scatter(self) -> torch.Tensor:
-        output = self.padded.new_empty(self.share, self.padded.shape[1])
+        return self.reduce_scatter_into(self.padded.new_empty(self.share, self.padded.shape[1]))
+
+    def reduce_scatter_into(self, output: torch.Tensor) -> torch.Tensor:
         _reduce_scatter_single(output, self.padded, group=self.group)
         return output
 

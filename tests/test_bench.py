@@ -262,7 +262,10 @@ BAD_OPTIONS = [
     ("all_gather_rows --variants staged", "staged does nothing for all_gather_rows"),
     ("reduce_scatter_rows --compile", "--compile: does nothing for reduce_scatter_rows"),
     ("rs_rmsnorm --compile --baselines none", "--compile: does nothing without baselines"),
-    ("rs_rmsnorm --baselines gemm", "'gemm' is not timed for rs_rmsnorm; there are dist, own, symm, barrier"),
+    (
+        "rs_rmsnorm --baselines gemm",
+        "'gemm' is not timed for rs_rmsnorm; there are dist, nccl-symm, own, symm, barrier",
+    ),
     ("rs_rmsnorm --tokens 4 --max-tokens 8", "--max-tokens: does nothing beside --tokens"),
     ("rs_rmsnorm --max-ctas 4", "--max-ctas: does nothing on cpu"),
     ("rs_rmsnorm --variants ctas4", "ctas4 does nothing on cpu"),
