@@ -170,7 +170,7 @@ def reductions(ranks: Ranks) -> list[Case]:
 
 
 def projections(ranks: Ranks) -> list[Case]:
-    """qkv_a_proj_ag: projT tokens, projT-norm with the latent norms, projT-fp8; -complete: of rows that all ranks have."""
+    """qkv_a_proj_ag: projT tokens, projT-norm with the latent norms, projT-fp8. -complete: all ranks have the rows."""
     generator = torch.Generator(ranks.device).manual_seed(0)  # all ranks know all rows
     random = functools.partial(torch.rand, generator=generator, device=ranks.device)
     drawn, weight = (

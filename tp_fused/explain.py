@@ -141,8 +141,8 @@ def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool 
         ]
     if plan["body"] == "columns":
         return [
-            f"one kernel multiplies all rows by this rank's share of the weight, {plan['tile_columns']} of its rows at a "
-            f"time in {plan['cluster']} blocks, and posts the columns to all ranks",
+            f"one kernel multiplies all rows by this rank's share of the weight, {plan['tile_columns']} of its rows by "
+            f"{plan['cluster']} of the blocks, and posts the columns to all ranks",
             grid,
         ]
     lines = []
