@@ -37,10 +37,9 @@ _context = multiprocessing.get_context("forkserver")
 
 def preload(*more: str) -> None:
     """What the server imports, for all ranks at once; before the first pool is made."""
-    # torch.use_deterministic_algorithms imports Inductor's configuration, for two seconds. What is there at the end is
-    # frozen: the garbage collector of a rank would look through all of it, and make a copy of its pages.
-    modules = ["torch", "torch.distributed", "tp_fused", "torch._inductor.config", *more, "tp_fused.frozen"]
-    _context.set_forkserver_preload(modules)
+    # The last one is what torch.use_deterministic_algorithms imports: two seconds of it.
+    always = ["garbage", "torch", "torch.distributed", "tp_fused", "torch._inductor.config"]
+    _context.set_forkserver_preload([*always, *more])
 
 
 preload()
