@@ -1,9 +1,9 @@
 """Fixtures. `--device cuda` runs the tests that take `device`, on GPU tensors, and no others; the default is cpu."""
 
-import gc
 import inspect
 import time
 
+import garbage
 import progress
 import pytest
 import ranks
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    gc.freeze()  # no collection of garbage looks through all that has been imported and collected until now
+    garbage.begin()
     if session.config.getoption("--device") == "cuda":
         return  # what is imported may look for GPUs, which a process that is forked from it could not use any more
     marks = [mark for item in session.items for mark in item.iter_markers("preload")]

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -36,10 +37,9 @@ _context = multiprocessing.get_context("forkserver")
 
 def preload(*more: str) -> None:
     """What the server imports, for all ranks at once; before the first pool is made."""
-    # torch.use_deterministic_algorithms imports Inductor's configuration, for two seconds. What is there at the end is
-    # frozen: the garbage collector of a rank would look through all of it, and make a copy of its pages.
-    modules = ["torch", "torch.distributed", "tp_fused", "torch._inductor.config", *more, "tp_fused.frozen"]
-    _context.set_forkserver_preload(modules)
+    # The last one is what torch.use_deterministic_algorithms imports: two seconds of it.
+    always = ["garbage", "torch", "torch.distributed", "tp_fused", "torch._inductor.config"]
+    _context.set_forkserver_preload([*always, *more])
 
 
 preload()
@@ -236,12 +236,14 @@ def _run(function, arguments) -> bytes:
 # ---- programs ----
 
 
-def run_program(program: str, folder, world_size: int, *arguments: str, timeout_s: float = 240.0, **environment) -> str:
-    """What a script prints that all ranks run: as under torchrun, without the seconds in which torch is imported."""
+def run_program(
+    program: str | Path, folder: Path, world_size: int, *arguments: str, timeout_s: float = 240.0, **environment
+) -> str:
+    """What a program prints, a text or a file, that all ranks run: as under torchrun, but torch is imported already."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "program.py"), "w") as file:
-        file.write(program)
+    script = program if isinstance(program, Path) else folder / "program.py"
+    if program is not script:
+        script.write_text(program)
     variables = environment | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
@@ -252,7 +254,7 @@ def run_program(program: str, folder, world_size: int, *arguments: str, timeout_
     _start_server()
     processes = []
     for rank in range(world_size):
-        given = (str(folder), [file.name, *arguments], variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        given = (folder, [str(script), *arguments], variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         processes.append(_context.Process(target=_be_program, args=given, daemon=True))
         processes[-1].start()
     deadline = time.monotonic() + timeout_s
@@ -260,23 +262,21 @@ def run_program(program: str, folder, world_size: int, *arguments: str, timeout_
         process.join(max(0.0, deadline - time.monotonic()))
         process.kill()
         process.join()
-    printed, told = ("".join(_read(folder, kind, rank) for rank in range(world_size)) for kind in ("out", "err"))
+    printed, told = (
+        "".join((folder / f"{kind}-{rank}").read_text() for rank in range(world_size)) for kind in ("out", "err")
+    )
     assert [process.exitcode for process in processes] == [0] * world_size, printed + told
     return printed
 
 
-def _read(folder, kind: str, rank: int) -> str:
-    with open(os.path.join(folder, f"{kind}-{rank}")) as file:
-        return file.read()
-
-
-def _be_program(folder: str, arguments: list[str], variables: dict[str, str]) -> None:
+def _be_program(folder: Path, arguments: list[str], variables: dict[str, str]) -> None:
     for descriptor, kind in ((1, "out"), (2, "err")):
-        with open(os.path.join(folder, f"{kind}-{variables['RANK']}"), "w") as file:
+        with open(folder / f"{kind}-{variables['RANK']}", "w") as file:
             os.dup2(file.fileno(), descriptor)
     os.environ |= variables
     torch.set_num_threads(1)
     sys.argv = arguments
+    sys.path.insert(0, os.path.dirname(arguments[0]))
     runpy.run_path(arguments[0], run_name="__main__")
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 pytest.importorskip("typer", reason="the bench extra is not installed")
 pytest.importorskip("rich", reason="the bench extra is not installed")
 
+from ranks import run_program
 from typer.testing import CliRunner
 
 import tp_fused
@@ -34,9 +35,9 @@ TOKENS = [0, 1, 7]
 ON_A_CPU = {"dist", "allreduce", "own", "dist-rs", "own-rs", "rs_rmsnorm", "gemm", "ag+norm", "chain"}
 
 
-def bench(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def bench(*arguments: str) -> subprocess.CompletedProcess:
     inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, *launcher, "-m", "bench", *arguments]
+    command = [sys.executable, "-m", "bench", *arguments]
     environment = {**inherited, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -146,14 +147,12 @@ def test_plot_of_something_else(tmp_path):
     assert done.exit_code == 2 and "is no file that --json wrote" in " ".join(done.output.split())
 
 
-def test_under_torchrun():
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = bench(
-        *("chain", "--device", "cpu", "--backend", "reference", "--tokens", "5", "--dtype", "fp32", *SMALL),
-        launcher=launcher,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 ranks" in done.stdout and "TP_FUSED_BACKEND asks for it" in done.stdout
+@pytest.mark.preload("bench.__main__")
+def test_under_torchrun(tmp_path):
+    program = "from bench.__main__ import app\napp()\n"
+    arguments = ("chain", "--device", "cpu", "--backend", "reference", "--tokens", "5", "--dtype", "fp32", *SMALL)
+    printed = run_program(program, tmp_path, 2, *arguments, COLUMNS="200")
+    assert "2 ranks" in printed and "TP_FUSED_BACKEND asks for it" in printed
 
 
 def test_a_rank_that_cannot_start_ends_the_run():

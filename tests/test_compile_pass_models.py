@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._dynamo.utils
 import torch.distributed as dist
-from compile_pass_ranks import calls, compiled, random, received, reduced
+from compile_pass_ranks import calls, compiled, copied, random, received, reduced
 from ranks import Pool, workspace
 from torch._inductor import ir
 
@@ -54,7 +54,6 @@ def run(kind: str, hook: str, backend: str, token_counts: list[int]) -> tuple[li
 
 # Each model, form of all-reduce and number of ranks; and all that Inductor makes code of, as users have it.
 RUNS = [
-    (2, "Deepseek", "all_reduced", "front end"),
     (3, "Gemma", "all_reduced", "front end"),
     (2, "Llama", "all_reduced_in_place", "inductor"),
     (2, "Experts", "all_reduced_in_place", "inductor"),
@@ -96,27 +95,30 @@ class Counting(compile_pass.TpFusedPass):
     """Counts the bytes of the graph that it is given, too."""
 
     def __call__(self, graph: torch.fx.Graph, is_inference: bool) -> None:
-        self.bytes_before = received(graph, 6, dist.get_world_size())
+        self.before = copied(graph)
         super().__call__(graph, is_inference)
 
 
-def bytes_of(kind: str) -> tuple:
-    """Runs on a rank: bytes a token without and with the pass, counted in the graph and as the report has them."""
+def run_static(kind: str, num_tokens: int) -> tuple:
+    """Runs on a rank: the collectives; bytes a token without and with the pass, as counted and as reported."""
     model, names = getattr(models, kind)().eval(), list(compile_pass.MLA_PROJECTIONS)
     with compiled(model, sizes=SIZES, made=Counting, replicated=names) as (function, rewriting, graphs):
-        function(*tokens(6))
+        given = tokens(num_tokens)
+        torch.testing.assert_close(function(*given), model(*given), rtol=1e-4, atol=1e-4)
         totals = rewriting.report().graphs[0].totals()
-        bytes_after = received(graphs[0], 6, dist.get_world_size())
-        return (rewriting.bytes_before, bytes_after), (totals["bytes_before"], totals["bytes_after"])
+        counted = [received(graph, num_tokens, dist.get_world_size()) for graph in (rewriting.before, graphs[0])]
+        return calls(graphs[0]), counted, (totals["bytes_before"], totals["bytes_after"])
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Deepseek"])
+@pytest.mark.parametrize(("kind", "num_tokens"), [("Llama", 6), ("Deepseek", 6), ("Deepseek", 1)])
 @pytest.mark.parametrize("world_size", [2])
-def test_bytes(pool, kind):
+def test_bytes(pool, kind, num_tokens):
+    """Of all layers, with a number of tokens that does not change; one token, too, is counted as if shared out."""
     row = 4 * models.HIDDEN / 2
     columns = 4 * (models.Q_LORA + models.KV_LORA + models.ROPE) / 2
     wanted = {"Llama": (10 * row, 10 * row), "Deepseek": (12 * row, 8 * row + 2 * columns)}[kind]
-    for counted, reported in pool.run(bytes_of, kind, timeout_s=290):
+    for graph, counted, reported in pool.run(run_static, kind, num_tokens, timeout_s=290):
+        assert graph == MODELS[kind][0]
         assert counted == pytest.approx(wanted)
         assert reported == pytest.approx(wanted)
 

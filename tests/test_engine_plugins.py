@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tp_fused.integrations import sglang as sglang_plugin
 from tp_fused.integrations import vllm as vllm_plugin
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,9 +49,14 @@ def launched(installed, **environment) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if "tp_fused" in line]
 
 
-def test_off_unless_asked_for(installed):
+def test_off_unless_asked_for(installed, monkeypatch, caplog):
     assert launched(installed) == ("started\n", [])
-    assert launched(installed, TP_FUSED_SGLANG="0") == ("started\n", [])
+    # Of a release that nobody knows, it would say so.
+    monkeypatch.syspath_prepend(installed)
+    for asked in ("0", ""):
+        monkeypatch.setenv("TP_FUSED_SGLANG", asked)
+        sglang_plugin.plugin()
+    assert caplog.text == ""
 
 
 def test_an_unknown_release_is_left_alone_with_one_line_a_process(installed):

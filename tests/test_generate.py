@@ -1,7 +1,6 @@
 """examples/generate.py: what it says, how it ends, and what it refuses."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 
 pytest.importorskip("transformers", reason="needs transformers (the test extra)")
 
+from ranks import run_program
 from tiny_models import make_both, make_ids, make_model, make_tokenizer
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -97,16 +97,13 @@ def test_a_sliding_window_is_decoded_eagerly(pool, device):
         assert "sliding window" in why and len(tokens) == 4
 
 
-@pytest.mark.timeout(180)
-def test_from_the_command_line_with_a_stored_model(tmp_path):
+@pytest.mark.preload("transformers.models.qwen3.modeling_qwen3")
+def test_the_program_with_a_stored_model(tmp_path):
     make_model("qwen3").save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    arguments = ["--model", tmp_path, "--prompt", "who are you", "--num-tokens", "4", "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    command = [sys.executable, EXAMPLES / "generate.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "> who are you" in done.stdout and "all-reduce" in done.stdout
+    arguments = ["--model", str(tmp_path), "--prompt", "who are you", "--num-tokens", "4", "--device", "cpu"]
+    printed = run_program(EXAMPLES / "generate.py", tmp_path, 2, *arguments)
+    assert "> who are you" in printed and "all-reduce" in printed
 
 
 @pytest.mark.parametrize(
