@@ -22,7 +22,7 @@ struct Planner {
   bool takes_all_rows() const {
     const int64_t bytes = limits.world_size * call.num_tokens * row_bytes;
     const Fitted& fitted = fitted_to(card);
-    return gathers && (call.variant & TPF_COMPLETE) == 0 &&
+    return gathers && adds_up_all_rows(card.architecture) && (call.variant & TPF_COMPLETE) == 0 &&
            bytes + call.num_tokens * row_bytes <= inbox_bytes(limits.slot_bytes) &&
            bytes <= (shares_card(limits.max_ctas, card) ? fitted.shared_card_all_rows : fitted.own_card_all_rows);
   }

@@ -29,6 +29,9 @@ TPF_HD constexpr bool compiled_directly(int vectors, int element_bytes, bool has
   return !has_tma || vectors == most_vectors(element_bytes);
 }
 
+// Whether kAllRows is compiled for a card: on newer ones its threads want more registers than there are.
+TPF_HD constexpr bool adds_up_all_rows(int architecture) { return architecture < 100; }
+
 struct ReducePlan {
   Body body;
   int vectors;  // of a row, that a thread holds

@@ -111,30 +111,26 @@ __device__ inline void store_columns(T* to, const float (&values)[kWidth]) {
 template <typename T>
 using HeldPart = NormedPart<T, kHeldVectors>;
 
-// A weight of the rows' dtype, as HeldPart holds the row; one of fp32 is read where it is needed.
-template <typename T>
-struct HeldWeight {
-  __device__ HeldWeight(const GatherArgs& args, const GatherPart& part) {
-    const int columns = static_cast<int>(part.row_bytes / sizeof(T));
+// RMSNorm of one part of a row, by one warp, which `load(held)` gives it. A weight of the part's dtype is loaded
+// before, so that both are on their way at the same time.
+template <typename T, typename Load>
+__device__ inline void norm_held_part(const GatherArgs& args, char* to, char* also, const GatherPart& part,
+                                      Load&& load) {
+  const int columns = static_cast<int>(part.row_bytes / sizeof(T));
+  HeldPart<T> held;
+  uint4 weights[kHeldVectors];
 #pragma unroll
-    for (int v = 0; v < kHeldVectors; ++v) {
-      const int column = HeldPart<T>::column_of(v);
-      if (column >= columns || args.float_weights) break;
-      raw[v] = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(part.weight) + column));
-    }
+  for (int v = 0; v < kHeldVectors; ++v) {
+    const int column = held.column_of(v);
+    if (column >= columns || args.float_weights) break;
+    weights[v] = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(part.weight) + column));
   }
-  uint4 raw[kHeldVectors];
-};
-
-// RMSNorm of one part of a row, by the warp that holds it.
-template <typename T>
-__device__ inline void norm_held(const GatherArgs& args, HeldPart<T>& held, const HeldWeight<T>& weight, char* to,
-                                 char* also, const GatherPart& part) {
+  load(held);
   held.norm(
-      static_cast<int>(part.row_bytes / sizeof(T)), args.eps,
+      columns, args.eps,
       [&](float (&values)[kLanes<T>], int v, int column) {
         if (args.float_weights) return load_norm_weight<T>(values, part.weight, column, true, args.weight_addend);
-        unpack(values, weight.raw[v], T{});
+        unpack(values, weights[v], T{});
 #pragma unroll
         for (float& value : values) value += args.weight_addend;
       },
@@ -189,9 +185,9 @@ __device__ inline void finish_part(const GatherArgs& args, char* to, char* also,
   if (part.weight == nullptr) {
     copy_piece<1>(to, also, from, part.row_bytes, lane, 32, args.vectors);
   } else if (args.vectors && part.row_bytes <= HeldPart<T>::kMaxColumns * int64_t{sizeof(T)}) {
-    HeldPart<T> held;  // loaded at the same time as the weight
-    held.load(reinterpret_cast<const T*>(from), static_cast<int>(part.row_bytes / sizeof(T)));
-    norm_held(args, held, HeldWeight<T>(args, part), to, also, part);
+    norm_held_part<T>(args, to, also, part, [&](HeldPart<T>& held) {
+      held.load(reinterpret_cast<const T*>(from), static_cast<int>(part.row_bytes / sizeof(T)));
+    });
   } else if (args.vectors) {
     norm_part<T, kLanes<T>>(args, to, also, from, part, lane);
   } else {

@@ -86,7 +86,7 @@ struct WarpProduct {
 
   __device__ void copy_weight(int i, int slot) const {
     const int k = k_of(i);
-#pragma unroll
+#pragma unroll kRowTiles == 4 ? 1 : kColumnUnits  // all addresses at once would take too many registers
     for (int u = 0; u < kColumnUnits; ++u) {
       if (u >= units) break;
       const int at = column_of(u);
@@ -340,10 +340,9 @@ __device__ inline bool finish_columns(const ColumnsArgs& args, const BlockRound&
   for_parts(gather, [&](const GatherPart& part, int64_t row) {
     char* const to = part.output + row * part.row_bytes;
     if (part.weight != nullptr) {
-      HeldPart<Out> held;
-      const HeldWeight<Out> weight(gather, part);
-      arrived = take_columns<Out>(args, round, held.raw, row, part, lane * 16) && arrived;
-      norm_held(gather, held, weight, to, nullptr, part);
+      norm_held_part<Out>(gather, to, nullptr, part, [&](HeldPart<Out>& held) {
+        arrived = take_columns<Out>(args, round, held.raw, row, part, lane * 16) && arrived;
+      });
       return;
     }
     for (int begin = lane * 16; begin < part.row_bytes; begin += 4 * 512) {

@@ -16,8 +16,8 @@ struct AllRows {
   __device__ AllRows(const RowView<T>& view, int row, int column)
       : row(row),
         column(column),
-        inside(row < view.args.call.num_tokens && column < view.hidden),
-        owned(row >= view.own.start && row < view.own.start + view.own.count) {
+        inside(row < static_cast<int>(view.args.call.num_tokens) && column < view.hidden),
+        owned(static_cast<uint32_t>(row - static_cast<int>(view.own.start)) < static_cast<uint32_t>(view.own.count)) {
     if (!inside) return;
     own = load16(static_cast<const T*>(view.args.input) + row * view.hidden + column);
     if (owned && view.has_residual()) {
@@ -39,7 +39,7 @@ struct AllRows {
     if (i == 0) return inside && view.has_residual() && !owned;
     return inside && i <= view.world_size && i - 1 != view.rank;
   }
-  __device__ int owner(const RowView<T>& view) const {
+  __device__ static int owner_of(const RowView<T>& view, int row) {
     int rank = 0;
     while (row >= view.rows(rank).start + view.rows(rank).count) ++rank;
     return rank;
@@ -67,7 +67,7 @@ struct AllRows {
     return tpf::take_posted(
         vectors, view.args.team, view.args.call, round, [&] { return posted(view, view.rank); },
         [&] { return posted_bytes(view); }, [&](int i) { return comes(view, i); },
-        [&](int i) { return i == 0 ? owner(view) : i - 1; });
+        [&](int i) { return i == 0 ? owner_of(view, row) : i - 1; });
   }
 
   // As OneRow's.
@@ -101,7 +101,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
   pdl_trigger();  // as in OneRow's
   AllRows<T> one = first;
 #pragma unroll 1
-  for (int step = 0; one.row < num_tokens; ++step) {
+  for (int parity = 0; one.row < num_tokens; parity ^= 1) {
     one.begin_sum(view);
     // A block that saw a fault goes on: its other threads and its cluster wait for it.
     if (arrived) arrived = one.take_posted(view, round);
@@ -115,7 +115,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
     if (view.has_residual()) add_vector<T>(sums[0], one.vectors[0]);
     RowWeight<T, 1> weight;  // there are not the registers to load it before
     weight.init(view, group);
-    finish_row<T, 1, kEpilogue, true>(view, one.row, sums, weight, group, step % 2, arrived, [&] {
+    finish_row<T, 1, kEpilogue, true>(view, one.row, sums, weight, group, parity, arrived, [&] {
       if (arrived) one.clear_posted(view);
     });
     one = AllRows<T>(view, one.row + groups, one.column);
@@ -123,15 +123,14 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
   return arrived;
 }
 
-// As poison_rows of the other bodies, of the rows that a block has here.
+// As poison_rows of the other bodies, of the rows that a block has here: counted anew, since registers are short.
 template <typename T, Epilogue kEpilogue>
-__device__ inline void poison_few_rows(const RowView<T>& view, AllRows<T>& first, int groups, int begin, int end) {
+__device__ inline void poison_few_rows(const RowView<T>& view, const AllRows<T>&, int groups, int begin, int end) {
   __syncthreads();
 #pragma unroll 1
-  for (AllRows<T> one = first; one.row < view.args.call.num_tokens; one.row += groups) {
-    const int owner = one.owner(view);
-    const int64_t row = one.row - view.rows(owner).start;
-    poison_row<T, kEpilogue>(view, owner, row, begin, end, threadIdx.x, blockDim.x);
+  for (int row = blockIdx.x / view.args.cluster; row < view.args.call.num_tokens; row += groups) {
+    const int owner = AllRows<T>::owner_of(view, row);
+    poison_row<T, kEpilogue>(view, owner, row - view.rows(owner).start, begin, end, threadIdx.x, blockDim.x);
   }
 }
 

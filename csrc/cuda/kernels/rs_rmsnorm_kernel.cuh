@@ -15,12 +15,20 @@ constexpr bool kHasTma = false;
 constexpr bool kHasTma = true;
 #endif
 
+#if defined(__CUDA_ARCH__)
+constexpr int kCompiledFor = __CUDA_ARCH__ / 10;
+#else
+constexpr int kCompiledFor = 0;
+#endif
+
 template <typename T, int kVecs, Epilogue kEpilogue, Body kBody>
 __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBody == Body::kBulk ? kHelperThreads : 0),
                                   1) rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
   constexpr int kRounds = kEpilogue == Epilogue::kGather && kBody != Body::kAllRows ? 2 : 1;
   __shared__ float partial[2 * kMaxPartials];
-  if constexpr (kBody == Body::kOneRow || kBody == Body::kAllRows) {
+  if constexpr (kBody == Body::kAllRows && !adds_up_all_rows(kCompiledFor)) {
+    return;  // never launched there
+  } else if constexpr (kBody == Body::kOneRow || kBody == Body::kAllRows) {
     using Few = std::conditional_t<kBody == Body::kOneRow, OneRow<T>, AllRows<T>>;
     __shared__ uint64_t partials_barrier;
     if (args.cluster > 1) cluster_arrive(&partials_barrier, args.cluster * (blockDim.x / 32) * sizeof(float));
