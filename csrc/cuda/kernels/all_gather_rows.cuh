@@ -118,6 +118,7 @@ __device__ inline void norm_held_part(const GatherArgs& args, char* to, char* al
                                       Load&& load) {
   const int columns = static_cast<int>(part.row_bytes / sizeof(T));
   HeldPart<T> held;
+  load(held);
   uint4 weights[kHeldVectors];
 #pragma unroll
   for (int v = 0; v < kHeldVectors; ++v) {
@@ -125,7 +126,6 @@ __device__ inline void norm_held_part(const GatherArgs& args, char* to, char* al
     if (column >= columns || args.float_weights) break;
     weights[v] = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(part.weight) + column));
   }
-  load(held);
   held.norm(
       columns, args.eps,
       [&](float (&values)[kLanes<T>], int v, int column) {
