@@ -34,7 +34,7 @@ struct Fitted {
   int few_rows;
   // Rows that all ranks have, up to which one kernel multiplies and posts columns: of more, each of its blocks reads
   // more of the rows than of the weight, and cuBLAS and then a gather take less time. Where ranks share a card: one
-  // H200, `tools/compare_builds.py`, at 8300447. On a card of its own a block has fewer columns and less of K: counted.
+  // H200, `tools/compare_builds.py`, at ae897c8. On a card of its own a block has fewer columns and less of K: counted.
   int shared_card_column_rows, own_card_column_rows;
   // For the time of a tile, in cycles a block of K: products of so many rows times columns a cycle; of fp8, cycles that
   // each product is waited for; bytes of operands a cycle, of fp8, of 16 bits on a shared card, and on a rank's own.

@@ -62,9 +62,7 @@ struct WarpProduct {
         lane_row(static_cast<int>(threadIdx.x) % 32 / 4),
         first(static_cast<int>(blockIdx.x) % args.cluster * kColumnsWarps + static_cast<int>(threadIdx.x) / 32),
         count(max(0, ((hidden + kChunk - 1) / kChunk - first + step - 1) / step)),
-        column(static_cast<int>(blockIdx.x) / args.cluster * args.units * kColumnUnit + lane_row) {
-    begin_pass(0);
-  }
+        column(static_cast<int>(blockIdx.x) / args.cluster * args.units * kColumnUnit + lane_row) {}
 
   __device__ int num_passes() const { return (args.units + kColumnUnits - 1) / kColumnUnits * args.row_blocks; }
   __device__ void begin_pass(int pass) {
