@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from programs import Call
+from programs import ALL_OPS, LATENT, Call
 from ranks import outcome, settled, workspace
 
 import tp_fused
@@ -270,3 +270,23 @@ def not_captured(device: str) -> int:
 def test_memory_that_no_graph_knows_is_given_back(fresh_pool, device, world_size):
     for given_back in fresh_pool.run(not_captured, device):
         assert given_back > 64 << 20
+
+
+# ---- what else the process has set ----
+
+
+def call_under_a_default_device(device: str, backend: str) -> None:
+    """Runs on a rank."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for op in ALL_OPS:
+        call = Call(op, 5, 256, device=device)
+        arguments = call.arguments(rank, world_size)
+        with torch.device("cuda" if device == "cuda" else "meta"), workspace(backend, device, latent_size=sum(LATENT)):
+            outputs = call.run(rank, world_size, arguments)
+        call.check(outputs, rank, world_size)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_torchs_default_device_is_not_where_the_library_keeps_its_own(pool, device, world_size):
+    for backend in dict.fromkeys((device, "reference")):
+        pool.run(call_under_a_default_device, device, backend)

@@ -245,7 +245,7 @@ class Workspace:
         self._memory = memory.region_parts(slot_bytes, on_cuda=True)
         region, regions = self._symmetric_memory(meeting, self.nbytes)
         region.zero_()
-        self._mailbox = torch.zeros(_C.FAULT_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._mailbox = torch.zeros(_C.FAULT_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
         self._memory["mailbox"] = _C.FAULT_BYTES
         torch.cuda.synchronize()
         self.team = _C.Team(
