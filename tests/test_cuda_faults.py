@@ -124,7 +124,8 @@ def wait_in_vain(device: str, op: str, form: str) -> float | None:
             assert_poisoned(outputs)
             assert_faulted(made, call, arguments)
             # The first to give up tells the other, whose own deadline may not have passed yet.
-            with pytest.raises(tp_fused.CollectiveFault, match=rf"#2: .*rank {ODD} never arrived; rank [02] waited 0.7"):
+            never = rf"#2: .*rank {ODD} never arrived; rank [02] waited 0.7"
+            with pytest.raises(tp_fused.CollectiveFault, match=never):
                 made.check()
         dist.barrier()
     return seconds
