@@ -29,26 +29,34 @@ def speedup(*names: str) -> Callable[[dict], float]:
     return lambda row: _fastest(row, names) / _fastest(row, ("fused",))
 
 
+HIDDEN = 7168  # DeepSeek-V3's
+
+
 @dataclass(frozen=True)
 class Goal:
-    """A number that one row of results gives, and its bound."""
+    """A number that a row of results gives, or a few, and its bound."""
 
     what: str
     world_size: int
     op: str
     tokens: int
-    measure: Callable[[dict], float]
+    measure: Callable[..., float]
     bound: float
     at_least: bool
+    hidden: int = HIDDEN
+    beside: tuple[tuple[int, int], ...] = ()  # (hidden, tokens) of rows that `measure` is given, too
 
     def measured(self, documents: list[dict]) -> float | None:
-        """None where the row, or a program that it is compared with, is missing."""
-        place = (self.world_size, self.op, self.tokens)
+        """None where a row, or a program that it is compared with, is missing."""
+        rows = {}
         for document in documents:
+            options = document["options"]
             for row in document["results"]:
-                if (document["options"]["world_size"], row["op"], row["tokens"]) == place:
-                    with contextlib.suppress(KeyError, ValueError):
-                        return self.measure(row)
+                place = (options["world_size"], row["op"], options.get("hidden", HIDDEN), row["tokens"])
+                rows.setdefault(place, row)
+        places = ((self.hidden, self.tokens), *self.beside)
+        with contextlib.suppress(KeyError, ValueError):
+            return self.measure(*(rows[(self.world_size, self.op, *place)] for place in places))
         return None
 
     def met(self, value: float) -> bool:
@@ -61,6 +69,41 @@ def at_least(bound: float, what: str, world_size: int, op: str, tokens: int, mea
 
 def at_most(bound: float, what: str, world_size: int, op: str, tokens: int, measure) -> Goal:
     return Goal(what, world_size, op, tokens, measure, bound, False)
+
+
+# ---- no cliffs ----
+
+# As many bytes as 2048 tokens of 7168, in rows that fill shared memory more and more.
+WIDTHS = {8192: 1792, 10240: 1434, 12288: 1195, 16384: 896}
+STEPS = (128, 256, 512, 1024, 2048)  # a token more than which is no step up
+REDUCTIONS = ("rs_rmsnorm", "rs_rmsnorm_ag")
+
+
+def _bandwidth_beside(program: str) -> Callable[[dict, dict], float]:
+    return lambda row, narrow: _share(program)(row) / _share(program)(narrow)
+
+
+def _above_the_line(program: str) -> Callable[[dict, dict, dict], float]:
+    """The time, in that of the line through the times of fewer and of more tokens."""
+
+    def above(row: dict, fewer: dict, more: dict) -> float:
+        time, low, high = (_fastest(at, (program,)) for at in (row, fewer, more))
+        part = (row["tokens"] - fewer["tokens"]) / (more["tokens"] - fewer["tokens"])
+        return time / (low + part * (high - low))
+
+    return above
+
+
+def _evenness(op: str, program: str) -> list[Goal]:
+    where = "in place" if program == "fused" else program
+    what, measure = f"{where}, bandwidth, in that of {HIDDEN} columns", _bandwidth_beside(program)
+    wide = [
+        Goal(f"{hidden} columns {what}", 8, op, tokens, measure, 0.85, True, hidden, ((HIDDEN, STEPS[-1]),))
+        for hidden, tokens in WIDTHS.items()
+    ]
+    what, measure = f"{where}, time, in that of the line between its neighbours", _above_the_line(program)
+    steps = [Goal(what, 8, op, at + 1, measure, 1.15, False, beside=((HIDDEN, at), (HIDDEN, 2 * at))) for at in STEPS]
+    return wide + steps
 
 
 GOALS = [
@@ -93,12 +136,26 @@ GOALS = [
         at_least(1.0, "speed, of _scaled_mm's", 1, "qkv_a_proj_ag_fp8", rows, speedup("gemm"))
         for rows in (512, 2048, 4096, 16384)
     ),
+    *(goal for op in REDUCTIONS for program in ("fused", "staged") for goal in _evenness(op, program)),
+    *(goal for goal in _evenness("qkv_a_proj_ag", "fused") if goal.hidden == HIDDEN),
 ]
 
 
 def section(world_size: int, op: str, *tokens: int, **options) -> Options:
     defaults = {"device": "cuda", "compile": True, "budget_s": 0.5, "warmup": 2, "zero_copy": True, "timeout_s": 15.0}
     return Options(ops=(op,), world_size=world_size, tokens=tokens, **{**defaults, **options})
+
+
+def _even_sections() -> dict[str, Options]:
+    sections = {}
+    for op in (*REDUCTIONS, "qkv_a_proj_ag"):
+        reduces = op in REDUCTIONS
+        sizes = {HIDDEN: (*STEPS, 2 * STEPS[-1], *(at + 1 for at in STEPS))}
+        sizes |= {hidden: (tokens,) for hidden, tokens in WIDTHS.items() if reduces}
+        for hidden, tokens in sizes.items():
+            options = {"hidden": hidden, "variants": ("staged",) * reduces, "baselines": (), "compile": False}
+            sections[f"{op}_{hidden}_even"] = section(8, op, *sorted(tokens), **options, budget_s=0.3)
+    return sections
 
 
 LAUNCHES = [
@@ -138,6 +195,7 @@ LAUNCHES = [
             "qkv_a_proj_ag_fp8": section(1, "qkv_a_proj_ag_fp8", 512, 2048, 4096, 16384, baselines=("gemm",)),
         },
     ),
+    Launch("even", 110, _even_sections()),
 ]
 
 

@@ -61,20 +61,42 @@ PLANNED = [(goal, launches) for chosen, launches in LAUNCHES.values() for goal i
 @pytest.mark.parametrize(("goal", "launches"), PLANNED, ids=lambda value: getattr(value, "what", ""))
 def test_every_goal_is_measured_by_one_section(goal, launches):
     """Of the programs that the section times, with times that tell them apart."""
-    asked = [
-        options
-        for launch in launches
-        for options in launch.sections.values()
-        if (launch.world_size, options.ops) == (goal.world_size, (goal.op,))
-        and goal.tokens in options.tokens
-        and options.baselines
-    ]
-    assert len(asked) == 1
-    assert set(asked[0].baselines) <= set(OPS[goal.op].baselines)
-    names = ("fused", *asked[0].variants, *asked[0].baselines)
-    programs = {name: {"median_us": 10.0 + i, "copy_share": 0.5 + i} for i, name in enumerate(names)}
-    row = {"op": goal.op, "tokens": goal.tokens, "host_us": 9.0, "programs": programs}
-    assert goal.measured([{"options": {"world_size": goal.world_size}, "results": [row]}]) > 0
+    rows, results = ((goal.hidden, goal.tokens), *goal.beside), []
+    for hidden, tokens in rows:
+        asked = [
+            options
+            for launch in launches
+            for options in launch.sections.values()
+            if (launch.world_size, options.ops, options.hidden) == (goal.world_size, (goal.op,), hidden)
+            and tokens in options.tokens
+            and bool(options.baselines) != bool(goal.beside)
+        ]
+        assert len(asked) == 1
+        assert set(asked[0].baselines) <= set(OPS[goal.op].baselines)
+        names = ("fused", *asked[0].variants, *asked[0].baselines)
+        programs = {name: {"median_us": 10.0 + i, "copy_share": 0.5 + i} for i, name in enumerate(names)}
+        row = {"op": goal.op, "tokens": tokens, "host_us": 9.0, "programs": programs}
+        results.append({"options": {"world_size": goal.world_size, "hidden": hidden}, "results": [row]})
+    assert goal.measured(results) > 0
+    assert goal.measured(results[:-1]) is None
+
+
+def test_a_token_more_is_no_step_up():
+    """Of the line through 128 and 256 tokens; and wide rows have the bandwidth of narrow ones."""
+
+    def document(hidden, **times):
+        rows = [
+            {"op": "rs_rmsnorm", "tokens": int(at[1:]), "programs": {"fused": {"median_us": us, "copy_share": 8 / us}}}
+            for at, us in times.items()
+        ]
+        return {"options": {"world_size": 8, "hidden": hidden}, "results": rows}
+
+    documents = [document(7168, _128=10.0, _129=12.0, _256=22.8, _2048=100.0), document(16384, _896=125.0)]
+    chosen = [goal for goal in goals.GOALS if goal.op == "rs_rmsnorm" and goal.beside and "in place" in goal.what]
+    found = {(goal.hidden, goal.tokens): (goal.measured(documents)) for goal in chosen}
+    assert found[7168, 129] == pytest.approx(12.0 / 10.1)
+    assert found[16384, 896] == pytest.approx(0.8)
+    assert found[7168, 257] is None and found[8192, 1792] is None
 
 
 def test_goals_are_compared_with_what_was_measured(capsys):
@@ -161,8 +183,8 @@ def test_every_result_is_on_one_page(tmp_path):
 @pytest.mark.parametrize(
     ("command", "launches", "says"),
     [
-        ("goals", ",", "',' names none of eight, four, one"),
-        ("goals", "eight,nine", "'nine' is none of eight, four, one"),
+        ("goals", ",", "',' names none of eight, four, one, even"),
+        ("goals", "eight,nine", "'nine' is none of eight, four, one, even"),
         ("multi", " ", "' ' names none of ops, blocks, beside"),
     ],
 )

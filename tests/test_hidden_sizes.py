@@ -12,7 +12,7 @@ import tp_fused
 from tp_fused import partition, reference
 
 LARGEST = 16384
-MAX_CTAS = 2
+MAX_CTAS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}  # which may share a row
 COUNTS = {2: (2, 13), 5: (4, 31)}  # tokens, by world size: of the first at most one a rank
 
 
@@ -26,7 +26,7 @@ def reduce_rows(device: str, dtype: torch.dtype, step: int) -> None:
     most = max(COUNTS[world_size])
     samples = [random(f"rank {peer}", (most * LARGEST,), dtype).to(device) for peer in range(world_size)]
     residual, weight = samples[0].flip(0), 1 + samples[0][:LARGEST] / 8
-    sizes = {"max_num_tokens": most, "hidden_size": LARGEST, "max_ctas": MAX_CTAS}
+    sizes = {"max_num_tokens": most, "hidden_size": LARGEST, "max_ctas": MAX_CTAS[dtype]}
     with workspace(device, device, dtype=dtype, **sizes):
         memory = tp_fused.symm_empty((most * LARGEST,), dtype=dtype, device=device).copy_(samples[rank])
         for hidden_size in range(8, LARGEST + 1, step):

@@ -14,6 +14,7 @@ from tp_fused.native import _C
 
 CARDS = ("A100", "H20", "H100", "H200", "B200")
 MOST_CHUNKS = 7  # of a block in a reduction: kMaxChunks
+MOST_PARTIALS = 160  # kMaxPartials
 STATIC_SHARED_BYTES = 2048
 BYTES = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4, torch.float8_e4m3fn: 1}
 
@@ -115,17 +116,19 @@ def test_every_plan_serves_the_call_within_the_limits(asked):
     assert plan["chunks"] * plan["chunk_rows"] * (plan["blocks"] // plan["cluster"]) >= rows
     if asked.op not in REDUCTIONS:
         return
-    # A row is held by the threads of a block or, with a row a block at most, of a cluster.
-    helpers, parts = (64, 1) if plan["body"] == "bulk" else (0, plan["cluster"])
-    assert (plan["threads"] - helpers) * plan["vectors"] * parts >= asked.vectors
-    assert plan["cluster"] == 1 or (plan["body"] in ("one row", "all rows") and plan["chunk_rows"] <= 1)
+    # A row is held by the threads of a cluster.
+    held = (plan["threads"] - 64 * (plan["body"] == "bulk")) * plan["vectors"]  # by a block
+    assert plan["cluster"] * held >= asked.vectors
+    assert plan["cluster"] == 1 or plan["body"] == "bulk" or plan["chunk_rows"] <= 1
+    assert plan["cluster"] == 1 or plan["body"] != "all threads"
     if plan["body"] == "all threads" and card["architecture"] >= 90:  # what is compiled for such a card
         assert plan["vectors"] == (16 if asked.dtype == torch.float32 else 8)
     if plan["body"] == "one row":
         assert plan["blocks"] // plan["cluster"] >= asked.rows and plan["chunk_rows"] <= 1
     if plan["body"] == "bulk":
         assert plan["stages"] >= asked.world_size + 1
-        assert plan["shared_bytes"] >= plan["stages"] * asked.hidden_size * BYTES[asked.dtype]
+        assert plan["shared_bytes"] >= plan["stages"] * min(held, asked.vectors) * 16
+        assert (plan["cluster"] - 1) * held < asked.vectors and plan["cluster"] * held // 32 <= MOST_PARTIALS
     assert plan["in_place"] <= (asked.in_place and plan["body"] != "all rows")
     assert plan["body"] != "all rows" or asked.op == "rs_rmsnorm_ag"
 
@@ -152,6 +155,7 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
         ("rs_rmsnorm", 1024, {}, {"body": "one row", "cluster": 1, "in_place": True}),
         ("rs_rmsnorm", 16384, {}, {"body": "bulk", "threads": 512, "in_place": True}),
         ("rs_rmsnorm", 16384, {"card": "A100"}, {"body": "all threads"}),
+        ("rs_rmsnorm", 2048, {"hidden_size": 16384, "ranks_per_card": 8}, {"body": "bulk", "cluster": 2}),
         ("all_gather_rows", 16384, {}, {"body": "all threads", "blocks": 128}),
         ("all_gather_rows", 16384, {"ranks_per_card": 8}, {"body": "bulk", "blocks": 8}),
         ("qkv_a_proj_ag", 2048, {}, {"body": "all threads", "few_rows": True}),
@@ -168,9 +172,9 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
 )
 def test_plans_of_deepseek_v3(op, num_tokens, options, chosen):
     values = {"card": "H200", "ranks_per_card": 1} | options
+    hidden_size = values.pop("hidden_size", 2112 if op == "all_gather_rows" else 7168)
     dtype = torch.float8_e4m3fn if op == "qkv_a_proj_ag_fp8" else torch.bfloat16
-    hidden_size, columns = (2112, 0) if op == "all_gather_rows" else (7168, 2112 if op in PROJECTIONS else 0)
-    in_place = op in REDUCTIONS
+    columns, in_place = 2112 if op in PROJECTIONS else 0, op in REDUCTIONS
     asked = Asked(op, num_tokens, hidden_size, columns, dtype, in_place, 8, max_ctas=None, **values)
     plan = asked.plan()
     assert {name: plan[name] for name in chosen} == chosen

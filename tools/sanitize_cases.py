@@ -34,12 +34,13 @@ FORMS = {
         (163, 256, FP16),
         (163, 1024, FP32),
         (30, 8192, BF16),  # through a ring of 10
-        (3, 8192, BF16),  # rows too wide for these bodies
-        (37, 16384, BF16),  # in five chunks
-        (21, 16384, FP32),
+        (3, 8192, BF16),
+        (37, 16384, BF16),  # two blocks share each row, in seven chunks
+        (21, 16384, FP32),  # too wide for that
     ],
-    # A row for a cluster of eight, four and two blocks; the first two post their pieces.
-    8: [(2, 8192, BF16), (4, 4096, FP32), (6, 2048, FP16)],
+    1: [(9, 16384, BF16), (9, 16384, FP16)],
+    # A row for a cluster of eight, four and two blocks; the first two post their pieces. Many for clusters of four.
+    8: [(2, 8192, BF16), (4, 4096, FP32), (6, 2048, FP16), (37, 16384, FP32)],
     20: [(40, 7168, BF16)],  # a row a block, too large for all ranks to add up all
 }
 # Of rs_rmsnorm_ag alone, whose ranks all add up all of fewer rows.

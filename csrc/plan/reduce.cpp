@@ -49,18 +49,40 @@ struct Planner {
     return true;
   }
 
-  // Where the ring holds every source's version of at least one row: fetch_rows relies on it.
-  bool takes_bulk(ReducePlan* plan, int blocks) const {
-    if (!has_tma(card) || plan->chunk_rows < 2) return false;
+  // Nothing but the chunks in which a block's rows are staged and gathered.
+  void begin(ReducePlan* plan, int cluster, const RowsOfBlocks& shared_out) const {
+    *plan = {};
+    plan->cluster = cluster;
+    // Staged rows that fit no inbox are for the bodies that stage in slots, one row a block or not. Between cards,
+    // gathering a chunk takes long enough for fewer and larger ones to be faster.
+    int least = fits_inbox() || !is_staged() ? std::min(shared_out.rows, 2) : 2;
+    if (gathers && !is_staged() && !shares_card(shared_out.blocks * cluster, card)) {
+      least = std::min(shared_out.rows, fitted_to(card).gathered_rows_of_chunk);
+    }
+    plan->chunk_rows = std::max((shared_out.rows + kMaxChunks - 1) / kMaxChunks, least);
+    plan->num_chunks = std::max(1, (shared_out.rows + plan->chunk_rows - 1) / std::max(1, plan->chunk_rows));
+  }
+
+  // `cluster` blocks share a row. Where the ring holds every source's version of at least one row, or the block's part
+  // of it: fetch_rows relies on that.
+  bool takes_bulk(ReducePlan* plan, int cluster) const {
+    const RowsOfBlocks shared_out = share_out(rows, std::max(1, limits.max_ctas / cluster));
+    if (!has_tma(card) || cluster > limits.max_ctas || !cluster_fits(limits, cluster, cluster * shared_out.blocks)) {
+      return false;
+    }
+    begin(plan, cluster, shared_out);
     const int copied = gathers || (call.source < 0 && limits.world_size > 1) ? kCopierStages : 0;
-    const int64_t buffers = (card.shared_bytes - kStaticSharedBytes) / row_bytes - copied;
-    const int64_t least = limits.world_size + 1;
-    if (buffers < least) return false;
-    const int64_t wanted = std::max(least, fitted_to(card).ring_bytes / row_bytes);
-    plan->stages = static_cast<int>(std::min({int64_t{kMaxStages}, buffers, wanted}));
-    plan->shared_bytes = (copied + plan->stages) * row_bytes;
-    if (takes(plan, Body::kBulk, 2, blocks) || takes(plan, Body::kBulk, 3, blocks)) return true;
-    plan->shared_bytes = 0;
+    for (int vectors = 2; vectors <= 3; ++vectors) {
+      if (!takes(plan, Body::kBulk, vectors, shared_out.blocks)) continue;
+      const int64_t part = std::min<int64_t>(row_bytes, (plan->threads - kHelperThreads) * vectors * kVectorBytes);
+      const int64_t buffers = (card.shared_bytes - kStaticSharedBytes) / part - copied;
+      const int64_t least = limits.world_size + 1;
+      if (buffers < least) return false;
+      const int64_t wanted = std::max(least, fitted_to(card).ring_bytes / part);
+      plan->stages = static_cast<int>(std::min({int64_t{kMaxStages}, buffers, wanted}));
+      plan->shared_bytes = (copied + plan->stages) * part;
+      return true;
+    }
     return false;
   }
 };
@@ -80,26 +102,17 @@ bool plan_reduce(ReducePlan* plan, const tpf_call& call, const Limits& limits, c
     if (planner.takes(plan, Body::kAllRows, 1, all.blocks)) return true;
   }
   const RowsOfBlocks shared_out = share_out(planner.rows, limits.max_ctas);
-  *plan = {};
-  // Staged rows that fit no inbox are for the bodies that stage in slots, one row a block or not. Between cards,
-  // gathering a chunk takes long enough for fewer and larger ones to be faster.
-  int least = planner.fits_inbox() || !planner.is_staged() ? std::min(shared_out.rows, 2) : 2;
-  if (planner.gathers && !planner.is_staged() && !shares_card(shared_out.blocks, card)) {
-    least = std::min(shared_out.rows, fitted.gathered_rows_of_chunk);
-  }
-  plan->chunk_rows = std::max((shared_out.rows + kMaxChunks - 1) / kMaxChunks, least);
-  plan->num_chunks = std::max(1, (shared_out.rows + plan->chunk_rows - 1) / std::max(1, plan->chunk_rows));
-  plan->cluster = 1;
-  const bool few = plan->chunk_rows <= 1;
-  if (few) {  // and so kOneRow: the other bodies know nothing of clusters
+  planner.begin(plan, 1, shared_out);
+  if (plan->chunk_rows <= 1) {
     plan->cluster = planner.cluster_of_row(shared_out.blocks);
     // A small piece of a row is posted: one way between cards, where an input read in place takes two.
     plan->posted = plan->cluster >= fitted.cluster_to_post && planner.fits_inbox() && call.source >= 0;
+    if (planner.takes(plan, Body::kOneRow, 1, shared_out.blocks)) return true;
   }
-  if (few ? planner.takes(plan, Body::kOneRow, 1, shared_out.blocks) : planner.takes_bulk(plan, shared_out.blocks)) {
-    return true;
+  for (int cluster = 1; cluster <= kMaxBulkCluster; cluster *= 2) {
+    if (planner.takes_bulk(plan, cluster)) return true;
   }
-  plan->cluster = 1;
+  planner.begin(plan, 1, shared_out);
   const int most = most_vectors(planner.element_bytes);
   return (compiled_directly(4, planner.element_bytes, has_tma(card)) &&
           planner.takes(plan, Body::kDirect, 4, shared_out.blocks)) ||

@@ -13,6 +13,7 @@ constexpr int kHelperThreads = 64;      // kBulk: the staging and the fetching w
 constexpr int kMaxStages = 32;          // kBulk: row buffers of the ring
 constexpr int kMaxAddingThreads = 448;  // kBulk: with the helpers 16 warps, 128 registers each
 constexpr int kMaxCluster = 8;          // kOneRow: blocks that share a row; the largest portable cluster
+constexpr int kMaxBulkCluster = 4;      // kBulk: enough for the widest row of the most ranks
 
 // The most threads of a body, helpers not counted: as many as leave each the registers that it needs.
 TPF_HD constexpr int most_threads(Body body, int element_bytes, bool has_tma) {
@@ -37,7 +38,7 @@ struct ReducePlan {
   int vectors;  // of a row, that a thread holds
   int blocks, threads;
   int64_t shared_bytes;
-  int cluster;  // kOneRow, kAllRows: blocks of a cluster that share a row
+  int cluster;  // blocks that share a row
   int chunk_rows, num_chunks;
   int stages;   // kBulk: row buffers of the ring
   bool posted;  // staged, although the input could be read in place

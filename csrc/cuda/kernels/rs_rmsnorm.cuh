@@ -7,7 +7,8 @@
 //
 // Four bodies. kOneRow: at most one row a block; every thread holds its vector of all rows that come and go, and from
 // sm_90 on a cluster of blocks may share the row. kBulk, with TMA on sm_90 and newer: one warp stages, one
-// warp fetches rows into a ring of shared-memory buffers, and the others add them up from there. kDirect, everywhere
+// warp fetches rows into a ring of shared-memory buffers, and the others add them up from there; a cluster of blocks
+// shares each row where a ring holds too few whole ones. kDirect, everywhere
 // else: every thread loads and stores 16 bytes at a time. kAllRows, of few tokens in rs_rmsnorm_ag: every rank posts
 // all its rows to all others and adds up all rows itself, so that nothing is left to gather.
 #pragma once
@@ -16,6 +17,7 @@
 #include "../../plan/reduce.h"
 #include "../comm/bulk_copier.cuh"
 #include "../comm/peers.cuh"
+#include "../ptx/cluster.cuh"
 #include "../ptx/vec.cuh"
 
 namespace tpf {
@@ -23,7 +25,7 @@ namespace tpf {
 enum class Epilogue { kSum, kNorm, kFp8, kGather };
 
 constexpr int kGatherStep = kMaxChunks;  // steps 0..6 staging, 7..13 gathering, 15 closing
-constexpr int kMaxPartials = 128;        // warps' shares of a row: its vectors, 32 at a time
+constexpr int kMaxPartials = 160;        // warps' shares of a row: its vectors, 32 at a time, and some behind its end
 
 struct ReduceArgs {
   void* output;        // kNorm, kFp8 with TPF_KEEP_OUTPUT: [rows, hidden]; kGather: [num_tokens, hidden]
@@ -42,8 +44,8 @@ struct ReduceArgs {
   Partition partition;
   int32_t chunk_rows;  // rows of one chunk, for one block
   int32_t num_chunks;
-  int32_t stages;    // kBulk: row buffers of the ring
-  int32_t cluster;   // kOneRow, kAllRows: blocks of a cluster that share a row
+  int32_t stages;  // kBulk: row buffers of the ring
+  int32_t cluster, cluster_log2;  // blocks that share a row
   uint32_t no_bits;  // 0, which the compiler does not know: see barrier_arrive_having
 };
 
@@ -77,7 +79,10 @@ struct RowView {
     return reinterpret_cast<T*>(slot_of(args.team, source, epoch + 1)) + row * hidden;
   }
   __device__ Rows rows(int peer) const { return args.partition.rows(peer); }
-  __device__ int64_t row_of(int step) const { return int64_t{step} * gridDim.x + blockIdx.x; }
+  // kDirect, kBulk: of the blocks or, where these share rows, of the clusters.
+  __device__ int row_block() const { return static_cast<int>(blockIdx.x >> args.cluster_log2); }
+  __device__ int row_blocks() const { return static_cast<int>(gridDim.x >> args.cluster_log2); }
+  __device__ int64_t row_of(int step) const { return int64_t{step} * row_blocks() + row_block(); }
   __device__ bool staged() const { return !zero_copy && !complete && world_size > 1; }
   __device__ bool has_residual() const { return (args.call.variant & TPF_RESIDUAL) != 0; }
   __device__ int num_sources() const { return complete ? 1 : world_size; }
@@ -89,91 +94,69 @@ struct RowView {
   const uint32_t epoch;
 };
 
-// The threads that add up a row together: the whole block, or all but the helping warps. Thread t holds vectors
-// first + t, first + t + threads, ... of the row.
+// What the threads that add up a row tell each other. In shared memory; two rows are dealt with in turn.
+struct Partials {
+  // Where a cluster shares the row, by one thread of each block; a barrier of the cluster follows.
+  __device__ void init() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    for (uint64_t& barrier : arrived) barrier_init(&barrier, 1);
+    fence_barrier_init();
+#endif
+  }
+
+  float sums[2][kMaxPartials];
+  uint64_t arrived[2];  // what the other blocks of the cluster have stored in sums
+};
+
+// The threads that add up a row together: the whole block, or all but the helping warps, of all blocks of a cluster.
+// Thread t of a block holds vectors first + t, first + t + threads, ... of the row.
 struct RowThreads {
   __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
   __device__ int vector(int v) const { return first + v * threads + thread; }
 
-  int threads;
-  int thread;                            // this one's place in the group
-  float* partial;                        // shared memory: 2 x kMaxPartials
-  int first = 0;                         // of the row's vectors: not 0 where blocks share the row
-  int cluster = 1;                       // how many blocks do
-  uint64_t* partials_barrier = nullptr;  // and the mbarrier on which the others' partial sums arrive
+  int threads;         // of a block
+  int thread;          // this one's place among them
+  Partials& partials;  // in shared memory
+  int first = 0;       // of the row's vectors: not 0 where blocks share the row
+  int cluster = 1;     // how many blocks do
 };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-__device__ inline uint32_t cluster_address(const void* shared, int cta) {
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(shared)), "r"(cta));
-  return address;
-}
-
-// Writes to where `to` lies in block `cta` of the cluster, and completes bytes on its mbarrier. Unlike a barrier of
-// the cluster, which is a fence too, this does not wait for the rows that were stored before.
-__device__ inline void cluster_store_partial(float* to, uint64_t* partials_barrier, int cta, float value) {
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(cluster_address(to, cta)),
-      "f"(value), "r"(cluster_address(partials_barrier, cta))
-      : "memory");
-}
-
-// By all threads: all blocks of a cluster have begun, and their mbarriers expect `bytes`, when cluster_wait returns.
-__device__ inline void cluster_arrive(uint64_t* partials_barrier, uint32_t bytes) {
-  if (threadIdx.x == 0) {
-    barrier_init(partials_barrier, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    barrier_expect(partials_barrier, bytes);
-  }
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-
-// Until all partial sums have arrived: blocks of a cluster run together, so this needs no deadline.
-__device__ inline void cluster_wait_partials(uint64_t* partials_barrier) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
-      "@!done bra again;\n"
-      "}\n" ::"r"(shared_address(partials_barrier))
-      : "memory");
-}
-#else  // no clusters: a row is not shared
-__device__ inline void cluster_store_partial(float*, uint64_t*, int, float) {}
-__device__ inline void cluster_arrive(uint64_t*, uint32_t) {}
-__device__ inline void cluster_wait() {}
-__device__ inline void cluster_wait_partials(uint64_t*) {}
-#endif
-
 // The sum over the group, added up in an order that depends on the columns alone: 32 vectors at a time, then these. So
-// a row has the same bits whatever body and however many threads work on it. `parity` alternates from row to row
-// between two buffers, so one barrier a row is enough. `meanwhile()` is done before the others are waited for.
+// a row has the same bits whatever body and however many threads work on it. `step` counts the group's rows: between two
+// buffers in turn, one barrier a row is enough. `meanwhile()` is done before the others are waited for.
 template <int kVecs, typename Meanwhile>
-__device__ inline float group_sum(const float (&values)[kVecs], const RowThreads& group, int parity,
+__device__ inline float group_sum(const float (&values)[kVecs], const RowThreads& group, int step,
                                   Meanwhile&& meanwhile) {
-  float* partial = group.partial + parity * kMaxPartials;
+  float* const sums = group.partials.sums[step % 2];
   const int lane = group.thread % 32, count = group.cluster * kVecs * group.threads / 32;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint64_t* const barrier = &group.partials.arrived[step % 2];
+  if (group.cluster > 1 && group.thread == 0) barrier_expect(barrier, count * sizeof(float));
+#endif
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     const float sum = warp_sum(values[v]);
-    float* to = &partial[group.vector(v) / 32];
+    float* const to = &sums[group.vector(v) / 32];
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (group.cluster > 1) {
-      if (lane < group.cluster) cluster_store_partial(to, group.partials_barrier, lane, sum);
-    } else if (lane == 0) {
-      *to = sum;
+      if (lane < group.cluster) cluster_store_async(to, barrier, lane, sum);
+      continue;
     }
+#endif
+    if (lane == 0) *to = sum;
   }
   meanwhile();
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (group.cluster > 1) {
-    cluster_wait_partials(group.partials_barrier);
+    cluster_wait_stores(barrier, step / 2 & 1);
   } else {
     group.sync();
   }
+#else
+  group.sync();
+#endif
   float sum = 0;
-  for (int at = 0; at < count; at += 32) sum += warp_sum(at + lane < count ? partial[at + lane] : 0.0f);
+  for (int at = 0; at < count; at += 32) sum += warp_sum(at + lane < count ? sums[at + lane] : 0.0f);
   return sum;
 }
 
@@ -225,7 +208,7 @@ struct Nothing {
 // one of this rank's share; in kAllRows one of all, and what a rank keeps of its own share alone is kept of these.
 template <typename T, int kVecs, Epilogue kEpilogue, bool kAllRows = false, typename Meanwhile = Nothing>
 __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&sums)[kVecs][kLanes<T>],
-                                  const RowWeight<T, kVecs>& weight, const RowThreads& group, int parity, bool arrived,
+                                  const RowWeight<T, kVecs>& weight, const RowThreads& group, int step, bool arrived,
                                   Meanwhile&& meanwhile = {}) {
   const ReduceArgs& args = view.args;
   const int64_t own_row = kAllRows ? row - view.own.start : row;
@@ -245,7 +228,7 @@ __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&s
   }
   if constexpr (kEpilogue == Epilogue::kSum) return meanwhile();
 
-  const float mean = group_sum(squares, group, parity, meanwhile) / static_cast<float>(view.hidden);
+  const float mean = group_sum(squares, group, step, meanwhile) / static_cast<float>(view.hidden);
   const float rstd = __frsqrt_rn(mean + args.eps);
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
@@ -290,10 +273,10 @@ __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&s
 }
 
 // Whether blocks take their rows one by one, since some SMs come to their data faster than others. What peers stage or
-// gather by chunks is every grid-th row.
+// gather by chunks is every grid-th row, and blocks that share their rows have the same ones.
 template <Epilogue kEpilogue, typename T>
 __device__ inline bool claims_rows(const RowView<T>& view) {
-  return kEpilogue != Epilogue::kGather && !view.staged();
+  return kEpilogue != Epilogue::kGather && !view.staged() && view.args.cluster == 1;
 }
 
 // The next row nobody has taken yet, after the first ones, of which each block has one.
@@ -345,7 +328,7 @@ __device__ inline void poison_rows(const RowView<T>& view, int b, int blocks, in
 
 template <typename T, Epilogue kEpilogue>
 __device__ inline void poison_rows(const RowView<T>& view) {
-  poison_rows<T, kEpilogue>(view, blockIdx.x, gridDim.x, 0, view.hidden / kLanes<T>);
+  poison_rows<T, kEpilogue>(view, view.row_block(), view.row_blocks(), 0, view.hidden / kLanes<T>);
 }
 
 template <typename T>

@@ -101,7 +101,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
   pdl_trigger();  // as in OneRow's
   AllRows<T> one = first;
 #pragma unroll 1
-  for (int parity = 0; one.row < num_tokens; parity ^= 1) {
+  for (int step = 0; one.row < num_tokens; ++step) {
     one.begin_sum(view);
     // A block that saw a fault goes on: its other threads and its cluster wait for it.
     if (arrived) arrived = one.take_posted(view, round);
@@ -115,7 +115,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
     if (view.has_residual()) add_vector<T>(sums[0], one.vectors[0]);
     RowWeight<T, 1> weight;  // there are not the registers to load it before
     weight.init(view, group);
-    finish_row<T, 1, kEpilogue, true>(view, one.row, sums, weight, group, parity, arrived, [&] {
+    finish_row<T, 1, kEpilogue, true>(view, one.row, sums, weight, group, step, arrived, [&] {
       if (arrived) one.clear_posted(view);
     });
     one = AllRows<T>(view, one.row + groups, one.column);

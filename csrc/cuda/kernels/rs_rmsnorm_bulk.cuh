@@ -6,6 +6,24 @@ namespace tpf {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
+// The bytes of every row that this block works on: all, or a part, where a cluster shares it.
+struct RowPart {
+  // A thread holds `thread_bytes` of it.
+  __device__ RowPart(const ReduceArgs& args, int thread_bytes, int element_bytes) {
+    const uint32_t row = args.call.hidden_size * element_bytes;
+    stride = min((blockDim.x - kHelperThreads) * thread_bytes, row);
+    first = (blockIdx.x & (args.cluster - 1)) * stride;
+    bytes = min(stride, row - first);
+  }
+  template <typename T>
+  __device__ T* of(T* row) const {
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(row) + first);
+  }
+
+  uint32_t first, bytes;
+  uint32_t stride;  // of the row buffers: the largest part
+};
+
 struct BulkShared {
   alignas(8) uint64_t full[kMaxStages];
   alignas(8) uint64_t empty[kMaxStages];
@@ -13,8 +31,11 @@ struct BulkShared {
   int64_t row[kMaxStages];   // the row that begins in this buffer; -1 after the last
   bool gave_up[kMaxStages];  // when this was a peer's row, or the end: what did not arrive is not passed on
 
+  uint32_t faulted;          // in any block of the cluster
+
   // By one thread; a barrier of the block follows.
   __device__ void init(int stages) {
+    faulted = 0;
 #pragma unroll  // at constant places
     for (int stage = 0; stage < kMaxStages; ++stage) {
       if (stage == stages) break;
@@ -24,28 +45,41 @@ struct BulkShared {
     for (int stage = 0; stage < kCopierStages; ++stage) barrier_init(&copied[stage], 1);
     fence_async_shared();
   }
+
+  // By all threads of all blocks of a cluster, which have begun: whether `fault`, the same in all threads of a block, is
+  // true in any of them, or was. No block then waits for a part of a row that is not added up, and all poison theirs.
+  __device__ bool any_in_cluster(int cluster, bool fault) {
+    if (cluster == 1) return fault;
+    if (const int cta = threadIdx.x; fault && cta < cluster) cluster_store(&faulted, cta, 1);
+    cluster_arrive();
+    cluster_wait();
+    return faulted != 0;
+  }
 };
 
 // While the ranks still look for each other, a rank's input comes to its L2 cache, as far as it is fetched first: a row
 // for every block of every rank.
 template <typename T>
-__device__ inline void prefetch_rows(const RowView<T>& view) {
+__device__ inline void prefetch_rows(const RowView<T>& view, const RowPart& part) {
   if (!view.zero_copy || view.complete) return;
   for (int peer = 0; peer < view.world_size; ++peer) {
     const Rows rows = view.rows(peer);
-    if (blockIdx.x >= rows.count || !elect()) continue;
-    bulk_prefetch(static_cast<const T*>(view.args.input) + (rows.start + blockIdx.x) * view.hidden,
-                  static_cast<uint32_t>(view.hidden * sizeof(T)));
+    if (view.row_block() >= rows.count || !elect()) continue;
+    const T* const row = static_cast<const T*>(view.args.input) + (rows.start + view.row_block()) * view.hidden;
+    bulk_prefetch(part.of(row), part.bytes);
   }
 }
 
 // The staging warp: stages this rank's rows for the peers, chunk by chunk; in rs_rmsnorm_ag it then copies theirs.
 template <typename T, Epilogue kEpilogue>
-__device__ inline bool move_rows(const RowView<T>& view, const BlockRound& round, BulkShared& shared, char* buffers) {
+__device__ inline bool move_rows(const RowView<T>& view, const BlockRound& round, const RowPart& part,
+                                 BulkShared& shared, char* buffers) {
   const ReduceArgs& args = view.args;
   const int lane = threadIdx.x % 32;
-  const uint32_t row_bytes = static_cast<uint32_t>(view.hidden * sizeof(T));
-  BulkCopier copier(buffers, shared.copied, row_bytes);
+  BulkCopier copier(buffers, shared.copied, part.stride);
+  const auto copy = [&](T* to, const T* from, uint64_t policy) {
+    copier.copy(reinterpret_cast<char*>(part.of(to)), reinterpret_cast<const char*>(part.of(from)), part.bytes, policy);
+  };
   bool arrived = true;
   // copy_row(peer, row, rows of the peer) for all peers' rows of a chunk
   const auto for_chunk = [&](int chunk, auto&& copy_row) {
@@ -61,9 +95,8 @@ __device__ inline bool move_rows(const RowView<T>& view, const BlockRound& round
   if (!view.staged()) publish_unfenced_to_peers(args.team, round, 0, lane);
   for (int chunk = 0; view.staged() && chunk < args.num_chunks; ++chunk) {
     for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
-      copier.copy(reinterpret_cast<char*>(view.staged_row(peer, view.rank, row)),
-                  reinterpret_cast<const char*>(static_cast<const T*>(args.input) + (rows.start + row) * view.hidden),
-                  row_bytes, normal_policy());
+      copy(view.staged_row(peer, view.rank, row),
+           static_cast<const T*>(args.input) + (rows.start + row) * view.hidden, normal_policy());
     });
     copier.flush();
     fence_async_global();
@@ -80,8 +113,8 @@ __device__ inline bool move_rows(const RowView<T>& view, const BlockRound& round
       __syncwarp();
       fence_async_global();
       for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
-        copier.copy(reinterpret_cast<char*>(static_cast<T*>(args.output) + (rows.start + row) * view.hidden),
-                    reinterpret_cast<const char*>(view.gathered_row(peer, row)), row_bytes, streaming_policy());
+        copy(static_cast<T*>(args.output) + (rows.start + row) * view.hidden, view.gathered_row(peer, row),
+             streaming_policy());
       });
     }
     copier.flush();
@@ -91,10 +124,10 @@ __device__ inline bool move_rows(const RowView<T>& view, const BlockRound& round
 
 // The fetching warp: brings every source's version of this block's rows into the ring, then the residual's.
 template <typename T, Epilogue kEpilogue>
-__device__ inline bool fetch_rows(const RowView<T>& view, const BlockRound& round, BulkShared& shared, char* ring) {
+__device__ inline bool fetch_rows(const RowView<T>& view, const BlockRound& round, const RowPart& part,
+                                  BulkShared& shared, char* ring) {
   const ReduceArgs& args = view.args;
   const int lane = threadIdx.x % 32;
-  const uint32_t row_bytes = static_cast<uint32_t>(view.hidden * sizeof(T));
   const int sources = view.num_sources(), items = sources + view.has_residual();
   const uint32_t buffers = uniform(shared_address(ring));
   const uint32_t full_barriers = uniform(shared_address(shared.full));
@@ -106,25 +139,25 @@ __device__ inline bool fetch_rows(const RowView<T>& view, const BlockRound& roun
     RingPosition to = at;
     for (int item = 0; item < items; ++item, to.advance(1, args.stages)) {
       if (!wanted(item)) continue;
-      const T* const from =
-          item < sources ? view.source_row(item, row) : static_cast<const T*>(args.residual) + row * view.hidden;
+      const T* const from = part.of(item < sources ? view.source_row(item, row)
+                                                   : static_cast<const T*>(args.residual) + row * view.hidden);
       const uint32_t full = full_barriers + to.stage * sizeof(uint64_t);
       if (to.round > 0) barrier_wait(empty_barriers + to.stage * sizeof(uint64_t), (to.round - 1) & 1);
       if (elect()) {
         if (item == 0) shared.row[to.stage] = row;
         if (kEpilogue == Epilogue::kGather) shared.gave_up[to.stage] = gave_up;
-        barrier_expect(full, row_bytes);
+        barrier_expect(full, part.bytes);
         if constexpr (kEpilogue == Epilogue::kGather) {
           // Published rows shall stay in the L2 cache until the peers have copied them.
-          bulk_load(buffers + to.stage * row_bytes, from, row_bytes, full, streaming_policy());
+          bulk_load(buffers + to.stage * part.stride, from, part.bytes, full, streaming_policy());
         } else {
-          bulk_load(buffers + to.stage * row_bytes, from, row_bytes, full);
+          bulk_load(buffers + to.stage * part.stride, from, part.bytes, full);
         }
       }
       __syncwarp();
     }
   };
-  int64_t row = blockIdx.x;
+  int64_t row = view.row_block();
   // What is this rank's own need not wait for a peer.
   const auto is_own = [&](int item) { return item == sources || view.complete || item == view.rank; };
   if (row < view.own.count) fetch(row, is_own);
@@ -166,7 +199,7 @@ __device__ inline bool fetch_rows(const RowView<T>& view, const BlockRound& roun
   // Peers have their inputs back once the last row buffer has been emptied, while the last row is still being finished.
   // In rs_rmsnorm_ag the gathering says so already.
   if (view.zero_copy && kEpilogue != Epilogue::kGather && opened) {
-    if (blockIdx.x < view.own.count) barrier_wait(&shared.empty[last.stage], last.round & 1);
+    if (view.row_block() < view.own.count) barrier_wait(&shared.empty[last.stage], last.round & 1);
     __syncwarp();
     publish_unfenced_to_peers(args.team, round, kClosingStep, lane);
     arrived &= wait_for_readers(view, round, lane);
@@ -176,10 +209,9 @@ __device__ inline bool fetch_rows(const RowView<T>& view, const BlockRound& roun
 
 // The adding warps. The next source's vectors are in flight from shared memory while one source's are added.
 template <typename T, int kVecs, Epilogue kEpilogue>
-__device__ inline void add_rows(const RowView<T>& view, const BlockRound& round, BulkShared& shared, const char* ring,
-                                const RowThreads& group) {
+__device__ inline void add_rows(const RowView<T>& view, const BlockRound& round, const RowPart& part,
+                                BulkShared& shared, const char* ring, const RowThreads& group) {
   const ReduceArgs& args = view.args;
-  const int row_bytes = static_cast<int>(view.hidden * sizeof(T));
   const int items = view.num_sources() + view.has_residual();
   RowWeight<T, kVecs> weight;
   if constexpr (kEpilogue != Epilogue::kSum) weight.init(view, group);
@@ -191,11 +223,11 @@ __device__ inline void add_rows(const RowView<T>& view, const BlockRound& round,
   const auto take = [&](uint4(&raw)[kVecs], int item) {
     barrier_wait(&shared.full[at.stage], at.round & 1);
     if (kEpilogue == Epilogue::kGather && item == first_of_peers) gave_up |= shared.gave_up[at.stage];
-    const char* from = ring + at.stage * row_bytes;
+    const char* from = ring + at.stage * part.stride;
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
-      const int byte = group.vector(v) * 16;
-      raw[v] = byte < row_bytes ? *reinterpret_cast<const uint4*>(from + byte) : uint4{};
+      const uint32_t byte = (v * group.threads + group.thread) * kVectorBytes;
+      raw[v] = byte < part.bytes ? *reinterpret_cast<const uint4*>(from + byte) : uint4{};
     }
     at.advance(1, args.stages);
   };
@@ -245,26 +277,26 @@ __device__ inline void add_rows(const RowView<T>& view, const BlockRound& round,
         give_back(raw[half]);
       }
     }
-    finish_row<T, kVecs, kEpilogue>(view, row, sums, weight, group, step % 2, !gave_up);
+    finish_row<T, kVecs, kEpilogue>(view, row, sums, weight, group, step, !gave_up);
   }
   while (kEpilogue == Epilogue::kGather && chunk < args.num_chunks) publish_gathered();
 }
 
 template <typename T, int kVecs, Epilogue kEpilogue>
-__device__ inline bool reduce_in_bulk(const RowView<T>& view, const BlockRound& round, BulkShared& shared,
-                                      float* partial) {
+__device__ inline bool reduce_in_bulk(const RowView<T>& view, const BlockRound& round, const RowPart& part,
+                                      BulkShared& shared, Partials& partials) {
   extern __shared__ __align__(128) char dynamic[];
   const int adding_threads = blockDim.x - kHelperThreads;
-  const int64_t row_bytes = view.hidden * sizeof(T);
-  char* ring = dynamic + (kEpilogue == Epilogue::kGather || view.staged() ? kCopierStages * row_bytes : 0);
+  char* ring = dynamic + (kEpilogue == Epilogue::kGather || view.staged() ? kCopierStages * part.stride : 0);
   if (threadIdx.x < adding_threads) {
-    const RowThreads group = {adding_threads, static_cast<int>(threadIdx.x), partial};
-    add_rows<T, kVecs, kEpilogue>(view, round, shared, ring, group);
+    const RowThreads group = {adding_threads, static_cast<int>(threadIdx.x), partials,
+                              static_cast<int>(part.first / kVectorBytes), view.args.cluster};
+    add_rows<T, kVecs, kEpilogue>(view, round, part, shared, ring, group);
     return true;
   }
   const bool moves = threadIdx.x < adding_threads + 32;
-  return moves ? move_rows<T, kEpilogue>(view, round, shared, dynamic)
-               : fetch_rows<T, kEpilogue>(view, round, shared, ring);
+  return moves ? move_rows<T, kEpilogue>(view, round, part, shared, dynamic)
+               : fetch_rows<T, kEpilogue>(view, round, part, shared, ring);
 }
 
 #endif

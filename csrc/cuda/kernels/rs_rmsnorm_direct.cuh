@@ -5,9 +5,9 @@
 namespace tpf {
 
 template <typename T, int kVecs, Epilogue kEpilogue>
-__device__ inline bool reduce_directly(const RowView<T>& view, const BlockRound& round, float* partial) {
+__device__ inline bool reduce_directly(const RowView<T>& view, const BlockRound& round, Partials& partials) {
   const ReduceArgs& args = view.args;
-  const RowThreads group = {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partial};
+  const RowThreads group = {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partials};
   const auto column_of = [&](int v) { return group.vector(v) * kLanes<T>; };
   // For every peer that has row `row`: to(peer) <- from(peer).
   const auto copy_rows = [&](int64_t row, auto&& to, auto&& from) {
@@ -71,7 +71,7 @@ __device__ inline bool reduce_directly(const RowView<T>& view, const BlockRound&
         }
         if (view.has_residual()) add_vector<T>(sums[v], raw[TPF_MAX_RANKS]);
       }
-      finish_row<T, kVecs, kEpilogue>(view, row, sums, weight, group, step % 2, arrived);
+      finish_row<T, kVecs, kEpilogue>(view, row, sums, weight, group, step, arrived);
     }
     if constexpr (kEpilogue == Epilogue::kGather) {
       __syncthreads();

@@ -25,18 +25,20 @@ template <typename T, int kVecs, Epilogue kEpilogue, Body kBody>
 __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBody == Body::kBulk ? kHelperThreads : 0),
                                   1) rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
   constexpr int kRounds = kEpilogue == Epilogue::kGather && kBody != Body::kAllRows ? 2 : 1;
-  __shared__ float partial[2 * kMaxPartials];
+  __shared__ Partials partials;
   if constexpr (kBody == Body::kAllRows && !adds_up_all_rows(kCompiledFor)) {
     return;  // never launched there
   } else if constexpr (kBody == Body::kOneRow || kBody == Body::kAllRows) {
     using Few = std::conditional_t<kBody == Body::kOneRow, OneRow<T>, AllRows<T>>;
-    __shared__ uint64_t partials_barrier;
-    if (args.cluster > 1) cluster_arrive(&partials_barrier, args.cluster * (blockDim.x / 32) * sizeof(float));
+    if (args.cluster > 1) {
+      if (threadIdx.x == 0) partials.init();
+      cluster_arrive_relaxed();
+    }
     pdl_wait();
     const RowView<T> early(args);
     const int cta = blockIdx.x % args.cluster, first = cta * blockDim.x;
-    const RowThreads group = {
-        static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partial, first, args.cluster, &partials_barrier};
+    const RowThreads group = {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partials, first,
+                              args.cluster};
     Few few(early, blockIdx.x / args.cluster, group.vector(0) * kLanes<T>);
     const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
     if (args.cluster > 1) cluster_wait();
@@ -49,7 +51,7 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBo
     if constexpr (compiled_directly(kVecs, sizeof(T), kHasTma)) {
       const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
       const RowView<T> view(args, round.epoch);
-      const bool arrived = !round.refused && reduce_directly<T, kVecs, kEpilogue>(view, round, partial);
+      const bool arrived = !round.refused && reduce_directly<T, kVecs, kEpilogue>(view, round, partials);
       if (all_arrived<kEpilogue>(view, arrived)) return end_op(args.team);
       poison_rows<T, kEpilogue>(view);
       end_faulted_op(args.team, args.call, round);
@@ -57,12 +59,20 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBo
   } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     __shared__ BulkShared shared;
-    if (threadIdx.x >= blockDim.x - 32) prefetch_rows(RowView<T>(args));
-    if (threadIdx.x == 0) shared.init(args.stages);
+    if (threadIdx.x == 0) {
+      shared.init(args.stages);
+      if (args.cluster > 1) partials.init();
+    }
+    if (args.cluster > 1) cluster_arrive();
+    const RowPart part(args, kVecs * kVectorBytes, sizeof(T));
+    if (threadIdx.x >= blockDim.x - 32) prefetch_rows(RowView<T>(args), part);
     const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
+    if (args.cluster > 1) cluster_wait();
     const RowView<T> view(args, round.epoch);
-    const bool arrived = !round.refused && reduce_in_bulk<T, kVecs, kEpilogue>(view, round, shared, partial);
-    if (all_arrived<kEpilogue>(view, arrived)) return end_op(args.team);
+    bool arrived = !shared.any_in_cluster(args.cluster, round.refused);
+    if (arrived) arrived = reduce_in_bulk<T, kVecs, kEpilogue>(view, round, part, shared, partials);
+    arrived = all_arrived<kEpilogue>(view, arrived);
+    if (!shared.any_in_cluster(args.cluster, !arrived)) return end_op(args.team);
     poison_rows<T, kEpilogue>(view);
     end_faulted_op(args.team, args.call, round);
 #endif

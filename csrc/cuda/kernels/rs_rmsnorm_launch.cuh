@@ -59,6 +59,7 @@ struct ReduceLauncher {
     args.num_chunks = plan.num_chunks;
     args.stages = plan.stages;
     args.cluster = plan.cluster;
+    while (1 << args.cluster_log2 < plan.cluster) ++args.cluster_log2;
     args.contract = contract_of(args.call);
     switch (args.call.dtype) {
       case TPF_BF16:
