@@ -72,4 +72,9 @@ struct Call {
   }
 };
 
+// launch(one of the two, what else it takes)
+bool run(const Call& call, auto&& launch, auto* cuda, auto* cpu) {
+  return call.run([&](void* stream) { return launch(cuda, stream); }, [&] { return launch(cpu); });
+}
+
 }  // namespace tpf

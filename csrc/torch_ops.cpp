@@ -24,13 +24,6 @@ namespace {
 std::mutex workspaces_mutex;
 std::vector<std::pair<std::string, Workspace>> workspaces;  // few
 
-// ---- calls ----
-
-// launch(one of the two, what else it takes)
-bool run(const Call& call, auto&& launch, auto* cuda, auto* cpu) {
-  return call.run([&](void* stream) { return launch(cuda, stream); }, [&] { return launch(cpu); });
-}
-
 }  // namespace
 
 // ---- the ops ----
@@ -51,27 +44,16 @@ bool rs_rmsnorm(const Value* arguments, Results* results) {
   return run(in, launch, TPF_CUDA_OP(tpf_rs_rmsnorm_cuda), tpf_rs_rmsnorm_cpu);
 }
 
-bool reduce_fp8(const ReduceCall& in, const Quantized& as, Results* results) {
-  const int64_t rows = in.own_rows().count, columns = in.input.columns;
-  const int64_t groups = (columns + as.group_size - 1) / as.group_size, pitch = (rows + 3) / 4 * 4;
-  void *q, *scale, *residual_out, *output;
-  if (!results->add(&q, in.input, rows, columns, TPF_E4M3)) return false;
-  if (as.column ? !results->add_column_major(&scale, in.input, rows, groups, pitch)
-                : !results->add(&scale, in.input, rows, groups, TPF_F32)) {
-    return false;
-  }
-  if (!results->add(&residual_out, in.input, rows, columns, in.dtype())) return false;
-  if (!results->add(&output, in.input, as.keep_output ? rows : 0, columns, in.dtype())) return false;
-  uint32_t variant = in.variant;
-  if (as.column) variant |= TPF_COLUMN_SCALES;
-  if (as.keep_output) variant |= TPF_KEEP_OUTPUT;
+bool reduce_and_gather(const ReduceCall& in, Results* results) {
+  void *output, *residual_out;
+  if (!results->add(&output, in.input, in.input.rows, in.input.columns, in.dtype())) return false;
+  if (!results->add(&residual_out, in.input, in.own_rows().count, in.input.columns, in.dtype())) return false;
   const Input symm(*in.workspace.team, in.input.data);
   const auto launch = [&](auto* op, auto... last) {
-    return op(q, static_cast<float*>(scale), residual_out, output, in.input.data, symm.get(), in.residual, in.weight,
-              in.team(), in.input.rows, columns, in.dtype(), in.eps, in.weight_offset,
-              static_cast<int32_t>(as.group_size), as.column ? 1 : groups, as.column ? pitch : 1, variant, last...);
+    return op(output, residual_out, in.input.data, symm.get(), in.residual, in.weight, in.team(), in.input.rows,
+              in.input.columns, in.dtype(), in.eps, in.weight_offset, in.variant, last...);
   };
-  return run(in, launch, TPF_CUDA_OP(tpf_rs_rmsnorm_fp8_cuda), tpf_rs_rmsnorm_fp8_cpu);
+  return run(in, launch, TPF_CUDA_OP(tpf_rs_rmsnorm_ag_cuda), tpf_rs_rmsnorm_ag_cpu);
 }
 
 bool all_gather_rows(const Value* arguments, Results* results) {
@@ -87,62 +69,10 @@ bool all_gather_rows(const Value* arguments, Results* results) {
   return run(in, launch, TPF_CUDA_OP(tpf_all_gather_rows_cuda), tpf_all_gather_rows_cpu);
 }
 
-bool reduce_and_gather_fp8(const ReduceCall& in, const Quantized& as, Value group_name, Results* results) {
-  Results own, gathered;
-  // Before anything is launched: of narrow groups a row has more bytes of scales than of elements.
-  if (!in.fits(in.input.rows, (in.input.columns + as.group_size - 1) / as.group_size, TPF_F32)) return false;
-  if (!reduce_fp8(in, {as.group_size, false, as.keep_output}, &own)) return false;
-  const auto count = static_cast<Value>(in.input.rows);
-  for (int i = 0; i < 2; ++i) {
-    const Value rows[] = {reinterpret_cast<Value>(own[i]), count, group_name};
-    if (!all_gather_rows(rows, i == 0 || !as.column ? results : &gathered)) return false;
-  }
-  if (as.column) {
-    View scale;
-    void* unused;
-    if (!scale.read(gathered[0])) return false;
-    if (!results->add_column_major(&unused, in.input, scale.rows, scale.columns, (scale.rows + 3) / 4 * 4) ||
-        torch.aoti_torch_copy_((*results)[1], gathered[0], 0) != 0) {
-      return false;
-    }
-  }
-  const Tensor output = own.release_last();
-  results->take(own.release_last());
-  results->take(output);
-  return true;
-}
-
-bool rs_rmsnorm_fp8(const Value* arguments, Results* results) {
-  ReduceCall in;
-  Quantized as;
-  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[9])) return false;
-  if (!as.read(in, arguments[5], arguments[6], arguments[7])) return false;
-  if (boolean(arguments[8])) in.variant |= TPF_COMPLETE;
-  if (boolean(arguments[10])) in.variant |= TPF_ROUND_SCALES;
-  return reduce_fp8(in, as, results);
-}
-
-bool rs_rmsnorm_ag_fp8(const Value* arguments, Results* results) {
-  ReduceCall in;
-  Quantized as;
-  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[8])) return false;
-  if (!as.read(in, arguments[5], arguments[6], arguments[7])) return false;
-  if (boolean(arguments[9])) in.variant |= TPF_ROUND_SCALES;
-  return reduce_and_gather_fp8(in, as, arguments[4], results);
-}
-
 bool rs_rmsnorm_ag(const Value* arguments, Results* results) {
   ReduceCall in;
   if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5])) return false;
-  void *output, *residual_out;
-  if (!results->add(&output, in.input, in.input.rows, in.input.columns, in.dtype())) return false;
-  if (!results->add(&residual_out, in.input, in.own_rows().count, in.input.columns, in.dtype())) return false;
-  const Input symm(*in.workspace.team, in.input.data);
-  const auto launch = [&](auto* op, auto... last) {
-    return op(output, residual_out, in.input.data, symm.get(), in.residual, in.weight, in.team(), in.input.rows,
-              in.input.columns, in.dtype(), in.eps, in.weight_offset, in.variant, last...);
-  };
-  return run(in, launch, TPF_CUDA_OP(tpf_rs_rmsnorm_ag_cuda), tpf_rs_rmsnorm_ag_cpu);
+  return reduce_and_gather(in, results);
 }
 
 bool reduce_scatter_rows(const Value* arguments, Results* results) {

@@ -56,13 +56,15 @@ struct Quantized {
     keep_output = boolean(keep);
     if (!column && string(layout) != "row") return false;
     if (group_size < 1 || !std::in_range<int32_t>(group_size)) return false;
-    return !in.on_cuda() || group_size == 64 || group_size == 128;
+    return !in.on_cuda() || group_size == 64 || group_size == 128 || group_size >= in.input.columns;
   }
   int64_t group_size = 128;
   bool column = false, keep_output = false;
 };
 
-// rs_rmsnorm_fp8, and it with the quantised rows and their scales gathered: an op after the other.
+// rs_rmsnorm_ag.
+bool reduce_and_gather(const ReduceCall& in, Results* results);
+// rs_rmsnorm_fp8, and it with the quantised rows and their scales gathered.
 bool reduce_fp8(const ReduceCall& in, const Quantized& as, Results* results);
 bool reduce_and_gather_fp8(const ReduceCall& in, const Quantized& as, Value group_name, Results* results);
 

@@ -7,6 +7,9 @@ namespace tpf {
 
 bool rs_rmsnorm(const Value* arguments, Results* results);
 bool rs_rmsnorm_ag(const Value* arguments, Results* results);
+bool rs_rmsnorm_fp8(const Value* arguments, Results* results);
+bool rs_rmsnorm_ag_fp8(const Value* arguments, Results* results);
+bool all_gather_rows(const Value* arguments, Results* results);
 bool qkv_a_proj_ag(const Value* arguments, Results* results);
 bool qkv_a_proj_ag_fp8(const Value* arguments, Results* results);
 bool qkv_a_proj_ag_norm(const Value* arguments, Results* results);

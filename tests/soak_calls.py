@@ -302,7 +302,7 @@ class Segment:
         if op in ("rs_rmsnorm", "rs_rmsnorm_fp8"):
             options["complete"] = rng.random() < 0.15
         if op in ("rs_rmsnorm_fp8", "rs_rmsnorm_ag_fp8"):
-            groups = (64, 128, 128) if on_cuda else (1, 32, 64, 100, 128, 128)
+            groups = (64, 128, 128, hidden) if on_cuda else (1, 32, 64, 100, 128, 128, hidden)
             if op == "rs_rmsnorm_ag_fp8":  # whose scales travel
                 groups = [size for size in groups if -(-hidden // size) * 4 <= self.spaces[space].row_bytes]
             options |= {"group_size": rng.choice(groups), "keep_output": rng.random() < 0.5}

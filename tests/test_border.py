@@ -250,7 +250,12 @@ BAD_CALLS_ON_CUDA = {
         *("qkv_a_proj_ag_fp8", {"q": ones(2, 264, dtype=E4M3), "weight": ones(COLUMNS, 264, dtype=E4M3)}, ValueError),
         r"an fp8 weight must have a multiple of 8 rows and of 16 columns, got \(144, 264\)",
     ),
-    "group size": ("rs_rmsnorm_fp8", {"group_size": 32}, ValueError, r"group_size must be 64 or 128, got 32"),
+    "group size": (
+        "rs_rmsnorm_fp8",
+        {"group_size": 32},
+        ValueError,
+        r"group_size must be 64, 128 or hidden_size=\d+, got 32",
+    ),
 }
 
 

@@ -84,9 +84,9 @@ def check_gathered(backend: str, device: str) -> None:
     """Runs on a rank: rs_rmsnorm_ag_fp8."""
     with workspace(backend, device, **SIZES):
         for i, num_tokens in enumerate((0, 1, 2, 3, 50, 64)):
-            dtype = (BF16, torch.float16, torch.float32)[i % 3]
+            dtype = (BF16, torch.float16, torch.float32)[i // 2]
             given = arguments(num_tokens, dtype, (None, "full", "slice")[i % 3], device)[:3]
-            options = {"group_size": (64, 128)[i % 2], "keep_output": i % 2 == 0, "round_scales": i > 3}
+            options = {"group_size": (64, 128, HIDDEN)[i % 3], "keep_output": i % 2 == 0, "round_scales": i > 3}
             for layout in ("row", "column"):
                 q, scale, residual_out, output = tp_fused.rs_rmsnorm_ag_fp8(*given, EPS, scale_layout=layout, **options)
                 own = tp_fused.rs_rmsnorm_fp8(*given, EPS, **options)
@@ -114,7 +114,9 @@ def refuse_wide_scales(backend: str, device: str) -> str:
 @pytest.mark.parametrize("world_size", [2])
 def test_scales_have_to_fit_the_workspace(pool, backend, device, world_size):
     said = (
-        "group_size must be 64" if backend == "cuda" else "scales of a row=64 of torch.float32 (256 bytes a row) does"
+        "group_size must be 64, 128 or hidden_size=64"
+        if backend == "cuda"
+        else "scales of a row=64 of torch.float32 (256 bytes a row) does"
     )
     for refused in pool.run(refuse_wide_scales, backend, device):
         assert said in refused
@@ -169,7 +171,7 @@ def check_prologue(backend: str, device: str) -> None:
     with workspace(backend, device, **SIZES):
         for i, num_tokens in enumerate((0, 1, FEW, FEW + 1, 64)):
             for complete in (False, True):
-                dtype = (BF16, torch.float16, torch.float32)[i % 3]
+                dtype = (BF16, torch.float16, torch.float32)[i // 2]
                 given = arguments(num_tokens, dtype, (None, "full", "slice")[i % 3], device, complete)
                 options = {"quantize_q_a": i % 2 == 1, "scale_layout": ("row", "column")[i // 2 % 2]}
                 options["round_scales"] = complete

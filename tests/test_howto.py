@@ -78,12 +78,12 @@ if device == "cuda":
         graph.replay()
         torch.cuda.synchronize()
         assert output.isnan().all()
-    try:
-        decoder.workspace.check()
-        reason = "none"
-    except tp_fused.CollectiveFault as fault:
-        reason = fault.reason
-    assert reason == "closed", reason
+        try:
+            decoder.workspace.check()  # tells of one workspace at a time
+            reason = "none"
+        except tp_fused.CollectiveFault as fault:
+            reason = fault.reason
+        assert reason == "closed", reason
     dist.barrier()
 step_and_compare()
 print(f"rank {rank} is through")

@@ -157,7 +157,7 @@ def test_an_offset_of_zero_leaves_every_weight_as_it_is(pool, backend, device, w
 
 @pytest.mark.parametrize("scale_layout", ["row", "column"])
 @pytest.mark.parametrize("keep_output", [False, True])
-@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("group_size", [64, 128, 208])
 @pytest.mark.parametrize("round_scales", [False, True])
 @pytest.mark.parametrize("world_size", [2])
 def test_fp8_options(pool, backend, device, scale_layout, keep_output, group_size, round_scales, world_size):

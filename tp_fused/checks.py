@@ -145,12 +145,12 @@ def scale_layout(value: str) -> None:
         raise ValueError(f'scale_layout must be "row" or "column", got {value!r}')
 
 
-def quantisation(workspace, size: int, layout: str) -> None:
+def quantisation(workspace, size: int, layout: str, hidden_size: int) -> None:
     """How the rows of an op that reduces are quantised."""
     scale_layout(layout)
     group_size(size)
-    if workspace.backend == "cuda" and size not in (64, 128):
-        raise ValueError(f"on cuda, group_size must be 64 or 128, got {size}")
+    if workspace.backend == "cuda" and size not in (64, 128) and size < hidden_size:
+        raise ValueError(f"on cuda, group_size must be 64, 128 or hidden_size={hidden_size}, got {size}")
 
 
 def weight_scale(scale: torch.Tensor, weight: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from .groups import get_workspace, resolve_group_name, type_of
 
 COMPOSED = ("rs_rmsnorm_ag_fp8", "mla_prologue", "mla_prologue_fp8")
 OPS = (*faults.OPS.values(), *COMPOSED)
+ONE_ROUND = "one synchronisation: every rank posts its rows to all others and adds up all rows itself"
 
 
 def explain(
@@ -101,6 +102,9 @@ def _explain_composed(op: str, num_tokens: int, complete: bool, asked: dict[str,
         columns, world_size = workspace.latent_size, workspace.world_size
     rest = dict(asked, input=None)
     if op == "rs_rmsnorm_ag_fp8":
+        gathered = explain("rs_rmsnorm_ag", num_tokens, **asked)
+        if ONE_ROUND in gathered and asked["dtype"] == torch.bfloat16:
+            return f"{op}: so few rows are gathered in 16 bits, and all quantised by every rank\n{gathered}"
         way = "each rank quantises its own rows; these are gathered, and then their scales"
         parts = (explain("rs_rmsnorm_fp8", num_tokens, **asked), explain("all_gather_rows", num_tokens, **rest))
         return "\n".join((f"{op}: {way}", *parts))
@@ -173,7 +177,7 @@ def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool 
     who = f"each {shared_by} of them share" if shared_by > 1 else "each has"
     lines.append(f"{grid}; {who} {most} row{'s' if most != 1 else ''} at most")
     if plan["body"] == "all rows":
-        lines.append("one synchronisation: every rank posts its rows to all others and adds up all rows itself")
+        lines.append(ONE_ROUND)
     elif op == "rs_rmsnorm_ag":
         lines.append("two synchronisations: rows are added up by their owners, then gathered")
     if plan["body"] == "bulk":

@@ -118,8 +118,8 @@ def _rs_rmsnorm_fp8(
     round_scales=False,
 ):
     workspace = get_workspace(group_name, input.device)
-    checks.quantisation(workspace, group_size, scale_layout)
     residual = checks.normed_reduction(workspace, input, residual, weight, eps, weight_offset)
+    checks.quantisation(workspace, group_size, scale_layout, input.shape[1])
     return unfused(
         workspace,
         reference.rs_rmsnorm_fp8,
@@ -162,6 +162,8 @@ def rs_rmsnorm_fp8(
     whose scale is 0. q has the same bits on every backend. (Of e4m3(output / scale) about one element in 7000 is the
     next number.) scale is one per token and group: layout "row" is [rows, groups] row-major; "column" is column-major
     with rows padded to a multiple of 4, as DeepGEMM's TMA loads want.
+
+    group_size: on cuda 64, 128 or, for one scale a token, hidden_size or more.
 
     round_scales: amax / 448 is rounded up to a power of two, 2^-126 at least (UE8M0, which DeepSeek-V3.1 and later are
     trained with), and q = e4m3(output / scale). A scale that is not finite is not rounded.
@@ -258,8 +260,8 @@ def _rs_rmsnorm_ag_fp8(
     round_scales=False,
 ):
     workspace = get_workspace(group_name, input.device)
-    checks.quantisation(workspace, group_size, scale_layout)
     residual = checks.normed_reduction(workspace, input, residual, weight, eps, weight_offset)
+    checks.quantisation(workspace, group_size, scale_layout, input.shape[1])
     scales = -(-input.shape[1] // group_size)
     checks.capacity(workspace, input, input.shape[0], scales, torch.float32, name="scales of a row")
     arguments = (input, residual, weight, eps, weight_offset, group_size, scale_layout, keep_output, round_scales)

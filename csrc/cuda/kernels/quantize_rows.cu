@@ -29,9 +29,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_rows_kernel(const _
       values[i] = column < columns ? static_cast<float>(args.rows[first + column]) : 0.0f;
       amax = fmaxf(amax, fabsf(values[i]));
     }
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, offset));
-    const Fp8Scale scale(amax, args.to.round_scales != 0);
+    const Fp8Scale scale(warp_reduce(amax, Max{}), args.to.round_scales != 0);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int column = i * 32 + lane;

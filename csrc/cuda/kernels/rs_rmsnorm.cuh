@@ -25,7 +25,7 @@ namespace tpf {
 enum class Epilogue { kSum, kNorm, kFp8, kGather };
 
 constexpr int kGatherStep = kMaxChunks;  // steps 0..6 staging, 7..13 gathering, 15 closing
-constexpr int kMaxPartials = 160;        // warps' shares of a row: its vectors, 32 at a time, and some behind its end
+constexpr int kMaxPartials = 136;        // warps' shares of a row: its vectors, 32 at a time, and some behind its end
 
 struct ReduceArgs {
   void* output;        // kNorm, kFp8 with TPF_KEEP_OUTPUT: [rows, hidden]; kGather: [num_tokens, hidden]
@@ -94,7 +94,7 @@ struct RowView {
   const uint32_t epoch;
 };
 
-// What the threads that add up a row tell each other. In shared memory; two rows are dealt with in turn.
+// What the threads that add up a row tell each other. In shared memory, in two buffers in turn.
 struct Partials {
   // Where a cluster shares the row, by one thread of each block; a barrier of the cluster follows.
   __device__ void init() {
@@ -104,8 +104,8 @@ struct Partials {
 #endif
   }
 
-  float sums[2][kMaxPartials];
-  uint64_t arrived[2];  // what the other blocks of the cluster have stored in sums
+  float values[2][kMaxPartials];
+  uint64_t arrived[2];  // those of the other blocks of the cluster
 };
 
 // The threads that add up a row together: the whole block, or all but the helping warps, of all blocks of a cluster.
@@ -121,43 +121,45 @@ struct RowThreads {
   int cluster = 1;     // how many blocks do
 };
 
-// The sum over the group, added up in an order that depends on the columns alone: 32 vectors at a time, then these. So
-// a row has the same bits whatever body and however many threads work on it. `step` counts the group's rows: between two
-// buffers in turn, one barrier a row is enough. `meanwhile()` is done before the others are waited for.
-template <int kVecs, typename Meanwhile>
-__device__ inline float group_sum(const float (&values)[kVecs], const RowThreads& group, int step,
-                                  Meanwhile&& meanwhile) {
-  float* const sums = group.partials.sums[step % 2];
+// What all threads of the group make of their values. A sum is added up in an order that depends on the columns alone: 32 vectors at a time, then these. So
+// a row has the same bits whatever body and however many threads work on it. `turn` counts these calls: between two
+// buffers in turn, one barrier each is enough. `meanwhile()` is done before the others are waited for.
+template <int kVecs, typename Combine, typename Meanwhile>
+__device__ inline float group_reduce(const float (&values)[kVecs], Combine combine, const RowThreads& group, int turn,
+                                     Meanwhile&& meanwhile) {
+  float* const partials = group.partials.values[turn % 2];
   const int lane = group.thread % 32, count = group.cluster * kVecs * group.threads / 32;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  uint64_t* const barrier = &group.partials.arrived[step % 2];
+  uint64_t* const barrier = &group.partials.arrived[turn % 2];
   if (group.cluster > 1 && group.thread == 0) barrier_expect(barrier, count * sizeof(float));
 #endif
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
-    const float sum = warp_sum(values[v]);
-    float* const to = &sums[group.vector(v) / 32];
+    const float partial = warp_reduce(values[v], combine);
+    float* const to = &partials[group.vector(v) / 32];
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (group.cluster > 1) {
-      if (lane < group.cluster) cluster_store_async(to, barrier, lane, sum);
+      if (lane < group.cluster) cluster_store_async(to, barrier, lane, partial);
       continue;
     }
 #endif
-    if (lane == 0) *to = sum;
+    if (lane == 0) *to = partial;
   }
   meanwhile();
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (group.cluster > 1) {
-    cluster_wait_stores(barrier, step / 2 & 1);
+    cluster_wait_stores(barrier, turn / 2 & 1);
   } else {
     group.sync();
   }
 #else
   group.sync();
 #endif
-  float sum = 0;
-  for (int at = 0; at < count; at += 32) sum += warp_sum(at + lane < count ? sums[at + lane] : 0.0f);
-  return sum;
+  float all = 0;  // of a maximum, too: it is one of magnitudes
+  for (int at = 0; at < count; at += 32) {
+    all = combine(all, warp_reduce(at + lane < count ? partials[at + lane] : 0.0f, combine));
+  }
+  return all;
 }
 
 template <typename T>
@@ -204,6 +206,40 @@ struct Nothing {
   __device__ void operator()() const {}
 };
 
+// Whether a row is one fp8 group, for which its threads meet a second time.
+template <typename T>
+__device__ inline bool has_one_scale(const RowView<T>& view) {
+  return static_cast<int>(view.args.call.group_size) >= view.hidden;
+}
+
+// To e4m3, each group_size columns with a scale of their own. A smaller group than a row is a run of lanes of one warp:
+// its size is a power of two, the op sees to it.
+template <typename T, int kVecs>
+__device__ inline void quantize_row(const RowView<T>& view, int64_t row, const float (&normed)[kVecs][kLanes<T>],
+                                    const RowThreads& group, int turn) {
+  const ReduceArgs& args = view.args;
+  const int group_size = static_cast<int>(args.call.group_size), lanes = group_size / kLanes<T>;
+  const bool one_scale = has_one_scale(view);
+  float amax[kVecs] = {};
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) {
+#pragma unroll
+    for (float value : normed[v]) amax[v] = fmaxf(amax[v], fabsf(value));
+    if (!one_scale) amax[v] = warp_reduce(amax[v], Max{}, lanes);
+  }
+  const float row_amax = one_scale ? group_reduce(amax, Max{}, group, turn, Nothing{}) : 0;
+#pragma unroll
+  for (int v = 0; v < kVecs; ++v) {
+    const int column = group.vector(v) * kLanes<T>;
+    if (column >= view.hidden) continue;
+    const Fp8Scale scale(one_scale ? row_amax : amax[v], (args.call.variant & TPF_ROUND_SCALES) != 0);
+    store_e4m3(args.q + row * view.hidden + column, normed[v], scale.inverse);
+    if (one_scale ? column == 0 : group.thread % lanes == 0) {
+      args.scale[row * args.scale_row_stride + column / group_size * args.scale_group_stride] = scale.scale;
+    }
+  }
+}
+
 // What is done with a summed row: round, store, normalise, quantise. Threads hold kVecs vectors of it each. `row` is
 // one of this rank's share; in kAllRows one of all, and what a rank keeps of its own share alone is kept of these.
 template <typename T, int kVecs, Epilogue kEpilogue, bool kAllRows = false, typename Meanwhile = Nothing>
@@ -228,7 +264,8 @@ __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&s
   }
   if constexpr (kEpilogue == Epilogue::kSum) return meanwhile();
 
-  const float mean = group_sum(squares, group, step, meanwhile) / static_cast<float>(view.hidden);
+  const int turn = kEpilogue == Epilogue::kFp8 && has_one_scale(view) ? 2 * step : step;
+  const float mean = group_reduce(squares, Sum{}, group, turn, meanwhile) / static_cast<float>(view.hidden);
   const float rstd = __frsqrt_rn(mean + args.eps);
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
@@ -251,32 +288,19 @@ __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&s
       if (inside && (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
         store16(static_cast<T*>(args.output) + row * view.hidden + column, rounded);
       }
-      unpack(scaled, rounded, T{});  // what is quantised is the row as it would have been stored
-      float amax = 0;
-#pragma unroll
-      for (int i = 0; i < kLanes<T>; ++i) amax = fmaxf(amax, fabsf(scaled[i]));
-      // group_size is a power of two (the launcher sees to it), so that a group is a run of lanes of one warp.
-      const int lanes = args.call.group_size / kLanes<T>;
-      for (int offset = lanes / 2; offset > 0; offset /= 2) {
-        amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, offset));
-      }
-      if (inside) {
-        const Fp8Scale scale(amax, (args.call.variant & TPF_ROUND_SCALES) != 0);
-        store_e4m3(args.q + row * view.hidden + column, scaled, scale.inverse);
-        if (group.thread % lanes == 0) {
-          args.scale[row * args.scale_row_stride + column / args.call.group_size * args.scale_group_stride] =
-              scale.scale;
-        }
-      }
+      unpack(sums[v], rounded, T{});  // what is quantised is the row as it would have been stored
     }
   }
+  if constexpr (kEpilogue == Epilogue::kFp8) quantize_row(view, row, sums, group, turn + 1);
 }
 
-// Whether blocks take their rows one by one, since some SMs come to their data faster than others. What peers stage or
-// gather by chunks is every grid-th row, and blocks that share their rows have the same ones.
+// Whether blocks take their rows one by one, since some SMs come to their data faster than others: of a few rows less
+// than a claim takes. What peers stage or gather by chunks is every grid-th row, and blocks that share their rows have
+// the same ones.
 template <Epilogue kEpilogue, typename T>
 __device__ inline bool claims_rows(const RowView<T>& view) {
-  return kEpilogue != Epilogue::kGather && !view.staged() && view.args.cluster == 1;
+  return kEpilogue != Epilogue::kGather && !view.staged() && view.args.cluster == 1 &&
+         view.args.partition.largest() > 4 * gridDim.x;
 }
 
 // The next row nobody has taken yet, after the first ones, of which each block has one.
@@ -304,7 +328,7 @@ __device__ inline void poison_row(const RowView<T>& view, int owner, int64_t row
   }
   if constexpr (kEpilogue == Epilogue::kFp8) {
     poison_columns(args.q, at, 1);
-    const int group_size = args.call.group_size;
+    const int group_size = min(static_cast<int>(args.call.group_size), view.hidden);
     const int end = (last * kLanes<T> + group_size - 1) / group_size;
     for (int group = first * kLanes<T> / group_size + thread; group < end; group += threads) {
       args.scale[row * args.scale_row_stride + group * args.scale_group_stride] = __uint_as_float(~0u);

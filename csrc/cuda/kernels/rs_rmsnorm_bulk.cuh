@@ -53,7 +53,7 @@ struct BulkShared {
     if (const int cta = threadIdx.x; fault && cta < cluster) cluster_store(&faulted, cta, 1);
     cluster_arrive();
     cluster_wait();
-    return faulted != 0;
+    return __syncthreads_or(faulted != 0);
   }
 };
 

@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBo
   } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     __shared__ BulkShared shared;
+    static_assert(sizeof(shared) + sizeof(partials) <= kStaticSharedBytes);
     if (threadIdx.x == 0) {
       shared.init(args.stages);
       if (args.cluster > 1) partials.init();

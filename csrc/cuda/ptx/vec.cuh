@@ -116,11 +116,23 @@ __device__ inline void load_norm_weight(float (&values)[kWidth], const void* wei
   for (float& value : values) value += addend;
 }
 
-__device__ inline float warp_sum(float value) {
+struct Sum {
+  __device__ float operator()(float one, float other) const { return one + other; }
+};
+struct Max {
+  __device__ float operator()(float one, float other) const { return fmaxf(one, other); }
+};
+
+// Of `lanes` lanes that lie together, a power of two of them.
+template <typename Combine>
+__device__ inline float warp_reduce(float value, Combine combine, int lanes = 32) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  for (int offset = 16; offset > 0; offset /= 2) {
+    if (offset < lanes) value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  }
   return value;
 }
+__device__ inline float warp_sum(float value) { return warp_reduce(value, Sum{}); }
 
 // Of fp8 values whose largest magnitude is amax: their scale, and what they are multiplied by before they are rounded.
 // Finite for the smallest numbers, too: zeros beside them stay zeros.

@@ -1,0 +1,123 @@
+// The ops that quantise normed rows to fp8: as torch_ops.cpp's.
+#include "protocol.h"
+#include "torch_reduction.h"
+#include "torch_served.h"
+
+namespace tpf {
+namespace {
+
+// Whether rs_rmsnorm_ag of these rows is one synchronisation, on a card.
+bool is_one_round(const ReduceCall& in) {
+  tpf_card card;
+  tpf_plan plan;
+  const tpf_call call =
+      reduce_call(TPF_RS_RMSNORM_AG, in.dtype(), in.input.rows, in.input.columns, nullptr, in.variant);
+  return tpf_card_of(&card, in.team()->device) == TPF_OK && tpf_plan_call(&plan, &call, in.team(), &card) == TPF_OK &&
+         plan.body == TPF_ALL_ROWS;
+}
+
+// Adds q and scale of so many rows to the results.
+bool add_quantized(const ReduceCall& in, const Quantized& as, int64_t rows, tpf_quantization* to, Results* results) {
+  const int64_t columns = in.input.columns, pitch = (rows + 3) / 4 * 4;
+  const int64_t groups = (columns + as.group_size - 1) / as.group_size;
+  void *q, *scale;
+  if (!results->add(&q, in.input, rows, columns, TPF_E4M3)) return false;
+  if (as.column ? !results->add_column_major(&scale, in.input, rows, groups, pitch)
+                : !results->add(&scale, in.input, rows, groups, TPF_F32)) {
+    return false;
+  }
+  *to = {static_cast<uint8_t*>(q), static_cast<float*>(scale),          as.column ? 1 : groups,
+         as.column ? pitch : 1,    static_cast<int32_t>(as.group_size), (in.variant & TPF_ROUND_SCALES) != 0};
+  return true;
+}
+
+// Few tokens are gathered in 16 bits, in the one synchronisation of rs_rmsnorm_ag, and quantised by every rank.
+bool gather_and_quantize(const ReduceCall& in, const Quantized& as, Results* results) {
+  tpf_quantization to;
+  Results normed;
+  View rows;
+  void* unused;
+  if (!add_quantized(in, as, in.input.rows, &to, results) || !reduce_and_gather(in, &normed) || !rows.read(normed[0])) {
+    return false;
+  }
+  const auto launch = [&](auto* op, auto... last) {
+    return op(&to, rows.data, rows.rows, static_cast<int32_t>(rows.columns), in.dtype(), last...);
+  };
+  if (!in.run([&](void* stream) { return launch(TPF_CUDA_OP(tpf_quantize_rows_cuda), in.team()->device, stream); },
+              [&] { return launch(tpf_quantize_rows_cpu); })) {
+    return false;
+  }
+  results->take(normed.release_last());
+  return results->add(&unused, in.input, 0, in.input.columns, in.dtype());
+}
+
+}  // namespace
+
+bool reduce_fp8(const ReduceCall& in, const Quantized& as, Results* results) {
+  const int64_t rows = in.own_rows().count, columns = in.input.columns;
+  tpf_quantization to;
+  void *residual_out, *output;
+  if (!add_quantized(in, as, rows, &to, results)) return false;
+  if (!results->add(&residual_out, in.input, rows, columns, in.dtype())) return false;
+  if (!results->add(&output, in.input, as.keep_output ? rows : 0, columns, in.dtype())) return false;
+  uint32_t variant = in.variant;
+  if (as.column) variant |= TPF_COLUMN_SCALES;
+  if (as.keep_output) variant |= TPF_KEEP_OUTPUT;
+  const Input symm(*in.workspace.team, in.input.data);
+  const auto launch = [&](auto* op, auto... last) {
+    return op(to.q, to.scale, residual_out, output, in.input.data, symm.get(), in.residual, in.weight, in.team(),
+              in.input.rows, columns, in.dtype(), in.eps, in.weight_offset, to.group_size, to.scale_row_stride,
+              to.scale_group_stride, variant, last...);
+  };
+  return run(in, launch, TPF_CUDA_OP(tpf_rs_rmsnorm_fp8_cuda), tpf_rs_rmsnorm_fp8_cpu);
+}
+
+bool reduce_and_gather_fp8(const ReduceCall& in, const Quantized& as, Value group_name, Results* results) {
+  // The kernel that quantises rows takes bf16 and groups of 128.
+  if (in.on_cuda() && !as.keep_output && as.group_size == 128 && in.dtype() == TPF_BF16 && is_one_round(in)) {
+    return gather_and_quantize(in, as, results);
+  }
+  Results own, gathered;
+  // Before anything is launched: of narrow groups a row has more bytes of scales than of elements.
+  if (!in.fits(in.input.rows, (in.input.columns + as.group_size - 1) / as.group_size, TPF_F32)) return false;
+  if (!reduce_fp8(in, {as.group_size, false, as.keep_output}, &own)) return false;
+  const auto count = static_cast<Value>(in.input.rows);
+  for (int i = 0; i < 2; ++i) {
+    const Value rows[] = {reinterpret_cast<Value>(own[i]), count, group_name};
+    if (!all_gather_rows(rows, i == 0 || !as.column ? results : &gathered)) return false;
+  }
+  if (as.column) {
+    View scale;
+    void* unused;
+    if (!scale.read(gathered[0])) return false;
+    if (!results->add_column_major(&unused, in.input, scale.rows, scale.columns, (scale.rows + 3) / 4 * 4) ||
+        torch.aoti_torch_copy_((*results)[1], gathered[0], 0) != 0) {
+      return false;
+    }
+  }
+  const Tensor output = own.release_last();
+  results->take(own.release_last());
+  results->take(output);
+  return true;
+}
+
+bool rs_rmsnorm_fp8(const Value* arguments, Results* results) {
+  ReduceCall in;
+  Quantized as;
+  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[9])) return false;
+  if (!as.read(in, arguments[5], arguments[6], arguments[7])) return false;
+  if (boolean(arguments[8])) in.variant |= TPF_COMPLETE;
+  if (boolean(arguments[10])) in.variant |= TPF_ROUND_SCALES;
+  return reduce_fp8(in, as, results);
+}
+
+bool rs_rmsnorm_ag_fp8(const Value* arguments, Results* results) {
+  ReduceCall in;
+  Quantized as;
+  if (!in.read(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[8])) return false;
+  if (!as.read(in, arguments[5], arguments[6], arguments[7])) return false;
+  if (boolean(arguments[9])) in.variant |= TPF_ROUND_SCALES;
+  return reduce_and_gather_fp8(in, as, arguments[4], results);
+}
+
+}  // namespace tpf
