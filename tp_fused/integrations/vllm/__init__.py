@@ -3,7 +3,7 @@
     TP_FUSED_VLLM=1 vllm serve ... --tensor-parallel-size 8 -cc.mode=0
 
 Off unless TP_FUSED_VLLM=1. vLLM builds and loads its model; what lies between the blocks is replaced (model.py). Some
-models are left by name, with one line (unserved.py).
+XX
 """
 
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 RELEASES = ("0.32.0",)
 _MODELS = {
     "model": ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
-    "unserved": ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
+    "deepseek_v32": ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
 }
 
 
