@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
-from vllm.model_executor.models.deepseek_v2 import DeepseekV2MLP, DeepseekV2MoE, DeepSeekV2FusedQkvAProjLinear
+from vllm.model_executor.models.deepseek_v2 import DeepSeekV2FusedQkvAProjLinear, DeepseekV2MLP, DeepseekV2MoE
 from vllm.models.deepseek_v32.attention import DeepseekV32Attention, DeepseekV32Indexer
 from vllm.models.deepseek_v32.nvidia.model import DeepseekV32DecoderLayer
 
