@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import types
 
 import pytest
 import ranks
@@ -14,6 +15,9 @@ from vllm_sparse import CONFIG, ENGINE, MAX_TOKENS, NUM_LAYERS
 from tp_fused.integrations import vllm as plugged
 
 PER_FORWARD = {"rs_rmsnorm": NUM_LAYERS, "qkv_a_proj_ag": NUM_LAYERS}
+OFFLOADING = types.SimpleNamespace(
+    uva=types.SimpleNamespace(cpu_offload_gb=1), prefetch=types.SimpleNamespace(offload_group_size=0)
+)
 QUANTISED = {"rs_rmsnorm": NUM_LAYERS, "all_gather_rows": NUM_LAYERS}
 
 pytestmark = [
@@ -204,6 +208,19 @@ def change_a_norm():
     return _patched(_engine.model, "RMSNorm", Norm)
 
 
+def wrap_layers():
+    """As vLLM's offloader does."""
+    made = _engine.model.make_layers
+
+    def make_layers(*arguments, **options):
+        start, end, layers = made(*arguments, **options)
+        for layer in layers:
+            layer.forward = layer.forward
+        return start, end, layers
+
+    return _patched(_engine.model, "make_layers", make_layers)
+
+
 # ---- the tests ----
 
 
@@ -306,6 +323,8 @@ def test_weights_that_are_replaced_after_loading(engine):
         ({"mode": 1}, {}, nothing, "torch.compile"),
         ({}, {"VLLM_BATCH_INVARIANT": "1"}, nothing, "batch invariance"),
         ({}, {}, change_a_norm, "an unknown kind of layer"),
+        ({}, {}, wrap_layers, "an unknown kind of layer"),
+        ({"offload_config": OFFLOADING}, {}, nothing, "weights that are offloaded"),
         ({}, {}, make_init_fail, "tp_fused.init: rank 1 has other sizes"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else getattr(value, "__name__", None),

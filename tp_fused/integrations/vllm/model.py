@@ -60,6 +60,7 @@ def _refusal(model: nn.Module, vllm_config) -> str | None:
         "expert parallelism": parallel.enable_expert_parallel,
         "context parallelism": workspace.is_context_parallel(parallel),
         "speculation": vllm_config.speculative_config is not None,
+        "weights that are offloaded": workspace.is_offloading(vllm_config),
         "LoRA": vllm_config.lora_config is not None,
         "torch.compile (pass -cc.mode=0)": int(vllm_config.compilation_config.mode or 0) != 0,
         "float16, which vLLM scales": vllm_config.model_config.dtype == torch.float16,
@@ -72,7 +73,9 @@ def _refusal(model: nn.Module, vllm_config) -> str | None:
 
 
 def _is_known(layer: nn.Module) -> bool:
-    if type(layer) is not deepseek_v2.DeepseekV2DecoderLayer or layer.use_sequence_parallel_moe:
+    if type(layer) is not deepseek_v2.DeepseekV2DecoderLayer or "forward" in vars(layer):
+        return False
+    if layer.use_sequence_parallel_moe:
         return False
     if type(layer.self_attn) is not deepseek_v2.DeepseekV2MLAAttention or layer.self_attn.mla_attn.g_proj is not None:
         return False

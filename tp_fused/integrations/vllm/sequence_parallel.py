@@ -57,6 +57,7 @@ def _refusal(model: nn.Module, vllm_config) -> str | None:
             not parallel.use_sequence_parallel_moe
         ),
         "context parallelism": workspace.is_context_parallel(parallel),
+        "weights that are offloaded": workspace.is_offloading(vllm_config),
         "LoRA": vllm_config.lora_config is not None,
         "batches in two halves": parallel.use_ubatching,
         "elastic expert parallelism": parallel.enable_elastic_ep,
@@ -73,7 +74,10 @@ def _is_known(layer: nn.Module) -> bool:
     attention = layer.self_attn
     if type(attention) is not DeepseekV32Attention or type(attention.indexer) not in (DeepseekV32Indexer, type(None)):
         return False
-    if any(type(linear) not in _HANDING or linear.bias is not None for linear in _linears(attention)):
+    linears = _linears(attention)
+    if any(type(linear) not in _HANDING or linear.bias is not None for linear in linears):
+        return False
+    if any("forward" in vars(module) for module in (layer, *linears)):
         return False
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     return layer.use_sequence_parallel and all(map(workspace.is_plain, norms))

@@ -48,6 +48,12 @@ def is_context_parallel(parallel_config) -> bool:
     return any(getattr(parallel_config, size, 1) > 1 for size in sizes)
 
 
+def is_offloading(vllm_config) -> bool:
+    """vLLM then holds weights elsewhere, and may put a forward of its own before that of a layer's class."""
+    offload = vllm_config.offload_config
+    return offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0
+
+
 def is_batch_invariant() -> bool:
     return os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
 
