@@ -56,9 +56,10 @@ build/engines/requirements: tests/engines/sglang-requirements.txt | $(VENV)/pack
 	$(BIN)/python $(INSTALL_ALONE) --upgrade --target $@ --requirement $<
 	touch $@
 
-# The vLLM plugin in a real engine on two CPU ranks: 1.1 GB, once, in a folder of its own. For x86-64.
+# The vLLM plugin in a real engine on two CPU ranks, and on vLLM's own layers of DeepSeek-V3.2: 1.1 GB, once, in a folder
+# of its own. For x86-64.
 test-vllm: build build/engines/vllm
-	$(BIN)/python -m pytest tests/engines/test_vllm.py $(ARGS)
+	$(BIN)/python -m pytest tests/engines/test_vllm.py tests/engines/test_vllm_sequence_parallel.py $(ARGS)
 
 build/engines/vllm: tests/engines/vllm-requirements.txt tests/engines/vllm-engine.txt | $(VENV)/packages
 	rm -rf $@ $@.part

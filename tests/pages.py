@@ -20,11 +20,17 @@ def programs(name: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page(name), re.DOTALL | re.MULTILINE)
 
 
+def commands(name: str, word: str) -> list[list[str]]:
+    """The arguments behind the word, of each command of a page's that has it."""
+    lines = "".join(programs(name, "sh")).replace("\\\n", " ").splitlines()
+    found = [words for line in lines if word in (words := shlex.split(line, comments=True))]
+    return [words[words.index(word) + 1 :] for words in found]
+
+
 def command(name: str, word: str) -> list[str]:
     """The arguments behind the word, of the one command of a page's that has it."""
-    lines = "".join(programs(name, "sh")).replace("\\\n", " ").splitlines()
-    (words,) = [words for line in lines if word in (words := shlex.split(line, comments=True))]
-    return words[words.index(word) + 1 :]
+    (arguments,) = commands(name, word)
+    return arguments
 
 
 def run_on_ranks(folder: Path, program: str, *arguments: str, num_ranks: int = 2, device: str = "cpu") -> str:

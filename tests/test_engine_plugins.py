@@ -80,29 +80,39 @@ def test_vllm_s_models_are_replaced_where_asked_for_and_known(monkeypatch, caplo
     vllm_plugin.plugin()  # vLLM may call it again
     assert len(models) == registered
     served = {name for name, value in models.items() if value == f"tp_fused.integrations.vllm.model:{name}"}
-    left = {name for name, value in models.items() if value == f"tp_fused.integrations.vllm.unserved:{name}"}
+    sparse = {name for name, value in models.items() if value == f"tp_fused.integrations.vllm.deepseek_v32:{name}"}
     assert not registered or served == {"DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"}
-    assert not registered or left == {"DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"}
+    assert not registered or sparse == {"DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"}
     assert ("this is 0.33.0" in caplog.text) == (version == "0.33.0")
 
 
 @pytest.mark.parametrize("name, told", [("DeepseekV32ForCausalLM", "DeepSeek-V3.2"), ("GlmMoeDsaForCausalLM", "GLM-5")])
-def test_models_with_sparse_attention_are_vllm_s_own_after_one_line(monkeypatch, caplog, name, told):
+def test_models_with_sparse_attention_are_vllm_s_own_off_cuda_after_one_line(monkeypatch, caplog, name, told):
     class Built:
         def __init__(self, **arguments):
             self.arguments = arguments
 
     names = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
     classes = types.SimpleNamespace(**{one: type(one, (Built,), {}) for one in names})
-    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
-    monkeypatch.setitem(sys.modules, "vllm.models", types.SimpleNamespace(deepseek_v32=classes))
-    unserved = importlib.import_module("tp_fused.integrations.vllm.unserved")
-    del sys.modules[unserved.__name__]  # made of stand-ins
-    model = getattr(unserved, name)(vllm_config="config", prefix="model")
+    stand_ins = {
+        "vllm": {},
+        "vllm.models": {"deepseek_v32": classes},
+        "vllm.distributed": {"get_tp_group": None},
+        "vllm.model_executor": {},
+        "vllm.model_executor.layers": {},
+        "vllm.model_executor.layers.layernorm": {"RMSNorm": None},
+    }
+    for module, members in stand_ins.items():
+        monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(__path__=[], **members))
+    made = importlib.import_module("tp_fused.integrations.vllm.deepseek_v32")
+    for module in ("deepseek_v32", "workspace"):  # made of stand-ins
+        del sys.modules[f"tp_fused.integrations.vllm.{module}"]
+        delattr(vllm_plugin, module)
+    model = getattr(made, name)(vllm_config="config", prefix="model")
     assert isinstance(model, getattr(classes, name))
     assert model.arguments == {"vllm_config": "config", "prefix": "model"}
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"tp_fused leaves vLLM's model as it is: {told}, ")
+    assert line == f"tp_fused leaves vLLM's model as it is: {told} has other layers in vLLM on this platform"
 
 
 def test_the_entry_points_are_there():

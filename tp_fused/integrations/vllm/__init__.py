@@ -1,9 +1,9 @@
-"""DeepSeek-V2 and V3 in vLLM, with the residual kept scattered from layer to layer, as a plugin of vLLM.
+"""DeepSeek-V2, V3 and V3.2 in vLLM, with the residual kept scattered from layer to layer, as a plugin of vLLM.
 
     TP_FUSED_VLLM=1 vllm serve ... --tensor-parallel-size 8 -cc.mode=0
 
-Off unless TP_FUSED_VLLM=1. vLLM builds and loads its model; what lies between the blocks is replaced (model.py). Some
-models are left by name, with one line (unserved.py).
+Off unless TP_FUSED_VLLM=1. vLLM builds and loads its model; what lies between the blocks is replaced: of V2 and V3 in
+model.py, of V3.2 in sequence_parallel.py.
 """
 
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 RELEASES = ("0.32.0",)
 _MODELS = {
     "model": ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"),
-    "unserved": ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
+    "deepseek_v32": ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
 }
 
 

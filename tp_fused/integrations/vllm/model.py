@@ -8,22 +8,15 @@ attention, which is handed the latent. Whether a model is served is decided once
 all ranks: a model whose blocks leave partial sums has no way back.
 """
 
-import collections
-import logging
-import os
-
 import torch
 from torch import nn
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models import deepseek_v2
 
-from ... import faults, ops, projections
-from ...groups import init
-
-logger = logging.getLogger(__name__)
-
-calls = collections.Counter()  # of the ops, in this process
+from ... import ops, projections
+from . import workspace
+from .workspace import calls
 
 
 class DeepseekV2ForCausalLM(deepseek_v2.DeepseekV2ForCausalLM):
@@ -40,9 +33,13 @@ class DeepseekV3ForCausalLM(deepseek_v2.DeepseekV3ForCausalLM):
 
 def _scatter(model: nn.Module, vllm_config) -> None:
     """Collective where the model is served."""
-    reason = _refusal(model, vllm_config) or _make_workspace(model, vllm_config)
+    config, max_num_tokens = model.config, vllm_config.scheduler_config.max_num_batched_tokens
+    reason = _refusal(model, vllm_config)
+    if reason is None:
+        latent_size = config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim
+        reason = workspace.make(vllm_config, max_num_tokens, config.hidden_size, latent_size)
     if reason is not None:
-        logger.warning("tp_fused leaves vLLM's model as it is: %s", reason)
+        workspace.say_left(reason)
         return
     group_name = get_tp_group().device_group.group_name
     for layer in model.layers:
@@ -61,15 +58,13 @@ def _refusal(model: nn.Module, vllm_config) -> str | None:
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "data parallelism": parallel.data_parallel_size > 1,
         "expert parallelism": parallel.enable_expert_parallel,
-        "context parallelism": max(
-            getattr(parallel, "decode_context_parallel_size", 1), getattr(parallel, "prefill_context_parallel_size", 1)
-        )
-        > 1,
+        "context parallelism": workspace.is_context_parallel(parallel),
         "speculation": vllm_config.speculative_config is not None,
+        "weights that are offloaded": workspace.is_offloading(vllm_config),
         "LoRA": vllm_config.lora_config is not None,
         "torch.compile (pass -cc.mode=0)": int(vllm_config.compilation_config.mode or 0) != 0,
         "float16, which vLLM scales": vllm_config.model_config.dtype == torch.float16,
-        "batch invariance": os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"),
+        "batch invariance": workspace.is_batch_invariant(),
         "a model without q_lora_rank": getattr(config, "q_lora_rank", None) is None,
         "a sparse-attention indexer": model.is_v32,
         "an unknown kind of layer": not all(map(_is_known, model.layers)) or type(model.norm) is not RMSNorm,
@@ -78,39 +73,18 @@ def _refusal(model: nn.Module, vllm_config) -> str | None:
 
 
 def _is_known(layer: nn.Module) -> bool:
-    if type(layer) is not deepseek_v2.DeepseekV2DecoderLayer or layer.use_sequence_parallel_moe:
+    if type(layer) is not deepseek_v2.DeepseekV2DecoderLayer or "forward" in vars(layer):
+        return False
+    if layer.use_sequence_parallel_moe:
         return False
     if type(layer.self_attn) is not deepseek_v2.DeepseekV2MLAAttention or layer.self_attn.mla_attn.g_proj is not None:
         return False
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
-    if not all(type(norm) is RMSNorm and norm.variance_size_override is None and norm.has_weight for norm in norms):
+    if not all(map(workspace.is_plain, (layer.input_layernorm, layer.post_attention_layernorm))):
         return False
     if type(layer.mlp) is deepseek_v2.DeepseekV2MLP:
         return True
     experts = getattr(layer.mlp, "experts", None)
     return hasattr(getattr(experts, "moe_config", None), "skip_final_all_reduce")
-
-
-def _make_workspace(model: nn.Module, vllm_config) -> str | None:
-    config, group = model.config, get_tp_group()
-    try:
-        workspace = init(
-            group.device_group,
-            max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            hidden_size=config.hidden_size,
-            latent_size=config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim,
-            dtype=vllm_config.model_config.dtype,
-            device=torch.device(group.device).type,
-        )
-    except (ValueError, TypeError, MemoryError, RuntimeError, faults.CollectiveFault) as error:  # on every rank
-        return f"tp_fused.init: {error}"
-    if workspace.backend == "reference" and os.environ.get("TP_FUSED_BACKEND") != "reference":
-        workspace.close()
-        return f"no kernels for this group: {workspace.reason}"
-    logger.info(
-        "tp_fused: scattered residual for up to %d tokens, backend %s", workspace.max_num_tokens, workspace.backend
-    )
-    return None
 
 
 # ---- the modules ----
