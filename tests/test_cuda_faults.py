@@ -20,9 +20,9 @@ LATER_S = 0.03  # that a rank begins after another
 MAX_CTAS = 4
 SIZES = {"max_num_tokens": 300, "hidden_size": 8192, "latent_size": sum(LATENT), "max_ctas": MAX_CTAS}
 # Rows of the rank that owns most, and columns. A few: each block has one. One: on sm_90 and newer a cluster of blocks
-# shares it. Many: each block has several chunks of them, which TMA moves where there is one; of wide ones a pair.
+# shares it. Many: each block has several chunks of them, which TMA moves where there is one; a cluster shares wide ones.
 FORMS = {"few rows": (3, 256), "a row": (1, 2048), "many rows": (37, 256), "many rows in place": (37, 256)}
-FORMS |= {"rows of pairs": (9, 8192), "rows of pairs in place": (9, 8192)}
+FORMS |= {"rows of clusters": (9, 8192), "rows of clusters in place": (9, 8192)}
 FORMS_OF_OPS = [(op, form) for op in OPS for form in FORMS if op in REDUCTIONS or form in ("few rows", "many rows")]
 # What is gathered goes in chunks of at least 16 KB.
 FORMS["many wide rows"] = (37, 2048)

@@ -12,7 +12,7 @@ import tp_fused
 from tp_fused import partition, reference
 
 LARGEST = 16384
-MAX_CTAS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}  # which may share a row
+MAX_CTAS = {torch.bfloat16: 4, torch.float16: 1, torch.float32: 8}  # which may share a row
 COUNTS = {2: (2, 13), 5: (4, 31)}  # tokens, by world size: of the first at most one a rank
 
 

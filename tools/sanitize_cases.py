@@ -39,8 +39,9 @@ FORMS = {
         (21, 16384, FP32),  # too wide for that
     ],
     1: [(9, 16384, BF16), (9, 16384, FP16)],
-    # A row for a cluster of eight, four and two blocks; the first two post their pieces. Many for clusters of four.
-    8: [(2, 8192, BF16), (4, 4096, FP32), (6, 2048, FP16), (37, 16384, FP32)],
+    # A row for a cluster of eight, four and two blocks; the first two post their pieces. Many for clusters of two and
+    # four.
+    8: [(2, 8192, BF16), (4, 4096, FP32), (6, 2048, FP16), (37, 16384, BF16), (21, 16384, FP32)],
     20: [(40, 7168, BF16)],  # a row a block, too large for all ranks to add up all
 }
 # Of rs_rmsnorm_ag alone, whose ranks all add up all of fewer rows.
@@ -109,7 +110,8 @@ def run_reductions(device: str, max_ctas: int) -> int:
     """Each staged and in place; how many calls."""
     calls = reductions(device, max_ctas)
     sizes = {
-        dtype: max(c.num_tokens * c.hidden_size for c in calls if c.dtype == dtype) for dtype in (BF16, FP16, FP32)
+        dtype: max(c.num_tokens * c.hidden_size for c in calls if c.dtype == dtype)
+        for dtype in dict.fromkeys(c.dtype for c in calls)
     }
     with workspace(device, device, max_num_tokens=163, hidden_size=16384, max_ctas=max_ctas, timeout_s=60.0):
         memories = {dtype: tp_fused.symm_empty((size,), dtype, device=device) for dtype, size in sizes.items()}

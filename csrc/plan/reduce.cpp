@@ -72,18 +72,14 @@ struct Planner {
     }
     begin(plan, cluster, shared_out);
     const int copied = gathers || (call.source < 0 && limits.world_size > 1) ? kCopierStages : 0;
-    for (int vectors = 2; vectors <= 3; ++vectors) {
-      if (!takes(plan, Body::kBulk, vectors, shared_out.blocks)) continue;
-      const int64_t part = std::min<int64_t>(row_bytes, (plan->threads - kHelperThreads) * vectors * kVectorBytes);
-      const int64_t buffers = (card.shared_bytes - kStaticSharedBytes) / part - copied;
-      const int64_t least = limits.world_size + 1;
-      if (buffers < least) return false;
-      const int64_t wanted = std::max(least, fitted_to(card).ring_bytes / part);
-      plan->stages = static_cast<int>(std::min({int64_t{kMaxStages}, buffers, wanted}));
-      plan->shared_bytes = (copied + plan->stages) * part;
-      return true;
-    }
-    return false;
+    if (!takes(plan, Body::kBulk, 2, shared_out.blocks) && !takes(plan, Body::kBulk, 3, shared_out.blocks)) return false;
+    const int64_t part = std::min<int64_t>(row_bytes, (plan->threads - kHelperThreads) * plan->vectors * kVectorBytes);
+    const int64_t buffers = (card.shared_bytes - kStaticSharedBytes) / part - copied, least = limits.world_size + 1;
+    if (buffers < least) return false;
+    const int64_t wanted = std::max(least, fitted_to(card).ring_bytes / part);
+    plan->stages = static_cast<int>(std::min({int64_t{kMaxStages}, buffers, wanted}));
+    plan->shared_bytes = (copied + plan->stages) * part;
+    return true;
   }
 };
 
@@ -109,7 +105,7 @@ bool plan_reduce(ReducePlan* plan, const tpf_call& call, const Limits& limits, c
     plan->posted = plan->cluster >= fitted.cluster_to_post && planner.fits_inbox() && call.source >= 0;
     if (planner.takes(plan, Body::kOneRow, 1, shared_out.blocks)) return true;
   }
-  for (int cluster = 1; cluster <= kMaxBulkCluster; cluster *= 2) {
+  for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
     if (planner.takes_bulk(plan, cluster)) return true;
   }
   planner.begin(plan, 1, shared_out);

@@ -12,8 +12,7 @@ constexpr int kMaxChunks = 7;           // of a block
 constexpr int kHelperThreads = 64;      // kBulk: the staging and the fetching warp
 constexpr int kMaxStages = 32;          // kBulk: row buffers of the ring
 constexpr int kMaxAddingThreads = 448;  // kBulk: with the helpers 16 warps, 128 registers each
-constexpr int kMaxCluster = 8;          // kOneRow: blocks that share a row; the largest portable cluster
-constexpr int kMaxBulkCluster = 4;      // kBulk: enough for the widest row of the most ranks
+constexpr int kMaxCluster = 8;          // blocks that share a row; the largest portable cluster
 
 // The most threads of a body, helpers not counted: as many as leave each the registers that it needs.
 TPF_HD constexpr int most_threads(Body body, int element_bytes, bool has_tma) {

@@ -25,7 +25,7 @@ namespace tpf {
 enum class Epilogue { kSum, kNorm, kFp8, kGather };
 
 constexpr int kGatherStep = kMaxChunks;  // steps 0..6 staging, 7..13 gathering, 15 closing
-constexpr int kMaxPartials = 136;        // warps' shares of a row: its vectors, 32 at a time, and some behind its end
+constexpr int kMaxPartials = 128;        // warps' shares of a row: its vectors, 32 at a time
 
 struct ReduceArgs {
   void* output;        // kNorm, kFp8 with TPF_KEEP_OUTPUT: [rows, hidden]; kGather: [num_tokens, hidden]
@@ -62,13 +62,12 @@ struct RowView {
         zero_copy(args.call.source >= 0),
         epoch(epoch) {}
 
-  // Row `row` of this rank's share, as `source` contributes it.
-  __device__ const T* source_row(int source, int64_t row) const {
-    if (source == rank || complete) return static_cast<const T*>(args.input) + (own.start + row) * hidden;
-    if (zero_copy) {
-      return reinterpret_cast<const T*>(input_of(args.symm, source)) + (own.start + row) * hidden;
-    }
-    return staged_row(rank, source, row);
+  // Row `row` of this rank's share, as `source` contributes it, from a column on.
+  __device__ const T* source_row(int source, int64_t row, int column = 0) const {
+    const int64_t at = (own.start + row) * hidden + column;
+    if (source == rank || complete) return static_cast<const T*>(args.input) + at;
+    if (zero_copy) return reinterpret_cast<const T*>(input_of(args.symm, source)) + at;
+    return staged_row(rank, source, row) + column;
   }
   // Where `source` stages row `row` of `peer`'s share.
   __device__ T* staged_row(int peer, int source, int64_t row) const {
@@ -96,10 +95,14 @@ struct RowView {
 
 // What the threads that add up a row tell each other. In shared memory, in two buffers in turn.
 struct Partials {
-  // Where a cluster shares the row, by one thread of each block; a barrier of the cluster follows.
-  __device__ void init() {
+  // Where a cluster shares the row, by one thread of each block; a barrier of the cluster follows. count: of the values
+  // that its threads make of a row.
+  __device__ void init(int count) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    for (uint64_t& barrier : arrived) barrier_init(&barrier, 1);
+    for (uint64_t& barrier : arrived) {
+      barrier_init(&barrier, 1);
+      barrier_expect(&barrier, count * sizeof(float));
+    }
     fence_barrier_init();
 #endif
   }
@@ -131,7 +134,6 @@ __device__ inline float group_reduce(const float (&values)[kVecs], Combine combi
   const int lane = group.thread % 32, count = group.cluster * kVecs * group.threads / 32;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   uint64_t* const barrier = &group.partials.arrived[turn % 2];
-  if (group.cluster > 1 && group.thread == 0) barrier_expect(barrier, count * sizeof(float));
 #endif
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
@@ -149,6 +151,7 @@ __device__ inline float group_reduce(const float (&values)[kVecs], Combine combi
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (group.cluster > 1) {
     cluster_wait_stores(barrier, turn / 2 & 1);
+    if (group.thread == 0) barrier_expect(barrier, count * sizeof(float));  // the turn's after the next
   } else {
     group.sync();
   }
@@ -174,7 +177,7 @@ __device__ inline void add_vector(float (&sums)[kLanes<T>], uint4 raw) {
 // is fp32 beside 16-bit rows, read again for every row.
 template <typename T, int kVecs>
 struct RowWeight {
-  static constexpr bool kKept = kVecs <= 3;
+  static constexpr bool kKept = kVecs <= 2;
 
   __device__ void init(const RowView<T>& view, const RowThreads& group) {
     is_float = (view.args.call.variant & TPF_FLOAT_WEIGHT) != 0;
@@ -294,13 +297,11 @@ __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&s
   if constexpr (kEpilogue == Epilogue::kFp8) quantize_row(view, row, sums, group, turn + 1);
 }
 
-// Whether blocks take their rows one by one, since some SMs come to their data faster than others: of a few rows less
-// than a claim takes. What peers stage or gather by chunks is every grid-th row, and blocks that share their rows have
-// the same ones.
+// Whether blocks take their rows one by one, since some SMs come to their data faster than others. What peers stage or
+// gather by chunks is every grid-th row, and blocks that share their rows have the same ones.
 template <Epilogue kEpilogue, typename T>
 __device__ inline bool claims_rows(const RowView<T>& view) {
-  return kEpilogue != Epilogue::kGather && !view.staged() && view.args.cluster == 1 &&
-         view.args.partition.largest() > 4 * gridDim.x;
+  return kEpilogue != Epilogue::kGather && !view.staged() && view.args.cluster == 1;
 }
 
 // The next row nobody has taken yet, after the first ones, of which each block has one.

@@ -135,12 +135,15 @@ __device__ inline bool fetch_rows(const RowView<T>& view, const BlockRound& roun
   RingPosition at, last;  // of the next row's first item, and of the last row's last one
   bool gave_up = false;
   // Those of a row's items that are wanted(item).
+  const int column = static_cast<int>(part.first / sizeof(T));
   const auto fetch = [&](int64_t row, auto&& wanted) {
     RingPosition to = at;
+    // Each lane finds out where an item lies: one after the other, that would take longer than a row of few.
+    const T* const rows = lane < sources ? view.source_row(lane, row, column)
+                                         : static_cast<const T*>(args.residual) + row * view.hidden + column;
     for (int item = 0; item < items; ++item, to.advance(1, args.stages)) {
       if (!wanted(item)) continue;
-      const T* const from = part.of(item < sources ? view.source_row(item, row)
-                                                   : static_cast<const T*>(args.residual) + row * view.hidden);
+      const auto from = reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, reinterpret_cast<uintptr_t>(rows), item));
       const uint32_t full = full_barriers + to.stage * sizeof(uint64_t);
       if (to.round > 0) barrier_wait(empty_barriers + to.stage * sizeof(uint64_t), (to.round - 1) & 1);
       if (elect()) {
@@ -226,8 +229,9 @@ __device__ inline void add_rows(const RowView<T>& view, const BlockRound& round,
     const char* from = ring + at.stage * part.stride;
 #pragma unroll
     for (int v = 0; v < kVecs; ++v) {
-      const uint32_t byte = (v * group.threads + group.thread) * kVectorBytes;
-      raw[v] = byte < part.bytes ? *reinterpret_cast<const uint4*>(from + byte) : uint4{};
+      const bool inside = group.vector(v) * kLanes<T> < view.hidden;
+      const int byte = (v * group.threads + group.thread) * kVectorBytes;
+      raw[v] = inside ? *reinterpret_cast<const uint4*>(from + byte) : uint4{};
     }
     at.advance(1, args.stages);
   };

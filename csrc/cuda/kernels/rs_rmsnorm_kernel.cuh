@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBo
   } else if constexpr (kBody == Body::kOneRow || kBody == Body::kAllRows) {
     using Few = std::conditional_t<kBody == Body::kOneRow, OneRow<T>, AllRows<T>>;
     if (args.cluster > 1) {
-      if (threadIdx.x == 0) partials.init();
+      if (threadIdx.x == 0) partials.init(args.cluster * static_cast<int>(blockDim.x) / 32);
       cluster_arrive_relaxed();
     }
     pdl_wait();
@@ -60,13 +60,13 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBo
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     __shared__ BulkShared shared;
     static_assert(sizeof(shared) + sizeof(partials) <= kStaticSharedBytes);
-    if (threadIdx.x == 0) {
-      shared.init(args.stages);
-      if (args.cluster > 1) partials.init();
-    }
-    if (args.cluster > 1) cluster_arrive();
     const RowPart part(args, kVecs * kVectorBytes, sizeof(T));
     if (threadIdx.x >= blockDim.x - 32) prefetch_rows(RowView<T>(args), part);
+    if (threadIdx.x == 0) {
+      shared.init(args.stages);
+      if (args.cluster > 1) partials.init(args.cluster * kVecs * static_cast<int>(blockDim.x - kHelperThreads) / 32);
+    }
+    if (args.cluster > 1) cluster_arrive();
     const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
     if (args.cluster > 1) cluster_wait();
     const RowView<T> view(args, round.epoch);
