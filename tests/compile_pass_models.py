@@ -101,8 +101,10 @@ class Decoder(nn.Module):
 
 
 class Llama(Decoder):
+    LAYERS = LAYERS
+
     def __init__(self, hook=all_reduced):
-        config = LlamaConfig(**SHARED, head_dim=16)
+        config = LlamaConfig(**SHARED | {"num_hidden_layers": self.LAYERS}, head_dim=16)
         super().__init__(config, llama.LlamaDecoderLayer, llama.LlamaRMSNorm, llama.LlamaRotaryEmbedding, hook)
 
     def shard_attention(self, attention) -> None:
@@ -110,9 +112,15 @@ class Llama(Decoder):
             cut(getattr(attention, name), 0)
 
 
-class Gemma(Decoder):
+class LlamaLayer(Llama):
+    """One layer has a reduction after the embedding, after attention, which feeds the MLP, and after the MLP."""
+
+    LAYERS = 1
+
+
+class GemmaLayer(Decoder):
     def __init__(self, hook=all_reduced):
-        config = GemmaConfig(**SHARED, head_dim=16)
+        config = GemmaConfig(**SHARED | {"num_hidden_layers": 1}, head_dim=16)
         super().__init__(config, gemma.GemmaDecoderLayer, gemma.GemmaRMSNorm, gemma.GemmaRotaryEmbedding, hook)
 
     shard_attention = Llama.shard_attention

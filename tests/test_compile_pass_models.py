@@ -20,13 +20,14 @@ import compile_pass_models as models
 pytestmark = pytest.mark.preload("warm_compiler", "transformers")
 
 SIZES = {"hidden_size": models.HIDDEN}
-LLAMA = ["rs_rmsnorm_ag"] * (2 * models.LAYERS + 1)
+LAYER = ["rs_rmsnorm_ag"] * 3
 PROJECTED = ["rs_rmsnorm", "qkv_a_proj_ag", "qkv_a_proj_ag"]
 EXPERTS = [*PROJECTED, "rs_rmsnorm_ag", "rs_rmsnorm_ag"]
 # The two reductions of the layer with experts, routed and shared, are one after.
 MODELS = {
-    "Llama": (LLAMA, 5),
-    "Gemma": (LLAMA, 5),
+    "Llama": (LAYER + LAYER[1:], 5),
+    "LlamaLayer": (LAYER, 3),
+    "GemmaLayer": (LAYER, 3),
     "Deepseek": ([*PROJECTED, "rs_rmsnorm_ag", *EXPERTS], 6),
     "Experts": (EXPERTS, 4),
 }
@@ -54,8 +55,8 @@ def run(kind: str, hook: str, backend: str, token_counts: list[int]) -> tuple[li
 
 # Each model, form of all-reduce and number of ranks; and all that Inductor makes code of, as users have it.
 RUNS = [
-    (3, "Gemma", "all_reduced", "front end"),
-    (2, "Llama", "all_reduced_in_place", "inductor"),
+    (3, "GemmaLayer", "all_reduced", "front end"),
+    (2, "LlamaLayer", "all_reduced_in_place", "inductor"),
     (2, "Experts", "all_reduced_in_place", "inductor"),
 ]
 
@@ -84,7 +85,7 @@ def run_dynamic(kind: str) -> tuple[int, list, list[str]]:
         return len(graphs), calls(graphs[0]), list(map(str, rewriting.report().left))
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Experts"])
+@pytest.mark.parametrize("kind", ["LlamaLayer", "Experts"])
 @pytest.mark.parametrize("world_size", [2])
 def test_all_is_dynamic(pool, kind):
     for seen in pool.run(run_dynamic, kind, timeout_s=290):
@@ -110,13 +111,17 @@ def run_static(kind: str, num_tokens: int) -> tuple:
         return calls(graphs[0]), counted, (totals["bytes_before"], totals["bytes_after"])
 
 
-@pytest.mark.parametrize(("kind", "num_tokens"), [("Llama", 6), ("Deepseek", 6), ("Deepseek", 1)])
+@pytest.mark.parametrize(("kind", "num_tokens"), [("Llama", 6), ("Deepseek", 6), ("Experts", 1)])
 @pytest.mark.parametrize("world_size", [2])
 def test_bytes(pool, kind, num_tokens):
     """Of all layers, with a number of tokens that does not change; one token, too, is counted as if shared out."""
     row = 4 * models.HIDDEN / 2
     columns = 4 * (models.Q_LORA + models.KV_LORA + models.ROPE) / 2
-    wanted = {"Llama": (10 * row, 10 * row), "Deepseek": (12 * row, 8 * row + 2 * columns)}[kind]
+    wanted = {
+        "Llama": (10 * row, 10 * row),
+        "Deepseek": (12 * row, 8 * row + 2 * columns),
+        "Experts": (8 * row, 5 * row + columns),
+    }[kind]
     for graph, counted, reported in pool.run(run_static, kind, num_tokens, timeout_s=290):
         assert graph == MODELS[kind][0]
         assert counted == pytest.approx(wanted)

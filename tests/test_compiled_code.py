@@ -118,7 +118,8 @@ def export(folder: str, shapes: str) -> None:
             return
         if dist.get_rank() == 1:  # without it rank 0 could not try its package
             return compare(wrapped)
-        quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+        # Headers are compiled for a wrapper and for kernels, seconds each; here is one of both.
+        quick = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
         path = f"{own}-aoti.pt2"
         package = torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=quick)
         compare(torch._inductor.aoti_load_package(package))
