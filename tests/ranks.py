@@ -32,6 +32,9 @@ import tp_fused
 
 # Inductor compiles in the rank itself, and believes the processor where it would compile probes.
 os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_VEC_ISA_OK": "1"}
+# At every connection torch asks a name server who 127.0.0.1 is, since it writes it as an address of IPv6 that is not in
+# /etc/hosts. An answer that is lost is waited for: a second, not five.
+os.environ.setdefault("RES_OPTIONS", "timeout:1")
 _context = multiprocessing.get_context("forkserver")
 
 
