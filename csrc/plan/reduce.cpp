@@ -71,6 +71,11 @@ struct Planner {
       return false;
     }
     begin(plan, cluster, shared_out);
+    if (is_staged() && shared_out.rows > 1 && shared_out.rows <= kMaxChunks) {
+      // A block's few rows are staged one by one: the first is added up while the next one is on its way.
+      plan->chunk_rows = 1;
+      plan->num_chunks = shared_out.rows;
+    }
     const int copied = gathers || (call.source < 0 && limits.world_size > 1) ? kCopierStages : 0;
     if (!takes(plan, Body::kBulk, 2, shared_out.blocks) && !takes(plan, Body::kBulk, 3, shared_out.blocks)) return false;
     const int64_t part = std::min<int64_t>(row_bytes, (plan->threads - kHelperThreads) * plan->vectors * kVectorBytes);

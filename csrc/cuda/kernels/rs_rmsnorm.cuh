@@ -25,7 +25,7 @@ namespace tpf {
 enum class Epilogue { kSum, kNorm, kFp8, kGather };
 
 constexpr int kGatherStep = kMaxChunks;  // steps 0..6 staging, 7..13 gathering, 15 closing
-constexpr int kMaxPartials = 128;        // warps' shares of a row: its vectors, 32 at a time
+constexpr int kMaxPartials = 136;        // warps' shares of a row: its vectors, 32 at a time, and some behind its end
 
 struct ReduceArgs {
   void* output;        // kNorm, kFp8 with TPF_KEEP_OUTPUT: [rows, hidden]; kGather: [num_tokens, hidden]
