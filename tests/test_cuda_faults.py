@@ -20,7 +20,8 @@ LATER_S = 0.03  # that a rank begins after another
 MAX_CTAS = 4
 SIZES = {"max_num_tokens": 300, "hidden_size": 8192, "latent_size": sum(LATENT), "max_ctas": MAX_CTAS}
 # Rows of the rank that owns most, and columns. A few: each block has one. One: on sm_90 and newer a cluster of blocks
-# shares it. Many: each block has several chunks of them, which TMA moves where there is one; a cluster shares wide ones.
+# shares it. Many: each block has several chunks of them, which TMA moves where there is one; wide rows are shared by a
+# cluster.
 FORMS = {"few rows": (3, 256), "a row": (1, 2048), "many rows": (37, 256), "many rows in place": (37, 256)}
 FORMS |= {"rows of clusters": (9, 8192), "rows of clusters in place": (9, 8192)}
 FORMS_OF_OPS = [(op, form) for op in OPS for form in FORMS if op in REDUCTIONS or form in ("few rows", "many rows")]
