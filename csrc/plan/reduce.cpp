@@ -77,7 +77,8 @@ struct Planner {
       plan->num_chunks = shared_out.rows;
     }
     const int copied = gathers || (call.source < 0 && limits.world_size > 1) ? kCopierStages : 0;
-    if (!takes(plan, Body::kBulk, 2, shared_out.blocks) && !takes(plan, Body::kBulk, 3, shared_out.blocks)) return false;
+    if (!takes(plan, Body::kBulk, 2, shared_out.blocks) && !takes(plan, Body::kBulk, 3, shared_out.blocks))
+      return false;
     const int64_t part = std::min<int64_t>(row_bytes, (plan->threads - kHelperThreads) * plan->vectors * kVectorBytes);
     const int64_t buffers = (card.shared_bytes - kStaticSharedBytes) / part - copied, least = limits.world_size + 1;
     if (buffers < least) return false;

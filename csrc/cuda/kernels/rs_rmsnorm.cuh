@@ -44,9 +44,9 @@ struct ReduceArgs {
   Partition partition;
   int32_t chunk_rows;  // rows of one chunk, for one block
   int32_t num_chunks;
-  int32_t stages;  // kBulk: row buffers of the ring
+  int32_t stages;                 // kBulk: row buffers of the ring
   int32_t cluster, cluster_log2;  // blocks that share a row
-  uint32_t no_bits;  // 0, which the compiler does not know: see barrier_arrive_having
+  uint32_t no_bits;               // 0, which the compiler does not know: see barrier_arrive_having
 };
 
 // What the threads of a block derive from the arguments once.
@@ -124,9 +124,10 @@ struct RowThreads {
   int cluster = 1;     // how many blocks do
 };
 
-// What all threads of the group make of their values. A sum is added up in an order that depends on the columns alone: 32 vectors at a time, then these. So
-// a row has the same bits whatever body and however many threads work on it. `turn` counts these calls: between two
-// buffers in turn, one barrier each is enough. `meanwhile()` is done before the others are waited for.
+// What all threads of the group make of their values. A sum is added up in an order that depends on the columns alone:
+// 32 vectors at a time, then these. So a row has the same bits whatever body and however many threads work on it.
+// `turn` counts these calls: between two buffers in turn, one barrier each is enough. `meanwhile()` is done before the
+// others are waited for.
 template <int kVecs, typename Combine, typename Meanwhile>
 __device__ inline float group_reduce(const float (&values)[kVecs], Combine combine, const RowThreads& group, int turn,
                                      Meanwhile&& meanwhile) {

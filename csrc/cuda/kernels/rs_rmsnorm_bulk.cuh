@@ -31,7 +31,7 @@ struct BulkShared {
   int64_t row[kMaxStages];   // the row that begins in this buffer; -1 after the last
   bool gave_up[kMaxStages];  // when this was a peer's row, or the end: what did not arrive is not passed on
 
-  uint32_t faulted;          // in any block of the cluster
+  uint32_t faulted;  // in any block of the cluster
 
   // By one thread; a barrier of the block follows.
   __device__ void init(int stages) {
@@ -46,8 +46,9 @@ struct BulkShared {
     fence_async_shared();
   }
 
-  // By all threads of all blocks of a cluster, which have begun: whether `fault`, the same in all threads of a block, is
-  // true in any of them, or was. No block then waits for a part of a row that is not added up, and all poison theirs.
+  // By all threads of all blocks of a cluster, which have begun: whether `fault`, the same in all threads of a block,
+  // is true in any of them, or was. No block then waits for a part of a row that is not added up, and all poison
+  // theirs.
   __device__ bool any_in_cluster(int cluster, bool fault) {
     if (cluster == 1) return fault;
     if (const int cta = threadIdx.x; fault && cta < cluster) cluster_store(&faulted, cta, 1);
@@ -95,8 +96,8 @@ __device__ inline bool move_rows(const RowView<T>& view, const BlockRound& round
   if (!view.staged()) publish_unfenced_to_peers(args.team, round, 0, lane);
   for (int chunk = 0; view.staged() && chunk < args.num_chunks; ++chunk) {
     for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
-      copy(view.staged_row(peer, view.rank, row),
-           static_cast<const T*>(args.input) + (rows.start + row) * view.hidden, normal_policy());
+      copy(view.staged_row(peer, view.rank, row), static_cast<const T*>(args.input) + (rows.start + row) * view.hidden,
+           normal_policy());
     });
     copier.flush();
     fence_async_global();
