@@ -8,7 +8,7 @@ import torch
 
 import tp_fused
 
-from . import cases, projections
+from . import cases, fp8, projections
 from .context import Context
 from .report import Report, result_row
 from .timing import copy_bandwidth, host_calls, host_time, link_bandwidth, measure
@@ -17,15 +17,18 @@ CASES = {
     case.op: case
     for case in (
         cases.RsRmsnorm,
-        cases.RsRmsnormFp8,
+        fp8.RsRmsnormFp8,
         cases.RsRmsnormAg,
+        fp8.RsRmsnormAgFp8,
         cases.ReduceScatterRows,
         cases.AllGatherRows,
         projections.QkvAProjAg,
-        projections.QkvAProjAgFp8,
+        fp8.QkvAProjAgFp8,
         projections.QkvAProjAgNorm,
+        fp8.QkvAProjAgNormFp8,
         projections.Chain,
         projections.MlaPrologue,
+        fp8.MlaPrologueFp8,
         projections.BesideGemm,
     )
 }
