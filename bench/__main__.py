@@ -229,7 +229,7 @@ def _launches(named: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 @app.command("goals", help=_paragraphs(goals.__doc__))
 def run_goals(
-    launches: Annotated[str, typer.Option(help="Only these, of eight, four and one")] = "eight,four,one",
+    launches: Annotated[str, typer.Option(help="Only these, of eight, four, one, even, fp8")] = "eight,four,one",
     results: _Results = RESULTS,
 ) -> None:
     names = _launches(launches, tuple(launch.name for launch in goals.LAUNCHES))

@@ -106,6 +106,27 @@ def _evenness(op: str, program: str) -> list[Goal]:
     return wide + steps
 
 
+# ---- fp8 ----
+
+SCATTERED = ("dist-rs", "own-rs")
+FP8_GOALS = [
+    *(
+        at_most(0.85, "time, in that of the bf16 form", ranks, "rs_rmsnorm_ag_fp8", tokens, _times("rs_rmsnorm_ag"))
+        for ranks in (8, 4)
+        for tokens in (4096, 16384)
+    ),
+    at_most(
+        *(0.80, "time, in that of qkv_a_proj_ag_fp8 + norms, quantisation, split", 8, "qkv_a_proj_ag_norm_fp8", 16384),
+        _times("ag_fp8+norm"),
+    ),
+    *(
+        at_most(bound, "time, in that of the bf16 form", 8, "mla_prologue_fp8", tokens, _times("mla_prologue"))
+        for tokens, bound in ((64, 0.75), (4096, 0.80), (16384, 0.75))
+    ),
+    at_most(0.75, "time, in that of fp8, scattered, unfused", 8, "mla_prologue_fp8", 16384, _times(*SCATTERED)),
+]
+
+
 GOALS = [
     at_least(0.95, "in place, of the copy bandwidth", 8, "rs_rmsnorm", 16384, _share("fused")),
     at_least(0.92, "the same with 8 blocks a rank", 8, "rs_rmsnorm", 16384, _share("ctas8")),
@@ -138,6 +159,7 @@ GOALS = [
     ),
     *(goal for op in REDUCTIONS for program in ("fused", "staged") for goal in _evenness(op, program)),
     *(goal for goal in _evenness("qkv_a_proj_ag", "fused") if goal.hidden == HIDDEN),
+    *FP8_GOALS,
 ]
 
 
@@ -181,10 +203,13 @@ LAUNCHES = [
     ),
     Launch(
         "four",
-        60,
+        70,
         {
             "rs_rmsnorm": section(4, "rs_rmsnorm", 16384, baselines=("symm",)),
             "rs_rmsnorm_ag": section(4, "rs_rmsnorm_ag", 512, 16384, baselines=("twoshot",)),
+            "rs_rmsnorm_ag_fp8": section(
+                4, "rs_rmsnorm_ag_fp8", 4096, 16384, baselines=("rs_rmsnorm_ag",), budget_s=0.3
+            ),
         },
     ),
     Launch(
@@ -196,6 +221,21 @@ LAUNCHES = [
         },
     ),
     Launch("even", 110, _even_sections()),
+    Launch(
+        "fp8",
+        100,
+        {
+            "rs_rmsnorm_ag_fp8": section(
+                *(8, "rs_rmsnorm_ag_fp8", 4096, 16384), baselines=("rs_rmsnorm_ag",), variants=("staged",), budget_s=0.3
+            ),
+            "qkv_a_proj_ag_norm_fp8": section(
+                *(8, "qkv_a_proj_ag_norm_fp8", 16384), baselines=("own", "ag_fp8+norm"), budget_s=0.3
+            ),
+            "mla_prologue_fp8": section(
+                *(8, "mla_prologue_fp8", 64, 4096, 16384), baselines=("mla_prologue", *SCATTERED), budget_s=0.3
+            ),
+        },
+    ),
 ]
 
 

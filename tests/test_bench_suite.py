@@ -183,8 +183,8 @@ def test_every_result_is_on_one_page(tmp_path):
 @pytest.mark.parametrize(
     ("command", "launches", "says"),
     [
-        ("goals", ",", "',' names none of eight, four, one, even"),
-        ("goals", "eight,nine", "'nine' is none of eight, four, one, even"),
+        ("goals", ",", "',' names none of eight, four, one, even, fp8"),
+        ("goals", "eight,nine", "'nine' is none of eight, four, one, even, fp8"),
         ("multi", " ", "' ' names none of ops, blocks, beside"),
     ],
 )
