@@ -241,7 +241,7 @@ def run_goals(
 
 @app.command("multi", help=_paragraphs(multi.__doc__))
 def run_multi(
-    launches: Annotated[str, typer.Option(help="Only these, of ops, blocks and beside")] = ",".join(multi.PARTS),
+    launches: Annotated[str, typer.Option(help=f"Only these, of {', '.join(multi.PARTS)}")] = ",".join(multi.PARTS),
     results: _Results = RESULTS,
 ) -> None:
     parts = _launches(launches, multi.PARTS)

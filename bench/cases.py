@@ -80,6 +80,9 @@ class Case:
         """What all ranks together read and write at least, when every byte is touched once."""
         raise NotImplementedError
 
+    def explain(self) -> str:
+        return self.context.explain(self.op)
+
     def programs(self) -> dict[str, Program]:
         """What is timed: "fused" first, then its variants, then the baselines."""
         programs = {"fused": Program(self.fused, case=self)}

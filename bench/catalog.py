@@ -82,6 +82,16 @@ OPS = {
         ("dist", "own", "copies", "gemm"),
         ("dtype", "latent"),
     ),
+    "qkv_a_proj_ag_complete": Op(
+        """qkv_a_proj_ag of rows that all ranks have: each multiplies them by its share of the weight.
+
+        "gemm" is what it replaces: the product of all rows by all of the weight, on every rank. bytes and right: as
+        qkv_a_proj_ag.
+        """,
+        ("gemm",),
+        ("dtype", "latent"),
+        torch_multiplies=True,
+    ),
     "qkv_a_proj_ag_fp8": Op(
         """qkv_a_proj_ag on fp8 rows and weight with block scales; the output is bf16.
 

@@ -88,8 +88,11 @@ class QkvAProjAg(Case):
             for value, right in zip(plain, self.parts(exact), strict=True)
         ]
         bounds = (ERROR_BOUND * self.context.host_reduce(errors)).tolist()
-        gathered = self.context.gather_rows(exact, self.num_tokens)
-        return list(zip(self.parts(gathered), bounds, strict=True))
+        return list(zip(self.parts(self.gathered(exact)), bounds, strict=True))
+
+    def gathered(self, latent: torch.Tensor) -> torch.Tensor:
+        """Of all rows, from what this rank's are projected to."""
+        return self.context.gather_rows(latent, self.num_tokens)
 
     def count_wrong(self, outputs):
         pairs = zip(outputs, self.expected, strict=True)
@@ -109,6 +112,30 @@ class QkvAProjAg(Case):
         """The rows once, the weight and the output on every rank."""
         weight = self.latent * self.hidden * self.itemsize
         return self.num_tokens * self.hidden * self.itemsize + self.context.world_size * (weight + self.latent_bytes)
+
+
+class QkvAProjAgComplete(QkvAProjAg):
+    op = "qkv_a_proj_ag_complete"
+
+    @functools.cached_property
+    def rows(self):
+        shape = (self.num_tokens, self.hidden)
+        return self.context.random("rows", self.num_tokens, shape=shape)
+
+    def fused(self):
+        return (OPS.qkv_a_proj_ag(self.rows, self.weight, self.num_tokens, self.group, complete=True),)
+
+    def explain(self):
+        return self.context.explain("qkv_a_proj_ag", complete=True)
+
+    def gathered(self, latent):
+        return latent
+
+    @property
+    def memory_bytes(self):
+        """The weight once, the rows and the output on every rank."""
+        rows = self.num_tokens * self.hidden * self.itemsize
+        return self.latent * self.hidden * self.itemsize + self.context.world_size * (rows + self.latent_bytes)
 
 
 class QkvAProjAgNorm(QkvAProjAg):

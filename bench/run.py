@@ -23,6 +23,7 @@ CASES = {
         cases.ReduceScatterRows,
         cases.AllGatherRows,
         projections.QkvAProjAg,
+        projections.QkvAProjAgComplete,
         fp8.QkvAProjAgFp8,
         projections.QkvAProjAgNorm,
         fp8.QkvAProjAgNormFp8,
@@ -80,7 +81,7 @@ def _run_case(context, case, report, bandwidths, first: bool) -> dict:
     label = f"{case.op} {case.num_tokens}"
     programs = case.programs()
     if report and first:
-        report.table(case.op, case.available_baselines(context), case.left_out(context), context.explain(case.op))
+        report.table(case.op, case.available_baselines(context), case.left_out(context), case.explain())
     wrong = None
     if context.options.check:
         if report:

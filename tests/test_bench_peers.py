@@ -322,7 +322,8 @@ def test_why_flashinfer_is_left_out(monkeypatch, asked, capability, why):
 
 
 @pytest.mark.parametrize(
-    ("installed", "parts", "times"), [(True, ("ops",), 1), (True, ("beside",), 0), (False, ("ops",), 0)]
+    ("installed", "parts", "times"),
+    [(True, ("ops",), 1), (True, ("prologue",), 1), (True, ("beside",), 0), (False, ("ops",), 0)],
 )
 def test_kernels_are_compiled_before_launches_that_have_a_time_limit(monkeypatch, tmp_path, installed, parts, times):
     happened = []
