@@ -229,7 +229,7 @@ def _launches(named: str, known: tuple[str, ...]) -> tuple[str, ...]:
 
 @app.command("goals", help=_paragraphs(goals.__doc__))
 def run_goals(
-    launches: Annotated[str, typer.Option(help="Only these, of eight, four and one")] = "eight,four,one",
+    launches: Annotated[str, typer.Option(help="Only these, of eight, four, one, even, fp8")] = "eight,four,one",
     results: _Results = RESULTS,
 ) -> None:
     names = _launches(launches, tuple(launch.name for launch in goals.LAUNCHES))
@@ -241,7 +241,7 @@ def run_goals(
 
 @app.command("multi", help=_paragraphs(multi.__doc__))
 def run_multi(
-    launches: Annotated[str, typer.Option(help="Only these, of ops, blocks and beside")] = ",".join(multi.PARTS),
+    launches: Annotated[str, typer.Option(help=f"Only these, of {', '.join(multi.PARTS)}")] = ",".join(multi.PARTS),
     results: _Results = RESULTS,
 ) -> None:
     parts = _launches(launches, multi.PARTS)

@@ -82,6 +82,8 @@ BASELINES = {
         _no_flashinfer,
     ),
     "rs_rmsnorm": Baseline("the fused op without the quantisation", empty=True),
+    "rs_rmsnorm_ag": Baseline("the fused op without the quantisation", empty=True),
+    "mla_prologue": Baseline("the fused op in 16 bits, of the same numbers", empty=True),
     "copies": Baseline("the projection, a barrier, then copies out of every peer's memory", _on_cuda),
     "gemm": Baseline("this rank's matrix product alone, nothing travels"),
     "scaled_mm": Baseline(
@@ -89,6 +91,7 @@ BASELINES = {
         _block_scaled_mm,
     ),
     "ag+norm": Baseline("qkv_a_proj_ag, then two RMSNorms and the split", empty=True),
+    "ag_fp8+norm": Baseline("qkv_a_proj_ag_fp8, then two RMSNorms, the quantisation and the split", empty=True),
     "chain": Baseline("rs_rmsnorm, then qkv_a_proj_ag_norm", empty=True),
     "alone": Baseline("the fused op with nothing beside it", empty=True),
     "barrier": Baseline("a bare barrier of the ranks, fenced as for rows that were written", _on_cuda, empty=True),

@@ -34,11 +34,6 @@ def add_norm(rows: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor):
     return rms_norm(rows, weight), rows
 
 
-def add_norm_quantize(rows: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale_layout: str):
-    output, residual_out = add_norm(rows, residual, weight)
-    return (*reference.quantize_e4m3(output, layout=scale_layout), residual_out)
-
-
 def steps_apart(value: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """How many representable numbers lie between two tensors' elements; 0 only where the bits are the same."""
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[value.element_size()]
@@ -84,6 +79,9 @@ class Case:
     def memory_bytes(self) -> int:
         """What all ranks together read and write at least, when every byte is touched once."""
         raise NotImplementedError
+
+    def explain(self) -> str:
+        return self.context.explain(self.op)
 
     def programs(self) -> dict[str, Program]:
         """What is timed: "fused" first, then its variants, then the baselines."""
@@ -266,39 +264,6 @@ class RsRmsnorm(Reduction):
     @property
     def memory_bytes(self):
         return self.reduction_bytes + 3 * self.bytes
-
-
-class RsRmsnormFp8(Reduction):
-    op = "rs_rmsnorm_fp8"
-
-    def fused(self):
-        layout = self.context.options.scale_layout
-        outputs = OPS.rs_rmsnorm_fp8(self.input, self.residual, self.weight, EPS, self.group, scale_layout=layout)
-        return outputs[:3]
-
-    def unfused(self, via):
-        residual, finish = via.pad_rows(self.residual), self._local(add_norm_quantize)
-        layout = self.context.options.scale_layout
-        return Program(lambda: finish(via.reduce_scatter(), residual, self.weight, layout))
-
-    def baseline(self, name):
-        if name == "rs_rmsnorm":
-            arguments = (self.input, self.residual, self.weight, EPS, self.group)
-            return Program(lambda: OPS.rs_rmsnorm(*arguments), expected=lambda: self.expected)
-        return super().baseline(name)
-
-    def count_wrong(self, outputs):
-        q, scale, residual_out = outputs
-        expected_q, expected_scale = reference.quantize_e4m3(self.expected[0])
-        rounding = self.roundings * torch.finfo(self.context.dtype).eps
-        wrong = (steps_apart(residual_out, self.expected[1]) > 0).sum()
-        wrong += (steps_apart(q, expected_q) > self.roundings).sum()
-        return int(wrong + (~((scale - expected_scale).abs() <= rounding * expected_scale)).sum())
-
-    @property
-    def memory_bytes(self):
-        quantised = self.num_tokens * (self.hidden + 4 * -(-self.hidden // 128))
-        return self.reduction_bytes + 2 * self.bytes + quantised
 
 
 class RsRmsnormAg(Reduction):

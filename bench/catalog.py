@@ -1,7 +1,7 @@
 """The ops that can be timed, by name. Without torch, so that help and refusals come at once.
 
 `help` is that of the op's command. Its "bytes" and "right" are what the columns of the table and the check mean; how
-they are computed is in cases.py and projections.py.
+they are computed is in cases.py, projections.py and fp8.py.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Op:
     torch_multiplies: bool = False
 
 
-# Of chain and mla_prologue: what engines do, with the fastest parts that there are.
+# Of chain and mla_prologue, in 16 bits and in fp8: what engines do, with the fastest parts that there are.
 ENGINES = ("dist", "nccl-symm", "twoshot", "oneshot", "flashinfer", "own")
 OPS = {
     "rs_rmsnorm": Op(
@@ -49,6 +49,14 @@ OPS = {
         ("dist", "allreduce", "nccl-symm", "twoshot", "oneshot", "flashinfer", "own"),
         ("dtype", "zero_copy", "compile"),
     ),
+    "rs_rmsnorm_ag_fp8": Op(
+        """rs_rmsnorm_fp8, the quantised rows gathered with their scales, the residual left scattered.
+
+        Programs that all-reduce quantise all rows on every rank. bytes: as rs_rmsnorm_ag. Right: as rs_rmsnorm_fp8.
+        """,
+        ("dist", "allreduce", "nccl-symm", "twoshot", "oneshot", "flashinfer", "own", "rs_rmsnorm_ag"),
+        ("dtype", "zero_copy", "compile", "scale_layout"),
+    ),
     "reduce_scatter_rows": Op(
         """Reduce-scatter over the token dimension: tp_fused's own transport, so only torch.distributed beside it.
 
@@ -74,6 +82,16 @@ OPS = {
         ("dist", "own", "copies", "gemm"),
         ("dtype", "latent"),
     ),
+    "qkv_a_proj_ag_complete": Op(
+        """qkv_a_proj_ag of rows that all ranks have: each multiplies them by its share of the weight.
+
+        "gemm" is what it replaces: the product of all rows by all of the weight, on every rank. bytes and right: as
+        qkv_a_proj_ag.
+        """,
+        ("gemm",),
+        ("dtype", "latent"),
+        torch_multiplies=True,
+    ),
     "qkv_a_proj_ag_fp8": Op(
         """qkv_a_proj_ag on fp8 rows and weight with block scales; the output is bf16.
 
@@ -90,6 +108,16 @@ OPS = {
         """,
         ("dist", "own", "ag+norm"),
         ("dtype", "latent", "kv_lora", "rope", "compile"),
+    ),
+    "qkv_a_proj_ag_norm_fp8": Op(
+        """qkv_a_proj_ag_fp8, the two latent RMSNorms and the split, with q_a quantised again.
+
+        The unfused programs multiply by torch._scaled_mm where that has block scales, else they dequantise; where ranks
+        share a card, a bare barrier follows that product. bytes: one rank's outputs. Right: as qkv_a_proj_ag_fp8; of
+        q_a, half a step of e4m3 comes on top.
+        """,
+        ("dist", "own", "ag_fp8+norm"),
+        ("latent", "kv_lora", "rope", "compile", "scale_layout"),
     ),
     "chain": Op(
         """rs_rmsnorm, then qkv_a_proj_ag_norm, against what engines do today.
@@ -110,6 +138,18 @@ OPS = {
         """,
         (*ENGINES, "dist-rs", "own-rs", "chain"),
         ("dtype", "zero_copy", "compile", "latent", "kv_lora", "rope"),
+        torch_multiplies=True,
+    ),
+    "mla_prologue_fp8": Op(
+        """mla_prologue with fp8 rows and weight, and q_a quantised again, against mla_prologue in 16 bits.
+
+        Today: all-reduce, then every rank adds, norms, quantises and projects all rows, norms the latents and quantises
+        q_a; the scattered programs do so with their own rows, and gather the latents. They multiply as in
+        qkv_a_proj_ag_norm_fp8. bytes: those of both halves. Right: residual_out has the oracle's bits, the latents are
+        as in qkv_a_proj_ag_norm_fp8.
+        """,
+        (*ENGINES, "dist-rs", "own-rs", "mla_prologue"),
+        ("zero_copy", "compile", "latent", "kv_lora", "rope", "scale_layout"),
         torch_multiplies=True,
     ),
     "beside_gemm": Op(

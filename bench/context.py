@@ -151,11 +151,11 @@ class Context(Host):
             self._kept[name] = make()
         return self._kept[name]
 
-    def explain(self, op: str) -> str:
-        """What the backend would do with the run's inputs, and why."""
+    def explain(self, op: str, **asked) -> str:
+        """What the backend would do with the run's inputs, and why. asked: of the call, as `complete`."""
         input = self._symmetric.get("input", self._nothing) if self.options.zero_copy else self._nothing
         op = op if hasattr(torch.ops.tp_fused, op) else "rs_rmsnorm"  # a chain of ops begins with it
-        lines = tp_fused.explain(op, self.options.max_tokens, self.group, input=input).splitlines()
+        lines = tp_fused.explain(op, self.options.max_tokens, self.group, input=input, **asked).splitlines()
         return "\n".join(line for line in lines if " owns rows " not in line)  # of one size only
 
     # ---- meeting the peers ----

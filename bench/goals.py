@@ -20,9 +20,9 @@ def _share(program: str) -> Callable[[dict], float]:
     return lambda row: row["programs"][program]["copy_share"]
 
 
-def _times(*names: str) -> Callable[[dict], float]:
-    """The op's time as a multiple of the fastest of these programs'."""
-    return lambda row: _fastest(row, ("fused",)) / _fastest(row, names)
+def times(*names: str, program: str = "fused") -> Callable[[dict], float]:
+    """The op's time, or a variant's, as a multiple of the fastest of these programs'."""
+    return lambda row: _fastest(row, (program,)) / _fastest(row, names)
 
 
 def speedup(*names: str) -> Callable[[dict], float]:
@@ -45,6 +45,7 @@ class Goal:
     at_least: bool
     hidden: int = HIDDEN
     beside: tuple[tuple[int, int], ...] = ()  # (hidden, tokens) of rows that `measure` is given, too
+    beside_op: str | None = None  # whose rows these are, where it is another op
 
     def measured(self, documents: list[dict]) -> float | None:
         """None where a row, or a program that it is compared with, is missing."""
@@ -54,9 +55,10 @@ class Goal:
             for row in document["results"]:
                 place = (options["world_size"], row["op"], options.get("hidden", HIDDEN), row["tokens"])
                 rows.setdefault(place, row)
-        places = ((self.hidden, self.tokens), *self.beside)
+        beside = ((self.beside_op or self.op, *place) for place in self.beside)
+        places = ((self.op, self.hidden, self.tokens), *beside)
         with contextlib.suppress(KeyError, ValueError):
-            return self.measure(*(rows[(self.world_size, self.op, *place)] for place in places))
+            return self.measure(*(rows[(self.world_size, *place)] for place in places))
         return None
 
     def met(self, value: float) -> bool:
@@ -69,6 +71,15 @@ def at_least(bound: float, what: str, world_size: int, op: str, tokens: int, mea
 
 def at_most(bound: float, what: str, world_size: int, op: str, tokens: int, measure) -> Goal:
     return Goal(what, world_size, op, tokens, measure, bound, False)
+
+
+def at_most_beside(bound: float, what: str, world_size: int, op: str, tokens: int, other: str) -> Goal:
+    """The op's time as a multiple of another op's of as many tokens."""
+
+    def beside(row: dict, others: dict) -> float:
+        return _fastest(row, ("fused",)) / _fastest(others, ("fused",))
+
+    return Goal(what, world_size, op, tokens, beside, bound, False, beside=((HIDDEN, tokens),), beside_op=other)
 
 
 # ---- no cliffs ----
@@ -106,30 +117,51 @@ def _evenness(op: str, program: str) -> list[Goal]:
     return wide + steps
 
 
+# ---- fp8 ----
+
+SCATTERED = ("dist-rs", "own-rs")
+FP8_GOALS = [
+    *(
+        at_most(0.85, "time, in that of the bf16 form", ranks, "rs_rmsnorm_ag_fp8", tokens, times("rs_rmsnorm_ag"))
+        for ranks in (8, 4)
+        for tokens in (4096, 16384)
+    ),
+    at_most(
+        *(0.80, "time, in that of qkv_a_proj_ag_fp8 + norms, quantisation, split", 8, "qkv_a_proj_ag_norm_fp8", 16384),
+        times("ag_fp8+norm"),
+    ),
+    *(
+        at_most(bound, "time, in that of the bf16 form", 8, "mla_prologue_fp8", tokens, times("mla_prologue"))
+        for tokens, bound in ((64, 0.75), (4096, 0.80), (16384, 0.75))
+    ),
+    at_most(0.75, "time, in that of fp8, scattered, unfused", 8, "mla_prologue_fp8", 16384, times(*SCATTERED)),
+]
+
+
 GOALS = [
     at_least(0.95, "in place, of the copy bandwidth", 8, "rs_rmsnorm", 16384, _share("fused")),
     at_least(0.92, "the same with 8 blocks a rank", 8, "rs_rmsnorm", 16384, _share("ctas8")),
     at_least(0.78, "in place, of the copy bandwidth", 8, "rs_rmsnorm", 1024, _share("fused")),
     at_least(0.88, "staged, its own bytes, of the copy bandwidth", 8, "rs_rmsnorm", 16384, _share("staged")),
-    at_most(1.7, "time, in bare barriers", 8, "rs_rmsnorm", 64, _times("barrier")),
+    at_most(1.7, "time, in bare barriers", 8, "rs_rmsnorm", 64, times("barrier")),
     at_least(1.15, "speedup over reduce_scatter_rows + add-norm", 8, "rs_rmsnorm", 16384, speedup("own")),
     at_least(1.1, "speedup over reduce_scatter_rows + add-norm", 8, "rs_rmsnorm", 512, speedup("own")),
     at_least(1.25, "speedup over reduce_scatter_rows + add-norm", 8, "rs_rmsnorm", 64, speedup("own")),
     at_most(15.0, "us of an eager call on the CPU", 8, "rs_rmsnorm", 64, lambda row: row["host_us"]),
-    at_most(1.03, "time, in that of the bf16 form", 8, "rs_rmsnorm_fp8", 16384, _times("rs_rmsnorm")),
+    at_most(1.03, "time, in that of the bf16 form", 8, "rs_rmsnorm_fp8", 16384, times("rs_rmsnorm")),
     at_least(1.0, "speedup over symm_mem.reduce_scatter_out alone", 4, "rs_rmsnorm", 16384, speedup("symm")),
     at_least(1.9, "speedup over two_shot_all_reduce_ + add-norm", 4, "rs_rmsnorm_ag", 16384, speedup("twoshot")),
     at_least(1.3, "speedup over two_shot_all_reduce_ + add-norm", 4, "rs_rmsnorm_ag", 512, speedup("twoshot")),
-    at_most(0.76, "time, in that of cuBLAS + all-gather", 8, "qkv_a_proj_ag", 16384, _times("own", "copies")),
-    at_most(1.22, "time, in that of cuBLAS alone", 8, "qkv_a_proj_ag", 16384, _times("gemm")),
-    at_most(0.82, "time, in that of cuBLAS + all-gather", 8, "qkv_a_proj_ag", 4096, _times("own", "copies")),
-    at_most(0.90, "time, in that of cuBLAS + all-gather", 8, "qkv_a_proj_ag", 512, _times("own", "copies")),
-    at_most(0.90, "time, in that of cuBLAS + all-gather", 8, "qkv_a_proj_ag", 64, _times("own", "copies")),
+    at_most(0.76, "time, in that of cuBLAS + all-gather", 8, "qkv_a_proj_ag", 16384, times("own", "copies")),
+    at_most(1.22, "time, in that of cuBLAS alone", 8, "qkv_a_proj_ag", 16384, times("gemm")),
+    at_most(0.82, "time, in that of cuBLAS + all-gather", 8, "qkv_a_proj_ag", 4096, times("own", "copies")),
+    at_most(0.90, "time, in that of cuBLAS + all-gather", 8, "qkv_a_proj_ag", 512, times("own", "copies")),
+    at_most(0.90, "time, in that of cuBLAS + all-gather", 8, "qkv_a_proj_ag", 64, times("own", "copies")),
     at_most(
-        0.75, "time, in that of _scaled_mm + all-gather", 8, "qkv_a_proj_ag_fp8", 16384, _times("scaled_mm", "copies")
+        0.75, "time, in that of _scaled_mm + all-gather", 8, "qkv_a_proj_ag_fp8", 16384, times("scaled_mm", "copies")
     ),
-    at_most(0.85, "time, in that of qkv_a_proj_ag + norms + split", 8, "qkv_a_proj_ag_norm", 16384, _times("ag+norm")),
-    at_most(0.20, "time, in that of what engines do", 8, "chain", 16384, _times(*ENGINES)),
+    at_most(0.85, "time, in that of qkv_a_proj_ag + norms + split", 8, "qkv_a_proj_ag_norm", 16384, times("ag+norm")),
+    at_most(0.20, "time, in that of what engines do", 8, "chain", 16384, times(*ENGINES)),
     at_least(0.70, "speed, of cuBLAS's", 1, "qkv_a_proj_ag", 512, speedup("gemm")),
     *(at_least(0.85, "speed, of cuBLAS's", 1, "qkv_a_proj_ag", rows, speedup("gemm")) for rows in (2048, 4096, 16384)),
     *(
@@ -138,6 +170,7 @@ GOALS = [
     ),
     *(goal for op in REDUCTIONS for program in ("fused", "staged") for goal in _evenness(op, program)),
     *(goal for goal in _evenness("qkv_a_proj_ag", "fused") if goal.hidden == HIDDEN),
+    *FP8_GOALS,
 ]
 
 
@@ -181,10 +214,13 @@ LAUNCHES = [
     ),
     Launch(
         "four",
-        60,
+        70,
         {
             "rs_rmsnorm": section(4, "rs_rmsnorm", 16384, baselines=("symm",)),
             "rs_rmsnorm_ag": section(4, "rs_rmsnorm_ag", 512, 16384, baselines=("twoshot",)),
+            "rs_rmsnorm_ag_fp8": section(
+                4, "rs_rmsnorm_ag_fp8", 4096, 16384, baselines=("rs_rmsnorm_ag",), budget_s=0.3
+            ),
         },
     ),
     Launch(
@@ -196,6 +232,21 @@ LAUNCHES = [
         },
     ),
     Launch("even", 110, _even_sections()),
+    Launch(
+        "fp8",
+        100,
+        {
+            "rs_rmsnorm_ag_fp8": section(
+                *(8, "rs_rmsnorm_ag_fp8", 4096, 16384), baselines=("rs_rmsnorm_ag",), variants=("staged",), budget_s=0.3
+            ),
+            "qkv_a_proj_ag_norm_fp8": section(
+                *(8, "qkv_a_proj_ag_norm_fp8", 16384), baselines=("own", "ag_fp8+norm"), budget_s=0.3
+            ),
+            "mla_prologue_fp8": section(
+                *(8, "mla_prologue_fp8", 64, 4096, 16384), baselines=("mla_prologue", *SCATTERED), budget_s=0.3
+            ),
+        },
+    ),
 ]
 
 

@@ -1,7 +1,8 @@
 """One rank a card: `python -m bench multi`, which `make gpu-multi` calls on a machine with two or more.
 
 For 8, 4 and 2 ranks as far as there are cards: the ops beside NCCL and torch's symmetric memory, inputs read in place
-and staged; for the most ranks also how many blocks an op needs, and what it takes from a matrix product beside it.
+and staged. For the most ranks also more sizes, fp8, the prologue, how many blocks an op needs, and what it takes from
+a matrix product beside it.
 """
 
 import importlib.util
@@ -9,36 +10,59 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .goals import ENGINES, Goal, at_least, section, speedup, table, write
+from .goals import ENGINES, SCATTERED, Goal, at_least, at_most, at_most_beside, section, speedup, table, times, write
 from .suite import Launch, run
 
-TOKENS = (1, 8, 64, 128, 512, 1024, 4096, 8192, 16384)
+TOKENS = tuple(2**power for power in range(15))  # of reductions and the prologue, on the most ranks
+FEWER_TOKENS = (1, 8, 64, 128, 512, 1024, 4096, 8192, 16384)
 CTAS = (2, 4, 8, 16, 24, 32, 48, 64)
-PARTS = ("ops", "blocks", "beside")
+PARTS = ("ops", "prologue", "blocks", "beside")
+STAGED = ("staged",)
+ALL_REDUCED = ("dist", "nccl-symm", "twoshot", "oneshot", "flashinfer")
 NEAR = 1.03  # of the best time: near enough to leave the rest of the card to others
 
 
 def launches(cards: int, parts: tuple[str, ...] = PARTS) -> list[Launch]:
     sizes = [world_size for world_size in (8, 4, 2) if world_size <= cards]
-    planned = [*(_ops(world_size) for world_size in sizes), *(_blocks(sizes[0]), _beside(sizes[0]))]
+    most, *fewer = sizes
+    planned = [_ops(most), *map(_some_ops, fewer), _prologue(most), _blocks(most), _beside(most)]
     return [launch for launch in planned if launch.name.startswith(parts)]
 
 
-def _ops(world_size: int) -> Launch:
-    def timed(op: str, *baselines: str, variants: tuple[str, ...] = ()):
-        return section(world_size, op, *TOKENS, baselines=baselines, variants=variants, budget_s=0.3)
+def _some_ops(world_size: int, reduced: tuple[int, ...] = FEWER_TOKENS) -> Launch:
+    """reduced: the sizes of reductions."""
+
+    def timed(op: str, tokens: tuple[int, ...], *baselines: str, variants: tuple[str, ...] = ()):
+        return section(world_size, op, *tokens, baselines=baselines, variants=variants, budget_s=0.3)
 
     sections = {
-        "rs_rmsnorm": timed("rs_rmsnorm", "dist", "nccl-symm", "own", "symm", "barrier", variants=("staged",)),
-        "rs_rmsnorm_ag": timed(
-            "rs_rmsnorm_ag",
-            *("dist", "allreduce", "nccl-symm", "twoshot", "oneshot", "flashinfer"),
-            variants=("staged",),
-        ),
-        "qkv_a_proj_ag": timed("qkv_a_proj_ag", "dist", "own", "copies", "gemm"),
-        "chain": timed("chain", *ENGINES, "dist-rs", "own-rs", variants=("staged",)),
+        "rs_rmsnorm": timed("rs_rmsnorm", reduced, *("dist", "nccl-symm", "own", "symm", "barrier"), variants=STAGED),
+        "rs_rmsnorm_ag": timed("rs_rmsnorm_ag", reduced, "allreduce", *ALL_REDUCED, variants=STAGED),
+        "qkv_a_proj_ag": timed("qkv_a_proj_ag", FEWER_TOKENS, "dist", "own", "copies", "gemm"),
+        "chain": timed("chain", FEWER_TOKENS, *ENGINES, *SCATTERED, variants=STAGED),
     }
-    return Launch(f"ops-{world_size}", 150 if world_size == 8 else 90, sections)
+    return Launch(f"ops-{world_size}", 90, sections)
+
+
+def _ops(world_size: int) -> Launch:
+    some = _some_ops(world_size, TOKENS)
+    quantized = {"baselines": (*ALL_REDUCED, "rs_rmsnorm_ag"), "variants": STAGED, "budget_s": 0.3}
+    few = [tokens for tokens in FEWER_TOKENS if tokens <= 512]
+    sections = {
+        "rs_rmsnorm_ag_fp8": section(world_size, "rs_rmsnorm_ag_fp8", *TOKENS, **quantized),
+        "qkv_a_proj_ag_complete": section(
+            world_size, "qkv_a_proj_ag_complete", *few, baselines=("gemm",), budget_s=0.3
+        ),
+    }
+    return Launch(some.name, 260 if world_size == 8 else 190, {**some.sections, **sections})
+
+
+def _prologue(world_size: int) -> Launch:
+    programs = {"mla_prologue": (*ENGINES, *SCATTERED), "mla_prologue_fp8": (*ENGINES, *SCATTERED, "mla_prologue")}
+    sections = {
+        op: section(world_size, op, *TOKENS, baselines=baselines, budget_s=0.2) for op, baselines in programs.items()
+    }
+    return Launch("prologue", 200 if world_size == 8 else 140, sections)
 
 
 def _blocks(world_size: int) -> Launch:
@@ -70,7 +94,27 @@ def goals(world_size: int) -> list[Goal]:
         at_least(1.5, "speedup over cuBLAS + NCCL", world_size, "qkv_a_proj_ag", 16384, nccl),
         *(
             at_least(2.3 if tokens == 16384 else 1.0, "speedup over engines", world_size, "chain", tokens, engines)
+            for tokens in FEWER_TOKENS
+        ),
+        *(_on_two_cards() if world_size == 2 else ()),
+    ]
+
+
+def _on_two_cards() -> list[Goal]:
+    flashinfer, engines = "time, in that of FlashInfer's all-reduce", "time, in that of the fastest that engines do"
+    staged = times("flashinfer", program="staged")
+    return [
+        *(at_most(0.85, flashinfer, 2, "rs_rmsnorm_ag", tokens, times("flashinfer")) for tokens in (1, 16, 64, 128)),
+        *(at_most(0.95, f"staged, {flashinfer}", 2, "rs_rmsnorm_ag", tokens, staged) for tokens in (512, 2048)),
+        *(
+            at_most_beside(1.2, "time, in that of rs_rmsnorm", 2, "rs_rmsnorm_ag", tokens, "rs_rmsnorm")
             for tokens in TOKENS
+            if tokens <= 16
+        ),
+        *(at_most(0.70, engines, 2, "mla_prologue", tokens, times(*ENGINES)) for tokens in (1, 8, 64)),
+        *(
+            at_most(0.80, "time, in that of the bf16 form", 2, "rs_rmsnorm_ag_fp8", tokens, times("rs_rmsnorm_ag"))
+            for tokens in (4096, 16384)
         ),
     ]
 
@@ -90,12 +134,13 @@ def blocks_needed(documents: list[dict]) -> list[dict]:
 
 def check(planned: list[Launch], results: Path) -> None:
     """Runs launches, prints the goals and the blocks that are needed, and keeps them beside the results."""
-    if importlib.util.find_spec("flashinfer") and any(launch.name.startswith("ops") for launch in planned):
+    compared = any(launch.name.startswith(("ops", "prologue")) for launch in planned)
+    if importlib.util.find_spec("flashinfer") and compared:
         # Here, or the first launch would spend its time on it. Where it fails, the launches say that they leave it out.
         print("# FlashInfer's kernels are compiled, unless they are there", flush=True)
         subprocess.run([sys.executable, "-m", "bench.peers"])
     documents = run(planned, results)
-    if any(launch.name.startswith("ops") for launch in planned):
+    if compared:
         write("multi", documents, results, goals=table(goals(planned[0].world_size), documents))
     needed = blocks_needed(documents)
     if not needed:

@@ -25,7 +25,10 @@ LABELS = {
     "alone": "rs_rmsnorm alone",
     "chain": "rs_rmsnorm, qkv_a_proj_ag_norm",
     "ag+norm": "qkv_a_proj_ag, then norms and split",
+    "ag_fp8+norm": "qkv_a_proj_ag_fp8, then norms, quantisation and split",
     "rs_rmsnorm": "rs_rmsnorm, without quantisation",
+    "rs_rmsnorm_ag": "rs_rmsnorm_ag, without quantisation",
+    "mla_prologue": "mla_prologue, in 16 bits",
     "oneshot": "unfused, torch's one-shot all-reduce",
     "allreduce": "all-reduce, all rows on every rank",
     "nccl-symm": "unfused, NCCL over symmetric windows",
@@ -40,7 +43,10 @@ UNFUSED = {
     "scaled_mm": "cuBLAS, then a gather",
     "twoshot": "torch's two-shot all-reduce",
     "rs_rmsnorm": "rs_rmsnorm",
+    "rs_rmsnorm_ag": "rs_rmsnorm_ag",
+    "mla_prologue": "mla_prologue",
     "ag+norm": "norms and split after it",
+    "ag_fp8+norm": "norms, quantisation and split after it",
 }
 MOST_LINES = 6  # of a legend: tp_fused, the floor, and four more
 COLORS = ("C1", "C2", "C4", "C5")

@@ -1,14 +1,11 @@
-"""The cases that project: qkv_a_proj_ag in its three forms, and from partial sums to latents."""
+"""The cases that project: qkv_a_proj_ag, alone and with the latent norms, and from partial sums to latents."""
 
 import functools
 
 import torch
 from torch.nn.functional import linear
 
-from tp_fused import reference
-
-from .baselines import BASELINES
-from .cases import EPS, OPS, Case, RsRmsnorm, add_norm, rms_norm, steps_apart
+from .cases import EPS, OPS, Case, Reduction, RsRmsnorm, add_norm, rms_norm, steps_apart
 from .timing import Program
 from .transports import OverTorch, OverTpFused, PeerCopies
 
@@ -44,13 +41,21 @@ class QkvAProjAg(Case):
     def project_exactly(self) -> torch.Tensor:
         return linear(self.rows.to(self.exact_dtype), self.weight.to(self.exact_dtype))
 
-    def finish(self, latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What follows the gather, in the latent's own dtype."""
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """The product that an unfused program is timed with: the fastest that there is."""
+        return self.project(rows)
+
+    def parts(self, latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is made of the gathered latent, in its own dtype."""
         return (latent,)
+
+    def finish(self, latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What follows the gather: the parts, as the op returns them."""
+        return self.parts(latent)
 
     def unfused(self, via):
         rows, finish = [via.pad_rows(argument) for argument in self.arguments], self._local(self.finish)
-        return Program(lambda: finish(via.all_gather(self.project(*rows))))
+        return Program(lambda: finish(via.all_gather(self.multiply(*rows))))
 
     def baseline(self, name):
         if name == "gemm":
@@ -75,106 +80,62 @@ class QkvAProjAg(Case):
 
     @functools.cached_property
     def expected(self) -> list[tuple[torch.Tensor, float]]:
-        """Each output, exact, and the error it may have."""
+        """Each part of the latent, exact, and the error it may have."""
         exact = self.project_exactly()
-        plain = self.finish(self.project(*self.arguments))
+        plain = self.parts(self.project(*self.arguments))
         errors = [
             (value - right).abs().max().item() if value.numel() else 0.0
-            for value, right in zip(plain, self.finish(exact), strict=True)
+            for value, right in zip(plain, self.parts(exact), strict=True)
         ]
         bounds = (ERROR_BOUND * self.context.host_reduce(errors)).tolist()
-        gathered = self.context.gather_rows(exact, self.num_tokens)
-        return list(zip(self.finish(gathered), bounds, strict=True))
+        return list(zip(self.parts(self.gathered(exact)), bounds, strict=True))
+
+    def gathered(self, latent: torch.Tensor) -> torch.Tensor:
+        """Of all rows, from what this rank's are projected to."""
+        return self.context.gather_rows(latent, self.num_tokens)
 
     def count_wrong(self, outputs):
         pairs = zip(outputs, self.expected, strict=True)
         return int(sum((~((value - right).abs() <= bound)).sum() for value, (right, bound) in pairs))
 
     @property
-    def bytes(self):
+    def latent_bytes(self) -> int:
+        """Of what every rank gets of the latents."""
         return self.num_tokens * self.latent * self.itemsize
+
+    @property
+    def bytes(self):
+        return self.latent_bytes
 
     @property
     def memory_bytes(self):
         """The rows once, the weight and the output on every rank."""
         weight = self.latent * self.hidden * self.itemsize
-        return self.num_tokens * self.hidden * self.itemsize + self.context.world_size * (weight + self.bytes)
+        return self.num_tokens * self.hidden * self.itemsize + self.context.world_size * (weight + self.latent_bytes)
 
 
-class QkvAProjAgFp8(QkvAProjAg):
-    op = "qkv_a_proj_ag_fp8"
-
-    def __init__(self, context, num_tokens: int):
-        super().__init__(context, num_tokens)
-        blocks = tuple(-(-size // 128) for size in self.weight.shape)
-        self.weight = context.constant("projection", self.weight.shape).to(torch.float8_e4m3fn)
-        self.weight_scale = (1 + 0.1 * context.constant("scale", blocks).float()) / self.hidden**0.5
-        self.itemsize = torch.bfloat16.itemsize
+class QkvAProjAgComplete(QkvAProjAg):
+    op = "qkv_a_proj_ag_complete"
 
     @functools.cached_property
-    def arguments(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return reference.quantize_e4m3(self.rows, layout=self.context.options.scale_layout)
+    def rows(self):
+        shape = (self.num_tokens, self.hidden)
+        return self.context.random("rows", self.num_tokens, shape=shape)
 
     def fused(self):
-        weight = (self.weight, self.weight_scale)
-        return (OPS.qkv_a_proj_ag_fp8(*self.arguments, *weight, self.num_tokens, self.group),)
+        return (OPS.qkv_a_proj_ag(self.rows, self.weight, self.num_tokens, self.group, complete=True),)
 
-    def project(self, q, scale):
-        return reference.project_fp8(q, scale, self.weight, self.weight_scale)
+    def explain(self):
+        return self.context.explain("qkv_a_proj_ag", complete=True)
 
-    def baseline(self, name):
-        if name == "scaled_mm":
-            return self.scaled_mm_gathered()
-        if name == "copies":
-            whole = self.num_tokens % (4 * self.context.world_size) == 0
-            possible = whole and BASELINES["scaled_mm"].available(self.context)
-            return self.copies(self.scaled_mm(), torch.bfloat16) if possible else None
-        return super().baseline(name)
-
-    def scaled_mm_gathered(self) -> Program:
-        multiply, via = self.scaled_mm(), OverTpFused(self.context, self.num_tokens)
-
-        def call():
-            rows = multiply()
-            # A gather's blocks hold their SMs until every rank has come. A product that has not begun may
-            # not fit on what they leave: gathers begin when all products are done.
-            if self.context.ranks_per_card > 1:
-                self.context.meet()
-            return (via.all_gather(rows),)
-
-        return Program(call)
-
-    def gemm(self):
-        if not BASELINES["scaled_mm"].available(self.context):
-            return super().gemm()
-        multiply = self.scaled_mm()
-        return Program(lambda: (multiply(),), expected=lambda: (self.project_exactly(),))
-
-    def scaled_mm(self):
-        """torch's product of this rank's rows. cuBLAS wants a multiple of 4 of them, and their scales column-major.
-
-        An engine's quantisation writes them so: neither is charged. `out` is for such a multiple only.
-        """
-        padding = (0, 0, 0, -self.own_rows % 4)
-        q, scale = (torch.nn.functional.pad(argument.float(), padding) for argument in self.arguments)
-        q, scale = q.to(torch.float8_e4m3fn), scale.t().contiguous().t()
-        scales = (scale, self.weight_scale.t())
-
-        def call(out=None):
-            if self.own_rows == 0:
-                return q.new_empty(0, self.latent, dtype=torch.bfloat16)
-            return torch._scaled_mm(q, self.weight.t(), *scales, out_dtype=torch.bfloat16, out=out)[: self.own_rows]
-
-        return call
-
-    def project_exactly(self):
-        rows = reference.dequantize(*self.arguments, (1, 128))
-        return linear(rows, reference.dequantize(self.weight, self.weight_scale, (128, 128)))
+    def gathered(self, latent):
+        return latent
 
     @property
     def memory_bytes(self):
-        rows = self.num_tokens * (self.hidden + 4 * -(-self.hidden // 128))
-        return rows + self.context.world_size * (self.latent * self.hidden + self.bytes)
+        """The weight once, the rows and the output on every rank."""
+        rows = self.num_tokens * self.hidden * self.itemsize
+        return self.latent * self.hidden * self.itemsize + self.context.world_size * (rows + self.latent_bytes)
 
 
 class QkvAProjAgNorm(QkvAProjAg):
@@ -201,17 +162,18 @@ class QkvAProjAgNorm(QkvAProjAg):
             return Program(lambda: finish(OPS.qkv_a_proj_ag(*arguments)))
         return super().baseline(name)
 
-    def finish(self, latent):
+    def parts(self, latent):
         q_a, kv_a, k_pe = latent.split(self.widths, dim=1)
         return rms_norm(q_a, self.q_a_weight), rms_norm(kv_a, self.kv_a_weight), k_pe.contiguous()
 
 
 class Chain(QkvAProjAgNorm):
     op = "chain"
+    reduces: type[Reduction] = RsRmsnorm
 
     def __init__(self, context, num_tokens: int):
         super().__init__(context, num_tokens)
-        self.reduction = RsRmsnorm(context, num_tokens)
+        self.reduction = self.reduces(context, num_tokens)
         self.input = self.reduction.input
 
     @functools.cached_property
@@ -222,14 +184,24 @@ class Chain(QkvAProjAgNorm):
         output, residual_out = self.reduction.fused()
         return (*self.fused_from(output), residual_out)
 
+    def factors(self, output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Normed rows as `multiply` takes them; it may be given more rows than there are."""
+        return (output,)
+
+    def norm(self, rows: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What follows a reduction: (*factors, residual_out)."""
+        output, residual_out = add_norm(rows, residual, self.reduction.weight)
+        return (*self.factors(output), residual_out)
+
     def baseline(self, name):
-        norm, latents = self._local(add_norm), self._local(self.finish)
+        norm, latents = self._local(self.norm), self._local(self.finish)
         if name == "flashinfer":
-            return self.reduction.flashinfer(lambda output: latents(self.project(output)))
+            factors = self._local(self.factors)
+            return self.reduction.flashinfer(lambda output: latents(self.multiply(*factors(output))[: len(output)]))
 
         def finish(rows, residual):
-            output, residual_out = norm(rows, residual, self.reduction.weight)
-            return (*latents(self.project(output)), residual_out)
+            *factors, residual_out = norm(rows, residual)
+            return (*latents(self.multiply(*factors)[: len(rows)]), residual_out)
 
         if not name.endswith("-rs"):
             return self.reduction.all_reduce_baseline(name, finish)
@@ -237,8 +209,8 @@ class Chain(QkvAProjAgNorm):
         residual = via.pad_rows(self.reduction.residual)
 
         def scattered():
-            output, residual_out = norm(via.reduce_scatter(), residual, self.reduction.weight)
-            return (*latents(via.all_gather(self.project(output))), residual_out)
+            *factors, residual_out = norm(via.reduce_scatter(), residual)
+            return (*latents(via.all_gather(self.multiply(*factors)[: len(residual_out)])), residual_out)
 
         return Program(scattered)
 
@@ -249,14 +221,11 @@ class Chain(QkvAProjAgNorm):
 
     @property
     def bytes(self):
-        return super().bytes + self.reduction.bytes
+        return self.latent_bytes + self.reduction.bytes
 
     @property
     def memory_bytes(self):
-        rows = self.num_tokens * self.hidden * self.itemsize
-        weight = self.latent * self.hidden * self.itemsize
-        latents = self.num_tokens * self.latent * self.itemsize
-        return self.reduction.memory_bytes + rows + self.context.world_size * (weight + latents)
+        return self.reduction.memory_bytes + super().memory_bytes
 
 
 class MlaPrologue(Chain):

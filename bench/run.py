@@ -8,7 +8,7 @@ import torch
 
 import tp_fused
 
-from . import cases, projections
+from . import cases, fp8, projections
 from .context import Context
 from .report import Report, result_row
 from .timing import copy_bandwidth, host_calls, host_time, link_bandwidth, measure
@@ -17,15 +17,19 @@ CASES = {
     case.op: case
     for case in (
         cases.RsRmsnorm,
-        cases.RsRmsnormFp8,
+        fp8.RsRmsnormFp8,
         cases.RsRmsnormAg,
+        fp8.RsRmsnormAgFp8,
         cases.ReduceScatterRows,
         cases.AllGatherRows,
         projections.QkvAProjAg,
-        projections.QkvAProjAgFp8,
+        projections.QkvAProjAgComplete,
+        fp8.QkvAProjAgFp8,
         projections.QkvAProjAgNorm,
+        fp8.QkvAProjAgNormFp8,
         projections.Chain,
         projections.MlaPrologue,
+        fp8.MlaPrologueFp8,
         projections.BesideGemm,
     )
 }
@@ -77,7 +81,7 @@ def _run_case(context, case, report, bandwidths, first: bool) -> dict:
     label = f"{case.op} {case.num_tokens}"
     programs = case.programs()
     if report and first:
-        report.table(case.op, case.available_baselines(context), case.left_out(context), context.explain(case.op))
+        report.table(case.op, case.available_baselines(context), case.left_out(context), case.explain())
     wrong = None
     if context.options.check:
         if report:

@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--hidden", "64", "--latent", "96", "--kv-lora", "32", "--rope", "32", "--iters", "2", "--warmup", "1"]
 RANKS = 3
 TOKENS = [0, 1, 7]
-ON_A_CPU = {"dist", "allreduce", "own", "dist-rs", "own-rs", "rs_rmsnorm", "gemm", "ag+norm", "chain"}
+ON_A_CPU = {"dist", "allreduce", "own", "dist-rs", "own-rs", "gemm", "ag+norm", "ag_fp8+norm", "chain"}
+ON_A_CPU |= {"rs_rmsnorm", "rs_rmsnorm_ag", "mla_prologue"}
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess:

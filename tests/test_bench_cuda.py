@@ -14,7 +14,7 @@ pytest.importorskip("typer", reason="the bench extra is not installed")
 
 import bench.timing
 import tp_fused
-from bench import cases, projections
+from bench import cases, fp8, projections
 from bench.context import Context
 from bench.options import Options
 from bench.transports import OverSymmMem, PeerCopies
@@ -54,7 +54,7 @@ def test_torch_symm_mem_computes_the_sum_of_the_case(context, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["twoshot", "oneshot"])
-@pytest.mark.parametrize("kind", [cases.RsRmsnormAg, projections.Chain])
+@pytest.mark.parametrize("kind", [cases.RsRmsnormAg, fp8.RsRmsnormAgFp8, projections.Chain, fp8.MlaPrologueFp8])
 def test_all_reduce_of_torch_symm_mem_finds_a_fresh_input_every_time(context, monkeypatch, kind, name):
     monkeypatch.setattr(torch.ops, "symm_mem", Symm())
     case = kind(context, 6)
@@ -130,7 +130,7 @@ def scaled_mm(rows, weight, scale_a, scale_b, out_dtype, out=None):
 @pytest.mark.parametrize("num_tokens", [1, 4, 6])
 def test_scaled_mm_gets_what_cublas_asks_for(context, monkeypatch, num_tokens):
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    case = projections.QkvAProjAgFp8(context, num_tokens)
+    case = fp8.QkvAProjAgFp8(context, num_tokens)
     assert case.resembles(case.baseline("scaled_mm").call(), case.fused())
     assert case.resembles((case.scaled_mm()(),), (case.project_exactly(),))
 
@@ -144,7 +144,7 @@ def test_gathers_wait_for_the_products_of_ranks_that_share_a_card(context, monke
     monkeypatch.setattr(tp_fused, "all_gather_rows", lambda *args: happened.append("gather") or gather(*args))
     monkeypatch.setattr(context, "meet", lambda: happened.append("meet"))
     monkeypatch.setattr(context, "ranks_per_card", ranks_per_card)
-    projections.QkvAProjAgFp8(context, 4).baseline("scaled_mm").call()
+    fp8.QkvAProjAgFp8(context, 4).baseline("scaled_mm").call()
     assert happened == order.split()
 
 
@@ -154,12 +154,57 @@ def test_copies_of_fp8_products_where_torch_writes_them_in_place(context, monkey
     monkeypatch.setattr(context, "barrier", lambda: None)
     monkeypatch.setattr(symm_mem, "empty", lambda *shape, **options: torch.empty(*shape, **options))
     monkeypatch.setattr(symm_mem, "rendezvous", lambda memory, name: Peers([memory]))
-    available = dataclasses.replace(projections.BASELINES["scaled_mm"], available=lambda context: cuda)
-    monkeypatch.setitem(projections.BASELINES, "scaled_mm", available)
-    case = projections.QkvAProjAgFp8(context, num_tokens)
+    available = dataclasses.replace(fp8.BASELINES["scaled_mm"], available=lambda context: cuda)
+    monkeypatch.setitem(fp8.BASELINES, "scaled_mm", available)
+    case = fp8.QkvAProjAgFp8(context, num_tokens)
     program = case.baseline("copies")
     assert (program is not None) == runs
     assert not runs or case.resembles(program.call(), case.fused())
+
+
+@pytest.fixture
+def on_hopper(context, monkeypatch):
+    """The calls of torch's product with block scales, and of the ranks' meeting, by name, in order."""
+    happened = []
+    monkeypatch.setattr(
+        torch, "_scaled_mm", lambda *args, **kwargs: happened.append("product") or scaled_mm(*args, **kwargs)
+    )
+    monkeypatch.setattr(context, "meet", lambda: happened.append("meet"))
+    available = dataclasses.replace(fp8.BASELINES["scaled_mm"], available=lambda context: True)
+    monkeypatch.setitem(fp8.BASELINES, "scaled_mm", available)
+    return happened
+
+
+FP8_PROGRAMS = [
+    *((fp8.QkvAProjAgNormFp8, name) for name in ("dist", "own")),
+    *((fp8.MlaPrologueFp8, name) for name in ("dist", "own", "dist-rs", "own-rs")),
+]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 6])
+@pytest.mark.parametrize(("kind", "name"), FP8_PROGRAMS)
+def test_unfused_fp8_programs_multiply_as_cublas_wants(context, on_hopper, kind, name, num_tokens):
+    case = kind(context, num_tokens)
+    program = case.baseline(name)
+    if program.prepare:
+        program.prepare()
+    assert case.resembles(program.call(), case.fused()) and on_hopper == ["product"]
+    context.ranks_per_card = 8
+    if program.prepare:
+        program.prepare()
+    assert case.resembles(program.call(), case.fused()) and on_hopper[1:] == ["product", "meet"]
+
+
+def test_no_rows_are_not_multiplied(context, on_hopper):
+    case = fp8.MlaPrologueFp8(context, 0)
+    assert [len(output) for output in case.baseline("own-rs").call()] == [0] * 5 and not on_hopper
+
+
+@pytest.mark.parametrize("name", ["own", "own-rs"])
+def test_compiled_quantisation_writes_as_cublas_wants(context, on_hopper, name):
+    context.options = dataclasses.replace(context.options, compile=True)
+    case = fp8.MlaPrologueFp8(context, 6)
+    assert case.resembles(case.baseline(name).call(), case.fused()) and on_hopper == ["product"]
 
 
 def test_host_time_is_that_of_a_call(context):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 pytest.importorskip("typer", reason="the bench extra is not installed")
 pytest.importorskip("rich", reason="the bench extra is not installed")
 
-from bench import cases, multi, peers, projections, run
+from bench import cases, fp8, multi, peers, projections, run
 from bench.baselines import BASELINES
 from bench.catalog import OPS
 from bench.context import Context
@@ -147,7 +147,9 @@ def test_the_stand_in_has_the_parameters_of_flashinfer():
 
 
 @pytest.mark.parametrize("num_tokens", [6, 40])
-@pytest.mark.parametrize("kind", [cases.RsRmsnormAg, projections.Chain, projections.MlaPrologue])
+@pytest.mark.parametrize(
+    "kind", [cases.RsRmsnormAg, fp8.RsRmsnormAgFp8, projections.Chain, projections.MlaPrologue, fp8.MlaPrologueFp8]
+)
 def test_flashinfer_computes_what_the_case_does(flashinfer, kept, kind, num_tokens):
     case = kind(kept, num_tokens)
     program = case.baseline("flashinfer")
@@ -155,7 +157,7 @@ def test_flashinfer_computes_what_the_case_does(flashinfer, kept, kind, num_toke
     for _ in range(2):
         assert case.resembles(program.call(), case.fused())
     assert flashinfer.ways[-1] == program.way
-    assert not case.resembles([2 * output for output in program.call()], case.fused())
+    assert not case.resembles([2 * output.float() for output in program.call()], case.fused())
 
 
 def test_workspaces_are_for_all_sizes_and_closed_at_the_end(flashinfer, kept):
@@ -320,7 +322,8 @@ def test_why_flashinfer_is_left_out(monkeypatch, asked, capability, why):
 
 
 @pytest.mark.parametrize(
-    ("installed", "parts", "times"), [(True, ("ops",), 1), (True, ("beside",), 0), (False, ("ops",), 0)]
+    ("installed", "parts", "times"),
+    [(True, ("ops",), 1), (True, ("prologue",), 1), (True, ("beside",), 0), (False, ("ops",), 0)],
 )
 def test_kernels_are_compiled_before_launches_that_have_a_time_limit(monkeypatch, tmp_path, installed, parts, times):
     happened = []
@@ -332,6 +335,7 @@ def test_kernels_are_compiled_before_launches_that_have_a_time_limit(monkeypatch
 
 
 def test_peers_stand_where_they_are_asked_for():
-    assert {op for op in OPS if "flashinfer" in OPS[op].baselines} == {"rs_rmsnorm_ag", "chain", "mla_prologue"}
-    reducing = {"rs_rmsnorm", "rs_rmsnorm_fp8", "reduce_scatter_rows", "rs_rmsnorm_ag", "chain", "mla_prologue"}
-    assert {op for op in OPS if "nccl-symm" in OPS[op].baselines} == reducing
+    everywhere = {"rs_rmsnorm_ag", "rs_rmsnorm_ag_fp8", "chain", "mla_prologue", "mla_prologue_fp8"}
+    assert {op for op in OPS if "flashinfer" in OPS[op].baselines} == everywhere
+    scattered = {"rs_rmsnorm", "rs_rmsnorm_fp8", "reduce_scatter_rows"}
+    assert {op for op in OPS if "nccl-symm" in OPS[op].baselines} == everywhere | scattered

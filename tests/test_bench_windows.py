@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 pytest.importorskip("typer", reason="the bench extra is not installed")
 
-from bench import cases, peers, projections
+from bench import cases, fp8, peers, projections
 from bench.baselines import BASELINES
 from bench.context import Context
 from bench.options import Options
@@ -65,7 +65,11 @@ def windows(context, monkeypatch):
 
 @pytest.mark.parametrize("num_tokens", [6, 40])
 @pytest.mark.parametrize(
-    "kind", [cases.RsRmsnorm, cases.RsRmsnormFp8, cases.ReduceScatterRows, cases.RsRmsnormAg, projections.Chain]
+    "kind",
+    [
+        *(cases.RsRmsnorm, fp8.RsRmsnormFp8, cases.ReduceScatterRows, cases.RsRmsnormAg, fp8.RsRmsnormAgFp8),
+        *(projections.Chain, fp8.MlaPrologueFp8),
+    ],
 )
 def test_nccl_reads_and_writes_windows(context, windows, kind, num_tokens):
     case = kind(context, num_tokens)
