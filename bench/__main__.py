@@ -227,12 +227,15 @@ def _launches(named: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+_LAUNCHES = tuple(launch.name for launch in goals.LAUNCHES)
+
+
 @app.command("goals", help=_paragraphs(goals.__doc__))
 def run_goals(
-    launches: Annotated[str, typer.Option(help="Only these, of eight, four, one, even, fp8")] = "eight,four,one",
+    launches: Annotated[str, typer.Option(help=f"Only these, of {', '.join(_LAUNCHES)}")] = ",".join(_LAUNCHES),
     results: _Results = RESULTS,
 ) -> None:
-    names = _launches(launches, tuple(launch.name for launch in goals.LAUNCHES))
+    names = _launches(launches, _LAUNCHES)
     if _any_device() != "cuda":
         raise typer.BadParameter("there is no card, or no build for it")
     chosen = [launch for launch in goals.LAUNCHES if launch.name in names]

@@ -37,14 +37,8 @@ bool gather_and_quantize(const ReduceCall& in, const Quantized& as, Results* res
   Results normed;
   View rows;
   void* unused;
-  if (!add_quantized(in, as, in.input.rows, &to, results) || !reduce_and_gather(in, &normed) || !rows.read(normed[0])) {
-    return false;
-  }
-  const auto launch = [&](auto* op, auto... last) {
-    return op(&to, rows.data, rows.rows, static_cast<int32_t>(rows.columns), in.dtype(), last...);
-  };
-  if (!in.run([&](void* stream) { return launch(TPF_CUDA_OP(tpf_quantize_rows_cuda), in.team()->device, stream); },
-              [&] { return launch(tpf_quantize_rows_cpu); })) {
+  if (!add_quantized(in, as, in.input.rows, &to, results) || !reduce_and_gather(in, &normed) || !rows.read(normed[0]) ||
+      !quantize_rows(in, to, rows.data, rows.rows, rows.columns, in.dtype())) {
     return false;
   }
   results->take(normed.release_last());

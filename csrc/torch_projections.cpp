@@ -177,12 +177,7 @@ bool qkv_a_proj_ag_norm_fp8(const Value* arguments, Results* results) {
   if (!quantize) return true;
   const tpf_quantization to = {
       static_cast<uint8_t*>(q), static_cast<float*>(scale), column ? 1 : groups, column ? pitch : 1, 128, rounded};
-  const auto rows_of = [&](auto* op, auto... last) {
-    return op(&to, outputs[0], tokens, static_cast<int32_t>(columns[0]), static_cast<tpf_dtype>(in.latent_dtype()),
-              last...);
-  };
-  return in.run([&](void* stream) { return rows_of(TPF_CUDA_OP(tpf_quantize_rows_cuda), in.team()->device, stream); },
-                [&] { return rows_of(tpf_quantize_rows_cpu); });
+  return quantize_rows(in, to, outputs[0], tokens, columns[0], in.latent_dtype());
 }
 
 // Two ops, one after the other. What the second one would refuse is known before the first is launched.

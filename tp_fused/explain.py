@@ -95,15 +95,16 @@ def explain(
 
 def _explain_composed(op: str, num_tokens: int, complete: bool, asked: dict[str, Any]) -> str:
     """The two ops that this one is, and why these. asked: what else was asked of `explain`."""
-    columns, world_size = asked["latent_size"], asked["world_size"]
+    columns, world_size, dtype = asked["latent_size"], asked["world_size"], asked["dtype"]
     if asked["gpu"] is None:
         device = asked["device"] if asked["input"] is None else asked["input"].device
         workspace = get_workspace(resolve_group_name(asked["group"]), type_of(device))
         columns, world_size = workspace.latent_size, workspace.world_size
+        dtype = workspace.dtype if asked["input"] is None else asked["input"].dtype
     rest = dict(asked, input=None)
     if op == "rs_rmsnorm_ag_fp8":
         gathered = explain("rs_rmsnorm_ag", num_tokens, **asked)
-        if ONE_ROUND in gathered and asked["dtype"] == torch.bfloat16:
+        if ONE_ROUND in gathered and dtype == torch.bfloat16:
             return f"{op}: so few rows are gathered in 16 bits, and all quantised by every rank\n{gathered}"
         way = "each rank quantises its own rows; these are gathered, and then their scales"
         parts = (explain("rs_rmsnorm_fp8", num_tokens, **asked), explain("all_gather_rows", num_tokens, **rest))

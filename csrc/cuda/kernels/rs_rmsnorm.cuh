@@ -8,9 +8,9 @@
 // Four bodies. kOneRow: at most one row a block; every thread holds its vector of all rows that come and go, and from
 // sm_90 on a cluster of blocks may share the row. kBulk, with TMA on sm_90 and newer: one warp stages, one
 // warp fetches rows into a ring of shared-memory buffers, and the others add them up from there; a cluster of blocks
-// shares each row where a ring holds too few whole ones. kDirect, everywhere
-// else: every thread loads and stores 16 bytes at a time. kAllRows, of few tokens in rs_rmsnorm_ag: every rank posts
-// all its rows to all others and adds up all rows itself, so that nothing is left to gather.
+// shares each row where a ring holds too few whole ones. kDirect, everywhere else: every thread loads and stores 16
+// bytes at a time. kAllRows, of few tokens in rs_rmsnorm_ag: every rank posts all its rows to all others and adds up
+// all rows itself, so that nothing is left to gather.
 #pragma once
 #include <cfloat>
 
@@ -45,7 +45,7 @@ struct ReduceArgs {
   int32_t chunk_rows;  // rows of one chunk, for one block
   int32_t num_chunks;
   int32_t stages;                 // kBulk: row buffers of the ring
-  int32_t cluster, cluster_log2;  // blocks that share a row
+  int32_t cluster, cluster_log2;  // blocks that share a row; a shift takes less time than a division
   uint32_t no_bits;               // 0, which the compiler does not know: see barrier_arrive_having
 };
 
@@ -62,12 +62,12 @@ struct RowView {
         zero_copy(args.call.source >= 0),
         epoch(epoch) {}
 
-  // Row `row` of this rank's share, as `source` contributes it, from a column on.
-  __device__ const T* source_row(int source, int64_t row, int column = 0) const {
-    const int64_t at = (own.start + row) * hidden + column;
+  // Row `row` of this rank's share, as `source` contributes it.
+  __device__ const T* source_row(int source, int64_t row) const {
+    const int64_t at = (own.start + row) * hidden;
     if (source == rank || complete) return static_cast<const T*>(args.input) + at;
     if (zero_copy) return reinterpret_cast<const T*>(input_of(args.symm, source)) + at;
-    return staged_row(rank, source, row) + column;
+    return staged_row(rank, source, row);
   }
   // Where `source` stages row `row` of `peer`'s share.
   __device__ T* staged_row(int peer, int source, int64_t row) const {
@@ -95,20 +95,32 @@ struct RowView {
 
 // What the threads that add up a row tell each other. In shared memory, in two buffers in turn.
 struct Partials {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   // Where a cluster shares the row, by one thread of each block; a barrier of the cluster follows. count: of the values
   // that its threads make of a row.
   __device__ void init(int count) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     for (uint64_t& barrier : arrived) {
       barrier_init(&barrier, 1);
       barrier_expect(&barrier, count * sizeof(float));
     }
     fence_barrier_init();
-#endif
   }
+  __device__ void send(int turn, int at, float value, int cta) {
+    cluster_store_async(&values[turn % 2][at], &arrived[turn % 2], cta, value);
+  }
+  // Until all of a turn have come. One thread says what is expected of the turn after the next.
+  __device__ void wait(int turn, int count, bool one) {
+    cluster_wait_stores(&arrived[turn % 2], turn / 2 & 1);
+    if (one) barrier_expect(&arrived[turn % 2], count * sizeof(float));
+  }
+#else  // no clusters: a row is not shared
+  __device__ void init(int) {}
+  __device__ void send(int, int, float, int) {}
+  __device__ void wait(int, int, bool) {}
+#endif
 
   float values[2][kMaxPartials];
-  uint64_t arrived[2];  // those of the other blocks of the cluster
+  uint64_t arrived[2];  // a cluster's: all of its blocks send all of theirs to each
 };
 
 // The threads that add up a row together: the whole block, or all but the helping warps, of all blocks of a cluster.
@@ -131,34 +143,24 @@ struct RowThreads {
 template <int kVecs, typename Combine, typename Meanwhile>
 __device__ inline float group_reduce(const float (&values)[kVecs], Combine combine, const RowThreads& group, int turn,
                                      Meanwhile&& meanwhile) {
-  float* const partials = group.partials.values[turn % 2];
+  const float* const partials = group.partials.values[turn % 2];
   const int lane = group.thread % 32, count = group.cluster * kVecs * group.threads / 32;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  uint64_t* const barrier = &group.partials.arrived[turn % 2];
-#endif
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
     const float partial = warp_reduce(values[v], combine);
-    float* const to = &partials[group.vector(v) / 32];
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const int at = group.vector(v) / 32;
     if (group.cluster > 1) {
-      if (lane < group.cluster) cluster_store_async(to, barrier, lane, partial);
-      continue;
+      if (lane < group.cluster) group.partials.send(turn, at, partial, lane);
+    } else if (lane == 0) {
+      group.partials.values[turn % 2][at] = partial;
     }
-#endif
-    if (lane == 0) *to = partial;
   }
   meanwhile();
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (group.cluster > 1) {
-    cluster_wait_stores(barrier, turn / 2 & 1);
-    if (group.thread == 0) barrier_expect(barrier, count * sizeof(float));  // the turn's after the next
+    group.partials.wait(turn, count, group.thread == 0);
   } else {
     group.sync();
   }
-#else
-  group.sync();
-#endif
   float all = 0;  // of a maximum, too: it is one of magnitudes
   for (int at = 0; at < count; at += 32) {
     all = combine(all, warp_reduce(at + lane < count ? partials[at + lane] : 0.0f, combine));

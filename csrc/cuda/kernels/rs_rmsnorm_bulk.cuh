@@ -30,8 +30,7 @@ struct BulkShared {
   alignas(8) uint64_t copied[kCopierStages];
   int64_t row[kMaxStages];   // the row that begins in this buffer; -1 after the last
   bool gave_up[kMaxStages];  // when this was a peer's row, or the end: what did not arrive is not passed on
-
-  uint32_t faulted;  // in any block of the cluster
+  uint32_t faulted;          // in any block of the cluster
 
   // By one thread; a barrier of the block follows.
   __device__ void init(int stages) {
@@ -136,12 +135,11 @@ __device__ inline bool fetch_rows(const RowView<T>& view, const BlockRound& roun
   RingPosition at, last;  // of the next row's first item, and of the last row's last one
   bool gave_up = false;
   // Those of a row's items that are wanted(item).
-  const int column = static_cast<int>(part.first / sizeof(T));
   const auto fetch = [&](int64_t row, auto&& wanted) {
     RingPosition to = at;
-    // Each lane finds out where an item lies: one after the other, that would take longer than a row of few.
-    const T* const rows = lane < sources ? view.source_row(lane, row, column)
-                                         : static_cast<const T*>(args.residual) + row * view.hidden + column;
+    // Each lane computes the address of one item, all at once.
+    const T* const rows =
+        part.of(lane < sources ? view.source_row(lane, row) : static_cast<const T*>(args.residual) + row * view.hidden);
     for (int item = 0; item < items; ++item, to.advance(1, args.stages)) {
       if (!wanted(item)) continue;
       const auto from = reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, reinterpret_cast<uintptr_t>(rows), item));

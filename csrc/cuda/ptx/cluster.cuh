@@ -62,7 +62,6 @@ __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.align
 #else  // a cluster is one block
 
 __device__ inline float4 cluster_load(const float* shared, int) { return *reinterpret_cast<const float4*>(shared); }
-__device__ inline void cluster_store(uint32_t* shared, int, uint32_t value) { *shared = value; }
 __device__ inline void cluster_arrive() { __syncthreads(); }
 __device__ inline void cluster_arrive_relaxed() {}
 __device__ inline void cluster_wait() {}
