@@ -47,11 +47,12 @@ def without_the_last(device: str) -> tuple:
 @pytest.mark.parametrize("world_size", [3])
 def test_a_rank_that_does_not_call_init_is_named(fresh_pool, device, world_size):
     results = fresh_pool.run(without_the_last, device)
-    for error, seconds in results[:2]:
+    for error, _ in results[:2]:
         assert isinstance(error, tp_fused.CollectiveFault) and error.peer == 2
         assert "did not call init within 1.5 s; call tp_fused.init again on all ranks" in str(error)
         assert "tp_fused.init: rank 2 of group" in str(error)
-        assert TIMEOUT_S <= seconds < TIMEOUT_S + BUSY_S
+    # The rank that called first gives up first, and tells the other.
+    assert TIMEOUT_S <= max(seconds for _, seconds in results[:2]) < TIMEOUT_S + BUSY_S
     error, _ = results[2]
     assert isinstance(error, tp_fused.CollectiveFault)
     assert "had given up before this rank came: rank 2 of group" in str(error)

@@ -84,10 +84,12 @@ def test_the_store_does_not_grow():
 def test_a_rank_that_does_not_come_is_named_and_hears_it_when_it_comes(store):
     ranks = Ranks(store, SHORT_S)
     told = "rank 2 of group '0' did not call init within 0.5 s; call tp_fused.init again on all ranks"
-    for error, seconds in ranks.run(ranks.call, 0, 1):
+    results = ranks.run(ranks.call, 0, 1)
+    for error, _ in results:
         assert isinstance(error, CollectiveFault) and str(error) == f"tp_fused.init: {told}"
         assert (error.op, error.peer, error.reason) == ("init", 2, "never arrived")
-        assert SHORT_S <= seconds < SHORT_S + BUSY_S
+    # The rank that called first gives up first, and tells the other.
+    assert SHORT_S <= max(seconds for _, seconds in results) < SHORT_S + BUSY_S
     [(error, _)] = ranks.run(ranks.call, 2)
     assert isinstance(error, CollectiveFault)
     assert str(error) in [f"tp_fused.init: rank {r} had given up before this rank came: {told}" for r in (0, 1)]

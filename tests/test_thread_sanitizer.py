@@ -6,6 +6,7 @@ order is a report, even where x86 would never reorder it.
 
 import concurrent.futures
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-O1", "-fsanitize=thread", "-march=x86-64-v3", "-ffp-contract=off"]
 ROUNDS = 2000
-REPORT = "WARNING: ThreadSanitizer: data race"
+# How a fault shows. A rank that comes late may acquire a peer's later epoch: what it reads then is in order, and wrong.
+CAUGHT = re.compile(r"^WARNING: ThreadSanitizer: data race|^rank \d+, round \d+, \d+ tokens: wrong$", re.MULTILINE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,4 +100,4 @@ def test_what_is_taken_out_is_missed(clean, kept, tmp_path, mutation):
     others = [compiled for compiled in clean[1] if Path(compiled).stem != unit]
     done = watch(build(tmp_path, kept, [csrc / f"cpu/{unit}.cpp"], others)[0])
     assert done.returncode != 0
-    assert REPORT in done.stderr, done.stderr[:4000]
+    assert CAUGHT.search(done.stderr), done.stderr[:4000]
