@@ -94,6 +94,8 @@ py::dict to_dict(const tpf_call& call) {
   out["q_columns"] = call.q_columns;
   out["kv_columns"] = call.kv_columns;
   out["variant"] = call.variant;
+  out["eps"] = call.eps;
+  out["weight_offset"] = call.weight_offset;
   out["source"] = py::make_tuple(call.buffer, call.source);
   return out;
 }

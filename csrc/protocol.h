@@ -41,6 +41,7 @@
 // that have ended: a block that begins before all of them have gives up (TPF_OVERLAP).
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #include "partition.h"
 #include "tp_fused.h"
@@ -169,6 +170,13 @@ inline tpf_call projection_call(tpf_op op, tpf_dtype dtype, int64_t num_tokens, 
   return call;
 }
 
+// The same call with what all ranks' norms must have in common.
+inline tpf_call with_norm(tpf_call call, float eps, float weight_offset) {
+  call.eps = eps;
+  call.weight_offset = weight_offset == 0 ? 0 : weight_offset;  // -0 is the same offset
+  return call;
+}
+
 // What all_gather_rows announces.
 inline tpf_call gather_call(tpf_dtype dtype, int64_t num_tokens, int32_t hidden_size) {
   tpf_call call = {};
@@ -215,6 +223,12 @@ TPF_HD inline uint32_t mix(uint32_t hash, uint32_t value) {
   return hash ^ (hash >> 16);
 }
 
+TPF_HD inline uint32_t mix(uint32_t hash, float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return mix(hash, bits);
+}
+
 TPF_HD inline uint32_t contract_of(const tpf_call& call) {
   uint32_t hash = mix(0x9e3779b9u, call.op);
   hash = mix(hash, call.dtype);
@@ -226,6 +240,8 @@ TPF_HD inline uint32_t contract_of(const tpf_call& call) {
   hash = mix(hash, call.variant);
   hash = mix(hash, call.q_columns);
   hash = mix(hash, call.kv_columns);
+  hash = mix(hash, call.eps);
+  hash = mix(hash, call.weight_offset);
   hash = mix(hash, call.buffer);
   hash = mix(hash, static_cast<uint32_t>(call.source));
   return mix(hash, static_cast<uint32_t>(call.source >> 32));

@@ -79,6 +79,8 @@ typedef struct tpf_call {
   uint32_t buffer;     /* the symmetric buffer that the input is read in; 0 where it is staged */
   int64_t source;      /* -1: input staged; else its offset in that buffer, read there in place */
   uint32_t q_columns;  /* of q_a in qkv_a_proj_ag_norm; 0 elsewhere */
+  float eps;           /* of a norm; 0 elsewhere. The functions that are given it write it here themselves */
+  float weight_offset; /* likewise */
   uint32_t reserved;
 } tpf_call;
 

@@ -19,7 +19,7 @@ ODD = 1  # the rank that misbehaves
 SIZES = {"hidden_size": 256, "latent_size": sum(LATENT)}
 TIMEOUT_S = 1.0  # of the ops
 PATIENCE_S = 2.0  # of the diagnosis
-CALL = r"rs_rmsnorm\(num_tokens=4, hidden_size=256, dtype=float32, residual\)"
+CALL = r"rs_rmsnorm\(num_tokens=4, hidden_size=256, dtype=float32, residual, eps=1e-05\)"
 
 
 def call_of(op: str, device: str, **changes) -> Call:

@@ -60,6 +60,11 @@ DISAGREEMENTS = {
         *("qkv_a_proj_ag", {"dtype": BF16}),
         *("dtype=bfloat16(, one kernel)?", "dtype=float32(, no option set)?"),
     ),
+    "eps": ("rs_rmsnorm", {"options": {"eps": 1e-6}}, "eps=1e-06", "eps=1e-05"),
+    "eps of few gathered rows": ("rs_rmsnorm_ag", {"options": {"eps": 0.03}}, "eps=0.03", "eps=1e-05"),
+    "eps of quantised rows": ("rs_rmsnorm_fp8", {"options": {"eps": 1e-6}}, "eps=1e-06", "eps=1e-05"),
+    "eps of a projection": ("qkv_a_proj_ag_norm", {"options": {"eps": 1e-6}}, "eps=1e-06", "eps=1e-05"),
+    "weight_offset": ("rs_rmsnorm_ag", {"options": {"weight_offset": 1.0}}, "weight_offset=1", "weight_offset=0"),
     "norms of a projection": (
         *("qkv_a_proj_ag", {"op": "qkv_a_proj_ag_norm"}),
         *("qkv_a_proj_ag_norm", "qkv_a_proj_ag"),

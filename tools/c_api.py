@@ -22,6 +22,8 @@ class Call(ctypes.Structure):
         ("buffer", ctypes.c_uint32),
         ("source", ctypes.c_int64),
         ("q_columns", ctypes.c_uint32),
+        ("eps", ctypes.c_float),
+        ("weight_offset", ctypes.c_float),
         ("reserved", ctypes.c_uint32),
     ]
 

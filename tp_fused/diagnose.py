@@ -329,7 +329,7 @@ def _op(call: dict) -> str:
 
 
 def call_text(call: dict) -> str:
-    """A call as in a program: `rs_rmsnorm(num_tokens=1024, hidden_size=7168, dtype=bfloat16, residual)`."""
+    """A call as in a program: `rs_rmsnorm(num_tokens=1024, hidden_size=7168, dtype=bfloat16, residual, eps=1e-06)`."""
     said = []
     for name, value in call.items():
         if name == "dtype":
@@ -339,7 +339,7 @@ def call_text(call: dict) -> str:
         elif name == "source":
             said += [f"input in symmetric buffer {value[0]}"] if value[0] else []
         elif name != "op" and (value or name in ("num_tokens", "hidden_size")):
-            said.append(f"{name}={value}")
+            said.append(f"{name}={faults.shortest(value) if isinstance(value, float) else value}")
     return f"{_op(call)}({', '.join(said)})" if said else _op(call)
 
 

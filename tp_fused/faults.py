@@ -1,5 +1,7 @@
 """What goes wrong between ranks, told in words. The record is `tpf_fault` of csrc/tp_fused.h."""
 
+import ctypes
+
 from .native import _C
 
 NEVER_ARRIVED, DISAGREE, PEER_FAULTED, PEER_CLOSED, PEER_DIED, INTERRUPTED, OVERLAP, CLOSED = range(1, 9)
@@ -36,6 +38,12 @@ class CollectiveFault(RuntimeError):
         return type(self), (str(self), self.op, self.call_number, self.rank, self.peer, self.reason)
 
 
+def shortest(value: float) -> str:
+    """The fewest decimal digits that say this float32: 1e-06, not the double 9.999999974752427e-07."""
+    digits = (f"{value:.{count}g}" for count in range(1, 9))
+    return next((said for said in digits if ctypes.c_float(float(said)).value == value), f"{value:.9g}")
+
+
 def _differences(expected: dict, seen: dict) -> tuple[str, str]:
     """The fields in which two calls differ, as `(what the first says, what the second says)`."""
 
@@ -51,7 +59,7 @@ def _differences(expected: dict, seen: dict) -> tuple[str, str]:
         if key == "source":
             buffer, offset = value
             return f"an input at byte {offset} of symmetric buffer {buffer}" if buffer else "an ordinary input"
-        return f"{key}={value}"
+        return f"{key}={shortest(value)}" if isinstance(value, float) else f"{key}={value}"
 
     keys = [key for key in expected if expected[key] != seen[key]]
     if not keys:

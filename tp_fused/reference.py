@@ -185,15 +185,17 @@ def _reduce(workspace, op: str, input, residual, complete: bool, variant: str = 
     return sum_in_rank_order(parts, residual)
 
 
-def _weight_variant(input: torch.Tensor, weight: torch.Tensor) -> str:
-    return "" if weight.dtype == input.dtype else ", fp32 norm weight"
+def _norm_variant(dtype: torch.dtype, weight: torch.Tensor, eps: float, weight_offset: float = 0.0) -> str:
+    numbers = f", eps={eps}{f', weight_offset={weight_offset}' if weight_offset else ''}"
+    return numbers if weight.dtype == dtype else f"{numbers}, fp32 norm weight"
 
 
 # ---- the ops ----
 
 
 def rs_rmsnorm(workspace, input, residual, weight, eps, weight_offset, complete):
-    residual_out = _reduce(workspace, "rs_rmsnorm", input, residual, complete, _weight_variant(input, weight))
+    variant = _norm_variant(input.dtype, weight, eps, weight_offset)
+    residual_out = _reduce(workspace, "rs_rmsnorm", input, residual, complete, variant)
     return rms_norm(residual_out, weight, eps, weight_offset), residual_out
 
 
@@ -212,7 +214,7 @@ def rs_rmsnorm_fp8(
 ):
     variant = f", group_size={group_size}, {scale_layout} scales{', keep_output' if keep_output else ''}"
     variant += ", rounded scales" if round_scales else ""
-    variant += _weight_variant(input, weight)
+    variant += _norm_variant(input.dtype, weight, eps, weight_offset)
     residual_out = _reduce(workspace, "rs_rmsnorm_fp8", input, residual, complete, variant)
     output = rms_norm(residual_out, weight, eps, weight_offset)
     q, scale = quantize_e4m3(output, group_size, scale_layout, round_scales)
@@ -220,7 +222,8 @@ def rs_rmsnorm_fp8(
 
 
 def rs_rmsnorm_ag(workspace, input, residual, weight, eps, weight_offset):
-    residual_out = _reduce(workspace, "rs_rmsnorm_ag", input, residual, False, _weight_variant(input, weight))
+    variant = _norm_variant(input.dtype, weight, eps, weight_offset)
+    residual_out = _reduce(workspace, "rs_rmsnorm_ag", input, residual, False, variant)
     return _gather(workspace, rms_norm(residual_out, weight, eps, weight_offset), input.shape[0]), residual_out
 
 
@@ -251,7 +254,8 @@ def qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens, com
 
 
 def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, num_tokens, weight_offset, complete):
-    variant = f", columns={weight.shape[0]}, q_a={q_a_weight.numel()}{_weight_variant(input, q_a_weight)}"
+    variant = f", columns={weight.shape[0]}, q_a={q_a_weight.numel()}"
+    variant += _norm_variant(input.dtype, q_a_weight, eps, weight_offset)
     linear = torch.nn.functional.linear
     latent = _projected(workspace, "qkv_a_proj_ag_norm", input, num_tokens, variant, complete, linear, weight)
     return split_and_norm(latent, q_a_weight, kv_a_weight, eps, weight_offset)
@@ -282,7 +286,8 @@ def qkv_a_proj_ag_norm_fp8(
     complete,
     round_scales,
 ):
-    variant = f", columns={weight.shape[0]}, q_a={q_a_weight.numel()}, {q_a_weight.dtype} norm weight"
+    variant = f", columns={weight.shape[0]}, q_a={q_a_weight.numel()}"
+    variant += _norm_variant(torch.bfloat16, q_a_weight, eps)
     operands = (scale, weight, weight_scale)
     latent = _projected(workspace, "qkv_a_proj_ag_norm_fp8", q, num_tokens, variant, complete, project_fp8, *operands)
     q_a, kv_a, k_pe = split_and_norm(latent, q_a_weight, kv_a_weight, eps)

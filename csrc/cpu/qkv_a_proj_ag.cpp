@@ -23,7 +23,8 @@ tpf_status tpf_qkv_a_proj_ag_norm_cpu(void* q_a, void* kv_a, void* k_pe, const v
                                       const void* kv_a_weight, const tpf_team* team, const tpf_call* call,
                                       int32_t q_columns, int32_t kv_columns, float eps, float weight_offset) {
   using namespace tpf;
-  Round round(*team, *call);
+  const tpf_call announced = with_norm(*call, eps, weight_offset);
+  Round round(*team, announced);
   if (const tpf_status status = round.begin(); status != TPF_OK) return status;
   if (const tpf_status status = round.meet(0); status != TPF_OK) return status;
   return visit(latent_dtype(*call), [&]<typename T>() {

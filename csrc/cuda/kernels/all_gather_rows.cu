@@ -54,7 +54,7 @@ tpf_status tpf_gather_latent_norm_cuda(void* q_a, void* kv_a, void* k_pe, const 
                                        int32_t q_columns, int32_t kv_columns, float eps, float weight_offset,
                                        tpf_stream stream) {
   const int64_t bytes = tpf::bytes_of(tpf::latent_dtype(*call));
-  tpf::GatherArgs args = tpf::gather_args(rows, team, *call);
+  tpf::GatherArgs args = tpf::gather_args(rows, team, tpf::with_norm(*call, eps, weight_offset));
   args.eps = eps;
   args.weight_addend = tpf::weight_addend(weight_offset);
   args.float_weights = (call->variant & TPF_FLOAT_WEIGHT) != 0;

@@ -97,7 +97,7 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   args.eps = projection->eps;
   args.weight_addend = weight_addend(projection->weight_offset);
   args.team = *team;
-  args.call = *call;
+  args.call = with_norm(*call, projection->eps, projection->weight_offset);
   args.call.variant |= TPF_FUSED;
   args.contract = contract_of(args.call);
   args.partition = partition_of(call->num_tokens, team->world_size);

@@ -25,7 +25,7 @@ tpf_status launch(const ColumnsArgs& args, const ColumnsPlan& plan, const tpf_ca
 
 tpf_status launch_columns(void* const outputs[3], const tpf_projection& projection, const tpf_team& team,
                           const tpf_call& call, const ColumnsPlan& plan, const tpf_card& card, tpf_stream stream) {
-  ColumnsArgs args = {gather_args(nullptr, &team, call)};
+  ColumnsArgs args = {gather_args(nullptr, &team, with_norm(call, projection.eps, projection.weight_offset))};
   args.gather.call.variant |= TPF_FUSED;
   // Blocks meet those of their number, and cards of a group may lack unlike numbers of SMs for clusters (plan_columns):
   // ranks with unlike grids disagree.

@@ -15,7 +15,7 @@ inline ReduceArgs reduce_args(tpf_op op, void* residual_out, const void* input, 
   args.weight = weight;
   if (input_symm != nullptr) args.symm = *input_symm;
   args.team = *team;
-  args.call = reduce_call(op, dtype, num_tokens, hidden_size, input_symm, variant);
+  args.call = with_norm(reduce_call(op, dtype, num_tokens, hidden_size, input_symm, variant), eps, weight_offset);
   args.eps = eps;
   args.weight_addend = weight_addend(weight_offset);
   return args;
