@@ -371,7 +371,7 @@ def run(pool, call: Hostile, device: str, function=make) -> None:
             raise result
 
 
-@pytest.mark.parametrize(("world_size", "examples"), [(1, 150), (2, 60)])
+@pytest.mark.parametrize(("world_size", "examples"), [(1, 100), (2, 40)])
 @pytest.mark.parametrize("op", [*OPS, *MORE_OPS])
 def test_served_rightly_or_refused(pools, device, op, world_size, examples):
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)

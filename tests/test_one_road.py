@@ -120,7 +120,7 @@ def closed(pools):
         pools(world_size).run(close)
 
 
-@pytest.mark.parametrize(("world_size", "examples"), [(1, 300), (2, 100)])
+@pytest.mark.parametrize(("world_size", "examples"), [(1, 200), (2, 60)])
 @pytest.mark.parametrize("op", [*OPS, *MORE_OPS])
 def test_what_is_admitted_is_served(pools, device, op, world_size, examples):
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
