@@ -33,8 +33,8 @@ SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 def variants():
-    """In bf16 and fp8 every tile of Hopper, of others the largest and the smallest; in fp16 the largest; the largest with
-    edges all around, too."""
+    """In bf16 and fp8 every tile of Hopper, of others the largest and the smallest; in fp16 the largest; the largest,
+    too, with edges all around."""
     for arch, dtype in INSTRUCTIONS:
         served = tiles.tiles(arch, dtype == "fp8")
         for tile in served[:1] if dtype == "fp16" else served if arch == 90 else (served[0], served[-1]):

@@ -4,7 +4,8 @@ tpf_status tpf_rs_rmsnorm_cpu(void* output, void* residual_out, const void* inpu
                               const void* residual, const void* weight, const tpf_team* team, int64_t num_tokens,
                               int32_t hidden_size, tpf_dtype dtype, float eps, float weight_offset, uint32_t variant) {
   using namespace tpf;
-  const tpf_call call = with_norm(reduce_call(TPF_RS_RMSNORM, dtype, num_tokens, hidden_size, input_symm, variant), eps, weight_offset);
+  const tpf_call call =
+      with_norm(reduce_call(TPF_RS_RMSNORM, dtype, num_tokens, hidden_size, input_symm, variant), eps, weight_offset);
   Round round(*team, call);
   if (const tpf_status status = round.begin(); status != TPF_OK) return status;
   return visit(dtype, [&]<typename T>() {

@@ -6,7 +6,8 @@ tpf_status tpf_rs_rmsnorm_ag_cpu(void* output, void* residual_out, const void* i
                                  int32_t hidden_size, tpf_dtype dtype, float eps, float weight_offset,
                                  uint32_t variant) {
   using namespace tpf;
-  const tpf_call call = with_norm(reduce_call(TPF_RS_RMSNORM_AG, dtype, num_tokens, hidden_size, input_symm, variant), eps, weight_offset);
+  const tpf_call call = with_norm(reduce_call(TPF_RS_RMSNORM_AG, dtype, num_tokens, hidden_size, input_symm, variant),
+                                  eps, weight_offset);
   Round round(*team, call);
   if (const tpf_status status = round.begin(); status != TPF_OK) return status;
   return visit(dtype, [&]<typename T>() {
