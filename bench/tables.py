@@ -1,8 +1,9 @@
 """Markdown tables of what bench/results holds, and of what `python -m bench model` counts: nobody types the numbers."""
 
 import statistics
+from dataclasses import replace
 
-from . import model
+from . import counts, model
 from .baselines import BASELINES
 from .results import device_name, short_commit, variant_meaning
 
@@ -107,11 +108,28 @@ def predictions(shapes: list[model.Shape], cards: tuple[str, ...], shares: model
             for card in cards:
                 has = model.rates(card, shares, barrier_s)
                 seconds, bound = model.predict(op.fused, shape, has)
-                unfused, _ = model.predict(op.unfused, shape, has)
+                unfused = model.fastest(op.unfused.values(), shape, has)
                 line.append(f"{seconds * 1e6:.1f}, {bound} ({unfused / seconds:.2f} x)")
             cells.append(line)
         parts.append(f"`{name}`; in brackets, {op.meaning}:\n\n" + table(["tokens", *cards], cells))
-    return "\n".join(parts)
+    return "\n".join([*parts, _prologue_forms(shapes[0], cards, shares, barrier_s)])
+
+
+def _prologue_forms(shape: model.Shape, cards: tuple[str, ...], shares: model.Shares, barrier_s: float) -> str:
+    """mla_prologue both ways, about where one becomes faster than the other."""
+    cells = []
+    for tokens in (1, 8, 16, 32, 64, 128, 256):
+        asked = replace(shape, tokens=tokens)
+        line = [tokens, "all rows" if asked.gathers(fp8=False) else "own rows"]
+        for card in cards:
+            has = model.rates(card, shares, barrier_s)
+            both = (model.predict(form, asked, has)[0] * 1e6 for form in (counts.gathered_chain, counts.chain))
+            line.append(" / ".join(f"{us:.1f}" for us in both))
+        cells.append(line)
+    about = "all normed rows for a share of the columns / its own rows for all columns"
+    return f"`mla_prologue`'s two forms, in which a rank multiplies {about}:\n\n" + table(
+        ["tokens", "runs", *cards], cells
+    )
 
 
 def comparison(runs: list[dict], shares: model.Shares, found: list[dict]) -> str:

@@ -12,8 +12,8 @@ import tp_fused
 from tp_fused.native import _C
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LATENT = (96, 40, 8)  # of which 14 tokens are few
-FEW = sum(LATENT) // 10
+LATENT = (96, 40, 8)  # of which these are few tokens of two ranks, and of more
+FEW = (sum(LATENT) // 10, sum(LATENT) // 20)
 HIDDEN = 208
 SIZES = {"max_num_tokens": 64, "hidden_size": HIDDEN, "latent_size": sum(LATENT)}
 
@@ -30,7 +30,7 @@ def arguments(num_tokens: int, dtype: torch.dtype, residual: str | None, device:
 def two_ops(input, residual, norm_weight, weight, q_a_weight, kv_a_weight, complete: bool) -> tuple:
     """What it promises to be."""
     num_tokens, latent = len(input), (weight, q_a_weight, kv_a_weight)
-    if _C.gathers_normed_rows(num_tokens, len(weight), dist.get_world_size()) and not complete:
+    if _C.gathers_normed_rows(num_tokens, len(weight), dist.get_world_size(), False) and not complete:
         rows, residual_out = tp_fused.rs_rmsnorm_ag(input, residual, norm_weight, EPS)
         return *tp_fused.qkv_a_proj_ag_norm(rows, *latent, num_tokens, EPS, complete=True), residual_out
     rows, residual_out = tp_fused.rs_rmsnorm(input, residual, norm_weight, EPS, complete=complete)
@@ -41,7 +41,7 @@ def check_calls(backend: str, device: str) -> None:
     """Runs on a rank."""
     with workspace(backend, device, **SIZES):
         for dtype in DTYPES:
-            for i, num_tokens in enumerate((0, 1, 2, FEW, FEW + 1, 64)):
+            for i, num_tokens in enumerate((0, 1, 2, FEW[1], FEW[1] + 1, FEW[0], FEW[0] + 1, 64)):
                 for complete in (False, True):
                     given = arguments(num_tokens, dtype, (None, "full", "slice")[i % 3], device, complete)
                     outputs = tp_fused.mla_prologue(*given, EPS, complete=complete)
@@ -73,11 +73,15 @@ def test_columns_of_deepseek_v3(pool, device, world_size):
     pool.run(check_columns, device)
 
 
-def test_which_way_is_the_same_on_all_ranks():
-    few = [tokens for tokens in range(1000) if _C.gathers_normed_rows(tokens, 2112, 8)]
-    assert few == list(range(212))
-    assert [tokens for tokens in range(1000) if _C.gathers_normed_rows(tokens, 2112, 2)] == few
-    assert not _C.gathers_normed_rows(1, 2112, 1)
+@pytest.mark.parametrize(("world_size", "most", "most_fp8"), [(2, 211, 52), (4, 105, 26), (8, 105, 13)])
+def test_which_way(world_size, most, most_fp8):
+    for fp8, limit in ((False, most), (True, most_fp8)):
+        few = [tokens for tokens in range(1000) if _C.gathers_normed_rows(tokens, 2112, world_size, fp8)]
+        assert few == list(range(limit + 1))
+
+
+def test_one_rank_gathers_nothing():
+    assert not any(_C.gathers_normed_rows(1, 2112, 1, fp8) for fp8 in (False, True))
 
 
 def test_explain_tells_the_way():
@@ -94,7 +98,7 @@ def check_op(backend: str, device: str, num_tokens: int) -> None:
         torch.library.opcheck(op, (*given, EPS, name), {})
 
 
-@pytest.mark.parametrize("num_tokens", [1, FEW + 1])
+@pytest.mark.parametrize("num_tokens", [1, max(FEW) + 1])
 @pytest.mark.parametrize("world_size", [2])
 def test_opcheck(pool, backend, device, num_tokens, world_size):
     pool.run(check_op, backend, device, num_tokens)
@@ -105,7 +109,7 @@ def compiled(backend: str, device: str) -> None:
     torch._dynamo.reset()
     with workspace(backend, device, **SIZES):
         function = torch.compile(lambda *given: tp_fused.mla_prologue(*given, EPS), fullgraph=True, dynamic=True)
-        for num_tokens in (FEW - 1, FEW + 3, 40):  # one graph for both ways
+        for num_tokens in (FEW[0] - 1, FEW[0] + 3, 40):  # one graph for both ways
             given = arguments(num_tokens, torch.float32, "slice", device)
             same_bits(function(*given), two_ops(*given, False))
 

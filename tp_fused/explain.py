@@ -109,11 +109,12 @@ def _explain_composed(op: str, num_tokens: int, complete: bool, asked: dict[str,
         way = "each rank quantises its own rows; these are gathered, and then their scales"
         parts = (explain("rs_rmsnorm_fp8", num_tokens, **asked), explain("all_gather_rows", num_tokens, **rest))
         return "\n".join((f"{op}: {way}", *parts))
-    gathers = not complete and native._C.gathers_normed_rows(num_tokens, columns, world_size)
+    fp8 = op.endswith("_fp8")
+    gathers = not complete and native._C.gathers_normed_rows(num_tokens, columns, world_size, fp8)
     way = f"each rank multiplies its own rows by all {columns} rows of the weight"
     if gathers:
         way = f"all ranks take all {num_tokens} normed rows, for their share of the weight's {columns} rows"
-    precision = "_fp8" if op.endswith("_fp8") else ""
+    precision = "_fp8" if fp8 else ""
     first = ("rs_rmsnorm_ag" if gathers else "rs_rmsnorm") + precision
     parts = (explain(first, num_tokens, complete=complete and not gathers, **asked),)
     parts += (explain(f"qkv_a_proj_ag_norm{precision}", num_tokens, complete=gathers, **rest),)

@@ -18,8 +18,9 @@ struct Fitted {
   int cluster_to_post;
   // Bytes that a rank adds up in rs_rmsnorm_ag, up to which it is faster for all ranks to add up all rows, in one round
   // instead of two: where ranks share a card, 8 / 16 / 32 tokens of DeepSeek-V3 of 8 / 4 / 2 ranks. One H200,
-  // `tools/compare_builds.py`, at 0be5b49.
-  int64_t shared_card_all_rows, own_card_all_rows;
+  // `tools/compare_builds.py`, at 0be5b49. On a card of its own, where links bound it, counted: those, and what a rank
+  // then sends more than in two rounds, which is to take no longer than a synchronisation.
+  int64_t shared_card_all_rows, own_card_all_rows, own_card_sent_more;
   // Rows of a chunk that is gathered from a card of its own, at least. Two H100, `python -m bench multi`.
   int gathered_rows_of_chunk;
 
@@ -54,6 +55,7 @@ constexpr Fitted kFittedSm90 = {
     .cluster_to_post = 4,
     .shared_card_all_rows = 896 << 10,
     .own_card_all_rows = 4 << 20,
+    .own_card_sent_more = 1344 << 10,
     .gathered_rows_of_chunk = 8,
     .gather_chunk_bytes = 34 << 10,
     .few_rows = 256,

@@ -20,11 +20,16 @@ struct Planner {
   // Whether every rank adds up all rows, in one synchronisation: as long as what every rank is sent then takes less
   // time than a second one.
   bool takes_all_rows() const {
-    const int64_t bytes = limits.world_size * call.num_tokens * row_bytes;
+    const int64_t world_size = limits.world_size, bytes = world_size * call.num_tokens * row_bytes;
+    if (!gathers || !adds_up_all_rows(card.architecture) || (call.variant & TPF_COMPLETE) != 0 ||
+        bytes + call.num_tokens * row_bytes > inbox_bytes(limits.slot_bytes)) {
+      return false;
+    }
     const Fitted& fitted = fitted_to(card);
-    return gathers && adds_up_all_rows(card.architecture) && (call.variant & TPF_COMPLETE) == 0 &&
-           bytes + call.num_tokens * row_bytes <= inbox_bytes(limits.slot_bytes) &&
-           bytes <= (shares_card(limits.max_ctas, card) ? fitted.shared_card_all_rows : fitted.own_card_all_rows);
+    if (shares_card(limits.max_ctas, card)) return bytes <= fitted.shared_card_all_rows;
+    // To each peer all rows; in two rounds a share of them to be added up, and a share of what has been.
+    const int64_t sent_more = (world_size - 1) * (bytes - 2 * call.num_tokens * row_bytes) / world_size;
+    return bytes <= fitted.own_card_all_rows && sent_more <= fitted.own_card_sent_more;
   }
 
   // As many blocks for a row as there may be, down to four warps each. What a small call waits for most is the way of

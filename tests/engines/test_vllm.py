@@ -123,7 +123,7 @@ def test_with_the_plugin(model, installed):
     assert equal(result, model)
     for rank in result["ranks"]:
         assert rank["layers"] == ["_ScatteredLayer"]
-        assert rank["calls"]["rs_rmsnorm"] == rank["calls"]["qkv_a_proj_ag"] >= NUM_LAYERS - 1
+        assert rank["calls"]["qkv_a_proj_ag"] > rank["calls"]["rs_rmsnorm"] >= NUM_LAYERS - 1
         assert rank["calls"]["rs_rmsnorm_ag"] > NEW * NUM_LAYERS
 
 

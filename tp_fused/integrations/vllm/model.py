@@ -15,6 +15,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models import deepseek_v2
 
 from ... import ops, projections
+from ...native import _C
 from . import workspace
 from .workspace import calls
 
@@ -108,6 +109,7 @@ class _ScatteredLayer(deepseek_v2.DeepseekV2DecoderLayer):
     def take(cls, layer: nn.Module, group_name: str) -> None:
         layer.__class__ = cls
         layer.group_name = group_name
+        layer.world_size = get_tp_group().world_size
         layer.handed = layer.self_attn.mla_attn.fused_qkv_a_proj = _Handed()
         layer.self_attn.fused_qkv_a_proj._cpu_skip_gemm_dispatch = True  # on a CPU vLLM keeps no weight it has packed
         layer.self_attn.o_proj.reduce_results = False
@@ -129,19 +131,26 @@ class _ScatteredLayer(deepseek_v2.DeepseekV2DecoderLayer):
 
     def _latent(self, partial, residual):
         linear, norm, num_tokens = self.self_attn.fused_qkv_a_proj, self.input_layernorm, partial.shape[0]
-        if num_tokens <= sum(linear.output_sizes) // 10:
-            # As mla_prologue: of few tokens, every rank projects all.
-            rows, residual = _norm_all(partial, residual, norm, self.group_name)
-            return linear(rows)[0], residual
-        calls["rs_rmsnorm"] += 1
-        rows, residual = ops.rs_rmsnorm(partial, residual, norm.weight, norm.variance_epsilon, self.group_name)
+        columns = sum(linear.output_sizes)
         weight = getattr(linear, "weight", None)
         plain = type(linear.quant_method).__name__ == "UnquantizedLinearMethod" and weight.dtype == partial.dtype
-        if plain and tuple(weight.shape) == (sum(linear.output_sizes), partial.shape[1]) and weight.is_contiguous():
+        plain = plain and tuple(weight.shape) == (columns, partial.shape[1]) and weight.is_contiguous()
+        # As mla_prologue and mla_prologue_fp8: of few tokens all ranks take all normed rows.
+        gathers = _C.gathers_normed_rows(num_tokens, columns, self.world_size, not plain)
+        if gathers:
+            rows, residual = _norm_all(partial, residual, norm, self.group_name)
+        else:
+            calls["rs_rmsnorm"] += 1
+            rows, residual = ops.rs_rmsnorm(partial, residual, norm.weight, norm.variance_epsilon, self.group_name)
+        if plain:
             calls["qkv_a_proj_ag"] += 1
-            return projections.qkv_a_proj_ag(rows, weight, num_tokens, self.group_name), residual
-        calls["all_gather_rows"] += 1  # quantised: vLLM's own kernel on this rank's rows
-        return ops.all_gather_rows(linear(rows)[0], num_tokens, self.group_name), residual
+            latent = projections.qkv_a_proj_ag(rows, weight, num_tokens, self.group_name, complete=gathers)
+            return latent, residual
+        latent = linear(rows)[0]  # quantised: by vLLM's own kernel
+        if not gathers:
+            calls["all_gather_rows"] += 1
+            latent = ops.all_gather_rows(latent, num_tokens, self.group_name)
+        return latent, residual
 
 
 class _ScatteredNorm(RMSNorm):
