@@ -117,8 +117,8 @@ def _reduce(shape: Shape, others: float) -> Phase:
     return Phase(shape.rows + staging + others, (shape.world_size - 1) * shape.own_rows, barriers=barriers)
 
 
-def _gather(shape: Shape, own: float, all_rows: float, barriers: int = 1) -> Phase:
-    return Phase(own + all_rows, all_rows - own, barriers=shape.barriers(barriers))
+def _gather(shape: Shape, own: float, all_rows: float) -> Phase:
+    return Phase(own + all_rows, all_rows - own, barriers=shape.barriers(1))
 
 
 def _project(shape: Shape, tokens: int, factor_bytes: int = BF16, columns: int | None = None) -> Phase:
@@ -168,8 +168,7 @@ def rs_rmsnorm_ag(shape: Shape) -> Phases:
 def rs_rmsnorm_ag_fp8(shape: Shape) -> Phases:
     if shape.one_round:
         return (*rs_rmsnorm_ag(shape), Phase(shape.rows + shape.quantized_rows))
-    # Two gathers: of the rows, and of their scales.
-    return (*rs_rmsnorm_fp8(shape), _gather(shape, shape.own_quantized_rows, shape.quantized_rows, 2))
+    return (*rs_rmsnorm_fp8(shape), _gather(shape, shape.own_quantized_rows, shape.quantized_rows))
 
 
 def _all_reduce_two_shot(shape: Shape) -> Phases:

@@ -177,13 +177,14 @@ inline tpf_call with_norm(tpf_call call, float eps, float weight_offset) {
   return call;
 }
 
-// What all_gather_rows announces.
-inline tpf_call gather_call(tpf_dtype dtype, int64_t num_tokens, int32_t hidden_size) {
+// What all_gather_rows announces; group_size: of scales that are gathered with the rows.
+inline tpf_call gather_call(tpf_dtype dtype, int64_t num_tokens, int32_t hidden_size, int32_t group_size = 0) {
   tpf_call call = {};
   call.op = TPF_ALL_GATHER_ROWS;
   call.dtype = dtype;
   call.num_tokens = num_tokens;
   call.hidden_size = static_cast<uint32_t>(hidden_size);
+  call.group_size = static_cast<uint32_t>(group_size);
   call.source = -1;
   return call;
 }

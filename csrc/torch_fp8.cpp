@@ -1,4 +1,5 @@
 // The ops that quantise normed rows to fp8: as torch_ops.cpp's.
+#include "plan/gather.h"
 #include "protocol.h"
 #include "torch_reduction.h"
 #include "torch_served.h"
@@ -45,6 +46,32 @@ bool gather_and_quantize(const ReduceCall& in, const Quantized& as, Results* res
   return results->add(&unused, in.input, 0, in.input.columns, in.dtype());
 }
 
+// Quantised rows and their scales, in one round or, where they do not go together, in two. `scales`: whose the gathered
+// scales are to be.
+bool gather_quantized(const ReduceCall& in, const Quantized& as, const Results& own, Value group_name, Results* results,
+                      Results* scales) {
+  const int64_t tokens = in.input.rows, columns = in.input.columns;
+  const int64_t groups = (columns + as.group_size - 1) / as.group_size;
+  if (!gathers_scales_too(tokens, columns, groups, in.team()->world_size, in.team()->slot_bytes)) {
+    for (int i = 0; i < 2; ++i) {
+      const Value rows[] = {reinterpret_cast<Value>(own[i]), static_cast<Value>(tokens), group_name};
+      if (!all_gather_rows(rows, i == 0 ? results : scales)) return false;
+    }
+    return true;
+  }
+  View q, scale;
+  void *all_q, *all_scales;
+  if (!q.read(own[0]) || !scale.read(own[1]) || !results->add(&all_q, in.input, tokens, columns, TPF_E4M3) ||
+      !scales->add(&all_scales, in.input, tokens, groups, TPF_F32)) {
+    return false;
+  }
+  const auto launch = [&](auto* op, auto... last) {
+    return op(all_q, static_cast<float*>(all_scales), q.data, static_cast<const float*>(scale.data), in.team(), tokens,
+              columns, static_cast<int32_t>(as.group_size), last...);
+  };
+  return run(in, launch, TPF_CUDA_OP(tpf_gather_quantized_cuda), tpf_gather_quantized_cpu);
+}
+
 }  // namespace
 
 bool reduce_fp8(const ReduceCall& in, const Quantized& as, Results* results) {
@@ -71,21 +98,17 @@ bool reduce_and_gather_fp8(const ReduceCall& in, const Quantized& as, Value grou
   if (in.on_cuda() && !as.keep_output && as.group_size == 128 && in.dtype() == TPF_BF16 && is_one_round(in)) {
     return gather_and_quantize(in, as, results);
   }
-  Results own, gathered;
+  Results own, scales;
   // Before anything is launched: of narrow groups a row has more bytes of scales than of elements.
   if (!in.fits(in.input.rows, (in.input.columns + as.group_size - 1) / as.group_size, TPF_F32)) return false;
   if (!reduce_fp8(in, {as.group_size, false, as.keep_output}, &own)) return false;
-  const auto count = static_cast<Value>(in.input.rows);
-  for (int i = 0; i < 2; ++i) {
-    const Value rows[] = {reinterpret_cast<Value>(own[i]), count, group_name};
-    if (!all_gather_rows(rows, i == 0 || !as.column ? results : &gathered)) return false;
-  }
+  if (!gather_quantized(in, as, own, group_name, results, as.column ? &scales : results)) return false;
   if (as.column) {
     View scale;
     void* unused;
-    if (!scale.read(gathered[0])) return false;
+    if (!scale.read(scales[0])) return false;
     if (!results->add_column_major(&unused, in.input, scale.rows, scale.columns, (scale.rows + 3) / 4 * 4) ||
-        torch.aoti_torch_copy_((*results)[1], gathered[0], 0) != 0) {
+        torch.aoti_torch_copy_((*results)[1], scales[0], 0) != 0) {
       return false;
     }
   }

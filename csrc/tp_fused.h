@@ -143,7 +143,7 @@ typedef struct tpf_card {
   int32_t has_wgmma;    /* sm_90's matrix instructions, and code for them */
 } tpf_card;
 
-/* One that is known by name: A100, H20, H100, H200, B200. Or this machine's, with code of this build. */
+/* One that is known by name: A100, H20, H100, H200, B200, RTX PRO 6000. Or this machine's, with code of this build. */
 tpf_status tpf_card_named(tpf_card* card, const char* name);
 tpf_status tpf_card_of(tpf_card* card, int32_t device);
 
@@ -242,6 +242,11 @@ tpf_status tpf_reduce_scatter_rows_cpu(void* output, const void* input, const tp
 tpf_status tpf_all_gather_rows_cpu(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
                                    int32_t hidden_size, tpf_dtype dtype);
 
+/* Quantised rows, [rows, hidden_size] of e4m3, and their scales, [rows, groups of group_size columns], in one round. Both
+ * must fit a slot together: a rank's most rows of the first, 16 bytes at most, and its scales. */
+tpf_status tpf_gather_quantized_cpu(void* q, float* scale, const void* own_q, const float* own_scale,
+                                    const tpf_team* team, int64_t num_tokens, int32_t hidden_size, int32_t group_size);
+
 /* The projected rows lie in tpf_next_slot_cpu already; with TPF_COMPLETE, of all rows the columns that this rank
  * multiplies: [num_tokens, columns of the rank] (tpf_columns_of). latent: [num_tokens, columns]. */
 tpf_status tpf_qkv_a_proj_ag_cpu(void* latent, const tpf_team* team, const tpf_call* call);
@@ -312,6 +317,10 @@ tpf_status tpf_reduce_scatter_rows_cuda(void* output, const void* input, const t
 
 tpf_status tpf_all_gather_rows_cuda(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
                                     int32_t hidden_size, tpf_dtype dtype, tpf_stream stream);
+
+tpf_status tpf_gather_quantized_cuda(void* q, float* scale, const void* own_q, const float* own_scale,
+                                     const tpf_team* team, int64_t num_tokens, int32_t hidden_size, int32_t group_size,
+                                     tpf_stream stream);
 
 /* What a projection multiplies with. input: [rows, hidden_size]; weight: [columns, hidden_size]; bias: [columns] or
  * NULL. e4m3: scale, group g of row i at i*scale_row_stride + g*scale_group_stride; weight_scale: [columns/128,

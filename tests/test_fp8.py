@@ -101,6 +101,33 @@ def test_quantised_rows_gathered(pool, backend, device, world_size):
     pool.run(check_gathered, backend, device)
 
 
+def gather_scales(backend: str, device: str, hidden: int, group_size: int) -> set[int]:
+    """Runs on a rank: how many rounds rs_rmsnorm_ag_fp8 takes on the CPU."""
+    rounds, rank = set(), dist.get_rank()
+    with workspace(backend, device, max_num_tokens=70, hidden_size=1024, dtype=BF16) as made:
+        for num_tokens in (1, 2, 7, 70):
+            input = random(f"to be gathered, {rank}", (num_tokens, hidden), BF16).to(device)
+            given = (input, None, torch.ones(hidden, dtype=BF16, device=device), EPS)
+            for layout in ("row", "column"):
+                before = made.team.progress(rank)["calls"] if backend == "cpu" else 0
+                made_of = {"group_size": group_size, "scale_layout": layout, "keep_output": True}
+                q, scale, _, output = tp_fused.rs_rmsnorm_ag_fp8(*given, **made_of)
+                rounds.add(made.team.progress(rank)["calls"] - before if backend == "cpu" else 0)
+                output = tp_fused.all_gather_rows(output, num_tokens)
+                same_bits((q, scale), reference.quantize_e4m3(output, group_size, layout))
+    return rounds
+
+
+@pytest.mark.parametrize(
+    ("hidden", "group_size", "rounds"), [(512, 128, 2), (1024, 64, 2), (512, 512, 3), (520, 128, 3)]
+)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_scales_are_gathered_with_their_rows(pool, backend, device, hidden, group_size, rounds):
+    """Where both are whole vectors of 16 bytes: else in a round of their own."""
+    for taken in pool.run(gather_scales, backend, device, hidden, group_size):
+        assert taken == {rounds if backend == "cpu" else 0}
+
+
 def refuse_wide_scales(backend: str, device: str) -> str:
     """Runs on a rank: more bytes of scales than the workspace has for a row; what follows works."""
     with workspace(backend, device, max_num_tokens=8, hidden_size=64, dtype=BF16, timeout_s=10.0):

@@ -35,7 +35,7 @@ def explain(
     complete: as the call would be. Raises ValueError or TypeError where the call itself would: no workspace, an unknown
     op, a count below zero.
 
-    gpu: "A100", "H20", "H100", "H200" or "B200" asks about such cards instead, without a workspace and without a GPU:
+    gpu: "A100", "H20", "H100", "H200", "B200" or "RTX PRO 6000" asks about such cards instead, without a workspace and without a GPU:
     about a call of `world_size` ranks, `ranks_per_card` on each card, with an input of `hidden_size` columns of
     `dtype`, in_place in symmetric memory or not, and projections of `latent_size` columns. Without gpu these are not
     looked at. A plan depends on nothing else: what is told here is what runs there.
@@ -106,7 +106,7 @@ def _explain_composed(op: str, num_tokens: int, complete: bool, asked: dict[str,
         gathered = explain("rs_rmsnorm_ag", num_tokens, **asked)
         if ONE_ROUND in gathered and dtype == torch.bfloat16:
             return f"{op}: so few rows are gathered in 16 bits, and all quantised by every rank\n{gathered}"
-        way = "each rank quantises its own rows; these are gathered, and then their scales"
+        way = "each rank quantises its own rows; these are gathered with their scales"
         parts = (explain("rs_rmsnorm_fp8", num_tokens, **asked), explain("all_gather_rows", num_tokens, **rest))
         return "\n".join((f"{op}: {way}", *parts))
     fp8 = op.endswith("_fp8")

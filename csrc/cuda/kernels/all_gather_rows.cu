@@ -20,7 +20,9 @@ tpf_status launch_gather(GatherArgs& args, tpf_stream stream) {
   tpf_card card;
   if (const tpf_status status = use_device(&card, args.team.device); status != TPF_OK) return status;
   uintptr_t places = reinterpret_cast<uintptr_t>(args.input);
-  for (const GatherPart& part : args.parts) places |= reinterpret_cast<uintptr_t>(part.output) | part.row_bytes;
+  for (const GatherPart& part : args.parts) {
+    places |= reinterpret_cast<uintptr_t>(part.output) | reinterpret_cast<uintptr_t>(part.input) | part.row_bytes;
+  }
   args.vectors = places % kVectorBytes == 0;
   if (args.call.variant & TPF_COMPLETE) return launch_columns<T>(args, card, stream);
   const GatherPlan plan = plan_gather(args.call.num_tokens, args.row_bytes, args.vectors, limits_of(args.team), card);
@@ -38,14 +40,25 @@ tpf_status launch_gather(GatherArgs& args, tpf_stream stream) {
 tpf_status tpf_all_gather_rows_cuda(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
                                     int32_t hidden_size, tpf_dtype dtype, tpf_stream stream) {
   tpf::GatherArgs args = tpf::gather_args(input, team, tpf::gather_call(dtype, num_tokens, hidden_size));
-  tpf::add_part(args, output, nullptr, hidden_size * tpf::bytes_of(dtype));
+  tpf::add_part(args, output, nullptr, hidden_size * tpf::bytes_of(dtype), input);
+  return tpf::launch_gather<void>(args, stream);
+}
+
+tpf_status tpf_gather_quantized_cuda(void* q, float* scale, const void* own_q, const float* own_scale,
+                                     const tpf_team* team, int64_t num_tokens, int32_t hidden_size, int32_t group_size,
+                                     tpf_stream stream) {
+  const tpf_call call = tpf::gather_call(TPF_E4M3, num_tokens, hidden_size, group_size);
+  const int64_t groups = (int64_t{hidden_size} + group_size - 1) / group_size;
+  tpf::GatherArgs args = tpf::gather_args(own_q, team, call);
+  tpf::add_part(args, q, nullptr, hidden_size, own_q);
+  tpf::add_part(args, scale, nullptr, groups * sizeof(float), own_scale);
   return tpf::launch_gather<void>(args, stream);
 }
 
 tpf_status tpf_gather_latent_cuda(void* latent, const void* rows, const tpf_team* team, const tpf_call* call,
                                   tpf_stream stream) {
   tpf::GatherArgs args = tpf::gather_args(rows, team, *call);
-  tpf::add_part(args, latent, nullptr, call->columns * tpf::bytes_of(tpf::latent_dtype(*call)));
+  tpf::add_part(args, latent, nullptr, call->columns * tpf::bytes_of(tpf::latent_dtype(*call)), rows);
   return tpf::launch_gather<void>(args, stream);
 }
 

@@ -1,9 +1,9 @@
 // all_gather_rows_kernel: every rank stages its rows in its own slot, then copies the others'. all_gather_rows and
 // the gathering half of the projections are this kernel.
 //
-// Rows come in one part, or in three that all ranks want as tensors of their own; in a slot, too, the rows of a part
-// lie one after the other. In qkv_a_proj_ag_norm the owner of a row normalises its parts as it stages them:
-// once, where all ranks would do it after the gather.
+// Rows come in parts that all ranks want as tensors of their own: one, quantised rows and their scales, or three of a
+// latent. In a slot, too, the rows of a part lie one after the other. In qkv_a_proj_ag_norm the owner of a row normalises
+// its parts as it stages them: once, where all ranks would do it after the gather.
 //
 // A share is dealt out in chunks: the first ones of all blocks side by side, then the second ones, ... So all blocks
 // are in the same few pages at a time. Chunk c of a block is published at step c, and may be copied while chunk c + 1
@@ -29,8 +29,9 @@ struct GatherPart {
   char* output;        // [num_tokens, columns]
   const void* weight;  // of the norm; null where there is none
   int64_t row_bytes;
-  int64_t row_offset;   // where the part begins in a row of the input
+  int64_t row_offset;   // where the part begins in a row of all parts
   int64_t slot_offset;  // where its rows begin in a slot
+  const char* input;    // this rank's, where parts are tensors of their own
 };
 
 struct GatherArgs {
@@ -38,7 +39,7 @@ struct GatherArgs {
   int32_t num_parts;
   float eps, weight_addend;
   bool float_weights;
-  const char* input;  // this rank's rows, all parts
+  const char* input;  // this rank's rows, all parts; of parts that are tensors of their own, the first
   int64_t row_bytes;
   tpf_team team;
   tpf_call call;
@@ -202,11 +203,15 @@ __device__ inline void stage_rows(const GatherArgs& args, uint32_t epoch, int ch
   const int rank = args.team.rank, thread = threadIdx.x;
   const bool has_peers = args.team.world_size > 1;
   const Rows rows = chunk_of(args, args.partition.rows(rank).count, chunk);
-  const char* input = args.input + rows.start * args.row_bytes;
   if constexpr (std::is_void_v<T>) {
-    const Piece piece(args, epoch, rank, chunk, args.parts[0]);
-    copy_piece(piece.output, has_peers ? piece.staged : nullptr, input, piece.bytes, thread, threads, args.vectors);
+    for (int p = 0; p < args.num_parts; ++p) {
+      const GatherPart& part = args.parts[p];
+      const Piece piece(args, epoch, rank, chunk, part);
+      copy_piece(piece.output, has_peers ? piece.staged : nullptr, part.input + rows.start * part.row_bytes,
+                 piece.bytes, thread, threads, args.vectors);
+    }
   } else {
+    const char* input = args.input + rows.start * args.row_bytes;
     // A warp takes one part of one row: the first parts of all rows, then the second, ...
     const int count = static_cast<int>(rows.count);
     for (int task = thread / 32; task < args.num_parts * count; task += threads / 32) {

@@ -15,9 +15,11 @@ inline GatherArgs gather_args(const void* input, const tpf_team* team, const tpf
   return args;
 }
 
-inline void add_part(GatherArgs& args, void* output, const void* weight, int64_t row_bytes) {
+// input: of a part that is a tensor of its own.
+inline void add_part(GatherArgs& args, void* output, const void* weight, int64_t row_bytes,
+                     const void* input = nullptr) {
   GatherPart& part = args.parts[args.num_parts++];
-  part = {static_cast<char*>(output), weight, row_bytes, args.row_bytes, 0};
+  part = {static_cast<char*>(output), weight, row_bytes, args.row_bytes, 0, static_cast<const char*>(input)};
   for (int p = 0; p + 1 < args.num_parts; ++p) {
     part.slot_offset += (args.partition.largest() * args.parts[p].row_bytes + 15) / 16 * 16;
   }
