@@ -14,6 +14,7 @@
 #include <variant>
 #include <vector>
 
+#include "plan/card.h"
 #include "plan/prologue.h"
 #include "protocol.h"
 #include "team.h"
@@ -159,7 +160,7 @@ tpf_card card_of(const CardName& which) {
   const tpf_status status =
       name != nullptr ? tpf_card_named(&card, name->c_str()) : tpf_card_of(&card, std::get<int>(which));
   if (status == TPF_OK) return card;
-  if (name != nullptr) throw py::value_error("no card is known as " + *name + ": A100, H20, H100, H200 and B200 are");
+  if (name != nullptr) throw py::value_error("no card is known as " + *name + ": A100, H20, H100, H200, B200 and RTX PRO 6000 are");
   throw std::runtime_error(tpf_cuda_error_string());
 }
 
@@ -169,6 +170,7 @@ py::dict describe(const CardName& which) {
   out["architecture"] = card.architecture;
   out["sm_count"] = card.sm_count;
   out["cluster_sms"] = card.cluster_sms;
+  out["most_gpcs"] = tpf::most_gpcs(card.architecture);
   out["shared_bytes"] = card.shared_bytes;
   out["has_wgmma"] = card.has_wgmma != 0;
   return out;

@@ -57,7 +57,7 @@ def test_backend_that_was_asked_for_and_cannot_run(reports, device_type, asked, 
 
 def on_card(gpu: str, **changes) -> backends.Report:
     reaches = {"a": True, "b": True}
-    card = {"gpu": gpu, "num_sms": 132, "cluster_sms": 120, "capability": (9, 0), "has_code": True}
+    card = {"gpu": gpu, "num_sms": 132, "cluster_sms": 120, "most_gpcs": 8, "capability": (9, 0), "has_code": True}
     return report(**card | {"reaches": reaches} | changes)
 
 

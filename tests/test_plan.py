@@ -12,7 +12,7 @@ import tp_fused
 from tp_fused import partition, planning
 from tp_fused.native import _C
 
-CARDS = ("A100", "H20", "H100", "H200", "B200")
+CARDS = ("A100", "H20", "H100", "H200", "B200", "RTX PRO 6000")
 MOST_CHUNKS = 7  # of a block in a reduction: kMaxChunks
 MOST_PARTIALS = 136  # kMaxPartials
 STATIC_SHARED_BYTES = 2048
@@ -133,6 +133,18 @@ def test_every_plan_serves_the_call_within_the_limits(asked):
     assert plan["body"] != "all rows" or asked.op == "rs_rmsnorm_ag"
 
 
+@pytest.mark.parametrize("hidden_size", [8200, 8448, 8960, 10248, 10752, 12296, 12544])
+def test_every_block_of_a_cluster_has_a_part_of_the_row(hidden_size):
+    """fp32 rows of few threads, where an SM has 99 KiB: whole warps might leave nothing for the last block."""
+    for op in ("rs_rmsnorm", "rs_rmsnorm_ag"):
+        for world_size in range(1, 9):
+            for in_place in (False, True):
+                sizes = (2048, hidden_size, 0, torch.float32, in_place, world_size)
+                plan = Asked(op, *sizes, "RTX PRO 6000", 1, None).plan()
+                held = (plan["threads"] - 64 * (plan["body"] == "bulk")) * plan["vectors"]
+                assert (plan["cluster"] - 1) * held < hidden_size // 4 <= plan["cluster"] * held
+
+
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(calls(), st.sampled_from(("H20", "H100", "H200")))
 def test_unlike_cards_of_a_group_choose_alike(asked, other):
@@ -187,7 +199,7 @@ def test_explain_without_a_card():
     assert "one kernel multiplies, in tiles of" in told and "(max_ctas=8)" in told
     assert "cuBLAS" in tp_fused.explain("qkv_a_proj_ag", 16384, gpu="B200")
     assert "threads move rows" in tp_fused.explain("rs_rmsnorm", 16384, gpu="A100", in_place=True)
-    with pytest.raises(ValueError, match="no card is known as H300: A100, H20, H100, H200 and B200 are"):
+    with pytest.raises(ValueError, match="no card is known as H300: A100, H20, H100, H200, B200 and RTX PRO 6000 are"):
         tp_fused.explain("rs_rmsnorm", 16, gpu="H300")
     with pytest.raises(ValueError, match="unknown op 'rs_layernorm'"):
         tp_fused.explain("rs_layernorm", 16, gpu="H200")

@@ -12,7 +12,6 @@ from .native import _C
 
 BACKENDS = ("cuda", "cpu", "reference")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MOST_GPCS = 8  # of any card, as kMostGpcs in csrc/plan/card.h
 
 
 @dataclass
@@ -26,6 +25,7 @@ class Report:
     gpu: str | None = None  # which card this rank computes on
     num_sms: int = 0
     cluster_sms: int = 0  # those that thread block clusters of eight can have
+    most_gpcs: int = 0  # of such a card
     capability: tuple[int, int] = (0, 0)
     has_code: bool = False  # whether this build was compiled for it
     reaches: dict[str, bool] = field(default_factory=dict)  # cards that this rank sees: can its own read their memory?
@@ -63,7 +63,9 @@ def report(arguments: dict, device: str) -> Report:
             made.gpu, made.num_sms = str(card.uuid), card.multi_processor_count
             made.capability = (card.major, card.minor)
             made.has_code = _C.cuda_has_code(current)
-            made.cluster_sms = _C.card(current)["cluster_sms"] if made.has_code else 0
+            if made.has_code:
+                about = _C.card(current)
+                made.cluster_sms, made.most_gpcs = about["cluster_sms"], about["most_gpcs"]
             for other in range(torch.cuda.device_count()):
                 uuid = str(torch.cuda.get_device_properties(other).uuid)
                 made.reaches[uuid] = other == current or torch.cuda.can_device_access_peer(current, other)
@@ -184,10 +186,10 @@ def share_card(reports, asked: int | None) -> CardShare:
     run on the card.
     """
     num_sms, cluster_sms = (min(getattr(one, name) for one in reports) for name in ("num_sms", "cluster_sms"))
-    return share_of(ranks_per_card(reports), num_sms, cluster_sms, asked)
+    return share_of(ranks_per_card(reports), num_sms, cluster_sms, reports[0].most_gpcs, asked)
 
 
-def share_of(ranks: int, num_sms: int, cluster_sms: int, asked: int | None = None) -> CardShare:
+def share_of(ranks: int, num_sms: int, cluster_sms: int, most_gpcs: int, asked: int | None = None) -> CardShare:
     """`share_card` of one that so many ranks share. cluster_sms: 0 where there are no clusters."""
     fitting = max(1, num_sms // ranks)
     if asked is not None and asked > fitting:
@@ -197,8 +199,8 @@ def share_of(ranks: int, num_sms: int, cluster_sms: int, asked: int | None = Non
         )
     roomy = fitting
     if ranks > 1 and cluster_sms > 0:
-        beside_a_cluster = (cluster_sms - 7 * _MOST_GPCS - 1) // (ranks - 1)
-        in_pairs = (num_sms - _MOST_GPCS + 1) // ranks
+        beside_a_cluster = (cluster_sms - 7 * most_gpcs - 1) // (ranks - 1)
+        in_pairs = (num_sms - most_gpcs + 1) // ranks
         roomy = max(1, min(beside_a_cluster, in_pairs))
         roomy -= roomy > 1 and roomy % 2  # so that projections come in pairs
     max_ctas = min(asked or roomy, _C.MAX_CTAS)

@@ -59,4 +59,4 @@ def sm_count(card: int | str) -> int:
 def share_of(card: int | str, ranks: int, max_ctas: int | None = None) -> backends.CardShare:
     """What a rank has of a card on which there are so many."""
     about = _C.card(card)
-    return backends.share_of(ranks, about["sm_count"], about["cluster_sms"], max_ctas)
+    return backends.share_of(ranks, about["sm_count"], about["cluster_sms"], about["most_gpcs"], max_ctas)

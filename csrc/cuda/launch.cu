@@ -39,10 +39,13 @@ void ask(tpf_card* card, int ordinal) {
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
   cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, ordinal);
-  const int architecture = major == 9 && TPF_CODE_FOR_90     ? 90
-                           : major == 10 && TPF_CODE_FOR_100 ? 100
-                           : major == 12 && TPF_CODE_FOR_120 ? 120
-                                                             : 80;
+  const int built = major == 9 && TPF_CODE_FOR_90     ? 90
+                    : major == 10 && TPF_CODE_FOR_100 ? 100
+                    : major == 12 && TPF_CODE_FOR_120 ? 120
+                                                      : 80;
+  cudaFuncAttributes code = {};
+  if (cudaFuncGetAttributes(&code, any_kernel) != cudaSuccess) cudaGetLastError();  // no code: tpf_cuda_has_code tells
+  const int architecture = architecture_of(built, code.ptxVersion);
   *card = {architecture, sm_count, sms_in_clusters(shared, architecture), shared, major == 9 && TPF_CODE_FOR_90A};
 }
 

@@ -24,6 +24,15 @@ inline Limits limits_of(const tpf_team& team) {
   return {team.world_size, most, team.free_sms, team.free_cluster_sms, team.slot_bytes};
 }
 
+// What a card runs, of tpf_card's architectures. `built`: that of the card's own, if this build has code for it, else 80.
+// `compiled`: what the code that the driver took was compiled from; PTX of a newer one than `built` may be.
+constexpr int architecture_of(int built, int compiled) {
+  const int taken = compiled >= 120 ? 120 : compiled >= 100 ? 100 : compiled >= 90 ? 90 : 80;
+  return built > 80 ? built : taken;
+}
+static_assert(architecture_of(90, 90) == 90 && architecture_of(100, 103) == 100 && architecture_of(80, 86) == 80);
+static_assert(architecture_of(80, 90) == 90);  // PTX of compute_90, on a card of which the build knows nothing
+
 // Bulk copies by TMA, clusters of blocks, programmatic dependent launch.
 inline bool has_tma(const tpf_card& card) { return card.architecture >= 90; }
 
@@ -34,13 +43,17 @@ inline const Fitted& fitted_to(const tpf_card& card) {
 // A rank with more blocks has a card to itself.
 inline bool shares_card(int blocks, const tpf_card& card) { return blocks <= fitted_to(card).half_a_card; }
 
+// GPCs of a card of that architecture, at most: a GB202 has 12.
+constexpr int most_gpcs(int architecture) { return architecture >= 120 ? 12 : 8; }
+
 // Whether a cluster of `size` blocks, one of a grid of `blocks`, finds room beside blocks that wait for it: it needs as
-// many free SMs of one GPC, and no card has more GPCs than kMostGpcs. A pair finds them anywhere on the card.
-inline bool cluster_fits(const Limits& limits, int size, int blocks) {
-  constexpr int kMostGpcs = 8;
+// many free SMs of one GPC. A pair finds them anywhere on the card.
+inline bool cluster_fits(const Limits& limits, const tpf_card& card, int size, int blocks) {
   const int free_sms = size > 2 ? limits.free_cluster_sms : limits.free_sms;
-  return size == 1 || limits.free_sms == 0 || free_sms - (blocks - size) > (size - 1) * kMostGpcs;
+  return size == 1 || limits.free_sms == 0 || free_sms - (blocks - size) > (size - 1) * most_gpcs(card.architecture);
 }
+
+constexpr int kUnclustered = 24;  // SMs of a card, more than are in no cluster of eight
 
 struct RowsOfBlocks {
   int blocks;

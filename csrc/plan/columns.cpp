@@ -36,7 +36,7 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
     const int sms = cluster > 2 ? std::min(most - kUnclustered, card.cluster_sms) : most;
     const int groups = std::min(sms / cluster, units);
     if (groups <= 0 || (cluster > 1 && chunks < cluster * kColumnsWarps) ||
-        !cluster_fits(limits, cluster, cluster * groups)) {
+        !cluster_fits(limits, card, cluster, cluster * groups)) {
       break;
     }
     const int of_group = (units + groups - 1) / groups;

@@ -7,7 +7,6 @@ namespace tpf {
 
 constexpr int kColumnsWarps = 8;  // of a block; each takes every so many chunks of K
 constexpr int kMaxColumnsCluster = 8;
-constexpr int kUnclustered = 24;                   // SMs of a card, more than are in no cluster of that size
 constexpr int kColumnUnit = 8;                     // columns of one tensor-core instruction
 constexpr int kColumnUnits = 8;                    // that a warp has accumulators of
 constexpr uint32_t kMostColumnsHidden = 1u << 30;  // 32 bits count all elements of a row

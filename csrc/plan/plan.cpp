@@ -15,7 +15,7 @@ constexpr struct {
   tpf_card card;
 } kCards[] = {
     {"A100", {80, 108, 0, 166912, 0}},   {"H20", {90, 78, 72, 232448, 1}},     {"H100", {90, 132, 120, 232448, 1}},
-    {"H200", {90, 132, 120, 232448, 1}}, {"B200", {100, 148, 144, 232448, 0}},
+    {"H200", {90, 132, 120, 232448, 1}}, {"B200", {100, 148, 144, 232448, 0}}, {"RTX PRO 6000", {120, 188, 176, 101376, 0}},
 };
 
 void plan_of_gather(tpf_plan* plan, const tpf_call& call, int64_t columns, tpf_dtype dtype, const tpf::Limits& limits,

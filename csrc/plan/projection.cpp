@@ -121,7 +121,7 @@ ProjectionPlan plan_projection(const tpf_call& call, bool aligned, const Limits&
   // Where ranks share a card, a rank's blocks would lie among the others'. In pairs, neighbouring SMs ask for the same
   // weights, and a call takes less time. A grid that has the card to itself gained nothing.
   const bool pairs = plan.blocks % 2 == 0 && plan.blocks <= card.sm_count / 2;
-  plan.cluster = pairs && cluster_fits(limits, 2, plan.blocks) ? 2 : 1;
+  plan.cluster = pairs && cluster_fits(limits, card, 2, plan.blocks) ? 2 : 1;
   return plan;
 }
 

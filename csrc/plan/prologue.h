@@ -6,8 +6,7 @@ namespace tpf {
 
 // Whether all ranks take all normed rows, and multiply them by a share of the weight each (rs_rmsnorm_ag,
 // complete=True); else each multiplies its own rows by all of the weight (rs_rmsnorm). Counted for ranks with a card
-// each
-// (`python -m bench model`), not yet fitted.
+// each (`python -m bench model`), not yet fitted.
 //
 // Gathered, rows of hidden_size columns travel: num_tokens of them. Else as many rows of the weight as it has columns
 // are read by every rank. A byte from a peer takes as long as kLinkCost bytes of a rank's own memory: on an H200 4.8

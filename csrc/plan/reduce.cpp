@@ -37,7 +37,7 @@ struct Planner {
   int cluster_of_row(int rows_at_once) const {
     int cluster = 1;
     while (has_tma(card) && cluster < kMaxCluster && 2 * cluster * rows_at_once <= limits.max_ctas &&
-           cluster_fits(limits, 2 * cluster, 2 * cluster * rows_at_once) && warps >= 8 * cluster) {
+           cluster_fits(limits, card, 2 * cluster, 2 * cluster * rows_at_once) && warps >= 8 * cluster) {
       cluster *= 2;
     }
     return cluster;
@@ -71,8 +71,11 @@ struct Planner {
   // `cluster` blocks share a row. Where the ring holds every source's version of at least one row, or the block's part
   // of it: fetch_rows relies on that.
   bool takes_bulk(ReducePlan* plan, int cluster) const {
-    const RowsOfBlocks shared_out = share_out(rows, std::max(1, limits.max_ctas / cluster));
-    if (!has_tma(card) || cluster > limits.max_ctas || !cluster_fits(limits, cluster, cluster * shared_out.blocks)) {
+    // All clusters run at once: on a card of its own, too, some SMs are in none of more than two.
+    const bool alone = !shares_card(limits.max_ctas, card);
+    const int most = limits.max_ctas - (cluster > 2 && alone ? kUnclustered : 0);
+    const RowsOfBlocks shared_out = share_out(rows, std::max(1, most / cluster));
+    if (!has_tma(card) || cluster > most || !cluster_fits(limits, card, cluster, cluster * shared_out.blocks)) {
       return false;
     }
     begin(plan, cluster, shared_out);
@@ -85,6 +88,7 @@ struct Planner {
     if (!takes(plan, Body::kBulk, 2, shared_out.blocks) && !takes(plan, Body::kBulk, 3, shared_out.blocks))
       return false;
     const int64_t part = std::min<int64_t>(row_bytes, (plan->threads - kHelperThreads) * plan->vectors * kVectorBytes);
+    if ((cluster - 1) * part >= row_bytes) return false;  // whole warps: the last blocks would have nothing of a row
     const int64_t buffers = (card.shared_bytes - kStaticSharedBytes) / part - copied, least = limits.world_size + 1;
     if (buffers < least) return false;
     const int64_t wanted = std::max(least, fitted_to(card).ring_bytes / part);

@@ -31,12 +31,32 @@ struct RowPiece {
   uint32_t bytes;
 };
 
+// Where tiles are the output, a refused block's: nobody else writes them. By the copying warps of the block.
+template <typename Tiles, typename Out>
+__device__ inline void poison_tiles(const ProjectionArgs& args) {
+  const int lane = threadIdx.x % 32;
+  const int64_t rows = args.partition.rows(args.team.rank).count;
+  for_tiles<Tiles>(args, [&](Tile tile) {
+    for (int i = threadIdx.x / 32; i < Tiles::kRows; i += kCopiers) {
+      const int64_t row = int64_t{tile.row_block} * Tiles::kRows + i;
+      if (row >= rows) break;
+      for (int column = lane; column < Tiles::kMainColumns + Tiles::kTail; column += 32) {
+        const int at = column_of<Tiles>(args, tile.column_tile, column);
+        if (at < args.call.columns) poison(args.outputs[0] + (row * args.call.columns + at) * sizeof(Out), sizeof(Out), 0, 1);
+      }
+    }
+  });
+}
+
 // Copies finished rows of all ranks to the outputs. Pieces of a row block go round the grid's copying warps.
 template <typename Tiles, typename Out, bool kNorm, int kBuffers>
 __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRound& round, int copier, char* buffers,
                                        uint64_t* barriers) {
   const int lane = threadIdx.x % 32, world_size = args.team.world_size, copiers = gridDim.x * kCopiers;
-  if (is_output<kNorm>(args)) return;
+  if (is_output<kNorm>(args)) {
+    if (round.refused) poison_tiles<Tiles, Out>(args);
+    return;
+  }
   constexpr int kBufferBytes = SharedBytes<Tiles, kNorm>::buffer_bytes(kBuffers);
   const int row_bytes = args.call.columns * sizeof(Out);
   const int piece_bytes = kNorm ? kBufferBytes / row_bytes * row_bytes : kBufferBytes;

@@ -341,8 +341,7 @@ __device__ inline void poison_row(const RowView<T>& view, int owner, int64_t row
 }
 
 // A block that saw a fault leaves no number that could be taken for a result: rows b, b + blocks, ... of every rank
-// whose rows it brings, and of these the vectors that it brings. Where rows are claimed, another block may have taken
-// one of these: it saw no fault, or poisons it itself; and it is long done when a closing wait fails.
+// whose rows it brings, and of these the vectors that it brings.
 template <typename T, Epilogue kEpilogue>
 __device__ inline void poison_rows(const RowView<T>& view, int b, int blocks, int first, int last) {
   __syncthreads();  // what other threads write of these rows is written
@@ -354,9 +353,12 @@ __device__ inline void poison_rows(const RowView<T>& view, int b, int blocks, in
   }
 }
 
+// Where rows are claimed, any of this rank's may be one that this block has added up, of inputs that a peer which gave up
+// has overwritten meanwhile: all of them.
 template <typename T, Epilogue kEpilogue>
-__device__ inline void poison_rows(const RowView<T>& view) {
-  poison_rows<T, kEpilogue>(view, view.row_block(), view.row_blocks(), 0, view.hidden / kLanes<T>);
+__device__ inline void poison_rows(const RowView<T>& view, bool claimed = false) {
+  poison_rows<T, kEpilogue>(view, claimed ? 0 : view.row_block(), claimed ? 1 : view.row_blocks(), 0,
+                            view.hidden / kLanes<T>);
 }
 
 template <typename T>

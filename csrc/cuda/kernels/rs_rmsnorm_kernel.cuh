@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBo
     if (arrived) arrived = reduce_in_bulk<T, kVecs, kEpilogue>(view, round, part, shared, partials);
     arrived = all_arrived<kEpilogue>(view, arrived);
     if (!shared.any_in_cluster(args.cluster, !arrived)) return end_op(args.team);
-    poison_rows<T, kEpilogue>(view);
+    poison_rows<T, kEpilogue>(view, claims_rows<kEpilogue>(view));
     end_faulted_op(args.team, args.call, round);
 #endif
   }
