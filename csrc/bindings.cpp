@@ -160,7 +160,8 @@ tpf_card card_of(const CardName& which) {
   const tpf_status status =
       name != nullptr ? tpf_card_named(&card, name->c_str()) : tpf_card_of(&card, std::get<int>(which));
   if (status == TPF_OK) return card;
-  if (name != nullptr) throw py::value_error("no card is known as " + *name + ": A100, H20, H100, H200, B200 and RTX PRO 6000 are");
+  if (name != nullptr)
+    throw py::value_error("no card is known as " + *name + ": A100, H20, H100, H200, B200 and RTX PRO 6000 are");
   throw std::runtime_error(tpf_cuda_error_string());
 }
 

@@ -242,8 +242,8 @@ tpf_status tpf_reduce_scatter_rows_cpu(void* output, const void* input, const tp
 tpf_status tpf_all_gather_rows_cpu(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
                                    int32_t hidden_size, tpf_dtype dtype);
 
-/* Quantised rows, [rows, hidden_size] of e4m3, and their scales, [rows, groups of group_size columns], in one round. Both
- * must fit a slot together: a rank's most rows of the first, 16 bytes at most, and its scales. */
+/* Quantised rows, [rows, hidden_size] of e4m3, and their scales, [rows, groups of group_size columns], in one round.
+ * Both must fit a slot together: a rank's most rows of the first, 16 bytes at most, and its scales. */
 tpf_status tpf_gather_quantized_cpu(void* q, float* scale, const void* own_q, const float* own_scale,
                                     const tpf_team* team, int64_t num_tokens, int32_t hidden_size, int32_t group_size);
 

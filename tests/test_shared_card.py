@@ -15,7 +15,7 @@ from programs import Call
 from ranks import workspace
 
 import tp_fused
-from tp_fused import backends, native
+from tp_fused import native, planning
 
 pytestmark = pytest.mark.cuda
 
@@ -115,7 +115,7 @@ def test_a_cluster_finds_room_beside_what_peers_may_hold(tmp_path):
         pytest.skip("there is no nvcc" if nvcc is None else "the card has no clusters")
     program, source = tmp_path / "cluster_room", Path(__file__).parent / "cuda" / "cluster_room.cu"
     subprocess.run([nvcc, "-std=c++20", "-arch=native", "-o", program, source], check=True, timeout=120)
-    shares = {ranks: backends.share_of(ranks, card["sm_count"], card["cluster_sms"]) for ranks in range(2, 9)}
+    shares = {ranks: planning.share_of(0, ranks) for ranks in range(2, 9)}
     held = sorted({(ranks - 1) * share.max_ctas for ranks, share in shares.items()})
     run = subprocess.run([program, *map(str, held)], check=True, capture_output=True, text=True, timeout=60)
     found = [line.split() for line in run.stdout.splitlines()]

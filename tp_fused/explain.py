@@ -35,10 +35,10 @@ def explain(
     complete: as the call would be. Raises ValueError or TypeError where the call itself would: no workspace, an unknown
     op, a count below zero.
 
-    gpu: "A100", "H20", "H100", "H200", "B200" or "RTX PRO 6000" asks about such cards instead, without a workspace and without a GPU:
-    about a call of `world_size` ranks, `ranks_per_card` on each card, with an input of `hidden_size` columns of
-    `dtype`, in_place in symmetric memory or not, and projections of `latent_size` columns. Without gpu these are not
-    looked at. A plan depends on nothing else: what is told here is what runs there.
+    gpu: "A100", "H20", "H100", "H200", "B200" or "RTX PRO 6000" asks about such cards instead, without a workspace and
+    without a GPU: about a call of `world_size` ranks, `ranks_per_card` on each card, with an input of `hidden_size`
+    columns of `dtype`, in_place in symmetric memory or not, and projections of `latent_size` columns. Without gpu these
+    are not looked at. A plan depends on nothing else: what is told here is what runs there.
     """
     if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"unknown op {checks.described(op)}; there are {', '.join(OPS)}")

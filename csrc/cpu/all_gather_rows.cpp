@@ -1,6 +1,5 @@
-#include "gather.h"
-
 #include "../plan/gather.h"
+#include "gather.h"
 
 tpf_status tpf_all_gather_rows_cpu(void* output, const void* input, const tpf_team* team, int64_t num_tokens,
                                    int32_t hidden_size, tpf_dtype dtype) {

@@ -7,8 +7,8 @@
 
 namespace tpf {
 
-// output[num_tokens] <- every rank's rows, which begin at `offset` in its slot. `own` are this rank's rows; they may be in
-// their place already.
+// output[num_tokens] <- every rank's rows, which begin at `offset` in its slot. `own` are this rank's rows; they may be
+// in their place already.
 inline void gather_rows(Round& round, char* output, const char* own, int64_t row_bytes, int64_t offset = 0) {
   for (int peer = 0; peer < round.world_size(); ++peer) {
     const Rows rows = round.rows(peer);

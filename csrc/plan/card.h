@@ -24,8 +24,8 @@ inline Limits limits_of(const tpf_team& team) {
   return {team.world_size, most, team.free_sms, team.free_cluster_sms, team.slot_bytes};
 }
 
-// What a card runs, of tpf_card's architectures. `built`: that of the card's own, if this build has code for it, else 80.
-// `compiled`: what the code that the driver took was compiled from; PTX of a newer one than `built` may be.
+// What a card runs, of tpf_card's architectures. `built`: that of the card's own, if this build has code for it,
+// else 80. `compiled`: what the code that the driver took was compiled from; PTX of a newer one than `built` may be.
 constexpr int architecture_of(int built, int compiled) {
   const int taken = compiled >= 120 ? 120 : compiled >= 100 ? 100 : compiled >= 90 ? 90 : 80;
   return built > 80 ? built : taken;

@@ -2,8 +2,8 @@
 // the gathering half of the projections are this kernel.
 //
 // Rows come in parts that all ranks want as tensors of their own: one, quantised rows and their scales, or three of a
-// latent. In a slot, too, the rows of a part lie one after the other. In qkv_a_proj_ag_norm the owner of a row normalises
-// its parts as it stages them: once, where all ranks would do it after the gather.
+// latent. In a slot, too, the rows of a part lie one after the other. In qkv_a_proj_ag_norm the owner of a row
+// normalises its parts as it stages them: once, where all ranks would do it after the gather.
 //
 // A share is dealt out in chunks: the first ones of all blocks side by side, then the second ones, ... So all blocks
 // are in the same few pages at a time. Chunk c of a block is published at step c, and may be copied while chunk c + 1

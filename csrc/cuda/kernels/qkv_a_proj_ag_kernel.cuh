@@ -42,7 +42,8 @@ __device__ inline void poison_tiles(const ProjectionArgs& args) {
       if (row >= rows) break;
       for (int column = lane; column < Tiles::kMainColumns + Tiles::kTail; column += 32) {
         const int at = column_of<Tiles>(args, tile.column_tile, column);
-        if (at < args.call.columns) poison(args.outputs[0] + (row * args.call.columns + at) * sizeof(Out), sizeof(Out), 0, 1);
+        if (at < args.call.columns)
+          poison(args.outputs[0] + (row * args.call.columns + at) * sizeof(Out), sizeof(Out), 0, 1);
       }
     }
   });

@@ -353,8 +353,8 @@ __device__ inline void poison_rows(const RowView<T>& view, int b, int blocks, in
   }
 }
 
-// Where rows are claimed, any of this rank's may be one that this block has added up, of inputs that a peer which gave up
-// has overwritten meanwhile: all of them.
+// Where rows are claimed, any of this rank's may be one that this block has added up, of inputs that a peer which gave
+// up has overwritten meanwhile: all of them.
 template <typename T, Epilogue kEpilogue>
 __device__ inline void poison_rows(const RowView<T>& view, bool claimed = false) {
   poison_rows<T, kEpilogue>(view, claimed ? 0 : view.row_block(), claimed ? 1 : view.row_blocks(), 0,
