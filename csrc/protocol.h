@@ -224,7 +224,7 @@ TPF_HD inline uint32_t mix(uint32_t hash, uint32_t value) {
   return hash ^ (hash >> 16);
 }
 
-TPF_HD inline uint32_t mix(uint32_t hash, float value) {
+TPF_HD inline uint32_t mix_float(uint32_t hash, float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return mix(hash, bits);
@@ -241,8 +241,8 @@ TPF_HD inline uint32_t contract_of(const tpf_call& call) {
   hash = mix(hash, call.variant);
   hash = mix(hash, call.q_columns);
   hash = mix(hash, call.kv_columns);
-  hash = mix(hash, call.eps);
-  hash = mix(hash, call.weight_offset);
+  hash = mix_float(hash, call.eps);
+  hash = mix_float(hash, call.weight_offset);
   hash = mix(hash, call.buffer);
   hash = mix(hash, static_cast<uint32_t>(call.source));
   return mix(hash, static_cast<uint32_t>(call.source >> 32));

@@ -68,8 +68,9 @@ typedef enum tpf_op {
 
 /* What a rank says it is calling. All ranks must say the same; a 32-bit hash of it travels with every signal. */
 typedef struct tpf_call {
-  uint32_t op;
-  uint32_t dtype;
+  uint16_t op;
+  uint16_t dtype;
+  float eps; /* of a norm; 0 elsewhere. Functions that are given it, and weight_offset, write it here themselves */
   int64_t num_tokens;
   uint32_t hidden_size; /* columns of the input */
   uint32_t columns;     /* columns of a projection, 0 elsewhere */
@@ -79,9 +80,7 @@ typedef struct tpf_call {
   uint32_t buffer;     /* the symmetric buffer that the input is read in; 0 where it is staged */
   int64_t source;      /* -1: input staged; else its offset in that buffer, read there in place */
   uint32_t q_columns;  /* of q_a in qkv_a_proj_ag_norm; 0 elsewhere */
-  float eps;           /* of a norm; 0 elsewhere. The functions that are given it write it here themselves */
-  float weight_offset; /* likewise */
-  uint32_t reserved;
+  float weight_offset; /* of a norm; 0 elsewhere */
 } tpf_call;
 
 typedef struct tpf_fault {

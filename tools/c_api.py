@@ -11,8 +11,9 @@ Pointer = ctypes.c_void_p
 
 class Call(ctypes.Structure):
     _fields_ = [
-        ("op", ctypes.c_uint32),
-        ("dtype", ctypes.c_uint32),
+        ("op", ctypes.c_uint16),
+        ("dtype", ctypes.c_uint16),
+        ("eps", ctypes.c_float),
         ("num_tokens", ctypes.c_int64),
         ("hidden_size", ctypes.c_uint32),
         ("columns", ctypes.c_uint32),
@@ -22,9 +23,7 @@ class Call(ctypes.Structure):
         ("buffer", ctypes.c_uint32),
         ("source", ctypes.c_int64),
         ("q_columns", ctypes.c_uint32),
-        ("eps", ctypes.c_float),
         ("weight_offset", ctypes.c_float),
-        ("reserved", ctypes.c_uint32),
     ]
 
 
