@@ -74,6 +74,20 @@ def test_tensor_outlives_the_workspace(pool, device, world_size):
     assert pool.run(outlives, device) == [0.0, 64.0]
 
 
+def quantised(backend: str, device: str):
+    """Runs on a rank."""
+    with workspace(backend, device):
+        error, _ = outcome(tp_fused.symm_empty, (8, 8), torch.qint8, device=device)
+        assert tp_fused.symm_empty((8, 8), torch.int8, device=device).shape == (8, 8)
+        return error
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_memory_of_quantised_dtypes_is_refused(pool, backend, device, world_size):
+    for error in pool.run(quantised, backend, device):
+        assert isinstance(error, TypeError) and "no symmetric memory of torch.qint8" in str(error)
+
+
 def disagreeing_shapes(backend: str, device: str):
     """Runs on a rank."""
     with workspace(backend, device):

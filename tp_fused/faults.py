@@ -27,7 +27,8 @@ class CollectiveFault(RuntimeError):
     `tp_fused.init` makes a new one. The process and its other work are not affected.
 
     Attributes: `op`, `call_number` (calls on this workspace, from 1), `rank` (whose report this is), `peer` (about
-    whom), `reason` ("never arrived", "disagrees", "gave up", "closed", "died", "interrupted", "overlaps").
+    whom), `reason` ("never arrived", "disagrees", "gave up", "closed", "died", "interrupted", "overlaps"). Ranks are
+    those of the group; where they are not the global ones, the message has these, too.
     """
 
     def __init__(self, message: str, op: str, call_number: int, rank: int, peer: int, reason: str):
@@ -69,8 +70,16 @@ def _differences(expected: dict, seen: dict) -> tuple[str, str]:
     return ", ".join(words(expected, key) for key in keys), ", ".join(words(seen, key) for key in keys)
 
 
-def fault_from(record: dict, *others: dict) -> CollectiveFault:
-    """The exception for a record. `others`: where the awaited peer gave up first, its own, and so on."""
+def in_group(message: str, members: list[int]) -> str:
+    """The message, whose ranks are those of a group; with the members' global ranks where these are others."""
+    if members == list(range(len(members))):
+        return message
+    return f"{message} (ranks of a group, whose global ranks are {', '.join(map(str, members))})"
+
+
+def fault_from(record: dict, *others: dict, members: list[int] | None = None) -> CollectiveFault:
+    """The exception for a record. `others`: where the awaited peer gave up first, its own, and so on. `members`: the
+    global ranks of the group."""
     op = OPS.get(record["expected"]["op"], f"op {record['expected']['op']}")
     rank, peer, status = record["rank"], record["peer"], record["status"]
     call = f"{op} #{record['call_number']}"
@@ -98,4 +107,5 @@ def fault_from(record: dict, *others: dict) -> CollectiveFault:
         message = f"{call}: rank {rank} replayed a CUDA graph captured on a workspace closed since: capture it again"
     else:
         reason, message = "died", f"{call}: the process of rank {peer} ended before it arrived"
+    message = in_group(message, members or [])
     return CollectiveFault(message, op, record["call_number"], rank, peer, reason)

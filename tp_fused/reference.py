@@ -121,7 +121,7 @@ def _agree(workspace, op: str, input: torch.Tensor, num_tokens: int, variant: st
         return
 
     def fault(message: str, peer: int, reason: str) -> faults.CollectiveFault:
-        message = f"{op} #{workspace.calls}: {message}"
+        message = faults.in_group(f"{op} #{workspace.calls}: {message}", workspace.members)
         workspace.fault = faults.CollectiveFault(message, op, workspace.calls, workspace.rank, peer, reason)
         return workspace.fault
 
@@ -254,7 +254,7 @@ def qkv_a_proj_ag_fp8(workspace, q, scale, weight, weight_scale, num_tokens, com
 
 
 def qkv_a_proj_ag_norm(workspace, input, weight, q_a_weight, kv_a_weight, eps, num_tokens, weight_offset, complete):
-    variant = f", columns={weight.shape[0]}, q_a={q_a_weight.numel()}"
+    variant = f", columns={weight.shape[0]}, q_a={q_a_weight.numel()}, kv_a={kv_a_weight.numel()}"
     variant += _norm_variant(input.dtype, q_a_weight, eps, weight_offset)
     linear = torch.nn.functional.linear
     latent = _projected(workspace, "qkv_a_proj_ag_norm", input, num_tokens, variant, complete, linear, weight)
@@ -286,7 +286,7 @@ def qkv_a_proj_ag_norm_fp8(
     complete,
     round_scales,
 ):
-    variant = f", columns={weight.shape[0]}, q_a={q_a_weight.numel()}"
+    variant = f", columns={weight.shape[0]}, q_a={q_a_weight.numel()}, kv_a={kv_a_weight.numel()}"
     variant += _norm_variant(torch.bfloat16, q_a_weight, eps)
     operands = (scale, weight, weight_scale)
     latent = _projected(workspace, "qkv_a_proj_ag_norm_fp8", q, num_tokens, variant, complete, project_fp8, *operands)

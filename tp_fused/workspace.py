@@ -6,10 +6,14 @@ import os
 import threading
 
 import torch
+import torch.distributed as dist
 
 from . import backends, checks, faults, lifetime, memory, partition
 from .native import _C
 from .rendezvous import Meeting
+
+# Whose elements are not their bytes alone: torch makes no such tensor of memory that it is given.
+_QUANTISED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 
 
 class Workspace:
@@ -24,6 +28,7 @@ class Workspace:
         self.group = group
         self.group_name = group.group_name
         self.rank, self.world_size = group.rank(), group.size()
+        self.members: list[int] = dist.get_process_group_ranks(group)  # their global ranks
         self.device_type, self.backend, self.reason = device_type, backend, reason
         self.max_num_tokens: int = arguments["max_num_tokens"]
         self.hidden_size: int = arguments["hidden_size"]
@@ -101,7 +106,7 @@ class Workspace:
             records = [record]
             while records[-1]["status"] == faults.PEER_FAULTED and len(records) < self.world_size:
                 records.append(self.team.fault(records[-1]["peer"]))
-            raise faults.fault_from(*records)
+            raise faults.fault_from(*records, members=self.members)
 
     def symm_empty(self, *shape: int, dtype: torch.dtype | None = None, device=None) -> torch.Tensor:
         """An uninitialised tensor in symmetric memory. Collective: all ranks call it with the same shape and dtype.
@@ -150,6 +155,8 @@ class Workspace:
             checks.count("symm_empty: a size", size, most=2**63 - 1)
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"symm_empty: dtype must be a torch.dtype, got {dtype!r}")
+        if dtype in _QUANTISED:
+            raise TypeError(f"symm_empty: there is no symmetric memory of {dtype}, whose elements need a scale, too")
         numel = math.prod(shape)  # torch.Size.numel() wraps at 2^63
         if numel * dtype.itemsize * self.world_size >= 2**63:
             raise MemoryError(f"symm_empty: {shape} of {dtype} are {numel * dtype.itemsize} bytes a rank")
