@@ -8,11 +8,13 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from ...groups import init
+from ...rendezvous import Meeting
 from .fp8 import check_config, check_weights, fp8_parameters, has_fp8
 from .fp8_kernels import supply_kernels
 from .heads import HeadsLayer
 from .layers import DecoderLayer, FinalNorm, VocabParallelEmbedding
 from .mla import LatentAttentionLayer
+from .same_model import Description, describe_config, describe_tensors, require_same
 from .sharding import Shards
 from .tensor_parallel import TensorParallel
 
@@ -50,11 +52,11 @@ def parallelize(
     Weights may be in transformers' fine-grained fp8 (`FP8Linear`, blocks of 128 x 128, rows quantised as they come):
     `mla_prologue_fp8` runs then, and a rank has whole blocks of every weight.
 
-    Collective: every rank calls it with the same model. Attention is split by heads, the MLPs, shared and routed
-    experts by intermediate columns, the embedding by vocabulary, all as `torch.tensor_split` does, so that the sizes
-    need not divide. Where ranks are more than key-value heads, several ranks hold the same one. The latent projections,
-    and those of a sparse-attention indexer, are one replicated weight; norms, router and lm_head stay whole. With
-    q_lora_rank=None (V2-Lite) the queries need every normalised row, and only the kv latent is scattered.
+    Collective: every rank calls it with the same model and arguments. Attention is split by heads, the MLPs, shared and
+    routed experts by intermediate columns, the embedding by vocabulary, all as `torch.tensor_split` does, so that the
+    sizes need not divide. Where ranks are more than key-value heads, several ranks hold the same one. The latent
+    projections, and those of a sparse-attention indexer, are one replicated weight; norms, router and lm_head stay
+    whole. With q_lora_rank=None (V2-Lite) the queries need every normalised row, and only the kv latent is scattered.
 
     max_num_tokens: the most tokens (batch times length) of any forward; makes the group's workspace, with this
     timeout_s, and replaces the one it has. None: the group's own workspace serves. way: see `TensorParallel`.
@@ -69,12 +71,18 @@ def parallelize(
 
     Raises ValueError, before anything is changed, when the model is of another class, quantised in another way, of
     mixed dtypes (norms in fp32 are taken), on several devices or not on the workspace's, or has fewer heads than there
-    are ranks; and, by the layer's name, where heads or columns cut a block of fp8 weights. A forward of more than
-    max_num_tokens tokens raises ValueError.
+    are ranks; and, by the layer's name, where heads or columns cut a block of fp8 weights. So it does, on every rank,
+    where the ranks' arguments differ, or their models: in class, config, the names, shapes and dtypes of weights, or in
+    a sample of each weight's elements, which tells other seeds and other checkpoints. Which entry and which ranks, the
+    error names. CollectiveFault where a rank does not come within the group's timeout, or has refused its model. A
+    forward of more than max_num_tokens tokens raises ValueError.
     """
     group = resolve_group(group)
-    check_model(model, group.size())
-    device = _device(model)
+    with Meeting.of(group, "tp_fused.integrations.transformers.parallelize") as meeting:
+        check_model(model, group.size())
+        device = _device(model)
+        arguments = {"max_num_tokens": max_num_tokens, "way": way, "check_tokens": check_tokens}
+        require_same(meeting, describe(model, device, arguments) | describe_tensors(model))
     return convert(
         model,
         Shards(group.rank(), group.size()),
@@ -85,6 +93,15 @@ def parallelize(
         timeout_s=timeout_s,
         check_tokens=check_tokens,
     )
+
+
+def describe(model, device: torch.device, arguments: dict) -> Description:
+    """What the ranks' models have to have in common, but for their weights."""
+    return {
+        "arguments": {name: repr(value) for name, value in arguments.items()},
+        "model": {"class": type(model).__name__, "device": device.type},
+        "config": describe_config(model.config),
+    }
 
 
 def convert(

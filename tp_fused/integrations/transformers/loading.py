@@ -8,20 +8,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from ...groups import type_of
-from .core import FAMILIES, check_model, convert, resolve_group
+from ...rendezvous import Meeting
+from .checkpoint import Checkpoint
+from .core import FAMILIES, check_model, convert, describe, resolve_group
 from .fp8 import check_config
+from .same_model import require_same, some
 from .sharding import Shards
 from .tensor_parallel import TensorParallel
-
-# Of safetensors. What is narrower is quantised, and is read as it is.
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_STORED_AS = {torch.float8_e4m3fn: ("F8_E4M3",), torch.float8_e8m0fnu: ("F8_E8M0", "F32", "BF16")}
 
 
 def load_parallel(
@@ -45,20 +43,24 @@ def load_parallel(
     where they go (default: cuda where torch sees one, its current device). Other arguments: see `parallelize`.
 
     Raises ValueError where the folder lacks a file or a weight, a weight has another shape than config.json says, and
-    where `parallelize` would. Weights that the model has no place for are left, with one warning.
+    where `parallelize` would. Of the ranks' folders it compares the config, the tensors' names, shapes and dtypes, and
+    one row of each tensor but the experts'. Weights that the model has no place for are left, with one warning.
     """
     group = resolve_group(group)
-    device = _with_index(type_of(None) if device is None else torch.device(device))
-    folder = Path(folder)
-    config = _config(folder)
-    checkpoint = Checkpoint(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.get_default_dtype())
-    _quantise(model)
-    check_model(model, group.size())
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    weights = _Weights(model, checkpoint, device)
+    with Meeting.of(group, "tp_fused.integrations.transformers.load_parallel") as meeting:
+        device = _with_index(type_of(None) if device is None else torch.device(device))
+        folder = Path(folder)
+        config = _config(folder)
+        checkpoint = Checkpoint(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.get_default_dtype())
+        _quantise(model)
+        check_model(model, group.size())
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        weights = _Weights(model, checkpoint, device)
+        arguments = {"max_num_tokens": max_num_tokens, "way": way, "check_tokens": check_tokens, "dtype": model.dtype}
+        require_same(meeting, describe(model, device, arguments) | checkpoint.describe())
     # Its tables are computed, not stored.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
     shards = Shards(group.rank(), group.size(), weights.read)
@@ -108,39 +110,6 @@ def _with_index(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-class Checkpoint:
-    """The safetensors files of a folder. A tensor is read in parts."""
-
-    def __init__(self, folder: Path):
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            self._files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        elif single.is_file():
-            with safe_open(single, "pt") as opened:
-                self._files = dict.fromkeys(opened.keys(), single)
-        else:
-            raise ValueError(f"{folder} has neither {index.name} nor {single.name}")
-        self._opened = {}
-        self.folder, self.names = folder, set(self._files)
-
-    def require(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Raises where the tensor has another shape, or cannot be read as one of dtype."""
-        stored, kinds = self._slice(name), _STORED_AS.get(dtype, _FLOATS)
-        if tuple(stored.get_shape()) != shape:
-            raise ValueError(f"{name} is {tuple(stored.get_shape())} in {self.folder}, expected {shape}")
-        if stored.get_dtype() not in kinds:
-            raise ValueError(f"{name} is {stored.get_dtype()} in {self.folder}, expected one of {', '.join(kinds)}")
-
-    def read(self, name: str, *index: slice) -> torch.Tensor:
-        return self._slice(name)[index or (slice(None),)]
-
-    def _slice(self, name: str):
-        path = self._files[name]
-        if path not in self._opened:
-            self._opened[path] = safe_open(path, "pt")
-        return self._opened[path].get_slice(name)
-
-
 class _Weights:
     """Where each weight of a model on the meta device is in a checkpoint, and how a part of it is read."""
 
@@ -160,11 +129,11 @@ class _Weights:
                 taken |= set(source.names)
         missing = [name for name, tensor in tensors if tensor not in self._sources]  # of tied weights, one is stored
         if missing:
-            raise ValueError(f"{checkpoint.folder} lacks {_some(missing)}, which {type(model).__name__} has")
+            raise ValueError(f"{checkpoint.folder} lacks {some(missing)}, which {type(model).__name__} has")
         ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
         left = [name for name in checkpoint.names - taken if not any(pattern.search(name) for pattern in ignored)]
         if left:
-            warnings.warn(f"{type(model).__name__} has no place for {_some(sorted(left))}: left", stacklevel=3)
+            warnings.warn(f"{type(model).__name__} has no place for {some(sorted(left))}: left", stacklevel=3)
 
     def read(self, tensor: torch.Tensor, *index: slice) -> torch.Tensor:
         source, dtype = self._sources[tensor]
@@ -234,7 +203,3 @@ def _find(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> _Stored | 
             return None
         checkpoint.require(stored, expected, tensor.dtype)
     return source
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

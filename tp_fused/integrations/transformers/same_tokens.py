@@ -5,6 +5,7 @@ import hashlib
 import torch
 
 from ... import ops
+from .same_model import by_value
 
 _TIMES = ("first", "always", "never")
 _TENSORS = ("input_ids", "attention_mask", "position_ids")
@@ -39,16 +40,8 @@ class SameTokens:
         told["cached lengths"] = [values[-1] for values in ranks]
         for what, values in told.items():
             if len(set(values)) > 1:
-                raise ValueError(f"the ranks feed different {what}: {_by_value(values)}")
+                raise ValueError(f"the ranks feed different {what}: {by_value(values)}")
         self._due = self.when == "always"
-
-
-def _by_value(values: list) -> str:
-    ranks = {}
-    for rank, value in enumerate(values):
-        ranks.setdefault(value, []).append(str(rank))
-    said = (f"{'rank' if len(who) == 1 else 'ranks'} {', '.join(who)}: {value}" for value, who in ranks.items())
-    return "; ".join(said)
 
 
 def _checksum(tensor) -> int:
