@@ -39,7 +39,7 @@ def parallelize(
     max_num_tokens: int | None = None,
     way: str = "fused",
     timeout_s: float = 30.0,
-    check_tokens: str = "first",
+    check_tokens: str = "always",
 ) -> TensorParallel:
     """Shards an unsharded decoder of transformers over `group`, in place, and runs its forward on the ops.
 
@@ -62,9 +62,10 @@ def parallelize(
     timeout_s, and replaces the one it has. None: the group's own workspace serves. way: see `TensorParallel`.
 
     Afterwards every rank must call the model with the same tokens, and gets all logits. check_tokens: when the ranks
-    compare their tokens, masks, positions and cached lengths, and raise ValueError, on all of them, where they differ:
-    in the "first" forward, "always" or "never". On a GPU a comparison waits for its result. A forward with another
-    number of tokens than a peer's is always told, by the ops.
+    compare their tokens or embeddings, masks, positions and cached lengths, and raise ValueError, on all of them, where
+    they differ: "always", in the "first" forward or "never". On a GPU a comparison waits for what is fed and for its
+    result. A forward with another number of tokens than a peer's is always told, by the ops. Ranks that sample need the
+    same `torch.manual_seed`: of other seeds the first token that differs raises when it is fed.
 
     It is for inference: weights no longer require gradients, `output_hidden_states` raises. So does `save_pretrained`:
     what is left on a rank are its shards. `copy.deepcopy` copies these, and shares the group.

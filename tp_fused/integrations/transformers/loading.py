@@ -31,7 +31,7 @@ def load_parallel(
     device: str | torch.device | None = None,
     way: str = "fused",
     timeout_s: float = 30.0,
-    check_tokens: str = "first",
+    check_tokens: str = "always",
 ) -> tuple[PreTrainedModel, TensorParallel]:
     """`parallelize(AutoModelForCausalLM.from_pretrained(folder))`, but no rank ever holds the whole model.
 

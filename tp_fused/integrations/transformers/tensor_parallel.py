@@ -25,7 +25,9 @@ class TensorParallel:
     which is entered around that part of a forward.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, way: str = "fused", check_tokens: str = "first"):
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, way: str = "fused", check_tokens: str = "always"
+    ):
         self.group, self.rank, self.world_size = group, group.rank(), group.size()
         self.device = device
         self.timer = None
