@@ -67,8 +67,9 @@ def parallelize(
     result. A forward with another number of tokens than a peer's is always told, by the ops. Ranks that sample need the
     same `torch.manual_seed`: of other seeds the first token that differs raises when it is fed.
 
-    It is for inference: weights no longer require gradients, `output_hidden_states` raises. So does `save_pretrained`:
-    what is left on a rank are its shards. `copy.deepcopy` copies these, and shares the group.
+    It is for inference: weights no longer require gradients, `output_hidden_states` raises. So does `save_pretrained`,
+    of the model and of its decoder: what is left on a rank are its shards, which is what `state_dict` has.
+    `copy.deepcopy` copies these, and shares the group.
 
     Raises ValueError, before anything is changed, when the model is of another class, quantised in another way, of
     mixed dtypes (norms in fp32 are taken), on several devices or not on the workspace's, or has fewer heads than there
@@ -131,7 +132,9 @@ def convert(
     decoder.norm = FinalNorm(tp, decoder.norm)
     parameters = list(inspect.signature(decoder.forward).parameters)
     decoder.register_forward_pre_hook(functools.partial(tp.admit, parameters), with_kwargs=True)
-    model.save_pretrained = _refuse_to_save
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):  # the decoder is one, too, and its config is of the whole model
+            module.save_pretrained = _refuse_to_save
     return tp
 
 
