@@ -67,7 +67,7 @@ ODD = r"\(ranks 0, 1: {}; rank 2: {}\)"
         ("layers", r"config: num_hidden_layers " + ODD.format(3, 2)),
         ("mla layers", r"config: .*num_hidden_layers " + ODD.format(3, 2)),
         ("rope", r"config: rope_parameters.rope_theta " + ODD.format("10000.0", "500000.0")),
-        ("argument", r"arguments: way " + ODD.format("'fused'", "'transport'")),
+        ("argument", r"arguments: way " + ODD.format("fused", "transport")),
         ("dtype", r"tensors: .*model.embed_tokens.weight \(ranks 0, 1: torch.float32 .*; rank 2: torch.bfloat16 "),
         (
             "values",
@@ -184,3 +184,45 @@ def test_a_rank_without_the_folder_is_told_at_once(pool, device, tmp_path):
     first, second = pool.outcomes(no_folder, str(tmp_path), device)
     assert isinstance(second, ValueError) and "has no config.json" in str(second)
     assert isinstance(first, CollectiveFault) and "rank 1 gave up: ValueError: " in str(first)
+
+
+# ---- arguments ----
+
+
+def give(loads: bool, folder: str, device: str, arguments: dict) -> bool:
+    """Runs on a rank: raises what is said of an argument; False where the model was changed before."""
+    model = make_model("v3", device)
+    before = describe_tensors(model)
+    try:
+        if loads:
+            load_parallel(folder, device=device, **{"max_num_tokens": 8, **arguments})
+        else:
+            parallelize(model, **{"max_num_tokens": 8, **arguments})
+    except (TypeError, ValueError):
+        if describe_tensors(model) != before:
+            return False
+        raise
+    return False
+
+
+@pytest.mark.parametrize("loads", [False, True], ids=["parallelize", "load_parallel"])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(max_num_tokens=0), ValueError, "max_num_tokens must be positive, got 0"),
+        (dict(max_num_tokens=-1), ValueError, "max_num_tokens must be positive, got -1"),
+        (dict(max_num_tokens=1.5), TypeError, "max_num_tokens must be an integer, got 1.5"),
+        (dict(max_num_tokens=True), TypeError, "max_num_tokens must be an integer, got True"),
+        (dict(max_num_tokens="8"), TypeError, "max_num_tokens must be an integer, got '8'"),
+        (dict(check_tokens=None), ValueError, "check_tokens must be one of first, always, never, got None"),
+        (dict(group="0"), TypeError, "group must be a process group, got '0'"),
+        (dict(group=3), TypeError, "group must be a process group, got 3"),
+        (dict(group=dist.GroupMember.NON_GROUP_MEMBER), ValueError, "this rank is not in the group"),
+    ],
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_an_argument_that_is_none_is_told_on_every_rank(pool, device, tmp_path, loads, arguments, error, message):
+    make_model("v3").save_pretrained(tmp_path)
+    for outcome in pool.outcomes(give, loads, str(tmp_path), device, arguments):
+        with pytest.raises(error, match=message):
+            raise outcome

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from ...groups import init
+from ... import checks
+from ...groups import default_group, init, process_group
 from ...rendezvous import Meeting
 from .fp8 import check_config, check_weights, fp8_parameters, has_fp8
 from .fp8_kernels import supply_kernels
@@ -15,8 +16,9 @@ from .heads import HeadsLayer
 from .layers import DecoderLayer, FinalNorm, VocabParallelEmbedding
 from .mla import LatentAttentionLayer
 from .same_model import Description, describe_config, describe_tensors, require_same
+from .same_tokens import check_times
 from .sharding import Shards
-from .tensor_parallel import TensorParallel
+from .tensor_parallel import TensorParallel, check_way
 
 # By name: transformers imports a model's file when its class is asked for, and older releases lack some.
 FAMILIES: dict[str, type[DecoderLayer]] = {
@@ -76,14 +78,15 @@ def parallelize(
     are ranks; and, by the layer's name, where heads or columns cut a block of fp8 weights. So it does, on every rank,
     where the ranks' arguments differ, or their models: in class, config, the names, shapes and dtypes of weights, or in
     a sample of each weight's elements, which tells other seeds and other checkpoints. Which entry and which ranks, the
-    error names. CollectiveFault where a rank does not come within the group's timeout, or has refused its model. A
-    forward of more than max_num_tokens tokens raises ValueError.
+    error names. TypeError where max_num_tokens is no integer or group no process group. CollectiveFault where a rank
+    does not come within the group's timeout, or has refused its model. A forward of more than max_num_tokens tokens
+    raises ValueError.
     """
     group = resolve_group(group)
     with Meeting.of(group, "tp_fused.integrations.transformers.parallelize") as meeting:
+        arguments = check_arguments(max_num_tokens, way, check_tokens)
         check_model(model, group.size())
         device = _device(model)
-        arguments = {"max_num_tokens": max_num_tokens, "way": way, "check_tokens": check_tokens}
         require_same(meeting, describe(model, device, arguments) | describe_tensors(model))
     return convert(
         model,
@@ -97,10 +100,10 @@ def parallelize(
     )
 
 
-def describe(model, device: torch.device, arguments: dict) -> Description:
+def describe(model, device: torch.device, arguments: dict[str, str]) -> Description:
     """What the ranks' models have to have in common, but for their weights."""
     return {
-        "arguments": {name: repr(value) for name, value in arguments.items()},
+        "arguments": arguments,
         "model": {"class": type(model).__name__, "device": device.type},
         "config": describe_config(model.config),
     }
@@ -146,12 +149,21 @@ def _refuse_to_save(*_, **__):
 
 
 def resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    if group is None and not dist.is_initialized():
-        raise ValueError("no group given and torch.distributed is not initialised")
-    return group if group is not None else dist.group.WORLD
+    if not dist.is_initialized():
+        raise ValueError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
+    return process_group(group) if group is not None else default_group()
 
 
 # ---- what is refused ----
+
+
+def check_arguments(max_num_tokens, way, check_tokens) -> dict[str, str]:
+    """Returns them in words, to compare with the other ranks'."""
+    if max_num_tokens is not None:
+        checks.count("max_num_tokens", max_num_tokens, least=1)
+    check_way(way)
+    check_times(check_tokens)
+    return {"max_num_tokens": str(max_num_tokens), "way": way, "check_tokens": check_tokens}
 
 
 def _class_name(model) -> str | None:

@@ -15,7 +15,7 @@ from transformers.quantizers import AutoHfQuantizer
 from ...groups import type_of
 from ...rendezvous import Meeting
 from .checkpoint import Checkpoint
-from .core import FAMILIES, check_model, convert, describe, resolve_group
+from .core import FAMILIES, check_arguments, check_model, convert, describe, resolve_group
 from .fp8 import check_config
 from .same_model import require_same, some
 from .sharding import Shards
@@ -48,6 +48,7 @@ def load_parallel(
     """
     group = resolve_group(group)
     with Meeting.of(group, "tp_fused.integrations.transformers.load_parallel") as meeting:
+        arguments = check_arguments(max_num_tokens, way, check_tokens)
         device = _with_index(type_of(None) if device is None else torch.device(device))
         folder = Path(folder)
         config = _config(folder)
@@ -59,7 +60,7 @@ def load_parallel(
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
         weights = _Weights(model, checkpoint, device)
-        arguments = {"max_num_tokens": max_num_tokens, "way": way, "check_tokens": check_tokens, "dtype": model.dtype}
+        arguments["dtype"] = str(model.dtype)
         require_same(meeting, describe(model, device, arguments) | checkpoint.describe())
     # Its tables are computed, not stored.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)

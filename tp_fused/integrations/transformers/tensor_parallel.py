@@ -10,6 +10,13 @@ from ...groups import get_workspace
 from .programs import Fused, Unfused
 from .same_tokens import SameTokens
 
+_WAYS = ("all_reduce", "transport", "fused")
+
+
+def check_way(way: str) -> None:
+    if way not in _WAYS:
+        raise ValueError(f"way must be one of {', '.join(_WAYS)}, got {way!r}")
+
 
 class TensorParallel:
     """What the modules of a parallelized model share; `parallelize` returns it.
@@ -59,8 +66,7 @@ class TensorParallel:
 
     @way.setter
     def way(self, way: str) -> None:
-        if way not in self._ways:
-            raise ValueError(f"way must be one of {', '.join(self._ways)}, got {way!r}")
+        check_way(way)
         self._way, self.program = way, self._ways[way]
 
     @property
