@@ -108,6 +108,21 @@ def test_embeddings_of_the_caller(pool, device, way):
     pool.run(embeds, device, way)
 
 
+def no_layers(kind: str, device: str) -> None:
+    """Runs on a rank."""
+    whole, model, tp = make_both(kind, None, device, num_hidden_layers=0)
+    ids = make_ids((2, 7), device)
+    for way in WAYS:
+        tp.way = way
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "v3"])
+@pytest.mark.parametrize("world_size", [2])
+def test_a_model_of_no_layers(pool, device, kind):
+    pool.run(no_layers, kind, device)
+
+
 # ---- what is where ----
 
 
