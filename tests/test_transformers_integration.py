@@ -12,6 +12,7 @@ from tp_fused import partition
 
 pytest.importorskip("transformers", reason="needs transformers (the test extra)")
 
+import fp8_models
 from tiny_models import DEEPSEEK, MLA_SIZES, VOCAB_SIZE, make_both, make_ids, make_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -121,6 +122,35 @@ def no_layers(kind: str, device: str) -> None:
 @pytest.mark.parametrize("world_size", [2])
 def test_a_model_of_no_layers(pool, device, kind):
     pool.run(no_layers, kind, device)
+
+
+def other_dtypes(kind: str, device: str, way: str) -> tuple[list[str], bool]:
+    """Runs on a rank: what is said of another dtype than the model's; and whether its own is taken."""
+    made = fp8_models.make_both(device, **fp8_models.ALL_EXPERTS) if kind == "fp8" else make_both(kind, None, device)
+    _, model, tp = made
+    tp.way, ids, own = way, make_ids((2, 4), device), model.lm_head.weight.dtype
+    other, said = torch.bfloat16 if own == torch.float32 else torch.float16, []
+    rows = model.get_input_embeddings()(ids)
+    for inputs, dtype in (({"input_ids": ids}, other), ({"inputs_embeds": rows.to(other)}, None)):
+        try:
+            with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
+                model(**inputs)
+        except ValueError as error:
+            said.append(str(error))
+    with torch.autocast(device, torch.bfloat16, enabled=own == torch.bfloat16):
+        same = torch.equal(model(ids).logits, model(inputs_embeds=rows).logits)
+    return said, same
+
+
+@pytest.mark.parametrize("way", ["all_reduce", "fused"])
+@pytest.mark.parametrize("kind", ["llama", "v3", "fp8"])
+@pytest.mark.parametrize("world_size", [2])
+def test_another_dtype_is_told(pool, device, kind, way):
+    own, other = ("bfloat16", "float16") if kind == "fp8" else ("float32", "bfloat16")
+    for (autocast, embeds), same in pool.run(other_dtypes, kind, device, way):
+        assert f"torch.autocast to torch.{other} is on, and the model is in torch.{own}" in autocast
+        assert f"inputs_embeds are torch.{other}, the model's hidden states torch.{own}" in embeds
+        assert same
 
 
 # ---- what is where ----

@@ -79,8 +79,9 @@ def parallelize(
     where the ranks' arguments differ, or their models: in class, config, the names, shapes and dtypes of weights, or in
     a sample of each weight's elements, which tells other seeds and other checkpoints. Which entry and which ranks, the
     error names. TypeError where max_num_tokens is no integer or group no process group. CollectiveFault where a rank
-    does not come within the group's timeout, or has refused its model. A forward of more than max_num_tokens tokens
-    raises ValueError.
+    does not come within the group's timeout, or has refused its model. A forward raises ValueError when
+    it has more than max_num_tokens tokens, inputs_embeds of another dtype than the model, or runs under a
+    `torch.autocast` to another one.
     """
     group = resolve_group(group)
     with Meeting.of(group, "tp_fused.integrations.transformers.parallelize") as meeting:

@@ -96,6 +96,7 @@ class TensorParallel:
                 f"a forward of {num_tokens} tokens {shape} is over max_num_tokens={limit}; "
                 f"parallelize with a larger one, or prefill in chunks"
             )
+        _check_dtypes(self.device.type, decoder.embed_tokens.weight.dtype, embeds)
         # The first layer adds up what the ranks bring. Embeddings of the caller are whole on every rank.
         if embeds is None:
             partial = decoder.embed_tokens.partial(ids)
@@ -111,3 +112,15 @@ class TensorParallel:
 
     def _all_reduce_rows(self, partial: torch.Tensor) -> torch.Tensor:
         return ops.all_gather_rows(ops.reduce_scatter_rows(partial, self.group), partial.shape[0], self.group)
+
+
+def _check_dtypes(device_type: str, dtype: torch.dtype, embeds: torch.Tensor | None) -> None:
+    """The residual, the partial sums and what the ops return have one dtype, the model's."""
+    if embeds is not None and embeds.dtype != dtype:
+        raise ValueError(f"inputs_embeds are {embeds.dtype}, the model's hidden states {dtype}: convert them first")
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else dtype
+    if autocast != dtype:
+        raise ValueError(
+            f"torch.autocast to {autocast} is on, and the model is in {dtype}: partial sums would have another dtype "
+            f"than the residual. Leave autocast, or convert the model before parallelize"
+        )
