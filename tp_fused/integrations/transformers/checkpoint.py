@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .same_model import Description, described_bytes
 
@@ -13,19 +13,31 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _STORED_AS = {torch.float8_e4m3fn: ("F8_E4M3",), torch.float8_e8m0fnu: ("F8_E8M0", "F32", "BF16")}
 
 
+def read_json(path: Path) -> dict:
+    try:
+        read = json.loads(path.read_text())
+    except ValueError as error:  # of bytes that are no text, too
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{path} is no JSON object, but {str(read)[:40]!r}")
+    return read
+
+
 class Checkpoint:
     """The safetensors files of a folder. A tensor is read in parts."""
 
     def __init__(self, folder: Path):
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            self._files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        elif single.is_file():
-            with safe_open(single, "pt") as opened:
-                self._files = dict.fromkeys(opened.keys(), single)
-        else:
-            raise ValueError(f"{folder} has neither {index.name} nor {single.name}")
+        self._index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         self._opened = {}
+        if self._index.is_file():
+            files = read_json(self._index).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+                raise ValueError(f"{self._index} has no weight_map from names to files")
+            self._files = {name: folder / file for name, file in files.items()}
+        elif single.is_file():
+            self._files = dict.fromkeys(self._open(single).keys(), single)
+        else:
+            raise ValueError(f"{folder} has neither {self._index.name} nor {single.name}")
         self.folder, self.names = folder, set(self._files)
 
     def require(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -39,20 +51,31 @@ class Checkpoint:
     def read(self, name: str, *index: slice) -> torch.Tensor:
         return self._slice(name)[index or (slice(None),)]
 
-    def _slice(self, name: str):
-        path = self._files[name]
-        if path not in self._opened:
-            self._opened[path] = safe_open(path, "pt")
-        return self._opened[path].get_slice(name)
-
-    def describe(self) -> Description:
-        """Of every tensor: what it is, and one row of it, unless it is an expert's: there are too many of those."""
+    def describe(self, names: set[str]) -> Description:
+        """Of these tensors: what they are, and one row of each but the experts', of which there are too many."""
         stored, values = {}, {}
-        for name in sorted(self.names):
+        for name in sorted(names):
             tensor = self._slice(name)
             shape = tensor.get_shape()
             stored[name] = f"{tensor.get_dtype()} {shape}"
-            if ".experts." not in name and len(shape) > 0 and shape[0] > 0:
-                row = shape[0] // 2 if len(shape) > 1 else 0
-                values[name] = described_bytes(tensor[row : row + (1 if len(shape) > 1 else 64)])
+            if ".experts." not in name and len(shape) > 0:
+                first, count = (shape[0] // 2, 1) if len(shape) > 1 else (0, 64)
+                values[name] = described_bytes(tensor[first : first + count])
         return {"tensors": stored, "values": values}
+
+    def _slice(self, name: str):
+        path = self._files[name]
+        try:
+            return self._open(path).get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} has no {name}, which {self._index} says is there") from error
+
+    def _open(self, path: Path):
+        if path not in self._opened:
+            if not path.is_file():
+                raise ValueError(f"{path.parent} lacks {path.name}, which {self._index} names")
+            try:
+                self._opened[path] = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+        return self._opened[path]

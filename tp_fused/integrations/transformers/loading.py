@@ -1,6 +1,7 @@
 """`load_parallel`: from a folder of safetensors, of which each rank reads its part."""
 
-import json
+import contextlib
+import os
 import re
 import warnings
 from pathlib import Path
@@ -12,9 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
+from ... import checks
 from ...groups import type_of
 from ...rendezvous import Meeting
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, read_json
 from .core import FAMILIES, check_arguments, check_model, convert, describe, resolve_group
 from .fp8 import check_config
 from .same_model import require_same, some
@@ -39,29 +41,30 @@ def load_parallel(
     model may be larger than a rank's memory. Returns the model and what `parallelize` returns.
 
     folder: what `save_pretrained` writes, or a snapshot of a model hub's repository: config.json, and
-    model.safetensors or several files with their index. dtype: of the weights (default: as config.json says). device:
-    where they go (default: cuda where torch sees one, its current device). Other arguments: see `parallelize`.
+    model.safetensors or several files with their index. dtype: of the weights, bfloat16, float16 or float32 (default:
+    as config.json says). device: cpu or cuda, where they go (default: cuda where torch sees one, its current device).
+    Other arguments: see `parallelize`.
 
-    Raises ValueError where the folder lacks a file or a weight, a weight has another shape than config.json says, and
-    where `parallelize` would. Of the ranks' folders it compares the config, the tensors' names, shapes and dtypes, and
-    one row of each tensor but the experts'. Weights that the model has no place for are left, with one warning.
+    Raises ValueError, and names the file or the argument, where the folder lacks a file or a weight, config.json, the
+    index or a safetensors file cannot be read, a weight is not in the file that the index names or has another shape
+    than config.json says, dtype or device is not one of these, and where `parallelize` would. Of the ranks' folders it
+    compares the config, the tensors' names, shapes and dtypes, and one row of each tensor but the experts'. Weights
+    that the model has no place for are left, with one warning.
     """
     group = resolve_group(group)
     with Meeting.of(group, "tp_fused.integrations.transformers.load_parallel") as meeting:
         arguments = check_arguments(max_num_tokens, way, check_tokens)
-        device = _with_index(type_of(None) if device is None else torch.device(device))
+        device = _device(device)
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"folder must be a path, got {checks.described(folder)}")
         folder = Path(folder)
         config = _config(folder)
         checkpoint = Checkpoint(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.get_default_dtype())
-        _quantise(model)
+        model = _on_meta(config, _dtype(dtype, config, folder / "config.json"), folder)
         check_model(model, group.size())
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
         weights = _Weights(model, checkpoint, device)
         arguments["dtype"] = str(model.dtype)
-        require_same(meeting, describe(model, device, arguments) | checkpoint.describe())
+        require_same(meeting, describe(model, device, arguments) | checkpoint.describe(weights.taken))
     # Its tables are computed, not stored.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
     shards = Shards(group.rank(), group.size(), weights.read)
@@ -83,13 +86,35 @@ def _config(folder: Path) -> PreTrainedConfig:
     """By the model's class: Kimi-K2's config.json names a type of its own, and DeepSeek-V3's class."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json")
-    named = json.loads((folder / "config.json").read_text()).get("architectures")
-    name = next((name for name in named or () if name in FAMILIES), None)
+    named = read_json(folder / "config.json").get("architectures")
+    names = named if isinstance(named, list) else []
+    name = next((name for name in names if isinstance(name, str) and name in FAMILIES), None)
     if name is None:
         raise ValueError(f"load_parallel takes a {', '.join(FAMILIES)}, and {folder / 'config.json'} names {named}")
     if not hasattr(transformers, name):
         raise ValueError(f"transformers {transformers.__version__} has no {name}, which {folder / 'config.json'} names")
-    return getattr(transformers, name).config_class.from_pretrained(folder)
+    with _of(folder / "config.json"):
+        return getattr(transformers, name).config_class.from_pretrained(folder)
+
+
+def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
+    """The model without weights."""
+    with _of(folder / "config.json"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _quantise(model)
+    if (folder / "generation_config.json").is_file():
+        with _of(folder / "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+@contextlib.contextmanager
+def _of(path: Path):
+    """What transformers does not make of a file, it says by errors of any kind."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _quantise(model: PreTrainedModel) -> None:
@@ -107,7 +132,27 @@ def _quantise(model: PreTrainedModel) -> None:
         model.config.quantization_config = quantizer.quantization_config
 
 
-def _with_index(device: torch.device) -> torch.device:
+def _dtype(asked, config: PreTrainedConfig, path: Path) -> torch.dtype:
+    dtype = asked if asked is not None else config.dtype or torch.get_default_dtype()
+    if isinstance(dtype, str):
+        dtype = {str(float_).removeprefix("torch."): float_ for float_ in checks.FLOATS}.get(dtype, dtype)
+    if dtype not in checks.FLOATS:
+        floats = ", ".join(map(str, checks.FLOATS))
+        raise ValueError(
+            f"{path}: dtype {dtype} is none of {floats}; load_parallel takes one by dtype="
+            if asked is None
+            else f"dtype must be one of {floats}, or None for what config.json says; got {dtype!r}"
+        )
+    return dtype
+
+
+def _device(asked) -> torch.device:
+    device = type_of(None) if asked is None else checks.device(asked)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be on cpu or cuda, got {device}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {device} is asked for, and torch sees {count} CUDA devices")
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
@@ -121,18 +166,18 @@ class _Weights:
         computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
         tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         tensors = [(name, tensor) for name, tensor in tensors if name not in computed]
-        taken = set()
+        self.taken: set[str] = set()  # of the stored names
         for name, tensor in tensors:
             source = _find(checkpoint, name, tensor)
             if source is not None:
                 dtype = torch.float32 if any(part in name for part in wide) else tensor.dtype
                 self._sources.setdefault(tensor, (source, dtype))
-                taken |= set(source.names)
+                self.taken |= set(source.names)
         missing = [name for name, tensor in tensors if tensor not in self._sources]  # of tied weights, one is stored
         if missing:
             raise ValueError(f"{checkpoint.folder} lacks {some(missing)}, which {type(model).__name__} has")
         ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-        left = [name for name in checkpoint.names - taken if not any(pattern.search(name) for pattern in ignored)]
+        left = [name for name in checkpoint.names - self.taken if not any(pattern.search(name) for pattern in ignored)]
         if left:
             warnings.warn(f"{type(model).__name__} has no place for {some(sorted(left))}: left", stacklevel=3)
 
