@@ -1,5 +1,10 @@
 """Ranks that feed different tokens to a parallelized model: told, on every rank, before anything is computed."""
 
+import copy
+import gc
+import re
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -127,6 +132,62 @@ def test_ranks_that_sample_other_tokens_are_told(pool, device, kind):
     for said in pool.run(sample, kind, device, False):
         assert "the ranks feed different input_ids: rank 0: checksum" in said
         assert "need the same torch.manual_seed" in said
+
+
+def end(case: str, device: str) -> str:
+    """Runs on a rank: what is said of an answer whose last token differs, or which ends earlier on one rank."""
+    _, model, _ = make_both("llama", None, device)
+    model = copy.deepcopy(model) if case == "copy" else model
+    ids, rank = make_ids((1, 6), device), dist.get_rank()
+    said = []
+
+    def choose(input_ids, scores):
+        """Token 7, and on the last rank another one at the end."""
+        last = input_ids.shape[1] == 6 + (2 if case == "last" else 0)
+        chosen = 9 if rank == dist.get_world_size() - 1 and last else 7
+        return torch.full_like(scores, -1e9).index_fill_(1, torch.tensor([chosen], device=device), 0.0)
+
+    arguments = dict(do_sample=False, pad_token_id=0, eos_token_id=9 if case == "early" else None)
+    number = {"one": 1, "copy": 1, "last": 3, "early": 5}[case]
+    try:
+        model.generate(ids, max_new_tokens=number, logits_processor=[choose], **arguments)
+    except ValueError as error:
+        said.append(str(error))
+    made = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+    assert made.sequences.shape == (1, 9)
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("one", r"the ranks have generated different input_ids: ranks 0, 1: .*; rank 2: .*torch.manual_seed"),
+        ("copy", r"the ranks have generated different input_ids: ranks 0, 1: .*; rank 2: "),
+        ("last", r"the ranks have generated different input_ids: ranks 0, 1: .*; rank 2: "),
+        ("early", r"different shapes of tokens: ranks 0, 1: \(1, 1\); rank 2: \(1, 7\)"),
+    ],
+)
+@pytest.mark.parametrize("world_size", [3])
+def test_what_generate_returns_is_compared(pool, device, case, message):
+    for said in pool.run(end, case, device):
+        assert re.search(message, said), said
+
+
+def freed(device: str) -> bool:
+    """Runs on a rank: a model that nobody holds is gone at once, without the garbage collector."""
+    model = make_both("llama", None, device)[1]
+    there = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        return there() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("world_size", [1])
+def test_generate_does_not_keep_the_model(pool, device):
+    assert pool.run(freed, device) == [True]
 
 
 def word(device: str) -> None:

@@ -12,6 +12,7 @@ from ...groups import default_group, init, process_group
 from ...rendezvous import Meeting
 from .fp8 import check_config, check_weights, fp8_parameters, has_fp8
 from .fp8_kernels import supply_kernels
+from .generation import Generate
 from .heads import HeadsLayer
 from .layers import DecoderLayer, FinalNorm, VocabParallelEmbedding
 from .mla import LatentAttentionLayer
@@ -67,7 +68,7 @@ def parallelize(
     compare their tokens or embeddings, masks, positions and cached lengths, and raise ValueError, on all of them, where
     they differ: "always", in the "first" forward or "never". On a GPU a comparison waits for what is fed and for its
     result. A forward with another number of tokens than a peer's is always told, by the ops. Ranks that sample need the
-    same `torch.manual_seed`: of other seeds the first token that differs raises when it is fed.
+    same `torch.manual_seed`: of other seeds the first token that differs raises, when it is fed or `generate` ends.
 
     It is for inference: weights no longer require gradients, `output_hidden_states` raises. So does `save_pretrained`,
     of the model and of its decoder: what is left on a rank are its shards, which is what `state_dict` has.
@@ -138,14 +139,15 @@ def convert(
     decoder.register_forward_pre_hook(functools.partial(tp.admit, parameters), with_kwargs=True)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):  # the decoder is one, too, and its config is of the whole model
-            module.save_pretrained = _refuse_to_save
+            module.save_pretrained = module.push_to_hub = _refuse_to_save
+    model.generate = Generate(tp, model)
     return tp
 
 
 def _refuse_to_save(*_, **__):
     raise NotImplementedError(
-        "save_pretrained: a parallelized model holds this rank's shards, under names of their own; save it before "
-        "parallelize"
+        "save_pretrained and push_to_hub: a parallelized model holds this rank's shards, under names of their own; "
+        "save it before parallelize"
     )
 
 

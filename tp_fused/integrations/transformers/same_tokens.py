@@ -26,8 +26,8 @@ class SameTokens:
         self.when = when
         self._due = when != "never"
 
-    def check(self, workspace, device: torch.device, shape: tuple[int, ...], given: dict) -> None:
-        """Raises ValueError, the same on every rank, where they do not feed the same. Collective when it is due.
+    def check(self, workspace, device: torch.device, shape: tuple[int, ...], given: dict, have: str = "feed") -> None:
+        """Raises ValueError, on every rank, where they do not have the same. Collective when it is due.
 
         A graph that is captured or traced has no room for it, and its replays would not come by here.
         """
@@ -40,18 +40,18 @@ class SameTokens:
         workspace.check()  # on a GPU a fault shows only here
         ranks = gathered.view(torch.int64).tolist()
         if any(values != ranks[0] for values in ranks):
-            _tell(ranks, len(shape))
+            _tell(ranks, len(shape), have)
         self._due = self.when == "always"
 
 
-def _tell(ranks: list[list[int]], num_sizes: int) -> None:
+def _tell(ranks: list[list[int]], num_sizes: int, have: str) -> None:
     told = {"shapes of tokens": [tuple(values[:num_sizes]) for values in ranks]}
     for index, name in enumerate(_TENSORS, num_sizes):
         told[name] = [f"checksum {values[index]:08x}" for values in ranks]
     told["cached lengths"] = [values[-1] for values in ranks]
     what, values = next((what, values) for what, values in told.items() if len(set(values)) > 1)
-    hint = f"; {_SEED}" if what == "input_ids" else ""
-    raise ValueError(f"the ranks feed different {what}: {by_value(values)}{hint}")
+    hint = f"; {_SEED}" if what in ("input_ids", "shapes of tokens") else ""
+    raise ValueError(f"the ranks {have} different {what}: {by_value(values)}{hint}")
 
 
 def _checksums(device: torch.device, given: dict) -> list[int]:

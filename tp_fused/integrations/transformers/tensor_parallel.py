@@ -106,6 +106,12 @@ class TensorParallel:
                 partial.zero_()
         return (), {**given, "input_ids": None, "inputs_embeds": partial}
 
+    def compare_generated(self, tokens: torch.Tensor) -> None:
+        """The last of them are fed to no forward. Collective."""
+        self._same_tokens.check(
+            self.workspace, self.device, tuple(tokens.shape), {"input_ids": tokens}, have="have generated"
+        )
+
     def _all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(partial, group=self.group)
         return partial
