@@ -53,6 +53,11 @@ def described_bytes(tensor: torch.Tensor) -> str:
     return f"checksum {hashlib.blake2b(data, digest_size=4).hexdigest()}"
 
 
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bits."""
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+
+
 def by_value(values: list) -> str:
     """Which ranks have which value."""
     ranks = {}
@@ -68,7 +73,7 @@ def some(names: list[str]) -> str:
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """Bytes of elements from all over the tensor."""
-    flat = tensor.flatten()
+    flat = as_integers(tensor.flatten())  # not every operation takes every dtype of one byte
     return flat[:: -(-flat.numel() // _SAMPLE) or 1].contiguous().view(torch.uint8)
 
 

@@ -5,11 +5,10 @@ import zlib
 import torch
 
 from ... import ops
-from .same_model import by_value
+from .same_model import as_integers, by_value
 
 _TIMES = ("first", "always", "never")
 _TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SEED = "ranks that sample tokens need the same torch.manual_seed before they do"
 
 
@@ -66,7 +65,7 @@ def _bytes(name: str, tensor) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
     tensor = tensor.detach()
     if name == "inputs_embeds":  # a number for each row: integers, whose sum has no order
-        tensor = tensor.view(_INTEGERS[tensor.itemsize]).sum(-1)
+        tensor = as_integers(tensor).sum(-1)
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
