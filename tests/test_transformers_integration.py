@@ -1,7 +1,7 @@
 """DeepSeek-V2 and V3 of transformers, parallelized, against the unsharded model in one process."""
 
 import copy
-import functools
+import io
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from tp_fused import partition
 
 pytest.importorskip("transformers", reason="needs transformers (the test extra)")
 
+import fp8_models
 from tiny_models import DEEPSEEK, MLA_SIZES, VOCAB_SIZE, make_both, make_ids, make_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -106,6 +107,50 @@ def embeds(device: str, way: str) -> None:
 @pytest.mark.parametrize("world_size", [3])
 def test_embeddings_of_the_caller(pool, device, way):
     pool.run(embeds, device, way)
+
+
+def no_layers(kind: str, device: str) -> None:
+    """Runs on a rank."""
+    whole, model, tp = make_both(kind, None, device, num_hidden_layers=0)
+    ids = make_ids((2, 7), device)
+    for way in WAYS:
+        tp.way = way
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "v3"])
+@pytest.mark.parametrize("world_size", [2])
+def test_a_model_of_no_layers(pool, device, kind):
+    pool.run(no_layers, kind, device)
+
+
+def other_dtypes(kind: str, device: str, way: str) -> tuple[list[str], bool]:
+    """Runs on a rank: what is said of another dtype than the model's; and whether its own is taken."""
+    made = fp8_models.make_both(device, **fp8_models.ALL_EXPERTS) if kind == "fp8" else make_both(kind, None, device)
+    _, model, tp = made
+    tp.way, ids, own = way, make_ids((2, 4), device), model.lm_head.weight.dtype
+    other, said = torch.bfloat16 if own == torch.float32 else torch.float16, []
+    rows = model.get_input_embeddings()(ids)
+    for inputs, dtype in (({"input_ids": ids}, other), ({"inputs_embeds": rows.to(other)}, None)):
+        try:
+            with torch.autocast(device, dtype or torch.bfloat16, enabled=dtype is not None):
+                model(**inputs)
+        except ValueError as error:
+            said.append(str(error))
+    with torch.autocast(device, torch.bfloat16, enabled=own == torch.bfloat16):
+        same = torch.equal(model(ids).logits, model(inputs_embeds=rows).logits)
+    return said, same
+
+
+@pytest.mark.parametrize("way", ["all_reduce", "fused"])
+@pytest.mark.parametrize("kind", ["llama", "v3", "fp8"])
+@pytest.mark.parametrize("world_size", [2])
+def test_another_dtype_is_told(pool, device, kind, way):
+    own, other = ("bfloat16", "float16") if kind == "fp8" else ("float32", "bfloat16")
+    for (autocast, embeds), same in pool.run(other_dtypes, kind, device, way):
+        assert f"torch.autocast to torch.{other} is on, and the model is in torch.{own}" in autocast
+        assert f"inputs_embeds are torch.{other}, the model's hidden states torch.{own}" in embeds
+        assert same
 
 
 # ---- what is where ----
@@ -229,23 +274,25 @@ def test_what_cannot_run_raises_on_every_rank(pool, device, case, error, message
             raise outcome
 
 
-def copies(device: str, folder: str) -> tuple[bool, str, str]:
-    """Runs on a rank: whether a copy of the model computes the same, and what saving it in two ways says."""
-    _, model = make_both("v3", device, device)[:2]
-    ids = make_ids((1, 9), device)
-    same = torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
+def copies(kind: str, device: str, folder: str) -> tuple[bool, list[str]]:
+    """Runs on a rank: whether a copy of the model computes the same, and what saving them says."""
+    _, model = make_both(kind, device, device)[:2]
+    ids, copied = make_ids((1, 9), device), copy.deepcopy(model)
+    same = torch.equal(copied(ids).logits, model(ids).logits)
     said = []
-    for save in (model.save_pretrained, functools.partial(torch.save, model)):
+    whole = (model, model.model, model.base_model, copied, copied.model)
+    for save in (lambda _: torch.save(model, io.BytesIO()), *(one.save_pretrained for one in whole), model.push_to_hub):
         try:
             save(f"{folder}/saved")
         except (NotImplementedError, TypeError) as error:
             said.append(str(error))
-    return same, *said
+    return same, said
 
 
+@pytest.mark.parametrize("kind", ["llama", "v3"])
 @pytest.mark.parametrize("world_size", [2])
-def test_a_model_is_copied_but_not_saved(pool, device, tmp_path, world_size):
-    for same, pretrained, pickled in pool.run(copies, device, str(tmp_path)):
+def test_a_model_is_copied_but_not_saved(pool, device, tmp_path, kind, world_size):
+    for same, said in pool.run(copies, kind, device, str(tmp_path)):
         assert same
-        assert "save it before parallelize" in pretrained and "save it before parallelize" in pickled
-    assert not (tmp_path / "saved").is_dir()
+        assert len(said) == 7 and all("save it before parallelize" in words for words in said)
+    assert not (tmp_path / "saved").exists()

@@ -166,6 +166,85 @@ def test_what_cannot_be_loaded_raises_on_every_rank(pool, device, folders, tmp_p
             raise outcome
 
 
+INDEX = "model.safetensors.index.json"
+BROKEN = {  # by case: a file, or the last of the weights; what is written to it; what is said
+    "config is cut off": ("config.json", "{", r"config.json is no JSON: "),
+    "config is a list": ("config.json", "[]", r"config.json is no JSON object, but '\[\]'"),
+    "config is no text": ("config.json", b"\xff\xfe\x00", r"config.json is no JSON: "),
+    "class is a string": ("config.json", dict(architectures="LlamaForCausalLM"), r"config.json names LlamaForCausalLM"),
+    "unknown dtype": ("config.json", dict(dtype="foo"), r"config.json: .*foo"),
+    "wide dtype": ("config.json", dict(dtype="float64"), r"config.json: dtype torch.float64 is none of torch.bfloat16"),
+    "unknown activation": ("config.json", dict(hidden_act="foo"), r"config.json: .*foo"),
+    "index is empty": (INDEX, "{}", r"index.json has no weight_map from names to files"),
+    "index is cut off": (INDEX, '{"weight_map"', r"index.json is no JSON: "),
+    "index maps to numbers": (INDEX, '{"weight_map": {"lm_head.weight": 3}}', r"index.json has no weight_map"),
+    "wrong file in the index": (INDEX, None, r"/model-\d+-of-\d+.safetensors has no lm_head.weight, which .* says"),
+    "a file is missing": ("last", None, r"lacks model-\d+-of-\d+.safetensors, which .*index.json names"),
+    "a file is empty": ("last", b"", r"/model-\d+-of-\d+.safetensors cannot be read as safetensors: "),
+    "a file is garbage": ("last", b"x" * 100, r"/model-\d+-of-\d+.safetensors cannot be read as safetensors: "),
+    "a file is cut off": ("last", -9, r"/model-\d+-of-\d+.safetensors cannot be read as safetensors: "),
+    "generation config": ("generation_config.json", "[", r"generation_config.json"),
+}
+
+
+def damage(folder, file: str, content) -> None:
+    path = max(folder.glob("*.safetensors")) if file == "last" else folder / file
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(path.read_text()), **content})
+    if isinstance(content, int):
+        content = path.read_bytes()[:content]
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    elif file == "last":
+        path.unlink()
+    else:
+        index = json.loads(path.read_text())
+        index["weight_map"]["lm_head.weight"] = index["weight_map"]["model.layers.0.mlp.up_proj.weight"]
+        path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("kind", ["llama", "v3"])
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("world_size", [2])
+def test_a_broken_folder_is_told_by_the_file(pool, device, folders, tmp_path, kind, case):
+    file, content, message = BROKEN[case]
+    folder = tmp_path / "model"
+    shutil.copytree(folders[kind], folder)
+    damage(folder, file, content)
+    for outcome in pool.outcomes(load, str(folder), device):
+        with pytest.raises(ValueError, match=message):
+            raise outcome
+
+
+def load_as(folder: str, arguments: dict) -> torch.dtype:
+    """Runs on a rank."""
+    return load_parallel(**{"folder": folder, "max_num_tokens": 16, "device": "cpu", **arguments})[0].dtype
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(dtype="auto"), r"dtype must be one of torch.bfloat16, .*, or None .*; got 'auto'"),
+        (dict(dtype=torch.int32), r"dtype must be one of .*; got torch.int32"),
+        (dict(dtype=torch.float8_e4m3fn), r"dtype must be one of .*; got torch.float8_e4m3fn"),
+        (dict(device="meta"), r"device must be on cpu or cuda, got meta"),
+        (dict(device="cuda:99"), r"device cuda:99 is asked for, and torch sees \d+ CUDA devices"),
+        (dict(device="foo"), r"device 'foo' cannot be used: "),
+        (dict(folder=None), r"folder must be a path, got None"),
+    ],
+)
+@pytest.mark.parametrize("world_size", [2])
+def test_an_argument_that_cannot_be_is_told(pool, folders, arguments, message):
+    for outcome in pool.outcomes(load_as, str(folders["llama"]), arguments):
+        with pytest.raises((TypeError, ValueError), match=message):
+            raise outcome
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_dtype_may_be_named(pool, folders):
+    assert pool.run(load_as, str(folders["llama"]), dict(dtype="bfloat16")) == [torch.bfloat16] * 2
+
+
 def warned(folder: str, device: str) -> None:
     """Runs on a rank."""
     with pytest.warns(UserWarning, match="LlamaForCausalLM has no place for model.layers.7.mlp.up_proj.weight: left"):

@@ -1,11 +1,17 @@
 """Ranks that feed different tokens to a parallelized model: told, on every rank, before anything is computed."""
 
+import copy
+import gc
+import re
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
 
 pytest.importorskip("transformers", reason="needs transformers (the test extra)")
 
+import fp8_models
 from tiny_models import make_both, make_ids, make_model
 
 from tp_fused.faults import CollectiveFault
@@ -28,6 +34,10 @@ def feed(case: str, device: str, way: str) -> None:
         mask[1, 0] = 0
     if case == "positions" and odd:
         positions = positions + 1
+    if case == "embeds":
+        embeds = torch.randn(2, 6, 56, generator=torch.Generator().manual_seed(3)).to(device)
+        embeds[1, 4, 17] += 1e-3 if odd else 0
+        model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions)
     if case == "shape" and odd:
         ids, mask, positions = ids.reshape(3, 4), mask.reshape(3, 4), positions.reshape(3, 4)
     if case == "too many" and odd:
@@ -39,6 +49,7 @@ def feed(case: str, device: str, way: str) -> None:
     ("case", "message"),
     [
         ("ids", r"different input_ids: ranks 0, 1: checksum (\w{8}); rank 2: checksum (?!\1)"),
+        ("embeds", r"different inputs_embeds: ranks 0, 1: checksum (\w{8}); rank 2: checksum (?!\1)"),
         ("mask", r"different attention_mask: ranks 0, 1: .*; rank 2: "),
         ("positions", r"different position_ids: ranks 0, 1: .*; rank 2: "),
         ("shape", r"different shapes of tokens: ranks 0, 1: \(2, 6\); rank 2: \(3, 4\)"),
@@ -81,7 +92,8 @@ def test_when_tokens_are_compared(pool, device, when, refused):
 
 def count_later(device: str) -> str:
     """Runs on a rank: another number of tokens on one rank, when tokens are not compared any more."""
-    _, model, _ = make_both("llama", None, device)
+    _, model, tp = make_both("llama", None, device)
+    tp.check_tokens = "first"
     model(make_ids((1, 9), device))
     try:
         model(make_ids((1, 9 + dist.get_rank()), device))
@@ -97,6 +109,85 @@ def count_later(device: str) -> str:
 def test_another_number_of_tokens_is_always_told(pool, device):
     for said in pool.run(count_later, device):
         assert "num_tokens=9" in said and "num_tokens=10" in said
+
+
+def sample(kind: str, device: str, same_seed: bool) -> list[int] | str:
+    """Runs on a rank: tokens that are sampled, or what is said of them."""
+    make = fp8_models.make_both(device) if kind == "fp8" else make_both(kind, None, device)
+    model = make[1]
+    torch.manual_seed(5 if same_seed else dist.get_rank())
+    try:
+        arguments = dict(max_new_tokens=12, do_sample=True, pad_token_id=0)
+        return model.generate(make_ids((2, 6), device), **arguments).tolist()
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kind", ["llama", "v3", "fp8"])
+@pytest.mark.parametrize("world_size", [2])
+def test_ranks_that_sample_other_tokens_are_told(pool, device, kind):
+    """By default: the first prompt is the same on all of them."""
+    first, second = pool.run(sample, kind, device, True)
+    assert first == second and isinstance(first, list)
+    for said in pool.run(sample, kind, device, False):
+        assert "the ranks feed different input_ids: rank 0: checksum" in said
+        assert "need the same torch.manual_seed" in said
+
+
+def end(case: str, device: str) -> str:
+    """Runs on a rank: what is said of an answer whose last token differs, or which ends earlier on one rank."""
+    _, model, _ = make_both("llama", None, device)
+    model = copy.deepcopy(model) if case == "copy" else model
+    ids, rank = make_ids((1, 6), device), dist.get_rank()
+    said = []
+
+    def choose(input_ids, scores):
+        """Token 7, and on the last rank another one at the end."""
+        last = input_ids.shape[1] == 6 + (2 if case == "last" else 0)
+        chosen = 9 if rank == dist.get_world_size() - 1 and last else 7
+        return torch.full_like(scores, -1e9).index_fill_(1, torch.tensor([chosen], device=device), 0.0)
+
+    arguments = dict(do_sample=False, pad_token_id=0, eos_token_id=9 if case == "early" else None)
+    number = {"one": 1, "copy": 1, "last": 3, "early": 5}[case]
+    try:
+        model.generate(ids, max_new_tokens=number, logits_processor=[choose], **arguments)
+    except ValueError as error:
+        said.append(str(error))
+    made = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+    assert made.sequences.shape == (1, 9)
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("one", r"the ranks have generated different input_ids: ranks 0, 1: .*; rank 2: .*torch.manual_seed"),
+        ("copy", r"the ranks have generated different input_ids: ranks 0, 1: .*; rank 2: "),
+        ("last", r"the ranks have generated different input_ids: ranks 0, 1: .*; rank 2: "),
+        ("early", r"different shapes of tokens: ranks 0, 1: \(1, 1\); rank 2: \(1, 7\)"),
+    ],
+)
+@pytest.mark.parametrize("world_size", [3])
+def test_what_generate_returns_is_compared(pool, device, case, message):
+    for said in pool.run(end, case, device):
+        assert re.search(message, said), said
+
+
+def freed(device: str) -> bool:
+    """Runs on a rank: a model that nobody holds is gone at once, without the garbage collector."""
+    model = make_both("llama", None, device)[1]
+    there = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        return there() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("world_size", [1])
+def test_generate_does_not_keep_the_model(pool, device):
+    assert pool.run(freed, device) == [True]
 
 
 def word(device: str) -> None:

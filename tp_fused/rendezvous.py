@@ -48,7 +48,7 @@ _rendezvous_numbers = itertools.count()
 
 
 class Meeting:
-    """One collective call of `init` or `symm_empty`, a context manager around its exchanges.
+    """One collective call on the host, such as `init` or `symm_empty`, a context manager around its exchanges.
 
     What leaves it by an exception is told to the ranks that wait, or will wait, for this one: they raise at once.
     Nothing that can fail on one rank alone may follow the last exchange.

@@ -7,14 +7,19 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from ...groups import init
+from ... import checks
+from ...groups import default_group, init, process_group
+from ...rendezvous import Meeting
 from .fp8 import check_config, check_weights, fp8_parameters, has_fp8
 from .fp8_kernels import supply_kernels
+from .generation import Generate
 from .heads import HeadsLayer
 from .layers import DecoderLayer, FinalNorm, VocabParallelEmbedding
 from .mla import LatentAttentionLayer
+from .same_model import Description, describe_config, describe_tensors, require_same
+from .same_tokens import check_times
 from .sharding import Shards
-from .tensor_parallel import TensorParallel
+from .tensor_parallel import TensorParallel, check_way
 
 # By name: transformers imports a model's file when its class is asked for, and older releases lack some.
 FAMILIES: dict[str, type[DecoderLayer]] = {
@@ -37,7 +42,7 @@ def parallelize(
     max_num_tokens: int | None = None,
     way: str = "fused",
     timeout_s: float = 30.0,
-    check_tokens: str = "first",
+    check_tokens: str = "always",
 ) -> TensorParallel:
     """Shards an unsharded decoder of transformers over `group`, in place, and runs its forward on the ops.
 
@@ -50,31 +55,41 @@ def parallelize(
     Weights may be in transformers' fine-grained fp8 (`FP8Linear`, blocks of 128 x 128, rows quantised as they come):
     `mla_prologue_fp8` runs then, and a rank has whole blocks of every weight.
 
-    Collective: every rank calls it with the same model. Attention is split by heads, the MLPs, shared and routed
-    experts by intermediate columns, the embedding by vocabulary, all as `torch.tensor_split` does, so that the sizes
-    need not divide. Where ranks are more than key-value heads, several ranks hold the same one. The latent projections,
-    and those of a sparse-attention indexer, are one replicated weight; norms, router and lm_head stay whole. With
-    q_lora_rank=None (V2-Lite) the queries need every normalised row, and only the kv latent is scattered.
+    Collective: every rank calls it with the same model and arguments. Attention is split by heads, the MLPs, shared and
+    routed experts by intermediate columns, the embedding by vocabulary, all as `torch.tensor_split` does, so that the
+    sizes need not divide. Where ranks are more than key-value heads, several ranks hold the same one. The latent
+    projections, and those of a sparse-attention indexer, are one replicated weight; norms, router and lm_head stay
+    whole. With q_lora_rank=None (V2-Lite) the queries need every normalised row, and only the kv latent is scattered.
 
     max_num_tokens: the most tokens (batch times length) of any forward; makes the group's workspace, with this
     timeout_s, and replaces the one it has. None: the group's own workspace serves. way: see `TensorParallel`.
 
     Afterwards every rank must call the model with the same tokens, and gets all logits. check_tokens: when the ranks
-    compare their tokens, masks, positions and cached lengths, and raise ValueError, on all of them, where they differ:
-    in the "first" forward, "always" or "never". On a GPU a comparison waits for its result. A forward with another
-    number of tokens than a peer's is always told, by the ops.
+    compare their tokens or embeddings, masks, positions and cached lengths, and raise ValueError, on all of them, where
+    they differ: "always", in the "first" forward or "never". On a GPU a comparison waits for what is fed and for its
+    result. A forward with another number of tokens than a peer's is always told, by the ops. Ranks that sample need the
+    same `torch.manual_seed`: of other seeds the first token that differs raises, when it is fed or `generate` ends.
 
-    It is for inference: weights no longer require gradients, `output_hidden_states` raises. So does `save_pretrained`:
-    what is left on a rank are its shards. `copy.deepcopy` copies these, and shares the group.
+    It is for inference: weights no longer require gradients, `output_hidden_states` raises. So does `save_pretrained`,
+    of the model and of its decoder: what is left on a rank are its shards, which is what `state_dict` has.
+    `copy.deepcopy` copies these, and shares the group.
 
     Raises ValueError, before anything is changed, when the model is of another class, quantised in another way, of
     mixed dtypes (norms in fp32 are taken), on several devices or not on the workspace's, or has fewer heads than there
-    are ranks; and, by the layer's name, where heads or columns cut a block of fp8 weights. A forward of more than
-    max_num_tokens tokens raises ValueError.
+    are ranks; and, by the layer's name, where heads or columns cut a block of fp8 weights. So it does, on every rank,
+    where the ranks' arguments differ, or their models: in class, config, the names, shapes and dtypes of weights, or in
+    a sample of each weight's elements, which tells other seeds and other checkpoints. Which entry and which ranks, the
+    error names. TypeError where max_num_tokens is no integer or group no process group. CollectiveFault where a rank
+    does not come within the group's timeout, or has refused its model. A forward raises ValueError when
+    it has more than max_num_tokens tokens, inputs_embeds of another dtype than the model, or runs under a
+    `torch.autocast` to another one.
     """
     group = resolve_group(group)
-    check_model(model, group.size())
-    device = _device(model)
+    with Meeting.of(group, "tp_fused.integrations.transformers.parallelize") as meeting:
+        arguments = check_arguments(max_num_tokens, way, check_tokens)
+        check_model(model, group.size())
+        device = _device(model)
+        require_same(meeting, describe(model, device, arguments) | describe_tensors(model))
     return convert(
         model,
         Shards(group.rank(), group.size()),
@@ -85,6 +100,15 @@ def parallelize(
         timeout_s=timeout_s,
         check_tokens=check_tokens,
     )
+
+
+def describe(model, device: torch.device, arguments: dict[str, str]) -> Description:
+    """What the ranks' models have to have in common, but for their weights."""
+    return {
+        "arguments": arguments,
+        "model": {"class": type(model).__name__, "device": device.type},
+        "config": describe_config(model.config),
+    }
 
 
 def convert(
@@ -113,24 +137,36 @@ def convert(
     decoder.norm = FinalNorm(tp, decoder.norm)
     parameters = list(inspect.signature(decoder.forward).parameters)
     decoder.register_forward_pre_hook(functools.partial(tp.admit, parameters), with_kwargs=True)
-    model.save_pretrained = _refuse_to_save
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):  # the decoder is one, too, and its config is of the whole model
+            module.save_pretrained = module.push_to_hub = _refuse_to_save
+    model.generate = Generate(tp, model)
     return tp
 
 
 def _refuse_to_save(*_, **__):
     raise NotImplementedError(
-        "save_pretrained: a parallelized model holds this rank's shards, under names of their own; save it before "
-        "parallelize"
+        "save_pretrained and push_to_hub: a parallelized model holds this rank's shards, under names of their own; "
+        "save it before parallelize"
     )
 
 
 def resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    if group is None and not dist.is_initialized():
-        raise ValueError("no group given and torch.distributed is not initialised")
-    return group if group is not None else dist.group.WORLD
+    if not dist.is_initialized():
+        raise ValueError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
+    return process_group(group) if group is not None else default_group()
 
 
 # ---- what is refused ----
+
+
+def check_arguments(max_num_tokens, way, check_tokens) -> dict[str, str]:
+    """Returns them in words, to compare with the other ranks'."""
+    if max_num_tokens is not None:
+        checks.count("max_num_tokens", max_num_tokens, least=1)
+    check_way(way)
+    check_times(check_tokens)
+    return {"max_num_tokens": str(max_num_tokens), "way": way, "check_tokens": check_tokens}
 
 
 def _class_name(model) -> str | None:

@@ -18,6 +18,11 @@ class Stream(NamedTuple):
     residual: torch.Tensor | None  # [rows, hidden_size]: all rows or this rank's, as the way has it
 
 
+def as_stream(hidden_states: torch.Tensor | Stream) -> Stream:
+    """What comes first, a layer or, of no layers, the final norm, gets the embedding's partial sum."""
+    return hidden_states if isinstance(hidden_states, Stream) else Stream(hidden_states, None)
+
+
 class VocabParallelEmbedding(nn.Module):
     """This rank's part of the vocabulary. Called from outside of a forward, on all ranks, it returns whole rows."""
 
@@ -70,7 +75,7 @@ class DecoderLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, hidden_states: torch.Tensor | Stream, **kwargs):
-        stream = hidden_states if isinstance(hidden_states, Stream) else Stream(hidden_states, None)
+        stream = as_stream(hidden_states)
         shape = stream.partial.shape[:2]
         attention, residual = self.attend(stream.partial.flatten(0, 1), stream.residual, shape, kwargs)
         attended, _, *others = attention
@@ -87,6 +92,7 @@ class FinalNorm(nn.Module):
         super().__init__()
         self.tp, self.norm = tp, norm
 
-    def forward(self, stream: Stream) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor | Stream) -> torch.Tensor:
+        stream = as_stream(hidden_states)
         rows, _ = self.tp.program.norm_rows(stream.partial.flatten(0, 1), stream.residual, self.norm)
         return rows.unflatten(0, stream.partial.shape[:2])

@@ -1,6 +1,7 @@
 """`load_parallel`: from a folder of safetensors, of which each rank reads its part."""
 
-import json
+import contextlib
+import os
 import re
 import warnings
 from pathlib import Path
@@ -8,20 +9,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
+from ... import checks
 from ...groups import type_of
-from .core import FAMILIES, check_model, convert, resolve_group
+from ...rendezvous import Meeting
+from .checkpoint import Checkpoint, read_json
+from .core import FAMILIES, check_arguments, check_model, convert, describe, resolve_group
 from .fp8 import check_config
+from .same_model import require_same, some
 from .sharding import Shards
 from .tensor_parallel import TensorParallel
-
-# Of safetensors. What is narrower is quantised, and is read as it is.
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_STORED_AS = {torch.float8_e4m3fn: ("F8_E4M3",), torch.float8_e8m0fnu: ("F8_E8M0", "F32", "BF16")}
 
 
 def load_parallel(
@@ -33,7 +33,7 @@ def load_parallel(
     device: str | torch.device | None = None,
     way: str = "fused",
     timeout_s: float = 30.0,
-    check_tokens: str = "first",
+    check_tokens: str = "always",
 ) -> tuple[PreTrainedModel, TensorParallel]:
     """`parallelize(AutoModelForCausalLM.from_pretrained(folder))`, but no rank ever holds the whole model.
 
@@ -41,24 +41,30 @@ def load_parallel(
     model may be larger than a rank's memory. Returns the model and what `parallelize` returns.
 
     folder: what `save_pretrained` writes, or a snapshot of a model hub's repository: config.json, and
-    model.safetensors or several files with their index. dtype: of the weights (default: as config.json says). device:
-    where they go (default: cuda where torch sees one, its current device). Other arguments: see `parallelize`.
+    model.safetensors or several files with their index. dtype: of the weights, bfloat16, float16 or float32 (default:
+    as config.json says). device: cpu or cuda, where they go (default: cuda where torch sees one, its current device).
+    Other arguments: see `parallelize`.
 
-    Raises ValueError where the folder lacks a file or a weight, a weight has another shape than config.json says, and
-    where `parallelize` would. Weights that the model has no place for are left, with one warning.
+    Raises ValueError, and names the file or the argument, where the folder lacks a file or a weight, config.json, the
+    index or a safetensors file cannot be read, a weight is not in the file that the index names or has another shape
+    than config.json says, dtype or device is not one of these, and where `parallelize` would. Of the ranks' folders it
+    compares the config, the tensors' names, shapes and dtypes, and one row of each tensor but the experts'. Weights
+    that the model has no place for are left, with one warning.
     """
     group = resolve_group(group)
-    device = _with_index(type_of(None) if device is None else torch.device(device))
-    folder = Path(folder)
-    config = _config(folder)
-    checkpoint = Checkpoint(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.get_default_dtype())
-    _quantise(model)
-    check_model(model, group.size())
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    weights = _Weights(model, checkpoint, device)
+    with Meeting.of(group, "tp_fused.integrations.transformers.load_parallel") as meeting:
+        arguments = check_arguments(max_num_tokens, way, check_tokens)
+        device = _device(device)
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"folder must be a path, got {checks.described(folder)}")
+        folder = Path(folder)
+        config = _config(folder)
+        checkpoint = Checkpoint(folder)
+        model = _on_meta(config, _dtype(dtype, config, folder / "config.json"), folder)
+        check_model(model, group.size())
+        weights = _Weights(model, checkpoint, device)
+        arguments["dtype"] = str(model.dtype)
+        require_same(meeting, describe(model, device, arguments) | checkpoint.describe(weights.taken))
     # Its tables are computed, not stored.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
     shards = Shards(group.rank(), group.size(), weights.read)
@@ -80,13 +86,35 @@ def _config(folder: Path) -> PreTrainedConfig:
     """By the model's class: Kimi-K2's config.json names a type of its own, and DeepSeek-V3's class."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json")
-    named = json.loads((folder / "config.json").read_text()).get("architectures")
-    name = next((name for name in named or () if name in FAMILIES), None)
+    named = read_json(folder / "config.json").get("architectures")
+    names = named if isinstance(named, list) else []
+    name = next((name for name in names if isinstance(name, str) and name in FAMILIES), None)
     if name is None:
         raise ValueError(f"load_parallel takes a {', '.join(FAMILIES)}, and {folder / 'config.json'} names {named}")
     if not hasattr(transformers, name):
         raise ValueError(f"transformers {transformers.__version__} has no {name}, which {folder / 'config.json'} names")
-    return getattr(transformers, name).config_class.from_pretrained(folder)
+    with _of(folder / "config.json"):
+        return getattr(transformers, name).config_class.from_pretrained(folder)
+
+
+def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
+    """The model without weights."""
+    with _of(folder / "config.json"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _quantise(model)
+    if (folder / "generation_config.json").is_file():
+        with _of(folder / "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+@contextlib.contextmanager
+def _of(path: Path):
+    """What transformers does not make of a file, it says by errors of any kind."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _quantise(model: PreTrainedModel) -> None:
@@ -104,41 +132,28 @@ def _quantise(model: PreTrainedModel) -> None:
         model.config.quantization_config = quantizer.quantization_config
 
 
-def _with_index(device: torch.device) -> torch.device:
+def _dtype(asked, config: PreTrainedConfig, path: Path) -> torch.dtype:
+    dtype = asked if asked is not None else config.dtype or torch.get_default_dtype()
+    if isinstance(dtype, str):
+        dtype = {str(float_).removeprefix("torch."): float_ for float_ in checks.FLOATS}.get(dtype, dtype)
+    if dtype not in checks.FLOATS:
+        floats = ", ".join(map(str, checks.FLOATS))
+        raise ValueError(
+            f"{path}: dtype {dtype} is none of {floats}; load_parallel takes one by dtype="
+            if asked is None
+            else f"dtype must be one of {floats}, or None for what config.json says; got {dtype!r}"
+        )
+    return dtype
+
+
+def _device(asked) -> torch.device:
+    device = type_of(None) if asked is None else checks.device(asked)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be on cpu or cuda, got {device}")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {device} is asked for, and torch sees {count} CUDA devices")
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
-
-
-class Checkpoint:
-    """The safetensors files of a folder. A tensor is read in parts."""
-
-    def __init__(self, folder: Path):
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            self._files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        elif single.is_file():
-            with safe_open(single, "pt") as opened:
-                self._files = dict.fromkeys(opened.keys(), single)
-        else:
-            raise ValueError(f"{folder} has neither {index.name} nor {single.name}")
-        self._opened = {}
-        self.folder, self.names = folder, set(self._files)
-
-    def require(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Raises where the tensor has another shape, or cannot be read as one of dtype."""
-        stored, kinds = self._slice(name), _STORED_AS.get(dtype, _FLOATS)
-        if tuple(stored.get_shape()) != shape:
-            raise ValueError(f"{name} is {tuple(stored.get_shape())} in {self.folder}, expected {shape}")
-        if stored.get_dtype() not in kinds:
-            raise ValueError(f"{name} is {stored.get_dtype()} in {self.folder}, expected one of {', '.join(kinds)}")
-
-    def read(self, name: str, *index: slice) -> torch.Tensor:
-        return self._slice(name)[index or (slice(None),)]
-
-    def _slice(self, name: str):
-        path = self._files[name]
-        if path not in self._opened:
-            self._opened[path] = safe_open(path, "pt")
-        return self._opened[path].get_slice(name)
 
 
 class _Weights:
@@ -151,20 +166,20 @@ class _Weights:
         computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
         tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         tensors = [(name, tensor) for name, tensor in tensors if name not in computed]
-        taken = set()
+        self.taken: set[str] = set()  # of the stored names
         for name, tensor in tensors:
             source = _find(checkpoint, name, tensor)
             if source is not None:
                 dtype = torch.float32 if any(part in name for part in wide) else tensor.dtype
                 self._sources.setdefault(tensor, (source, dtype))
-                taken |= set(source.names)
+                self.taken |= set(source.names)
         missing = [name for name, tensor in tensors if tensor not in self._sources]  # of tied weights, one is stored
         if missing:
-            raise ValueError(f"{checkpoint.folder} lacks {_some(missing)}, which {type(model).__name__} has")
+            raise ValueError(f"{checkpoint.folder} lacks {some(missing)}, which {type(model).__name__} has")
         ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-        left = [name for name in checkpoint.names - taken if not any(pattern.search(name) for pattern in ignored)]
+        left = [name for name in checkpoint.names - self.taken if not any(pattern.search(name) for pattern in ignored)]
         if left:
-            warnings.warn(f"{type(model).__name__} has no place for {_some(sorted(left))}: left", stacklevel=3)
+            warnings.warn(f"{type(model).__name__} has no place for {some(sorted(left))}: left", stacklevel=3)
 
     def read(self, tensor: torch.Tensor, *index: slice) -> torch.Tensor:
         source, dtype = self._sources[tensor]
@@ -234,7 +249,3 @@ def _find(checkpoint: Checkpoint, name: str, tensor: torch.Tensor) -> _Stored | 
             return None
         checkpoint.require(stored, expected, tensor.dtype)
     return source
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -10,6 +10,13 @@ from ...groups import get_workspace
 from .programs import Fused, Unfused
 from .same_tokens import SameTokens
 
+_WAYS = ("all_reduce", "transport", "fused")
+
+
+def check_way(way: str) -> None:
+    if way not in _WAYS:
+        raise ValueError(f"way must be one of {', '.join(_WAYS)}, got {way!r}")
+
 
 class TensorParallel:
     """What the modules of a parallelized model share; `parallelize` returns it.
@@ -25,7 +32,9 @@ class TensorParallel:
     which is entered around that part of a forward.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, way: str = "fused", check_tokens: str = "first"):
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, way: str = "fused", check_tokens: str = "always"
+    ):
         self.group, self.rank, self.world_size = group, group.rank(), group.size()
         self.device = device
         self.timer = None
@@ -57,8 +66,7 @@ class TensorParallel:
 
     @way.setter
     def way(self, way: str) -> None:
-        if way not in self._ways:
-            raise ValueError(f"way must be one of {', '.join(self._ways)}, got {way!r}")
+        check_way(way)
         self._way, self.program = way, self._ways[way]
 
     @property
@@ -88,6 +96,7 @@ class TensorParallel:
                 f"a forward of {num_tokens} tokens {shape} is over max_num_tokens={limit}; "
                 f"parallelize with a larger one, or prefill in chunks"
             )
+        _check_dtypes(self.device.type, decoder.embed_tokens.weight.dtype, embeds)
         # The first layer adds up what the ranks bring. Embeddings of the caller are whole on every rank.
         if embeds is None:
             partial = decoder.embed_tokens.partial(ids)
@@ -97,9 +106,27 @@ class TensorParallel:
                 partial.zero_()
         return (), {**given, "input_ids": None, "inputs_embeds": partial}
 
+    def compare_generated(self, tokens: torch.Tensor) -> None:
+        """The last of them are fed to no forward. Collective."""
+        self._same_tokens.check(
+            self.workspace, self.device, tuple(tokens.shape), {"input_ids": tokens}, have="have generated"
+        )
+
     def _all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(partial, group=self.group)
         return partial
 
     def _all_reduce_rows(self, partial: torch.Tensor) -> torch.Tensor:
         return ops.all_gather_rows(ops.reduce_scatter_rows(partial, self.group), partial.shape[0], self.group)
+
+
+def _check_dtypes(device_type: str, dtype: torch.dtype, embeds: torch.Tensor | None) -> None:
+    """The residual, the partial sums and what the ops return have one dtype, the model's."""
+    if embeds is not None and embeds.dtype != dtype:
+        raise ValueError(f"inputs_embeds are {embeds.dtype}, the model's hidden states {dtype}: convert them first")
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else dtype
+    if autocast != dtype:
+        raise ValueError(
+            f"torch.autocast to {autocast} is on, and the model is in {dtype}: partial sums would have another dtype "
+            f"than the residual. Leave autocast, or convert the model before parallelize"
+        )
