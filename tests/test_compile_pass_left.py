@@ -59,6 +59,43 @@ def partial_residual(x, residual, weight):
     return norm(residual @ residual.t() @ residual + all_reduced(x), weight)
 
 
+def what_is_reduced(x, residual, weight):
+    return norm(all_reduced(x) + x, weight)
+
+
+def made_of_what_is_reduced(x, residual, weight):
+    x = 2 * x
+    return norm(all_reduced(x) + x.tanh(), weight)
+
+
+def masked_by_what_is_reduced(x, residual, weight):
+    return norm(all_reduced(x) + torch.where(x > 0, residual, 0), weight)
+
+
+def source_of_what_is_reduced(x, residual, weight):
+    return norm(all_reduced(x.softmax(-1).cumsum(0)) + x.tanh(), weight)
+
+
+def product_with_itself(x, residual, weight):
+    return norm(all_reduced(x @ x.t() @ x) + x, weight)
+
+
+def what_is_gathered(x, residual, weight):
+    gathered = funcol.all_gather_tensor(residual * 2, 0, dist.group.WORLD)
+    return norm(all_reduced(x) + residual, weight), gathered
+
+
+def weight_of_a_rank(x, residual, weight):
+    return norm(residual + all_reduced(x), weight * x[0])
+
+
+def product_of_one_token(x, residual, weight):
+    """As torch decomposes mm, where it is told to tune memory-bound ones."""
+    columns = residual.t()[:, :, None].expand(HIDDEN, NUM_TOKENS, 3)[:, 0, :].tanh()
+    product = (residual[:1, :, None] * columns[None]).sum(1)
+    return norm(torch.cat([product] * 22, 1)[:, :HIDDEN] + all_reduced(x[:1]), weight)
+
+
 def wide_residual(x, residual, weight):
     total = residual.float() * 1.5 + all_reduced(x).float()
     return norm(total, weight, x.dtype)
@@ -136,6 +173,11 @@ def too_wide(x, residual, weight):
     return norm(residual + all_reduced(x), weight)
 
 
+OWN = "the residual is made of {}, of which each rank has its own: a collective takes it, or what is computed from it"
+PRODUCT = (
+    "the residual is made of {}, which may differ between ranks: a partial sum, or a product with a weight that is not "
+    "declared replicated"
+)
 LEFT = {
     another_group: "it reduces over group '{other}', the pass serves '0'",
     maximum: "it reduces by 'max', and only 'sum' is served",
@@ -143,8 +185,15 @@ LEFT = {
     not_waited_for: "what it returns is not waited for once, and then read",
     wide_output: "the norm of torch.bfloat16 rows leaves torch.float32 ones",
     three_summands: "2 tensors are added to the reduced sum, and only one residual is served",
-    partial_residual: "the residual is made of aten.mm.default (mm_1), which may differ between ranks: a partial sum, "
-    "or a product with a weight that is not declared replicated",
+    partial_residual: PRODUCT.format("aten.mm.default (mm_1)"),
+    what_is_reduced: OWN.format("arg0_1 (arg0_1)"),
+    made_of_what_is_reduced: OWN.format("aten.mul.Tensor (mul)"),
+    masked_by_what_is_reduced: OWN.format("arg0_1 (arg0_1)"),
+    source_of_what_is_reduced: OWN.format("arg0_1 (arg0_1)"),
+    product_with_itself: OWN.format("arg0_1 (arg0_1)"),
+    what_is_gathered: OWN.format("arg0_1 (arg0_1)"),
+    weight_of_a_rank: OWN.replace("the residual", "the norm's weight").format("arg0_1 (arg0_1)"),
+    product_of_one_token: PRODUCT.format("aten.sum.dim_IntList (sum_1)"),
     wide_residual: "the residual is torch.float32, and what is reduced torch.bfloat16",
     layer_norm: "no RMSNorm of its sum was found: it is read by aten.add.Tensor",
     no_weight: "the norm has no weight of the rows' width",
@@ -288,3 +337,42 @@ def test_projections_that_are_not_moved(pool):
         assert seen == ["rs_rmsnorm_ag"] and notes.endswith("has strides (72, 1)")
     for seen, _ in pool.run(run_projections, True, 24, timeout_s=200):
         assert seen == ["rs_rmsnorm", "qkv_a_proj_ag"]
+
+
+# ---- what is not left: a full residual of which a product is made that is reduced ----
+
+
+def residual_behind_a_product(residual, weight, shard, scale):
+    return norm(residual + all_reduced((norm(residual, weight) @ shard) * scale), weight)
+
+
+def residual_behind_a_product_of_one_token(residual, weight, shard, scale):
+    rows = norm(residual[:1], weight)
+    return norm(residual[:1] + all_reduced((rows[:, :, None] * shard[None]).sum(1) * scale), weight)
+
+
+def residual_of_its_own_split(residual, weight, shard, scale):
+    residual, rows = residual.split(NUM_TOKENS // 2)
+    return norm(residual + all_reduced(rows @ shard * scale), weight)
+
+
+def run_rewritten() -> list[list[str]]:
+    """Runs on a rank."""
+    _, residual, weight = inputs(torch.float32)
+    shard, scale = random("shard", HIDDEN, HIDDEN, own=True), random("scale", HIDDEN, own=True)
+    seen = []
+    for program in (
+        residual_behind_a_product,
+        residual_behind_a_product_of_one_token,
+        residual_of_its_own_split,
+    ):
+        with compiled(program) as (function, _, graphs):
+            given = residual, weight, shard, scale
+            torch.testing.assert_close(function(*given), program(*given), rtol=1e-4, atol=1e-4)
+            seen.append(calls(graphs[0]))
+    return seen
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_full_residuals_of_partial_sums(pool):
+    assert pool.run(run_rewritten, timeout_s=200) == [[["rs_rmsnorm_ag"]] * 3] * 2
