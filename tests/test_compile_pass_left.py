@@ -124,9 +124,29 @@ def strided_weight(x, residual, weight):
     return norm(residual + all_reduced(x), torch.stack([weight, weight], 1)[:, 0])
 
 
-def symbolic_eps(x, residual, weight):
+def with_eps(x, residual, weight, eps):
     total = residual + all_reduced(x)
-    return weight * (total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + EPS))
+    return weight * (total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def symbolic_eps(x, residual, weight):
+    return with_eps(x, residual, weight, EPS)
+
+
+def eps_of_zero(x, residual, weight):
+    return with_eps(x, residual, weight, 0.0)
+
+
+def eps_below_zero(x, residual, weight):
+    return with_eps(x, residual, weight, -1e-3)
+
+
+def eps_of_nothing_in_fp32(x, residual, weight):
+    return with_eps(x, residual, weight, 1e-50)
+
+
+def infinite_weight_offset(x, residual, weight):
+    return norm(residual + all_reduced(x), weight + float("inf"))
 
 
 def bias(x, residual, weight):
@@ -202,6 +222,10 @@ LEFT = {
     strided_weight: "the norm's weight has strides (2,)",
     symbolic_eps: "torch has made a symbol of the norm's eps, or of what is added to its weight, as it does of floats "
     "under dynamic=True: set torch._dynamo.config.specialize_float = True",
+    eps_of_zero: "eps must be positive and finite in fp32, got 0.0",
+    eps_below_zero: "eps must be positive and finite in fp32, got -0.001",
+    eps_of_nothing_in_fp32: "eps must be positive and finite in fp32, got 1e-50",
+    infinite_weight_offset: "weight_offset must be finite in fp32, got inf",
     bias: "a bias is added to its sum: have one rank add it to its partial sum",
     double: "it reduces torch.float64",
     several_dtypes: "the reductions that are added up have several dtypes",
@@ -337,42 +361,3 @@ def test_projections_that_are_not_moved(pool):
         assert seen == ["rs_rmsnorm_ag"] and notes.endswith("has strides (72, 1)")
     for seen, _ in pool.run(run_projections, True, 24, timeout_s=200):
         assert seen == ["rs_rmsnorm", "qkv_a_proj_ag"]
-
-
-# ---- what is not left: a full residual of which a product is made that is reduced ----
-
-
-def residual_behind_a_product(residual, weight, shard, scale):
-    return norm(residual + all_reduced((norm(residual, weight) @ shard) * scale), weight)
-
-
-def residual_behind_a_product_of_one_token(residual, weight, shard, scale):
-    rows = norm(residual[:1], weight)
-    return norm(residual[:1] + all_reduced((rows[:, :, None] * shard[None]).sum(1) * scale), weight)
-
-
-def residual_of_its_own_split(residual, weight, shard, scale):
-    residual, rows = residual.split(NUM_TOKENS // 2)
-    return norm(residual + all_reduced(rows @ shard * scale), weight)
-
-
-def run_rewritten() -> list[list[str]]:
-    """Runs on a rank."""
-    _, residual, weight = inputs(torch.float32)
-    shard, scale = random("shard", HIDDEN, HIDDEN, own=True), random("scale", HIDDEN, own=True)
-    seen = []
-    for program in (
-        residual_behind_a_product,
-        residual_behind_a_product_of_one_token,
-        residual_of_its_own_split,
-    ):
-        with compiled(program) as (function, _, graphs):
-            given = residual, weight, shard, scale
-            torch.testing.assert_close(function(*given), program(*given), rtol=1e-4, atol=1e-4)
-            seen.append(calls(graphs[0]))
-    return seen
-
-
-@pytest.mark.parametrize("world_size", [2])
-def test_full_residuals_of_partial_sums(pool):
-    assert pool.run(run_rewritten, timeout_s=200) == [[["rs_rmsnorm_ag"]] * 3] * 2
