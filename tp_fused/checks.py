@@ -86,6 +86,24 @@ def memory(name: str, tensor: torch.Tensor) -> None:
         )
 
 
+def traced(tensor: torch.Tensor) -> bool:
+    """It is torch's stand-in for a tensor: only the call itself will know its strides and memory."""
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def certain(condition) -> bool:
+    """It holds, of sizes that may be symbols: for all their values then, so that torch does not guard on it."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # and sympy, a third of a second
+
+    return statically_known_true(condition)
+
+
+def other_shape(tensor: torch.Tensor, shape) -> bool:
+    return tensor.dim() != len(shape) or any(certain(a != b) for a, b in zip(tensor.shape, shape, strict=True))
+
+
 def rows(name: str, tensor: torch.Tensor, dtypes=FLOATS, device: torch.device | None = None) -> None:
     """`tensor` is a contiguous [rows, columns] of one of `dtypes`, on `device`."""
     given(name, tensor)
@@ -93,12 +111,13 @@ def rows(name: str, tensor: torch.Tensor, dtypes=FLOATS, device: torch.device | 
         raise ValueError(f"{name} must be [rows, columns], got shape {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be one of {', '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}: its rows must be contiguous, "
-            f"call .contiguous() first"
-        )
-    memory(name, tensor)
+    if not traced(tensor):
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}: its rows must be contiguous, "
+                f"call .contiguous() first"
+            )
+        memory(name, tensor)
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, the input on {device}")
 
@@ -106,12 +125,14 @@ def rows(name: str, tensor: torch.Tensor, dtypes=FLOATS, device: torch.device | 
 def like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """`tensor` is contiguous and has this shape, dtype and device."""
     given(name, tensor)
-    if tensor.shape != shape:
+    if other_shape(tensor, shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype}, expected {dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+    if traced(tensor):
+        return
     if not tensor.is_contiguous():
         raise ValueError(f"{name} of shape {tuple(shape)} has strides {tensor.stride()}: it must be contiguous")
     memory(name, tensor)
@@ -203,8 +224,7 @@ def capacity(workspace, input: torch.Tensor, num_tokens: int, columns: int, dtyp
             f"torch.cuda.set_device({input.device.index}) before tp_fused.init"
         )
     dtype = dtype or input.dtype
-    if num_tokens < 0:
-        raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
+    token_count(num_tokens)
     if num_tokens > workspace.max_num_tokens:
         raise ValueError(
             f"num_tokens={num_tokens} is over the workspace's max_num_tokens={workspace.max_num_tokens}; "
@@ -217,6 +237,11 @@ def capacity(workspace, input: torch.Tensor, num_tokens: int, columns: int, dtyp
             f"{workspace.dtype} ({workspace.row_bytes} bytes a row); call tp_fused.init again, on all ranks"
         )
     narrow(name, columns)
+
+
+def token_count(num_tokens) -> None:
+    if certain(num_tokens < 0):
+        raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
 
 
 def local_rows(workspace, name: str, tensor: torch.Tensor, num_tokens: int) -> None:
@@ -268,15 +293,20 @@ def normed_reduction(
     return residual
 
 
+def projected_rows(input, weight, name: str = "weight", dtype=None) -> None:
+    """A weight that such rows are multiplied by, or their like of `dtype`."""
+    rows(name, weight, (dtype or input.dtype,), input.device)
+    if certain(weight.shape[1] != input.shape[1]):
+        raise ValueError(f"{name} is {tuple(weight.shape)}, but the input has {input.shape[1]} columns")
+
+
 def projection_weight(
     workspace, input, weight, num_tokens: int, output_dtype=None, name: str = "weight", dtype=None
 ) -> None:
     """A replicated [columns, hidden_size] weight, by which num_tokens rows like the input's, or of `dtype`, are
     multiplied."""
     dtype = dtype or input.dtype
-    rows(name, weight, (dtype,), input.device)
-    if weight.shape[1] != input.shape[1]:
-        raise ValueError(f"{name} is {tuple(weight.shape)}, but the input has {input.shape[1]} columns")
+    projected_rows(input, weight, name, dtype)
     capacity(workspace, input, num_tokens, weight.shape[0], output_dtype, f"{name}.shape[0]")
     narrow("input.shape[1]", input.shape[1])
     kernel_starts(workspace, **{name: weight})
@@ -305,12 +335,14 @@ def fp8_scales(scale: torch.Tensor, q: torch.Tensor, group_size: int = 128) -> N
     """`scale` is fp32, one for each row and `group_size` columns of `q`, row-major or column-major."""
     given("scale", scale)
     expected = (q.shape[0], -(-q.shape[1] // group_size))
-    if scale.shape != expected:
+    if other_shape(scale, expected):
         raise ValueError(f"scale must be {expected} for a {tuple(q.shape)} input, got {tuple(scale.shape)}")
     if scale.dtype != torch.float32:
         raise TypeError(f"scale must be torch.float32, got {scale.dtype}")
     if scale.device != q.device:
         raise ValueError(f"scale is on {scale.device}, the input on {q.device}")
+    if traced(scale):
+        return
     if 1 not in scale.stride() and scale.numel() > 1:
         raise ValueError(f"scale has strides {scale.stride()}: it must be row-major or column-major")
     memory("scale", scale)
@@ -326,7 +358,7 @@ def latent_norms(weight: torch.Tensor, dtype: torch.dtype | None = None, **norms
     (q_name, q_a), (kv_name, kv_a) = norms.items()
     if q_a.dtype != kv_a.dtype:
         raise TypeError(f"{q_name} is {q_a.dtype}, {kv_name} {kv_a.dtype}: they must be the same")
-    if q_a.shape[0] + kv_a.shape[0] > weight.shape[0]:
+    if certain(q_a.shape[0] + kv_a.shape[0] > weight.shape[0]):
         raise ValueError(
             f"{q_name} ({q_a.shape[0]}) and {kv_name} ({kv_a.shape[0]}) are longer than the projection's "
             f"{weight.shape[0]} columns"
