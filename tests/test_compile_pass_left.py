@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from compile_pass_ranks import calls, compiled, random, reduced
+from ranks import outcome, workspace
 
 from tp_fused import compile_pass
 
@@ -335,6 +336,29 @@ def test_left_as_a_whole(pool):
     for because, error in pool.run(run_without_workspace, timeout_s=200):
         missing = "group '0' has no workspace for cpu tensors; call tp_fused.init(group, max_num_tokens=..., "
         assert because.startswith(missing) and error.startswith(missing)
+
+
+WRONG = {
+    "a name": ({"group": "0"}, "group must be a process group, got '0'; of a DeviceMesh, pass mesh.get_group()"),
+    "no member": ({"group": -100}, "this rank is not in the group: new_group returned -100, for its other ranks"),
+    "a number": ({"replicated": 3}, "replicated must be names of modules, or a function of a module's path and its "
+                 "weight's shape, got 3"),
+    "numbers": ({"replicated": [3]}, "replicated must be names of modules, or a function of a module's path and its "
+                "weight's shape, got [3] (list)"),
+}  # fmt: skip
+
+
+def given_wrong_arguments() -> list:
+    """Runs on a rank."""
+    with workspace("cpu"):
+        return [outcome(compile_pass.install, **options)[0] for options, _ in WRONG.values()]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_wrong_arguments(pool):
+    for errors in pool.run(given_wrong_arguments):
+        assert [str(error) for error in errors] == [words for _, words in WRONG.values()]
+        assert [type(error) for error in errors] == [TypeError, ValueError, TypeError, TypeError]
 
 
 def projected(x, residual, weight, narrow):
