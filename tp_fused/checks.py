@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import partition
+from .symbols import certain, other_shape, stands_in
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 E4M3 = torch.float8_e4m3fn
@@ -45,8 +46,19 @@ def types(schema: dict[str, str], arguments: dict) -> None:
         words, admitted = _TYPES[schema[name]]
         if not isinstance(value, admitted):
             raise TypeError(f"{name} must be {words}, got {described(value)}")
+        if schema[name] == "int" and isinstance(value, numbers.Integral) and not -(2**63) <= int(value) < 2**63:
+            raise ValueError(f"{name} must fit into 64 bits, got {described(value)}")
+        if schema[name] == "float" and isinstance(value, numbers.Real):
+            as_float(name, value)
         if isinstance(value, torch.Tensor):
             given(name, value)
+
+
+def as_float(name: str, value) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that fits into 64 bits, got {described(value)}") from None
 
 
 def count(name: str, value, least: int = 0, most: int = LARGEST) -> None:
@@ -54,15 +66,15 @@ def count(name: str, value, least: int = 0, most: int = LARGEST) -> None:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {described(value)}")
     if value < least:  # pyright: ignore[reportOperatorIssue]
-        raise ValueError(f"{name} must {'be positive' if least else 'not be negative'}, got {value}")
+        raise ValueError(f"{name} must {'be positive' if least else 'not be negative'}, got {described(value)}")
     if value > most:  # pyright: ignore[reportOperatorIssue]
-        raise ValueError(f"{name}={value} is over {most}")
+        raise ValueError(f"{name}={described(value)} is over {most}")
 
 
 def seconds(name: str, value) -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number of seconds, got {described(value)}")
-    if not float(value) >= 0:
+    if not as_float(name, value) >= 0:
         raise ValueError(f"{name} must not be negative, got {value}")
 
 
@@ -86,24 +98,6 @@ def memory(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def traced(tensor: torch.Tensor) -> bool:
-    """It is torch's stand-in for a tensor: only the call itself will know its strides and memory."""
-    return isinstance(tensor, torch._subclasses.FakeTensor)
-
-
-def certain(condition) -> bool:
-    """It holds, of sizes that may be symbols: for all their values then, so that torch does not guard on it."""
-    if isinstance(condition, bool):
-        return condition
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # and sympy, a third of a second
-
-    return statically_known_true(condition)
-
-
-def other_shape(tensor: torch.Tensor, shape) -> bool:
-    return tensor.dim() != len(shape) or any(certain(a != b) for a, b in zip(tensor.shape, shape, strict=True))
-
-
 def rows(name: str, tensor: torch.Tensor, dtypes=FLOATS, device: torch.device | None = None) -> None:
     """`tensor` is a contiguous [rows, columns] of one of `dtypes`, on `device`."""
     given(name, tensor)
@@ -111,7 +105,7 @@ def rows(name: str, tensor: torch.Tensor, dtypes=FLOATS, device: torch.device | 
         raise ValueError(f"{name} must be [rows, columns], got shape {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be one of {', '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if not traced(tensor):
+    if not stands_in(tensor):
         if not tensor.is_contiguous():
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}: its rows must be contiguous, "
@@ -131,7 +125,7 @@ def like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.d
         raise TypeError(f"{name} is {tensor.dtype}, expected {dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
-    if traced(tensor):
+    if stands_in(tensor):
         return
     if not tensor.is_contiguous():
         raise ValueError(f"{name} of shape {tuple(shape)} has strides {tensor.stride()}: it must be contiguous")
@@ -341,7 +335,7 @@ def fp8_scales(scale: torch.Tensor, q: torch.Tensor, group_size: int = 128) -> N
         raise TypeError(f"scale must be torch.float32, got {scale.dtype}")
     if scale.device != q.device:
         raise ValueError(f"scale is on {scale.device}, the input on {q.device}")
-    if traced(scale):
+    if stands_in(scale):
         return
     if 1 not in scale.stride() and scale.numel() > 1:
         raise ValueError(f"scale has strides {scale.stride()}: it must be row-major or column-major")
@@ -372,6 +366,8 @@ def described(value) -> str:
             return f"a {'nested' if value.is_nested else value.layout} tensor"
         where = f"of strides {value.stride()} at {value.storage_offset()} on {value.device}"
         return f"{value.dtype} {tuple(value.shape)} {where}"
+    if isinstance(value, int) and value.bit_length() > 128:  # Python writes out no number of some thousand digits
+        return f"an integer of {value.bit_length()} bits"
     if value is None or isinstance(value, (*_PLAIN, torch.device)):
         return reprlib.repr(value)
     kind, shape = type(value), getattr(value, "shape", ())

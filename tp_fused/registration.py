@@ -16,6 +16,9 @@ _library = torch.library.Library("tp_fused", "DEF")
 # By type: what csrc/torch_ops.cpp calls an argument, whose memory its kernels own.
 _KINDS = {"Tensor": "T", "Optional[Tensor]": "?", "str": "s", "float": "f", "int": "i", "bool": "b"}
 
+# torch's dispatcher says so of an argument; the second one, where it would write out a number of some thousand digits.
+_REFUSALS = ("Expected a value of type", "Exceeds the limit")
+
 
 def define(schema: str, fake):
     """Registers an op: the native kernel, and the decorated function for the calls that it refuses."""
@@ -49,8 +52,9 @@ def typed(wrapper):
     def called(*arguments, **options):
         try:
             return wrapper(*arguments, **options)
-        except RuntimeError as error:
-            if "Expected a value of type" not in str(error) and not isinstance(error, NotImplementedError):
+        except (RuntimeError, ValueError) as error:
+            refused = isinstance(error, NotImplementedError) or any(words in str(error) for words in _REFUSALS)
+            if not refused:
                 raise
             schema = getattr(torch.ops.tp_fused, wrapper.__name__).default._schema
             given = inspect.signature(wrapper).bind(*arguments, **options).arguments
