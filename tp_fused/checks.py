@@ -14,6 +14,7 @@ from .symbols import certain, other_shape, stands_in
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 E4M3 = torch.float8_e4m3fn
+GATHERED = (*FLOATS, E4M3, torch.uint8)  # by all_gather_rows
 _PLAIN = (bool, int, float, str, torch.dtype)
 LARGEST = 2**31 - 1  # widths and group sizes reach the kernels as 32-bit integers
 
@@ -25,33 +26,6 @@ def given(name: str, tensor: torch.Tensor | None) -> None:
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else tensor.layout
         raise TypeError(f"{name} must be a dense tensor, got a {layout} one")
-
-
-# By the type in an op's schema: how it is called here, and what torch's dispatcher takes for it.
-_TYPES = {
-    "Tensor": ("a tensor", torch.Tensor),
-    "Optional[Tensor]": ("a tensor or None", (torch.Tensor, type(None))),
-    "float": ("a number", (numbers.Real, torch.SymFloat)),
-    "int": ("an integer", (numbers.Integral, torch.SymInt)),
-    "bool": ("True or False", bool),
-    "str": ("a string", str),
-}
-
-
-def types(schema: dict[str, str], arguments: dict) -> None:
-    """The arguments that the schema knows are of its types, tensors dense."""
-    for name, value in arguments.items():
-        if name not in schema:
-            continue
-        words, admitted = _TYPES[schema[name]]
-        if not isinstance(value, admitted):
-            raise TypeError(f"{name} must be {words}, got {described(value)}")
-        if schema[name] == "int" and isinstance(value, numbers.Integral) and not -(2**63) <= int(value) < 2**63:
-            raise ValueError(f"{name} must fit into 64 bits, got {described(value)}")
-        if schema[name] == "float" and isinstance(value, numbers.Real):
-            as_float(name, value)
-        if isinstance(value, torch.Tensor):
-            given(name, value)
 
 
 def as_float(name: str, value) -> float:
@@ -192,9 +166,13 @@ def kernel_vectors(workspace, hidden_size: int, **tensors: torch.Tensor | None) 
     """What the CUDA kernels want beyond that: 16-byte vectors."""
     if workspace.backend != "cuda":
         return
+    kernel_width(hidden_size)
+    kernel_starts(workspace, **tensors)
+
+
+def kernel_width(hidden_size: int) -> None:
     if hidden_size % 8 or hidden_size == 0:
         raise ValueError(f"on cuda, hidden_size must be a positive multiple of 8, got {hidden_size}")
-    kernel_starts(workspace, **tensors)
 
 
 def kernel_starts(workspace, **tensors: torch.Tensor | None) -> None:
@@ -224,13 +202,17 @@ def capacity(workspace, input: torch.Tensor, num_tokens: int, columns: int, dtyp
             f"num_tokens={num_tokens} is over the workspace's max_num_tokens={workspace.max_num_tokens}; "
             f"call tp_fused.init(max_num_tokens={num_tokens}, ...) once, on all ranks"
         )
+    row_fits(workspace, columns, dtype, name)
+    narrow(name, columns)
+
+
+def row_fits(workspace, columns: int, dtype: torch.dtype, name: str = "hidden_size") -> None:
     if columns * dtype.itemsize > workspace.row_bytes:
         raise ValueError(
             f"{name}={columns} of {dtype} ({columns * dtype.itemsize} bytes a row) does not fit the "
             f"workspace, made for hidden_size={workspace.hidden_size}, latent_size={workspace.latent_size} of "
             f"{workspace.dtype} ({workspace.row_bytes} bytes a row); call tp_fused.init again, on all ranks"
         )
-    narrow(name, columns)
 
 
 def token_count(num_tokens) -> None:
@@ -306,10 +288,13 @@ def projection_weight(
     kernel_starts(workspace, **{name: weight})
     if workspace.backend == "cuda" and weight.shape[0] == 0:
         raise ValueError(f"on cuda, {name} must have rows, got {tuple(weight.shape)}")
-    if workspace.backend == "cuda" and dtype == E4M3 and (weight.shape[0] % 8 or weight.shape[1] % 16):
-        raise ValueError(
-            f"on cuda, an fp8 weight must have a multiple of 8 rows and of 16 columns, got {tuple(weight.shape)}"
-        )
+    if workspace.backend == "cuda" and dtype == E4M3:
+        kernel_fp8_weight(tuple(weight.shape))
+
+
+def kernel_fp8_weight(shape: tuple[int, ...]) -> None:
+    if shape[0] % 8 or shape[1] % 16:
+        raise ValueError(f"on cuda, an fp8 weight must have a multiple of 8 rows and of 16 columns, got {shape}")
 
 
 def projection(

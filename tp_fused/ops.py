@@ -27,7 +27,6 @@ __all__ = [
     "rs_rmsnorm_fp8",
 ]
 
-GATHERED = (*checks.FLOATS, checks.E4M3, torch.uint8)
 _ops = torch.ops.tp_fused
 
 
@@ -344,7 +343,7 @@ def reduce_scatter_rows(input, group=None, *, residual=None):
 
 
 def _all_gather_rows_fake(input, num_tokens, group_name):
-    checks.rows("input", input, GATHERED)
+    checks.rows("input", input, checks.GATHERED)
     checks.token_count(num_tokens)
     return input.new_empty(num_tokens, input.shape[1])
 
@@ -352,7 +351,7 @@ def _all_gather_rows_fake(input, num_tokens, group_name):
 @define("all_gather_rows(Tensor input, SymInt num_tokens, str group_name) -> Tensor", _all_gather_rows_fake)
 def _all_gather_rows(input, num_tokens, group_name):
     workspace = get_workspace(group_name, input.device)
-    checks.rows("input", input, GATHERED)
+    checks.rows("input", input, checks.GATHERED)
     checks.capacity(workspace, input, num_tokens, input.shape[1], name="input.shape[1]")
     checks.local_rows(workspace, "input", input, num_tokens)
     return unfused(workspace, reference.all_gather_rows, input, num_tokens)
