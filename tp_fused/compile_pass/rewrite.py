@@ -70,7 +70,7 @@ class Rewriter:
         self.share = (workspace.world_size - 1) / workspace.world_size
         wait_once(graph)
         self.norms, self.reductions = find_norms(graph), find_reductions(graph)
-        self.own = own_of_a_rank(graph)
+        self.own = own_of_a_rank(graph, workspace.group_name)
         self.carried: dict[fx.Node, Carried] = {}
         self.shapes: dict[fx.Node, list[int | fx.Node]] = {}
         self.dead: list[fx.Node] = []

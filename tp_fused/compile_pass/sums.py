@@ -6,7 +6,8 @@ A residual has to be full: each rank adds its own rows of it. What is full, and 
 * What a collective takes is a rank's own, and so is all that it is computed from, back to the graph's inputs, as long
   as nothing else can be where the ranks differ: through views, element-wise ops, and other ops of one tensor. A product
   of two tensors ends that, since one of them may be a shard: hidden states that are normed and multiplied by a
-  row-parallel weight before the all-reduce stay full.
+  row-parallel weight before the all-reduce stay full. Collectives of a group that has one of these ranks alone do not
+  count.
 * What is computed from a rank's own is so, too, until a collective of the group makes it full.
 * A product is a rank's own, unless its weight is declared replicated.
 """
@@ -16,6 +17,7 @@ import operator
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import fx
 
 from .nodes import (
@@ -64,8 +66,7 @@ class Reduction:
 
     @property
     def group_name(self) -> str:
-        group = self.call.args[-1]
-        return getattr(group, "group_name", group)
+        return _group_name(self.call)
 
     @property
     def op(self) -> str:
@@ -213,7 +214,7 @@ def rank_dependent(
         if node.op in ("placeholder", "get_attr") or _is_number(node) or _name(node) in _FACTORIES:
             continue
         if node.target == c10d.wait_tensor.default and node.args[0].target in _GATHERS:
-            if getattr(node.args[0].args[-1], "group_name", node.args[0].args[-1]) != group_name:
+            if _group_name(node.args[0]) != group_name:
                 return node.args[0]
             continue
         product = _name(node) in ("mm", "addmm") and replicated(node)
@@ -223,11 +224,11 @@ def rank_dependent(
     return None
 
 
-def own_of_a_rank(graph: fx.Graph) -> set[fx.Node]:
+def own_of_a_rank(graph: fx.Graph, group_name: str) -> set[fx.Node]:
     """What collectives take, and what it is computed from: the module's docstring has the rule."""
     own, stack = set(), []
     for node in graph.nodes:
-        if _is_collective(node):
+        if _is_collective(node) and _is_among(group_name, _group_name(node)):
             stack += node.all_input_nodes
     while stack:
         node = stack.pop()
@@ -281,6 +282,22 @@ def _summed_factors(node: fx.Node) -> list[fx.Node] | None:
     factors = [arg for arg in source.args if is_tensor(arg) and val(arg).dim() > 0]
     whole = [arg for arg in factors if same(val(arg).numel(), val(source).numel())]
     return whole if len(whole) < len(factors) else None
+
+
+def _group_name(collective: fx.Node) -> str | None:
+    """It is the last argument, or the group itself is; None of a wait."""
+    group = collective.args[-1]
+    return getattr(group, "group_name", group) if not isinstance(group, fx.Node) else None
+
+
+def _is_among(group_name: str, other: str | None) -> bool:
+    """Several ranks of a group are in the other one, too, or torch does not know it."""
+    try:
+        groups = map(dist.distributed_c10d._resolve_process_group, (group_name, other))
+        first, second = (set(dist.get_process_group_ranks(group)) for group in groups)
+    except (LookupError, RuntimeError, TypeError, ValueError):
+        return True
+    return len(first & second) > 1
 
 
 def _is_collective(node: fx.Node) -> bool:
