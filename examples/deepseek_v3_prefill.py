@@ -324,6 +324,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     for name in ("num_tokens", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if not -(2**63) <= args.seed < 2**64:
+        parser.error(f"--seed must fit into 64 bits, got {args.seed}")
     if not args.text_file.is_file() or not args.text_file.stat().st_size:
         parser.error(f"--text-file {args.text_file} is missing or empty")
     if args.json and not args.json.parent.is_dir():

@@ -197,6 +197,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     for name in ("world_size", "num_tokens"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if not -(2**63) <= args.seed < 2**64:
+        parser.error(f"--seed must fit into 64 bits, got {args.seed}")
     if not all(args.prompt):
         parser.error("--prompt: a turn is empty")
     if args.model is not None and not (args.model / "config.json").is_file():

@@ -109,6 +109,26 @@ BAD_CALLS = {
         r"scale_layout must be \"row\" or \"column\", got 'diagonal'",
     ),
     "group size of zero": ("rs_rmsnorm_fp8", {"group_size": 0}, ValueError, r"group_size must be positive, got 0"),
+    "group size beyond 64 bits": (
+        *("rs_rmsnorm_fp8", {"group_size": 2**63}, ValueError),
+        r"group_size must fit into 64 bits, got 9223372036854775808$",
+    ),
+    "token count beyond 64 bits": (
+        *("qkv_a_proj_ag", {"num_tokens": 2**63}, ValueError),
+        r"num_tokens must fit into 64 bits, got 9223372036854775808$",
+    ),
+    "token count of many digits, beyond 64 bits": (
+        *("all_gather_rows", {"num_tokens": -(10**5000)}, ValueError),
+        r"num_tokens must fit into 64 bits, got an integer of 16610 bits$",
+    ),
+    "eps beyond 64 bits": (
+        *("rs_rmsnorm", {"eps": 10**400}, ValueError),
+        r"eps must be a number that fits into 64 bits, got an integer of 1329 bits$",
+    ),
+    "weight offset beyond 64 bits": (
+        *("qkv_a_proj_ag_norm", {"weight_offset": 10**400}, ValueError),
+        r"weight_offset must be a number that fits into 64 bits, got an integer of 1329 bits$",
+    ),
     "another rank's rows": (
         *("all_gather_rows", {"input": ones(3, 256)}, ValueError),
         r"input has 3 rows; rank 1 of 2 owns 2 of num_tokens=4",

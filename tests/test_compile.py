@@ -5,7 +5,8 @@ import torch
 import torch._dynamo.testing
 import torch.distributed as dist
 from programs import EPS, LATENT, OPS, Call, random, same_bits
-from ranks import workspace
+from ranks import outcome, workspace
+from test_border import BAD_CALLS
 
 import tp_fused
 
@@ -138,6 +139,42 @@ def fake_shapes(device: str) -> list:
 @pytest.mark.parametrize("world_size", [3])
 def test_fake_kernels_of_a_rank_without_rows(pool, device, world_size):
     pool.run(fake_shapes, device)
+
+
+# What only the call knows: strides, what torch's dispatcher refuses, and what the workspace and this rank are made for.
+AT_THE_CALL = {
+    *(name for name in BAD_CALLS if "strided" in name or "another rank" in name or "64 bits" in name),
+    *("input transposed", "input too wide", "too many tokens", "scales of neither layout"),
+    *("residual neither full nor slice", "residual of another width", "projection of too many columns"),
+    *("projection of rows wider than 32 bits", "weight on another device"),
+}
+
+
+def traced(device: str, names: list[str]) -> list:
+    """Runs on a rank: what the fake kernels say of bad calls."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    errors = []
+    with workspace(device, device, latent_size=sum(LATENT)):
+        for name in names:
+            op, changes, *_ = BAD_CALLS[name]
+            given = Call(op, 4, hidden_size=256, residual="full", device=device).arguments(rank, world_size)
+            for key, change in changes.items():
+                given[key] = change(given.get(key)) if callable(change) else change
+            given["group_name"] = given.pop("group", dist.group.WORLD.group_name)
+            with torch._subclasses.FakeTensorMode() as mode:
+                fake = {key: mode.from_tensor(one) if torch.is_tensor(one) else one for key, one in given.items()}
+                errors.append(outcome(getattr(torch.ops.tp_fused, op), **fake)[0])
+    return errors
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_bad_calls_are_refused_when_they_are_traced(pool, device):
+    """In the words of eager calls: test_border.py has them."""
+    names = [name for name in BAD_CALLS if name not in AT_THE_CALL]
+    for name, error in zip(names, pool.run(traced, device, names)[1], strict=True):
+        *_, kind, message = BAD_CALLS[name]
+        with pytest.raises(kind, match=message):
+            raise error if error is not None else AssertionError(f"{name}: no error was raised")
 
 
 def only_one_rank_uses_it(device: str) -> None:

@@ -265,6 +265,55 @@ def test_reduce_scatter(pool, dynamic):
         assert seen == ["rs_rmsnorm", "rs_rmsnorm"]
 
 
+# ---- residuals that stay full: a product of them and of a shard is what is reduced ----
+
+
+def behind_a_product(residual, weight, shard, scale):
+    rows = F.rms_norm(residual, (HIDDEN,), weight, EPS)
+    return F.rms_norm(residual + reduced(rows @ shard * scale), (HIDDEN,), weight, EPS)
+
+
+def behind_a_product_of_one_token(residual, weight, shard, scale):
+    """As torch decomposes mm where it is told to tune memory-bound ones."""
+    residual = residual[:1]
+    rows = F.rms_norm(residual, (HIDDEN,), weight, EPS)
+    product = (rows[:, :, None] * shard[None]).sum(1)
+    return F.rms_norm(residual + reduced(product * scale), (HIDDEN,), weight, EPS)
+
+
+def split_off(residual, weight, shard, scale):
+    residual, rows = residual.split(3)
+    return F.rms_norm(residual + reduced(rows @ shard * scale), (HIDDEN,), weight, EPS)
+
+
+def taken_by_another_group(residual, weight, shard, scale):
+    """As between ranks that have other tokens: these have the same."""
+    gathered = funcol.all_gather_tensor(residual * 2, 0, _alone[0])
+    return F.rms_norm(residual + reduced(residual @ shard * scale), (HIDDEN,), weight, EPS) + gathered
+
+
+_alone = []  # a group of this rank alone
+
+
+def run_full_residuals() -> list[list[str]]:
+    """Runs on a rank."""
+    given = random("residual", 6, HIDDEN), 1 + random("norm", HIDDEN)
+    own = random("shard", HIDDEN, HIDDEN, own=True), random("scale", HIDDEN, own=True)
+    seen = []
+    _alone[:] = dist.new_subgroups(1)[:1]
+    for program in (behind_a_product, behind_a_product_of_one_token, split_off, taken_by_another_group):
+        with compiled(program, sizes={"hidden_size": HIDDEN}) as (function, _, graphs):
+            torch.testing.assert_close(function(*given, *own), program(*given, *own), rtol=1e-4, atol=1e-4)
+            seen.append(calls(graphs[0]))
+    return seen
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_residuals_that_stay_full(pool):
+    for seen in pool.run(run_full_residuals, timeout_s=200):
+        assert [[name for name in names if "gather" not in name] for names in seen] == [["rs_rmsnorm_ag"]] * 4
+
+
 # ---- the report, counted another way ----
 
 

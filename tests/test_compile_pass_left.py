@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from compile_pass_ranks import calls, compiled, random, reduced
+from ranks import outcome, workspace
 
 from tp_fused import compile_pass
 
@@ -59,6 +60,43 @@ def partial_residual(x, residual, weight):
     return norm(residual @ residual.t() @ residual + all_reduced(x), weight)
 
 
+def what_is_reduced(x, residual, weight):
+    return norm(all_reduced(x) + x, weight)
+
+
+def made_of_what_is_reduced(x, residual, weight):
+    x = 2 * x
+    return norm(all_reduced(x) + x.tanh(), weight)
+
+
+def masked_by_what_is_reduced(x, residual, weight):
+    return norm(all_reduced(x) + torch.where(x > 0, residual, 0), weight)
+
+
+def source_of_what_is_reduced(x, residual, weight):
+    return norm(all_reduced(x.softmax(-1).cumsum(0)) + x.tanh(), weight)
+
+
+def product_with_itself(x, residual, weight):
+    return norm(all_reduced(x @ x.t() @ x) + x, weight)
+
+
+def what_is_gathered(x, residual, weight):
+    gathered = funcol.all_gather_tensor(residual * 2, 0, _other_group())  # of the same ranks
+    return norm(all_reduced(x) + residual, weight), gathered
+
+
+def weight_of_a_rank(x, residual, weight):
+    return norm(residual + all_reduced(x), weight * x[0])
+
+
+def product_of_one_token(x, residual, weight):
+    """As torch decomposes mm, where it is told to tune memory-bound ones."""
+    columns = residual.t()[:, :, None].expand(HIDDEN, NUM_TOKENS, 3)[:, 0, :].tanh()
+    product = (residual[:1, :, None] * columns[None]).sum(1)
+    return norm(torch.cat([product] * 22, 1)[:, :HIDDEN] + all_reduced(x[:1]), weight)
+
+
 def wide_residual(x, residual, weight):
     total = residual.float() * 1.5 + all_reduced(x).float()
     return norm(total, weight, x.dtype)
@@ -87,9 +125,29 @@ def strided_weight(x, residual, weight):
     return norm(residual + all_reduced(x), torch.stack([weight, weight], 1)[:, 0])
 
 
-def symbolic_eps(x, residual, weight):
+def with_eps(x, residual, weight, eps):
     total = residual + all_reduced(x)
-    return weight * (total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + EPS))
+    return weight * (total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def symbolic_eps(x, residual, weight):
+    return with_eps(x, residual, weight, EPS)
+
+
+def eps_of_zero(x, residual, weight):
+    return with_eps(x, residual, weight, 0.0)
+
+
+def eps_below_zero(x, residual, weight):
+    return with_eps(x, residual, weight, -1e-3)
+
+
+def eps_of_nothing_in_fp32(x, residual, weight):
+    return with_eps(x, residual, weight, 1e-50)
+
+
+def infinite_weight_offset(x, residual, weight):
+    return norm(residual + all_reduced(x), weight + float("inf"))
 
 
 def bias(x, residual, weight):
@@ -136,6 +194,11 @@ def too_wide(x, residual, weight):
     return norm(residual + all_reduced(x), weight)
 
 
+OWN = "the residual is made of {}, of which each rank has its own: a collective takes it, or what is computed from it"
+PRODUCT = (
+    "the residual is made of {}, which may differ between ranks: a partial sum, or a product with a weight that is not "
+    "declared replicated"
+)
 LEFT = {
     another_group: "it reduces over group '{other}', the pass serves '0'",
     maximum: "it reduces by 'max', and only 'sum' is served",
@@ -143,8 +206,15 @@ LEFT = {
     not_waited_for: "what it returns is not waited for once, and then read",
     wide_output: "the norm of torch.bfloat16 rows leaves torch.float32 ones",
     three_summands: "2 tensors are added to the reduced sum, and only one residual is served",
-    partial_residual: "the residual is made of aten.mm.default (mm_1), which may differ between ranks: a partial sum, "
-    "or a product with a weight that is not declared replicated",
+    partial_residual: PRODUCT.format("aten.mm.default (mm_1)"),
+    what_is_reduced: OWN.format("arg0_1 (arg0_1)"),
+    made_of_what_is_reduced: OWN.format("aten.mul.Tensor (mul)"),
+    masked_by_what_is_reduced: OWN.format("arg0_1 (arg0_1)"),
+    source_of_what_is_reduced: OWN.format("arg0_1 (arg0_1)"),
+    product_with_itself: OWN.format("arg0_1 (arg0_1)"),
+    what_is_gathered: OWN.format("arg0_1 (arg0_1)"),
+    weight_of_a_rank: OWN.replace("the residual", "the norm's weight").format("arg0_1 (arg0_1)"),
+    product_of_one_token: PRODUCT.format("aten.sum.dim_IntList (sum_1)"),
     wide_residual: "the residual is torch.float32, and what is reduced torch.bfloat16",
     layer_norm: "no RMSNorm of its sum was found: it is read by aten.add.Tensor",
     no_weight: "the norm has no weight of the rows' width",
@@ -153,6 +223,10 @@ LEFT = {
     strided_weight: "the norm's weight has strides (2,)",
     symbolic_eps: "torch has made a symbol of the norm's eps, or of what is added to its weight, as it does of floats "
     "under dynamic=True: set torch._dynamo.config.specialize_float = True",
+    eps_of_zero: "eps must be positive and finite in fp32, got 0.0",
+    eps_below_zero: "eps must be positive and finite in fp32, got -0.001",
+    eps_of_nothing_in_fp32: "eps must be positive and finite in fp32, got 1e-50",
+    infinite_weight_offset: "weight_offset must be finite in fp32, got inf",
     bias: "a bias is added to its sum: have one rank add it to its partial sum",
     double: "it reduces torch.float64",
     several_dtypes: "the reductions that are added up have several dtypes",
@@ -262,6 +336,29 @@ def test_left_as_a_whole(pool):
     for because, error in pool.run(run_without_workspace, timeout_s=200):
         missing = "group '0' has no workspace for cpu tensors; call tp_fused.init(group, max_num_tokens=..., "
         assert because.startswith(missing) and error.startswith(missing)
+
+
+WRONG = {
+    "a name": ({"group": "0"}, "group must be a process group, got '0'; of a DeviceMesh, pass mesh.get_group()"),
+    "no member": ({"group": -100}, "this rank is not in the group: new_group returned -100, for its other ranks"),
+    "a number": ({"replicated": 3}, "replicated must be names of modules, or a function of a module's path and its "
+                 "weight's shape, got 3"),
+    "numbers": ({"replicated": [3]}, "replicated must be names of modules, or a function of a module's path and its "
+                "weight's shape, got [3] (list)"),
+}  # fmt: skip
+
+
+def given_wrong_arguments() -> list:
+    """Runs on a rank."""
+    with workspace("cpu"):
+        return [outcome(compile_pass.install, **options)[0] for options, _ in WRONG.values()]
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_wrong_arguments(pool):
+    for errors in pool.run(given_wrong_arguments):
+        assert [str(error) for error in errors] == [words for _, words in WRONG.values()]
+        assert [type(error) for error in errors] == [TypeError, ValueError, TypeError, TypeError]
 
 
 def projected(x, residual, weight, narrow):

@@ -176,7 +176,11 @@ def test_demo_prompt(tmp_path, num_tokens, ids, words):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--num-tokens 0", "--world-size 9", "--repeats 0", "--text-file none", "--json none/out.json"]
+    "arguments",
+    [
+        *("--num-tokens 0", "--world-size 9", "--repeats 0", "--text-file none", "--json none/out.json"),
+        "--seed 99999999999999999999",
+    ],
 )
 def test_demo_refuses(text_file, capsys, arguments):
     with pytest.raises(SystemExit) as exit:

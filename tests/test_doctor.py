@@ -23,16 +23,42 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_ranks_are_tried(device):
-    done = run("--json", TP_FUSED_BACKEND="reference")  # what is asked for elsewhere does not count here
+    done = run("--json", TP_FUSED_BACKEND="reference")  # tried beside the others
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["ok"]
     by_check = {finding["check"]: finding for finding in told["findings"]}
     assert torch.__version__ in by_check["versions"]["found"]
     assert by_check["2 ranks on cpu"]["found"] == "share memory: the cpu backend serves, and its result is right"
+    asked = by_check["TP_FUSED_BACKEND=reference"]
+    assert asked["found"] == "the reference backend serves, and its result is right"
     if device == "cuda":
         assert by_check["driver"]["found"].endswith(f"torch was built with {torch.version.cuda}")
         assert by_check["driver"]["state"] != doctor.FAILED and by_check["GPU 0"]["state"] == doctor.OK
+
+
+def test_ranks_are_tried_under_torchrun():
+    """By ranks of their own: this process is one of torchrun's, which come one by one."""
+    torchruns = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
+    done = run("--json", **torchruns, MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("foo", "ValueError: TP_FUSED_BACKEND=foo: must be one of "),
+        ("cuda", "ValueError: TP_FUSED_BACKEND=cuda cannot run: "),
+    ],
+)
+def test_a_backend_that_is_asked_for_is_tried(monkeypatch, asked, found):
+    if asked == "cuda" and torch.cuda.is_available():
+        pytest.skip("that one may run here")
+    monkeypatch.setenv("TP_FUSED_BACKEND", asked)
+    alone, as_asked = doctor._tries()
+    assert (alone.check, alone.state) == ("2 ranks on cpu", doctor.OK)
+    assert (as_asked.check, as_asked.state) == (f"TP_FUSED_BACKEND={asked}", doctor.FAILED)
+    assert as_asked.found.startswith(found) and as_asked.advice.startswith("unset it")
 
 
 def no_folder(monkeypatch):

@@ -111,6 +111,7 @@ def test_the_program_with_a_stored_model(tmp_path):
     [
         (["--num-tokens", "0"], "--num-tokens must be at least 1, got 0"),
         (["--world-size", "0"], "--world-size must be at least 1, got 0"),
+        (["--seed", "99999999999999999999"], "--seed must fit into 64 bits, got 99999999999999999999"),
         (["--prompt", "Hello", ""], "--prompt: a turn is empty"),
         (["--model", "nowhere"], "--model: there is no nowhere/config.json"),
     ],

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tp_fused.launch import launch
+
 PROGRAM = """
 import gc
 from tp_fused.launch import launch
@@ -34,3 +38,18 @@ def test_what_a_rank_raises_is_raised_by_launch(tmp_path):
     done = run(tmp_path, lower=10**9)
     assert done.returncode == 1
     assert "AssertionError" in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ((print, 0), ValueError, "world_size must be positive, got 0"),
+        ((print, -1), ValueError, "world_size must be positive, got -1"),
+        ((print, "2"), TypeError, "world_size must be an integer, got '2'"),
+        ((None, 2), TypeError, "main must be a function, got None"),
+    ],
+)
+def test_what_cannot_be_launched(arguments, kind, message):
+    with pytest.raises(kind) as error:
+        launch(*arguments)
+    assert str(error.value) == message

@@ -203,3 +203,31 @@ def test_explain_without_a_card():
         tp_fused.explain("rs_rmsnorm", 16, gpu="H300")
     with pytest.raises(ValueError, match="unknown op 'rs_layernorm'"):
         tp_fused.explain("rs_layernorm", 16, gpu="H200")
+
+
+FLOATS = "torch.bfloat16, torch.float16, torch.float32"
+NOT_SERVED = [
+    ("rs_rmsnorm", {"hidden_size": 7}, r"on cuda, hidden_size must be a positive multiple of 8, got 7"),
+    ("rs_rmsnorm_fp8", {"hidden_size": 17}, r"on cuda, hidden_size must be a positive multiple of 8, got 17"),
+    ("mla_prologue", {"hidden_size": 7164}, r"on cuda, hidden_size must be a positive multiple of 8, got 7164"),
+    ("rs_rmsnorm", {"hidden_size": 2**30}, r"hidden_size=1073741824 is over 16384, the widest row the kernels reduce"),
+    ("reduce_scatter_rows", {"dtype": torch.uint8}, rf"dtype must be one of {FLOATS}, got torch.uint8"),
+    ("rs_rmsnorm_ag", {"dtype": torch.float8_e4m3fn}, rf"dtype must be one of {FLOATS}, got torch.float8_e4m3fn"),
+    ("qkv_a_proj_ag", {"dtype": torch.uint8}, rf"dtype must be one of {FLOATS}, got torch.uint8"),
+    ("qkv_a_proj_ag_fp8", {"latent_size": 2113}, r"multiple of 8 rows and of 16 columns, got \(2113, 7168\)"),
+    ("all_gather_rows", {"dtype": torch.float64}, r"torch.float8_e4m3fn, torch.uint8, got torch.float64"),
+]
+
+
+@pytest.mark.parametrize(("op", "options", "message"), NOT_SERVED)
+def test_explain_refuses_what_the_call_refuses(op, options, message):
+    with pytest.raises(TypeError if "dtype" in options else ValueError, match=message):
+        tp_fused.explain(op, 16, gpu="H100", **options)
+
+
+def test_what_no_kernel_serves_is_told_with_its_numbers():
+    share = planning.share_of("H100", 1)
+    with pytest.raises(
+        ValueError, match=r"no kernel serves rs_rmsnorm of \[16, 1073741824\] of torch.bfloat16, on 8 ranks with "
+    ):
+        planning.plan("rs_rmsnorm", 16, card="H100", world_size=8, hidden_size=2**30, share=share)

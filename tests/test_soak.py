@@ -31,6 +31,26 @@ def test_a_slice(device, world_size, segment):
     assert outcome.calls.total() >= calls
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--world-size 0", "--world-size must be 1 to 8, got 0"),
+        ("--world-size 2 9", "--world-size must be 1 to 8, got 9"),
+        ("--calls 0", "--calls must be at least 1, got 0"),
+        ("--seconds -1", "--seconds must be over 0, got -1.0"),
+        ("--seconds nan", "--seconds must be over 0, got nan"),
+        ("--start -1", "--start must be at least 0, got -1"),
+        ("--repeat-share 2", "--repeat-share must be 0 to 1, got 2.0"),
+        ("--device cuda", "--device: cuda was asked for, but torch sees no card"),
+    ],
+)
+def test_options_that_call_nothing(monkeypatch, capsys, options, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        soak.main(options.split())
+    assert message in capsys.readouterr().err
+
+
 # ---- that errors are found ----
 
 

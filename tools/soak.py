@@ -26,6 +26,9 @@ from ranks import Pool
 from soak_calls import Sequence
 from soak_ranks import LIMIT_S, Injection, Report, Wrong, run_segment
 
+from tp_fused.launch import choose_device
+from tp_fused.native import _C
+
 WORLD_SIZES = {"cpu": [4], "cuda": [2, 3, 4, 6, 8]}
 CALLS = {"cpu": 100_000, "cuda": 10_000_000}
 PROGRESS_S = 30.0
@@ -172,6 +175,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="make an error, to see it found: a bit, rows, raise or exit",
     )
     options = parser.parse_args(arguments)
+    for size in options.world_size or ():
+        if not 1 <= size <= _C.MAX_RANKS:
+            parser.error(f"--world-size must be 1 to {_C.MAX_RANKS}, got {size}")
+    for name, least in (("calls", 1), ("start", 0)):
+        given = getattr(options, name)
+        if given is not None and given < least:
+            parser.error(f"--{name} must be at least {least}, got {given}")
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error(f"--seconds must be over 0, got {options.seconds}")
+    if not 0 <= options.repeat_share <= 1:
+        parser.error(f"--repeat-share must be 0 to 1, got {options.repeat_share}")
+    try:
+        choose_device(options.device)
+    except ValueError as error:
+        parser.error(f"--device: {error}")
+    if options.device == "cuda" and not _C.cuda_compiled():
+        parser.error("--device: cuda was asked for, but this build has no CUDA kernels")
     options.world_size = options.world_size or WORLD_SIZES[options.device]
     if options.seconds is None:
         options.seconds = 90.0 if options.device == "cuda" and options.calls is None else float("inf")

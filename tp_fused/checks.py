@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from . import partition
+from .symbols import certain, other_shape, stands_in
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 E4M3 = torch.float8_e4m3fn
+GATHERED = (*FLOATS, E4M3, torch.uint8)  # by all_gather_rows
 _PLAIN = (bool, int, float, str, torch.dtype)
 LARGEST = 2**31 - 1  # widths and group sizes reach the kernels as 32-bit integers
 
@@ -26,27 +28,11 @@ def given(name: str, tensor: torch.Tensor | None) -> None:
         raise TypeError(f"{name} must be a dense tensor, got a {layout} one")
 
 
-# By the type in an op's schema: how it is called here, and what torch's dispatcher takes for it.
-_TYPES = {
-    "Tensor": ("a tensor", torch.Tensor),
-    "Optional[Tensor]": ("a tensor or None", (torch.Tensor, type(None))),
-    "float": ("a number", (numbers.Real, torch.SymFloat)),
-    "int": ("an integer", (numbers.Integral, torch.SymInt)),
-    "bool": ("True or False", bool),
-    "str": ("a string", str),
-}
-
-
-def types(schema: dict[str, str], arguments: dict) -> None:
-    """The arguments that the schema knows are of its types, tensors dense."""
-    for name, value in arguments.items():
-        if name not in schema:
-            continue
-        words, admitted = _TYPES[schema[name]]
-        if not isinstance(value, admitted):
-            raise TypeError(f"{name} must be {words}, got {described(value)}")
-        if isinstance(value, torch.Tensor):
-            given(name, value)
+def as_float(name: str, value) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that fits into 64 bits, got {described(value)}") from None
 
 
 def count(name: str, value, least: int = 0, most: int = LARGEST) -> None:
@@ -54,15 +40,15 @@ def count(name: str, value, least: int = 0, most: int = LARGEST) -> None:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {described(value)}")
     if value < least:  # pyright: ignore[reportOperatorIssue]
-        raise ValueError(f"{name} must {'be positive' if least else 'not be negative'}, got {value}")
+        raise ValueError(f"{name} must {'be positive' if least else 'not be negative'}, got {described(value)}")
     if value > most:  # pyright: ignore[reportOperatorIssue]
-        raise ValueError(f"{name}={value} is over {most}")
+        raise ValueError(f"{name}={described(value)} is over {most}")
 
 
 def seconds(name: str, value) -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number of seconds, got {described(value)}")
-    if not float(value) >= 0:
+    if not as_float(name, value) >= 0:
         raise ValueError(f"{name} must not be negative, got {value}")
 
 
@@ -93,12 +79,13 @@ def rows(name: str, tensor: torch.Tensor, dtypes=FLOATS, device: torch.device | 
         raise ValueError(f"{name} must be [rows, columns], got shape {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be one of {', '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}: its rows must be contiguous, "
-            f"call .contiguous() first"
-        )
-    memory(name, tensor)
+    if not stands_in(tensor):
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}: its rows must be contiguous, "
+                f"call .contiguous() first"
+            )
+        memory(name, tensor)
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, the input on {device}")
 
@@ -106,12 +93,14 @@ def rows(name: str, tensor: torch.Tensor, dtypes=FLOATS, device: torch.device | 
 def like(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """`tensor` is contiguous and has this shape, dtype and device."""
     given(name, tensor)
-    if tensor.shape != shape:
+    if other_shape(tensor, shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype}, expected {dtype}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+    if stands_in(tensor):
+        return
     if not tensor.is_contiguous():
         raise ValueError(f"{name} of shape {tuple(shape)} has strides {tensor.stride()}: it must be contiguous")
     memory(name, tensor)
@@ -177,9 +166,13 @@ def kernel_vectors(workspace, hidden_size: int, **tensors: torch.Tensor | None) 
     """What the CUDA kernels want beyond that: 16-byte vectors."""
     if workspace.backend != "cuda":
         return
+    kernel_width(hidden_size)
+    kernel_starts(workspace, **tensors)
+
+
+def kernel_width(hidden_size: int) -> None:
     if hidden_size % 8 or hidden_size == 0:
         raise ValueError(f"on cuda, hidden_size must be a positive multiple of 8, got {hidden_size}")
-    kernel_starts(workspace, **tensors)
 
 
 def kernel_starts(workspace, **tensors: torch.Tensor | None) -> None:
@@ -203,20 +196,28 @@ def capacity(workspace, input: torch.Tensor, num_tokens: int, columns: int, dtyp
             f"torch.cuda.set_device({input.device.index}) before tp_fused.init"
         )
     dtype = dtype or input.dtype
-    if num_tokens < 0:
-        raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
+    token_count(num_tokens)
     if num_tokens > workspace.max_num_tokens:
         raise ValueError(
             f"num_tokens={num_tokens} is over the workspace's max_num_tokens={workspace.max_num_tokens}; "
             f"call tp_fused.init(max_num_tokens={num_tokens}, ...) once, on all ranks"
         )
+    row_fits(workspace, columns, dtype, name)
+    narrow(name, columns)
+
+
+def row_fits(workspace, columns: int, dtype: torch.dtype, name: str = "hidden_size") -> None:
     if columns * dtype.itemsize > workspace.row_bytes:
         raise ValueError(
             f"{name}={columns} of {dtype} ({columns * dtype.itemsize} bytes a row) does not fit the "
             f"workspace, made for hidden_size={workspace.hidden_size}, latent_size={workspace.latent_size} of "
             f"{workspace.dtype} ({workspace.row_bytes} bytes a row); call tp_fused.init again, on all ranks"
         )
-    narrow(name, columns)
+
+
+def token_count(num_tokens) -> None:
+    if certain(num_tokens < 0):
+        raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
 
 
 def local_rows(workspace, name: str, tensor: torch.Tensor, num_tokens: int) -> None:
@@ -268,24 +269,32 @@ def normed_reduction(
     return residual
 
 
+def projected_rows(input, weight, name: str = "weight", dtype=None) -> None:
+    """A weight that such rows are multiplied by, or their like of `dtype`."""
+    rows(name, weight, (dtype or input.dtype,), input.device)
+    if certain(weight.shape[1] != input.shape[1]):
+        raise ValueError(f"{name} is {tuple(weight.shape)}, but the input has {input.shape[1]} columns")
+
+
 def projection_weight(
     workspace, input, weight, num_tokens: int, output_dtype=None, name: str = "weight", dtype=None
 ) -> None:
     """A replicated [columns, hidden_size] weight, by which num_tokens rows like the input's, or of `dtype`, are
     multiplied."""
     dtype = dtype or input.dtype
-    rows(name, weight, (dtype,), input.device)
-    if weight.shape[1] != input.shape[1]:
-        raise ValueError(f"{name} is {tuple(weight.shape)}, but the input has {input.shape[1]} columns")
+    projected_rows(input, weight, name, dtype)
     capacity(workspace, input, num_tokens, weight.shape[0], output_dtype, f"{name}.shape[0]")
     narrow("input.shape[1]", input.shape[1])
     kernel_starts(workspace, **{name: weight})
     if workspace.backend == "cuda" and weight.shape[0] == 0:
         raise ValueError(f"on cuda, {name} must have rows, got {tuple(weight.shape)}")
-    if workspace.backend == "cuda" and dtype == E4M3 and (weight.shape[0] % 8 or weight.shape[1] % 16):
-        raise ValueError(
-            f"on cuda, an fp8 weight must have a multiple of 8 rows and of 16 columns, got {tuple(weight.shape)}"
-        )
+    if workspace.backend == "cuda" and dtype == E4M3:
+        kernel_fp8_weight(tuple(weight.shape))
+
+
+def kernel_fp8_weight(shape: tuple[int, ...]) -> None:
+    if shape[0] % 8 or shape[1] % 16:
+        raise ValueError(f"on cuda, an fp8 weight must have a multiple of 8 rows and of 16 columns, got {shape}")
 
 
 def projection(
@@ -305,12 +314,14 @@ def fp8_scales(scale: torch.Tensor, q: torch.Tensor, group_size: int = 128) -> N
     """`scale` is fp32, one for each row and `group_size` columns of `q`, row-major or column-major."""
     given("scale", scale)
     expected = (q.shape[0], -(-q.shape[1] // group_size))
-    if scale.shape != expected:
+    if other_shape(scale, expected):
         raise ValueError(f"scale must be {expected} for a {tuple(q.shape)} input, got {tuple(scale.shape)}")
     if scale.dtype != torch.float32:
         raise TypeError(f"scale must be torch.float32, got {scale.dtype}")
     if scale.device != q.device:
         raise ValueError(f"scale is on {scale.device}, the input on {q.device}")
+    if stands_in(scale):
+        return
     if 1 not in scale.stride() and scale.numel() > 1:
         raise ValueError(f"scale has strides {scale.stride()}: it must be row-major or column-major")
     memory("scale", scale)
@@ -326,7 +337,7 @@ def latent_norms(weight: torch.Tensor, dtype: torch.dtype | None = None, **norms
     (q_name, q_a), (kv_name, kv_a) = norms.items()
     if q_a.dtype != kv_a.dtype:
         raise TypeError(f"{q_name} is {q_a.dtype}, {kv_name} {kv_a.dtype}: they must be the same")
-    if q_a.shape[0] + kv_a.shape[0] > weight.shape[0]:
+    if certain(q_a.shape[0] + kv_a.shape[0] > weight.shape[0]):
         raise ValueError(
             f"{q_name} ({q_a.shape[0]}) and {kv_name} ({kv_a.shape[0]}) are longer than the projection's "
             f"{weight.shape[0]} columns"
@@ -340,6 +351,8 @@ def described(value) -> str:
             return f"a {'nested' if value.is_nested else value.layout} tensor"
         where = f"of strides {value.stride()} at {value.storage_offset()} on {value.device}"
         return f"{value.dtype} {tuple(value.shape)} {where}"
+    if isinstance(value, int) and value.bit_length() > 128:  # Python writes out no number of some thousand digits
+        return f"an integer of {value.bit_length()} bits"
     if value is None or isinstance(value, (*_PLAIN, torch.device)):
         return reprlib.repr(value)
     kind, shape = type(value), getattr(value, "shape", ())

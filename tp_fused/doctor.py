@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from . import native, nvml
 from ._version import __version__
-from .groups import init
+from .backends import BACKENDS
+from .groups import default_type, init
 from .launch import launch, take_device
 from .ops import rs_rmsnorm
 from .reference import rms_norm
@@ -32,6 +33,7 @@ SHM_BYTES = 1 << 30  # of /dev/shm, under which a workspace of a serving engine 
 OPEN_FILES = 1024
 OLDEST_NCCL = (2, 27)  # as in the extras of pyproject.toml
 TRY_S = 60.0
+_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _MPS_FOLDER = "/tmp/nvidia-mps"  # of a daemon that was told no other
 
 
@@ -254,33 +256,46 @@ def _nccl() -> Finding:
 
 def _tries() -> list[Finding]:
     findings = [_try("cpu", 2)]
+    asked = os.environ.get("TP_FUSED_BACKEND")
     if torch.cuda.is_available() and native._C.cuda_compiled():
         findings.append(_try("cuda", min(max(torch.cuda.device_count(), 2), native._C.MAX_RANKS)))
-    return findings
+    return [*findings, _try(default_type(), 2, asked)] if asked else findings
 
 
-def _try(device: str, num_ranks: int) -> Finding:
-    """Ranks of their own, on this device: the backend that serves them, or what went wrong."""
-    check = f"{num_ranks} ranks on {device}"
+def _try(device: str, num_ranks: int, asked: str | None = None) -> Finding:
+    """Ranks of their own, on this device: the backend that serves them, or what went wrong.
+
+    asked: for this backend, as the environment does of every `init` here.
+    """
+    check = f"TP_FUSED_BACKEND={asked}" if asked else f"{num_ranks} ranks on {device}"
     os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    # Ranks of their own, where torchrun has started this process as one of its ranks, too.
+    torchruns = {name: os.environ.pop(name) for name in _OF_TORCHRUN if name in os.environ}
     try:
-        launch(_try_rank, num_ranks, device, timeout_s=TRY_S)
+        launch(_try_rank, num_ranks, device, asked, timeout_s=TRY_S)
     except Exception as error:
         told = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         advice = (
             "in a container, ranks need /dev/shm, /tmp and, for GPUs, the process ids in common: docker's --ipc, --pid"
         )
+        if asked:
+            advice = f"unset it, or ask for one that can run here: one of {', '.join(BACKENDS)}"
         return Finding(check, FAILED, told, advice)
-    return Finding(check, OK, f"share memory: the {device} backend serves, and its result is right")
+    finally:
+        os.environ |= torchruns
+    shared = "" if asked else "share memory: "
+    return Finding(check, OK, f"{shared}the {asked or device} backend serves, and its result is right")
 
 
-def _try_rank(device: str) -> None:
+def _try_rank(device: str, asked: str | None) -> None:
     place = take_device(device)
     os.environ.pop("TP_FUSED_BACKEND", None)  # in this rank's process alone
+    if asked:
+        os.environ["TP_FUSED_BACKEND"] = asked
     rows = torch.ones(5, 256, device=place.device) * (1 + dist.get_rank())
     weight = torch.linspace(0.5, 2, 256, device=place.device)
     with init(place.group, max_num_tokens=8, hidden_size=256, dtype=torch.float32, device=device, timeout_s=20) as made:
-        if made.backend != device:
+        if made.backend != (asked or device):
             raise RuntimeError(f"the {made.backend} backend serves: {made.reason}")
         output, sums = rs_rmsnorm(rows, None, weight, group=place.group)
         expected = torch.full_like(sums, sum(range(1, dist.get_world_size() + 1)))

@@ -33,7 +33,7 @@ def explain(
     input: the tensor that would be passed; with it, the answer says whether the peers read it in place. Without it, a
     tensor of the workspace's hidden_size and dtype is assumed. A projection is taken to make latent_size columns.
     complete: as the call would be. Raises ValueError or TypeError where the call itself would: no workspace, an unknown
-    op, a count below zero.
+    op, a count below zero, a width or dtype that no kernel takes. Of more tokens than the workspace takes it says so.
 
     gpu: "A100", "H20", "H100", "H200", "B200" or "RTX PRO 6000" asks about such cards instead, without a workspace and
     without a GPU: about a call of `world_size` ranks, `ranks_per_card` on each card, with an input of `hidden_size`
@@ -44,12 +44,13 @@ def explain(
         raise ValueError(f"unknown op {checks.described(op)}; there are {', '.join(OPS)}")
     checks.count("num_tokens", num_tokens)
     if input is not None:
-        checks.rows("input", input, tuple(native.DTYPE_CODES))
+        checks.rows("input", input, (checks.E4M3,) if _multiplies_fp8(op) else _dtypes(op))
     if gpu is not None:
         if not isinstance(gpu, str):
             raise TypeError(f"gpu must be a card's name, got {checks.described(gpu)}")
-        if dtype not in native.DTYPE_CODES:
-            raise TypeError(f"dtype must be one of {', '.join(map(str, native.DTYPE_CODES))}, got {dtype!r}")
+        admitted = _dtypes(op)
+        if not isinstance(dtype, torch.dtype) or dtype not in admitted:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, admitted))}, got {checks.described(dtype)}")
         checks.count("world_size", world_size, 1, native._C.MAX_RANKS)
         checks.count("ranks_per_card", ranks_per_card, 1, world_size)
         checks.count("hidden_size", hidden_size, 1)
@@ -60,7 +61,8 @@ def explain(
         asked |= {"hidden_size": hidden_size, "latent_size": latent_size}
         return _explain_composed(op, num_tokens, complete, asked)
     if gpu is not None:
-        share = planning.share_of(gpu, ranks_per_card)
+        share = planning.share_of(gpu, ranks_per_card)  # which knows whether there is such a card
+        _require_kernels(op, "cuda", hidden_size, latent_size)
         sizes = {"world_size": world_size, "hidden_size": hidden_size, "columns": latent_size, "complete": complete}
         about = f"{world_size} ranks, {ranks_per_card} on each {gpu}; rank 0 of them owns "
         first = f"{op}: {about}{partition.row_count(num_tokens, 0, world_size)} of {num_tokens} rows"
@@ -68,6 +70,10 @@ def explain(
     if input is not None:
         device = input.device
     workspace = get_workspace(resolve_group_name(group), type_of(device))
+    if input is not None and not op.startswith("qkv_"):
+        checks.row_fits(workspace, input.shape[1], input.dtype)
+    width = workspace.hidden_size if input is None else input.shape[1]
+    _require_kernels(op, workspace.backend, width, workspace.latent_size)
     rows = partition.row_slice(num_tokens, workspace.rank, workspace.world_size)
     lines = [
         f"{op}: backend {workspace.backend} ({workspace.reason})",
@@ -91,6 +97,28 @@ def explain(
         what = "by this rank's share of the weight" if complete else "this rank's rows"
         lines.append(f"torch multiplies {what} into shared memory; the gather copies from there")
     return "\n".join(lines)
+
+
+def _multiplies_fp8(op: str) -> bool:
+    return op.startswith("qkv_") and op.endswith("_fp8")
+
+
+def _dtypes(op: str) -> tuple[torch.dtype, ...]:
+    """Of a call's rows; of a projection in fp8, those of the model, too, whose rows it is given quantised."""
+    if op == "all_gather_rows":
+        return checks.GATHERED
+    return (*checks.FLOATS, checks.E4M3) if _multiplies_fp8(op) else checks.FLOATS
+
+
+def _require_kernels(op: str, backend: str, hidden_size: int, latent_size: int) -> None:
+    """The widths are such as the call itself admits."""
+    reduces, limit = op.startswith(("rs_", "reduce_")), native._C.MAX_HIDDEN_SIZE
+    if reduces and backend != "reference" and hidden_size > limit:
+        raise ValueError(f"hidden_size={hidden_size} is over {limit}, the widest row the kernels reduce")
+    if reduces and backend == "cuda":
+        checks.kernel_width(hidden_size)
+    if _multiplies_fp8(op) and backend == "cuda":
+        checks.kernel_fp8_weight((latent_size, hidden_size))
 
 
 def _explain_composed(op: str, num_tokens: int, complete: bool, asked: dict[str, Any]) -> str:

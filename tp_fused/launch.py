@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from . import checks
 from .groups import default_group
 from .native import _C
 
@@ -27,7 +28,13 @@ def launch(main, world_size: int, *args, timeout_s: float = 600.0) -> None:
     `world_size` processes are started; `main` must then be importable by name, so not typed into an interactive
     session (docs/notebook.md). Cores are shared out among the ranks.
     A rank that raises ends the others, and its exception is raised here. timeout_s: for the collectives of the group.
+    Raises TypeError or ValueError, before anything is started, for a `main` that cannot be called and a count of ranks
+    below one.
     """
+    if not callable(main):
+        raise TypeError(f"main must be a function, got {checks.described(main)}")
+    checks.count("world_size", world_size, 1)
+    checks.seconds("timeout_s", timeout_s)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if world_size != int(os.environ["WORLD_SIZE"]):
             raise ValueError(f"world size {world_size} was asked for, torchrun runs {os.environ['WORLD_SIZE']} ranks")

@@ -8,12 +8,13 @@ reference backend.
 
 In all of them rows are split as `torch.tensor_split` splits them; a rank may own none and still takes part. Inputs are
 never written. Ops that meet trouble between ranks raise `CollectiveFault`; on bad arguments they raise ValueError or
-TypeError before anything is launched. Inference only: no output asks for a gradient, and autocast changes nothing.
+TypeError before anything is launched, and where they are traced, as far as that can be known there. Inference only: no
+output asks for a gradient, and autocast changes nothing.
 """
 
 import torch
 
-from . import checks, reference
+from . import checks, reference, traced
 from .groups import get_workspace, resolve_group_name
 from .registration import define, own_rows, typed, unfused
 
@@ -33,6 +34,7 @@ _ops = torch.ops.tp_fused
 
 
 def _rs_rmsnorm_fake(input, residual, weight, eps, group_name, complete=False, weight_offset=0.0):
+    traced.normed_reduction(input, residual, weight, eps, weight_offset)
     shape = (own_rows(input, input.shape[0], group_name), input.shape[1])
     # Not empty_like: torch would ask whether there is one row, and guard on the answer.
     return input.new_empty(shape), input.new_empty(shape)
@@ -88,6 +90,7 @@ def _rs_rmsnorm_fp8_fake(
     weight_offset=0.0,
     round_scales=False,
 ):
+    traced.quantised_reduction(input, residual, weight, eps, weight_offset, group_size, scale_layout)
     num_rows, hidden_size = own_rows(input, input.shape[0], group_name), input.shape[1]
     return (
         input.new_empty(num_rows, hidden_size, dtype=checks.E4M3),
@@ -189,6 +192,7 @@ def rs_rmsnorm_fp8(
 
 
 def _rs_rmsnorm_ag_fake(input, residual, weight, eps, group_name, weight_offset=0.0):
+    traced.normed_reduction(input, residual, weight, eps, weight_offset)
     residual_out = input.new_empty(own_rows(input, input.shape[0], group_name), input.shape[1])
     return input.new_empty(input.shape), residual_out  # contiguous, whatever strides an input of no or one element has
 
@@ -231,6 +235,7 @@ def _rs_rmsnorm_ag_fp8_fake(
     weight_offset=0.0,
     round_scales=False,
 ):
+    traced.quantised_reduction(input, residual, weight, eps, weight_offset, group_size, scale_layout)
     num_tokens, hidden_size = input.shape
     rows = own_rows(input, num_tokens, group_name)
     return (
@@ -311,6 +316,7 @@ def rs_rmsnorm_ag_fp8(
 
 
 def _reduce_scatter_rows_fake(input, group_name, residual=None):
+    traced.reduction(input, residual)
     return input.new_empty(own_rows(input, input.shape[0], group_name), input.shape[1])
 
 
@@ -337,13 +343,15 @@ def reduce_scatter_rows(input, group=None, *, residual=None):
 
 
 def _all_gather_rows_fake(input, num_tokens, group_name):
+    checks.rows("input", input, checks.GATHERED)
+    checks.token_count(num_tokens)
     return input.new_empty(num_tokens, input.shape[1])
 
 
 @define("all_gather_rows(Tensor input, SymInt num_tokens, str group_name) -> Tensor", _all_gather_rows_fake)
 def _all_gather_rows(input, num_tokens, group_name):
     workspace = get_workspace(group_name, input.device)
-    checks.rows("input", input, (*checks.FLOATS, checks.E4M3, torch.uint8))
+    checks.rows("input", input, checks.GATHERED)
     checks.capacity(workspace, input, num_tokens, input.shape[1], name="input.shape[1]")
     checks.local_rows(workspace, "input", input, num_tokens)
     return unfused(workspace, reference.all_gather_rows, input, num_tokens)

@@ -35,21 +35,30 @@ def plan(
     if slot_bytes is None:
         rows = world_size * partition.row_count(num_tokens, 0, world_size)
         slot_bytes = rows * max(hidden_size, columns) * dtype.itemsize
-    return _C.plan(
-        _CODES[op],
-        DTYPE_CODES[dtype],
-        num_tokens,
-        hidden_size,
-        columns=columns,
-        in_place=in_place,
-        complete=complete,
-        world_size=world_size,
-        max_ctas=share.max_ctas,
-        free_sms=share.free_sms,
-        free_cluster_sms=share.free_cluster_sms,
-        slot_bytes=slot_bytes,
-        card=card,
-    )
+    try:
+        return _C.plan(
+            _CODES[op],
+            DTYPE_CODES[dtype],
+            num_tokens,
+            hidden_size,
+            columns=columns,
+            in_place=in_place,
+            complete=complete,
+            world_size=world_size,
+            max_ctas=share.max_ctas,
+            free_sms=share.free_sms,
+            free_cluster_sms=share.free_cluster_sms,
+            slot_bytes=slot_bytes,
+            card=card,
+        )
+    except ValueError as error:
+        if "no kernel serves" not in str(error):  # the card is not known
+            raise
+        weight = f" and a weight of {columns} rows" if columns else ""
+        raise ValueError(
+            f"no kernel serves {op} of [{num_tokens}, {hidden_size}] of {dtype}{weight}, on {world_size} ranks with "
+            f"{share.max_ctas} blocks each on {card}"
+        ) from None
 
 
 def sm_count(card: int | str) -> int:

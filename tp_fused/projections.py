@@ -5,7 +5,7 @@ As in ops.py, where the rules stand that all ops keep.
 
 import torch
 
-from . import checks, reference
+from . import checks, reference, traced
 from .groups import get_workspace, resolve_group_name
 from .registration import define, typed, unfused
 
@@ -18,6 +18,9 @@ _ops = torch.ops.tp_fused
 
 
 def _qkv_a_proj_ag_fake(input, weight, num_tokens, group_name, bias=None, complete=False):
+    traced.projection(input, weight, num_tokens)
+    if bias is not None:
+        checks.like("bias", bias, (weight.shape[0],), input.dtype, input.device)
     return input.new_empty(num_tokens, weight.shape[0])
 
 
@@ -62,6 +65,7 @@ def qkv_a_proj_ag(input, weight, num_tokens, group=None, *, bias=None, complete=
 
 
 def _qkv_a_proj_ag_fp8_fake(q, scale, weight, weight_scale, num_tokens, group_name, complete=False):
+    traced.projection_fp8(q, scale, weight, weight_scale, num_tokens)
     return q.new_empty(num_tokens, weight.shape[0], dtype=torch.bfloat16)
 
 
@@ -100,6 +104,9 @@ def qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, group=None, *,
 def _qkv_a_proj_ag_norm_fake(
     input, weight, q_a_weight, kv_a_weight, eps, num_tokens, group_name, weight_offset=0.0, complete=False
 ):
+    traced.projection(input, weight, num_tokens)
+    checks.latent_norms(weight, q_a_weight=q_a_weight, kv_a_weight=kv_a_weight)
+    traced.numbers(eps, weight_offset)
     q_columns, kv_columns = q_a_weight.shape[0], kv_a_weight.shape[0]
     widths = (q_columns, kv_columns, weight.shape[0] - q_columns - kv_columns)
     return tuple(input.new_empty(num_tokens, width) for width in widths)
@@ -179,6 +186,10 @@ def _qkv_a_proj_ag_norm_fp8_fake(
     complete=False,
     round_scales=False,
 ):
+    checks.scale_layout(scale_layout)
+    traced.projection_fp8(q, scale, weight, weight_scale, num_tokens)
+    checks.latent_norms(weight, torch.bfloat16, q_a_weight=q_a_weight, kv_a_weight=kv_a_weight)
+    traced.numbers(eps)
     q_columns, kv_columns = q_a_weight.shape[0], kv_a_weight.shape[0]
     widths = (kv_columns, weight.shape[0] - q_columns - kv_columns)
     return (

@@ -5,7 +5,7 @@ As in ops.py, where the rules stand that all ops keep. Ranks tell each other, an
 
 import torch
 
-from . import checks, reference
+from . import checks, reference, traced
 from .groups import get_workspace, resolve_group_name
 from .registration import define, own_rows, typed, unfused
 
@@ -20,6 +20,9 @@ _ops = torch.ops.tp_fused
 def _mla_prologue_fake(
     input, residual, norm_weight, qkv_a_weight, q_a_norm_weight, kv_a_norm_weight, eps, group_name, complete=False
 ):
+    traced.normed_reduction(input, residual, norm_weight, eps, name="norm_weight")
+    checks.projected_rows(input, qkv_a_weight, "qkv_a_weight")
+    checks.latent_norms(qkv_a_weight, q_a_norm_weight=q_a_norm_weight, kv_a_norm_weight=kv_a_norm_weight)
     num_tokens, q_columns, kv_columns = input.shape[0], q_a_norm_weight.shape[0], kv_a_norm_weight.shape[0]
     widths = (q_columns, kv_columns, qkv_a_weight.shape[0] - q_columns - kv_columns)
     residual_out = input.new_empty(own_rows(input, num_tokens, group_name), input.shape[1])
@@ -105,6 +108,12 @@ def _mla_prologue_fp8_fake(
     round_scales=False,
     complete=False,
 ):
+    checks.scale_layout(scale_layout)
+    traced.normed_reduction(input, residual, norm_weight, eps, name="norm_weight")
+    checks.projected_rows(input, qkv_a_weight, "qkv_a_weight", checks.E4M3)
+    checks.weight_scale(weight_scale, qkv_a_weight)
+    norms = {"q_a_norm_weight": q_a_norm_weight, "kv_a_norm_weight": kv_a_norm_weight}
+    checks.latent_norms(qkv_a_weight, torch.bfloat16, **norms)
     num_tokens, q_columns, kv_columns = input.shape[0], q_a_norm_weight.shape[0], kv_a_norm_weight.shape[0]
     widths = (kv_columns, qkv_a_weight.shape[0] - q_columns - kv_columns)
     return (

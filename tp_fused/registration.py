@@ -5,6 +5,7 @@
 
 import functools
 import inspect
+import numbers
 
 import torch
 
@@ -15,6 +16,9 @@ from .native import _C
 _library = torch.library.Library("tp_fused", "DEF")
 # By type: what csrc/torch_ops.cpp calls an argument, whose memory its kernels own.
 _KINDS = {"Tensor": "T", "Optional[Tensor]": "?", "str": "s", "float": "f", "int": "i", "bool": "b"}
+
+# torch's dispatcher says so of an argument; the second one, where it would write out a number of some thousand digits.
+_REFUSALS = ("Expected a value of type", "Exceeds the limit")
 
 
 def define(schema: str, fake):
@@ -49,15 +53,43 @@ def typed(wrapper):
     def called(*arguments, **options):
         try:
             return wrapper(*arguments, **options)
-        except RuntimeError as error:
-            if "Expected a value of type" not in str(error) and not isinstance(error, NotImplementedError):
+        except (RuntimeError, ValueError) as error:
+            refused = isinstance(error, NotImplementedError) or any(words in str(error) for words in _REFUSALS)
+            if not refused:
                 raise
             schema = getattr(torch.ops.tp_fused, wrapper.__name__).default._schema
             given = inspect.signature(wrapper).bind(*arguments, **options).arguments
-            checks.types({argument.name: str(argument.type) for argument in schema.arguments}, given)
+            _check_types({argument.name: str(argument.type) for argument in schema.arguments}, given)
             raise
 
     return called
+
+
+# By the type in an op's schema: how it is called here, and what torch's dispatcher takes for it.
+_TYPES = {
+    "Tensor": ("a tensor", torch.Tensor),
+    "Optional[Tensor]": ("a tensor or None", (torch.Tensor, type(None))),
+    "float": ("a number", (numbers.Real, torch.SymFloat)),
+    "int": ("an integer", (numbers.Integral, torch.SymInt)),
+    "bool": ("True or False", bool),
+    "str": ("a string", str),
+}
+
+
+def _check_types(schema: dict[str, str], arguments: dict) -> None:
+    """The arguments that the schema knows are of its types, tensors dense."""
+    for name, value in arguments.items():
+        if name not in schema:
+            continue
+        words, admitted = _TYPES[schema[name]]
+        if not isinstance(value, admitted):
+            raise TypeError(f"{name} must be {words}, got {checks.described(value)}")
+        if schema[name] == "int" and isinstance(value, numbers.Integral) and not -(2**63) <= int(value) < 2**63:
+            raise ValueError(f"{name} must fit into 64 bits, got {checks.described(value)}")
+        if schema[name] == "float" and isinstance(value, numbers.Real):
+            checks.as_float(name, value)
+        if isinstance(value, torch.Tensor):
+            checks.given(name, value)
 
 
 def _explained(function, fake):

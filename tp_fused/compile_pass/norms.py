@@ -9,6 +9,7 @@ import dataclasses
 import torch
 from torch import fx
 
+from .. import checks
 from .nodes import ADDS, CONVERT, MULS, aten, base, hint, is_tensor, module_of, names, same, val
 
 _SYMBOL = (
@@ -137,13 +138,23 @@ def _scaled(user: fx.Node, root: fx.Node, rows: fx.Node, eps: float | None) -> N
         weight, offset = _weight(others[0]) if len(others) == 1 else (None, None)
         if weight is None or not is_tensor(weight) or val(weight).dim() != 1 or not same(val(weight).shape[0], width):
             continue
-        norm = Norm(rows, product, weight, eps, offset)
-        if None in (eps, offset):
-            norm.complaint = _SYMBOL
+        norm = Norm(rows, product, weight, eps, offset, _why_refused(eps, offset))
         if len(normed.users) > 1:
             norm.complaint = f"what the norm multiplies by its weight is read by {names(normed.users, product)}, too"
         return norm
     return Norm(rows, normed, normed, eps, 0.0, "the norm has no weight of the rows' width")
+
+
+def _why_refused(eps: float | None, weight_offset: float | None) -> str:
+    """What the op would say of such numbers; empty where it takes them. None: torch has made a symbol of it."""
+    if eps is None or weight_offset is None:
+        return _SYMBOL
+    try:
+        checks.eps(eps)
+        checks.weight_offset(weight_offset)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _weight(node: fx.Node) -> tuple[fx.Node, float]:

@@ -11,7 +11,7 @@ from torch import fx
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
 
-from .. import compiled, groups
+from .. import checks, compiled, groups
 from .._version import __version__
 from .nodes import val
 from .report import GraphReport, Report
@@ -38,13 +38,12 @@ class TpFusedPass(CustomInferenceAwareGraphPass):
         *,
         replicated: Iterable[str] | Callable[[str, tuple[int, int]], bool] = MLA_PROJECTIONS,
     ):
-        self.group = group if group is not None else dist.group.WORLD
-        if self.group is None:
+        if group is None and dist.group.WORLD is None:
             raise ValueError("no group given and torch.distributed is not initialised")
+        self.group = groups.process_group(group if group is not None else dist.group.WORLD)
         if not groups.workspaces_of(self.group.group_name):
             groups.get_workspace(self.group.group_name, groups.type_of(None))  # which says what is missing
-        names = {replicated} if isinstance(replicated, str) else replicated
-        self._names = None if callable(replicated) else tuple(sorted(set(names)))
+        self._names = None if callable(replicated) else _module_names(replicated)
         self._replicated = replicated if callable(replicated) else self._has_name
         self._graphs: list[GraphReport] = []
         self._cached_before = _cache_hits()
@@ -93,6 +92,16 @@ class TpFusedPass(CustomInferenceAwareGraphPass):
 
     def _has_name(self, path: str, shape: tuple[int, int]) -> bool:
         return not set(self._names).isdisjoint(path.split("."))
+
+
+def _module_names(given) -> tuple[str, ...]:
+    names = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"replicated must be names of modules, or a function of a module's path and its weight's shape, got "
+            f"{checks.described(given)}"
+        )
+    return tuple(sorted(set(names)))
 
 
 def _no_reduction(graph: fx.Graph) -> str:

@@ -30,7 +30,17 @@ from .nodes import (
 )
 from .norms import Norm, find_norms, narrowed
 from .report import GraphReport, Site
-from .sums import Linear, Reduction, Sum, as_linear, as_sum, find_reductions, rank_dependent, wait_once
+from .sums import (
+    Linear,
+    Reduction,
+    Sum,
+    as_linear,
+    as_sum,
+    find_reductions,
+    own_of_a_rank,
+    rank_dependent,
+    wait_once,
+)
 
 _ops = torch.ops.tp_fused
 
@@ -60,6 +70,7 @@ class Rewriter:
         self.share = (workspace.world_size - 1) / workspace.world_size
         wait_once(graph)
         self.norms, self.reductions = find_norms(graph), find_reductions(graph)
+        self.own = own_of_a_rank(graph, workspace.group_name)
         self.carried: dict[fx.Node, Carried] = {}
         self.shapes: dict[fx.Node, list[int | fx.Node]] = {}
         self.dead: list[fx.Node] = []
@@ -103,7 +114,7 @@ class Rewriter:
         if outputs is None:
             raise Left(f"the norm of {dtype} rows leaves {val(norm.output).dtype} ones")
         residual = self._residual(total.others, dtype, scatters)
-        weight = self._norm_weight(norm)
+        weight = self._norm_weight(norm, scatters)
         # What may fail is asked before the first node is made.
         self.shapes |= {node: self._shape(node, scatters) for node in (*outputs, norm.rows)}
 
@@ -182,12 +193,7 @@ class Rewriter:
         if carried is not None and carried.scattered_before == scatters:
             return carried.rows
         if not scatters:
-            differs = self._differs(residual)
-            if differs is not None:
-                raise Left(
-                    f"the residual is made of {differs.target} ({module_of(differs) or differs.name}), which may "
-                    f"differ between ranks: a partial sum, or a product with a weight that is not declared replicated"
-                )
+            self._require_full("the residual", residual)
         while val(residual).dtype != dtype and base(residual) is not residual:
             source = unview(residual)
             residual = source.args[0] if source.target == CONVERT else source
@@ -195,21 +201,32 @@ class Rewriter:
             raise Left(f"the residual is {val(residual).dtype}, and what is reduced {dtype}")
         return residual
 
-    def _differs(self, node: fx.Node) -> fx.Node | None:
+    def _require_full(self, what: str, node: fx.Node) -> None:
         def replicated(product: fx.Node) -> bool:
             linear = as_linear(product, lambda rows: True)
             return linear is not None and self._declared(linear)
 
         full = [total for total, carried in self.carried.items() if not carried.scattered_before]
-        return rank_dependent(node, self.workspace.group_name, replicated, full)
+        differs = rank_dependent(node, self.workspace.group_name, replicated, full, self.own)
+        if differs is None:
+            return
+        made = f"{what} is made of {differs.target} ({module_of(differs) or differs.name})"
+        if differs in self.own:
+            raise Left(f"{made}, of which each rank has its own: a collective takes it, or what is computed from it")
+        raise Left(
+            f"{made}, which may differ between ranks: a partial sum, or a product with a weight that is not declared "
+            f"replicated"
+        )
 
-    def _norm_weight(self, norm: Norm) -> fx.Node:
+    def _norm_weight(self, norm: Norm, scatters: bool) -> fx.Node:
         weight = norm.weight
         for node in self.graph.nodes:
             if node is weight:
                 break
             if node is norm.rows:
                 raise Left(f"the norm's weight is computed ({weight.target}) after the sum that it norms")
+        if not scatters:
+            self._require_full("the norm's weight", weight)
         if not val(weight).is_contiguous():
             raise Left(f"the norm's weight has strides {val(weight).stride()}")
         return weight

@@ -1,9 +1,23 @@
-"""Sums over ranks in a graph, what they are made of, and the linears that read them."""
+"""Sums over ranks in a graph, what they are made of, and the linears that read them.
+
+A residual has to be full: each rank adds its own rows of it. What is full, and what is a rank's own:
+
+* What the graph is given counts as full, unless the graph itself says otherwise.
+* What a collective takes is a rank's own, and so is all that it is computed from, back to the graph's inputs, as long
+  as nothing else can be where the ranks differ: through views, element-wise ops, and other ops of one tensor. A product
+  of two tensors ends that, since one of them may be a shard: hidden states that are normed and multiplied by a
+  row-parallel weight before the all-reduce stay full. Collectives of a group that has one of these ranks alone do not
+  count.
+* What is computed from a rank's own is so, too, until a collective of the group makes it full.
+* A product is a rank's own, unless its weight is declared replicated.
+"""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import fx
 
 from .nodes import (
@@ -17,6 +31,7 @@ from .nodes import (
     is_tensor,
     module_of,
     passes_rows_on,
+    same,
     same_rows,
     unview,
     val,
@@ -51,8 +66,7 @@ class Reduction:
 
     @property
     def group_name(self) -> str:
-        group = self.call.args[-1]
-        return getattr(group, "group_name", group)
+        return _group_name(self.call)
 
     @property
     def op(self) -> str:
@@ -176,15 +190,18 @@ def as_linear(node: fx.Node, rows: Callable[[fx.Node], bool]) -> Linear | None:
 # ---- whether all ranks hold the same ----
 
 _FACTORIES = ("full", "arange", "zeros", "ones", "scalar_tensor")
-_MOVES = ("embedding", "slice", "select", "cat", "expand", "permute", "index", "repeat", "mean", "sum")
+_MOVES = ("embedding", "slice", "select", "cat", "expand", "permute", "index", "repeat", "mean", "sum", "split",
+          "split_with_sizes", "unbind")  # fmt: skip
 _GATHERS = (c10d.all_gather_into_tensor.default, c10d.all_reduce.default)
 
 
-def rank_dependent(node: fx.Node, group_name: str, replicated: Callable[[fx.Node], bool], sums) -> fx.Node | None:
+def rank_dependent(
+    node: fx.Node, group_name: str, replicated: Callable[[fx.Node], bool], sums, own: set[fx.Node]
+) -> fx.Node | None:
     """The first node that may differ between ranks, of those that this one is made of; None where all hold the same.
 
-    What a graph is given counts as the same on all ranks. A product does not: its weight may be a shard, unless
-    `replicated` says that it is not.
+    own: `own_of_a_rank`. What else a graph is given counts as the same on all ranks. A product does not: its weight may
+    be a shard, unless `replicated` says that it is not.
     """
     seen, stack = set(), [node]
     while stack:
@@ -192,17 +209,109 @@ def rank_dependent(node: fx.Node, group_name: str, replicated: Callable[[fx.Node
         if node in seen or node in sums:
             continue
         seen.add(node)
-        name = str(node.target).removeprefix("aten.").split(".")[0]
-        if node.op in ("placeholder", "get_attr") or name in _FACTORIES:
+        if node in own:
+            return node
+        if node.op in ("placeholder", "get_attr") or _is_number(node) or _name(node) in _FACTORIES:
             continue
         if node.target == c10d.wait_tensor.default and node.args[0].target in _GATHERS:
-            if getattr(node.args[0].args[-1], "group_name", node.args[0].args[-1]) != group_name:
+            if _group_name(node.args[0]) != group_name:
                 return node.args[0]
             continue
-        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-        product = name in ("mm", "addmm") and replicated(node)
-        moves = name in _MOVES or node.target in (*VIEWS, *COPIES, CONVERT)
-        if is_tensor(node) and not (pointwise or product or moves):
+        product = _name(node) in ("mm", "addmm") and replicated(node)
+        if _summed_factors(node) is not None or not (_by_element(node) or product):
             return node
         stack += node.all_input_nodes
     return None
+
+
+def own_of_a_rank(graph: fx.Graph, group_name: str) -> set[fx.Node]:
+    """What collectives take, and what it is computed from: the module's docstring has the rule."""
+    own, stack = set(), []
+    for node in graph.nodes:
+        if _is_collective(node) and _is_among(group_name, _group_name(node)):
+            stack += node.all_input_nodes
+    while stack:
+        node = stack.pop()
+        if node in own or _is_collective(node) or _is_number(node) or _name(node) in _FACTORIES:
+            continue
+        own.add(node)
+        stack += _where_it_differs(node)
+    return own
+
+
+def _where_it_differs(node: fx.Node) -> list[fx.Node]:
+    """Inputs of a node that differs between ranks that have to differ then; none where it may be any of several."""
+    factors = _summed_factors(node)
+    if factors is not None:
+        return factors
+    inputs = [each for each in node.all_input_nodes if not _is_number(each)]
+    if _by_element(node):
+        return inputs
+    # An op of an engine may have a weight that is no argument of it.
+    return inputs if _namespace(node) in ("aten", "prims") and len(_sources(inputs)) < 2 else []
+
+
+def _sources(nodes: list[fx.Node]) -> set[fx.Node]:
+    """What these are computed from: inputs of the graph and results of collectives. It stops at two."""
+    found, seen, stack = set(), set(), list(nodes)
+    while stack and len(found) < 2:
+        node = stack.pop()
+        if node in seen or _is_number(node):
+            continue
+        seen.add(node)
+        if node.op in ("placeholder", "get_attr") or _is_collective(node):
+            found.add(node)
+        else:
+            stack += node.all_input_nodes
+    return found
+
+
+def _by_element(node: fx.Node) -> bool:
+    """It computes element by element, moves elements, or takes means and sums of them."""
+    moves = _name(node) in _MOVES or node.target in (*VIEWS, *COPIES, CONVERT, operator.getitem)
+    return moves or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _summed_factors(node: fx.Node) -> list[fx.Node] | None:
+    """Of a sum of products with a broadcast factor, the factors that are not: of one token, torch decomposes mm so."""
+    source = node.args[0] if _name(node) == "sum" else None
+    while isinstance(source, fx.Node) and source.target == CONVERT:
+        source = source.args[0]
+    if not isinstance(source, fx.Node) or source.target != aten.mul.Tensor:
+        return None
+    factors = [arg for arg in source.args if is_tensor(arg) and val(arg).dim() > 0]
+    whole = [arg for arg in factors if same(val(arg).numel(), val(source).numel())]
+    return whole if len(whole) < len(factors) else None
+
+
+def _group_name(collective: fx.Node) -> str | None:
+    """It is the last argument, or the group itself is; None of a wait."""
+    group = collective.args[-1]
+    return getattr(group, "group_name", group) if not isinstance(group, fx.Node) else None
+
+
+def _is_among(group_name: str, other: str | None) -> bool:
+    """Several ranks of a group are in the other one, too, or torch does not know it."""
+    try:
+        groups = map(dist.distributed_c10d._resolve_process_group, (group_name, other))
+        first, second = (set(dist.get_process_group_ranks(group)) for group in groups)
+    except (LookupError, RuntimeError, TypeError, ValueError):
+        return True
+    return len(first & second) > 1
+
+
+def _is_collective(node: fx.Node) -> bool:
+    return _namespace(node) == "_c10d_functional"
+
+
+def _is_number(node: fx.Node) -> bool:
+    """A size, for one: all ranks have the same."""
+    return isinstance(val(node), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _namespace(node: fx.Node) -> str:
+    return getattr(node.target, "namespace", "")
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").split(".")[0]
