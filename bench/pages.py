@@ -67,8 +67,9 @@ do on a card with H100's power. `--memory`, `--link`, `--bf16`, `--fp8` and `--b
 cores, being slower, are likely to reach a larger share. The fused projection is Hopper's: on a B200 the op is cuBLAS's
 product and the gather so far, whatever is counted here.
 
-Each cell: the time; what most of it goes to, where *link* and *synchronising* are communication; and how many times as
-long as that the unfused program takes, over the same transport.
+`chain` is `rs_rmsnorm`, then `qkv_a_proj_ag`; `qkv_a_proj_ag_complete` is `qkv_a_proj_ag(complete=True)`, of rows that
+all ranks have. Each cell: the time; what most of it goes to, where *link* and *synchronising* are communication; and
+how many times as long as that the unfused program takes, over the same transport.
 
 """
 

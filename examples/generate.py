@@ -148,9 +148,11 @@ def run(args: argparse.Namespace) -> None:
     if args.model is None:
         config = make_config(args.preset, 2 * sum(ids.shape[1] + args.num_tokens for ids in turns))
         model = make_model(config, args.seed, dtype, place.device)
-        tp = parallelize(model, place.group, max_num_tokens=longest)
+        tp = parallelize(model, place.group, max_num_tokens=longest, check_tokens="first")
     else:
-        model, tp = load_parallel(args.model, place.group, max_num_tokens=longest, dtype=dtype, device=place.device)
+        model, tp = load_parallel(
+            args.model, place.group, max_num_tokens=longest, dtype=dtype, device=place.device, check_tokens="first"
+        )
     found = {}
     with torch.inference_mode():
         for way in WAYS:

@@ -121,25 +121,6 @@ def test_ranks_that_disagree_over_torch_distributed(pool, name, world_size):
         assert f"{mine} #2: rank {1 - rank} called {theirs}(num_tokens=" in str(error)
 
 
-def disagree_in_a_subgroup(backend: str) -> str | None:
-    """Runs on a rank: ranks 1 and 2 of 3 are ranks 0 and 1 of the group."""
-    group = dist.new_group([1, 2])
-    if dist.get_rank() == 0:
-        return None
-    os.environ["TP_FUSED_BACKEND"] = backend
-    with tp_fused.init(group, max_num_tokens=8, dtype=torch.float32, timeout_s=5.0, device="cpu", **SIZES):
-        rows = torch.ones(4 + group.rank(), 256)
-        return str(outcome(tp_fused.reduce_scatter_rows, rows, group)[0])
-
-
-@pytest.mark.parametrize("world_size", [3])
-@pytest.mark.parametrize("of_backend", ["cpu", "reference"])
-def test_a_fault_in_a_subgroup_names_global_ranks(pool, of_backend):
-    for told in pool.run(disagree_in_a_subgroup, of_backend)[1:]:
-        assert told.startswith("reduce_scatter_rows #1: rank ") and "num_tokens=5" in told
-        assert told.endswith(" (ranks of a group, whose global ranks are 1, 2)")
-
-
 def disagree_in_a_chain(device: str):
     """Runs on a rank: rank 2 has met rank 0's other call, and left, when rank 1 comes and rank 0 looks at that one."""
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -15,6 +15,7 @@ import fp8_models
 from tiny_models import make_both, make_ids, make_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+import tp_fused
 from tp_fused.faults import CollectiveFault
 from tp_fused.integrations.transformers import load_parallel, parallelize
 from tp_fused.integrations.transformers.same_model import describe_tensors
@@ -86,6 +87,61 @@ def test_different_models_are_told_on_every_rank(pool, device, case, said):
         assert "parallelize: the ranks differ in " in message
         assert re.search(said, message), message
         assert unchanged
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(128, 64), (64, 256), (7, 96), (1, 1)])
+def test_a_sample_is_of_all_columns(rows, columns):
+    """An even step would stay in one column of rows whose length it divides."""
+    linear = torch.nn.Linear(columns, rows)
+    before = describe_tensors(linear)
+    with torch.no_grad():
+        linear.weight[:, 0 if columns == 1 else 1 :] *= 3
+    assert describe_tensors(linear)["values"]["weight"] != before["values"]["weight"]
+
+
+def saved_on_one_rank(device: str, folder: str) -> None:
+    """Runs on a rank: saving adds to the config what the other ranks' does not have."""
+    whole, model, _ = make_both("llama", None, device)
+    model = make_model("llama", device)
+    if is_odd():
+        model.save_pretrained(folder)
+    parallelize(model, max_num_tokens=32)
+    ids = make_ids((1, 9), device)
+    torch.testing.assert_close(model(ids).logits, whole(ids).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_a_rank_may_have_saved_its_model(pool, device, tmp_path):
+    pool.run(saved_on_one_rank, device, str(tmp_path))
+
+
+def small(device: str) -> list[str]:
+    """Runs on a rank: rows of a few bytes and one token, which are less than what the ranks compare."""
+    said = []
+    narrow = dict(hidden_size=16, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16)
+    model = make_model("llama", device, **narrow).bfloat16()
+    parallelize(model, max_num_tokens=1)
+    ids = make_ids((1, 1), device)
+    assert model(ids).logits.isfinite().all()
+    for call in (lambda: model(make_ids((1, 2), device)), lambda: parallelize(make_model("llama", device))):
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+        tp_fused.init(max_num_tokens=1, hidden_size=16, dtype=torch.bfloat16, device=device).close()
+    with (
+        tp_fused.init(max_num_tokens=1, hidden_size=16, dtype=torch.bfloat16, device=device),
+        pytest.raises(ValueError, match="takes 1 rows of 32 bytes; a model wants 2 of 64 at least"),
+    ):
+        parallelize(make_model("llama", device))
+    return said
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_small_workspaces(pool, device):
+    for limit, closed in pool.run(small, device):
+        assert limit.startswith("a forward of 2 tokens (1, 2) is over max_num_tokens=1")
+        assert closed.endswith(", or pass max_num_tokens")
 
 
 def own_seed(device: str) -> str:

@@ -130,7 +130,7 @@ def test_ranks_that_sample_other_tokens_are_told(pool, device, kind):
     first, second = pool.run(sample, kind, device, True)
     assert first == second and isinstance(first, list)
     for said in pool.run(sample, kind, device, False):
-        assert "the ranks feed different input_ids: rank 0: checksum" in said
+        assert "the ranks have fed different input_ids: rank 0: checksum" in said
         assert "need the same torch.manual_seed" in said
 
 
@@ -164,7 +164,10 @@ def end(case: str, device: str) -> str:
         ("one", r"the ranks have generated different input_ids: ranks 0, 1: .*; rank 2: .*torch.manual_seed"),
         ("copy", r"the ranks have generated different input_ids: ranks 0, 1: .*; rank 2: "),
         ("last", r"the ranks have generated different input_ids: ranks 0, 1: .*; rank 2: "),
-        ("early", r"different shapes of tokens: ranks 0, 1: \(1, 1\); rank 2: \(1, 7\)"),
+        (
+            "early",
+            r"some ranks have ended .*: ranks 0, 1: fed tokens of shape \(1, 1\); rank 2: generated .* \(1, 7\);",
+        ),
     ],
 )
 @pytest.mark.parametrize("world_size", [3])

@@ -25,7 +25,7 @@ class Report:
     gpu: str | None = None  # which card this rank computes on
     num_sms: int = 0
     cluster_sms: int = 0  # those that thread block clusters of eight can have
-    most_gpcs: int = 0  # of such a card
+    most_gpcs: int = 0  # GPCs of a card of its architecture, at most
     capability: tuple[int, int] = (0, 0)
     has_code: bool = False  # whether this build was compiled for it
     reaches: dict[str, bool] = field(default_factory=dict)  # cards that this rank sees: can its own read their memory?

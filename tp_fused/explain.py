@@ -134,7 +134,7 @@ def _explain_composed(op: str, num_tokens: int, complete: bool, asked: dict[str,
         gathered = explain("rs_rmsnorm_ag", num_tokens, **asked)
         if ONE_ROUND in gathered and dtype == torch.bfloat16:
             return f"{op}: so few rows are gathered in 16 bits, and all quantised by every rank\n{gathered}"
-        way = "each rank quantises its own rows; these are gathered with their scales"
+        way = "each rank quantises its own rows; they are gathered, with their scales if both are whole 16 bytes"
         parts = (explain("rs_rmsnorm_fp8", num_tokens, **asked), explain("all_gather_rows", num_tokens, **rest))
         return "\n".join((f"{op}: {way}", *parts))
     fp8 = op.endswith("_fp8")

@@ -71,7 +71,7 @@ def _differences(expected: dict, seen: dict) -> tuple[str, str]:
 
 
 def in_group(message: str, members: list[int]) -> str:
-    """The message, whose ranks are those of a group; with the members' global ranks where these are others."""
+    """The message, with the global ranks of the group's members where these are not 0, 1, ..."""
     if members == list(range(len(members))):
         return message
     return f"{message} (ranks of a group, whose global ranks are {', '.join(map(str, members))})"

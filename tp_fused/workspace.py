@@ -12,7 +12,7 @@ from . import backends, checks, faults, lifetime, memory, partition
 from .native import _C
 from .rendezvous import Meeting
 
-# Whose elements are not their bytes alone: torch makes no such tensor of memory that it is given.
+# Whose elements need a scale: torch makes no such tensor over memory that it is given.
 _QUANTISED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 
 

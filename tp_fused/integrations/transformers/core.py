@@ -8,7 +8,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from ... import checks
-from ...groups import default_group, init, process_group
+from ...groups import default_group, get_workspace, init, process_group
 from ...rendezvous import Meeting
 from .fp8 import check_config, check_weights, fp8_parameters, has_fp8
 from .fp8_kernels import supply_kernels
@@ -17,7 +17,7 @@ from .heads import HeadsLayer
 from .layers import DecoderLayer, FinalNorm, VocabParallelEmbedding
 from .mla import LatentAttentionLayer
 from .same_model import Description, describe_config, describe_tensors, require_same
-from .same_tokens import check_times
+from .same_tokens import COMPARED_BYTES, check_times
 from .sharding import Shards
 from .tensor_parallel import TensorParallel, check_way
 
@@ -86,10 +86,12 @@ def parallelize(
     """
     group = resolve_group(group)
     with Meeting.of(group, "tp_fused.integrations.transformers.parallelize") as meeting:
-        arguments = check_arguments(max_num_tokens, way, check_tokens)
+        arguments = check_arguments(max_num_tokens, way, timeout_s, check_tokens)
         check_model(model, group.size())
         device = _device(model)
-        require_same(meeting, describe(model, device, arguments) | describe_tensors(model))
+        require_workspace(group, device, max_num_tokens)
+        members = dist.get_process_group_ranks(group)
+        require_same(meeting, members, describe(model, device, arguments) | describe_tensors(model))
     return convert(
         model,
         Shards(group.rank(), group.size()),
@@ -112,21 +114,30 @@ def describe(model, device: torch.device, arguments: dict[str, str]) -> Descript
 
 
 def convert(
-    model, shards: Shards, group, device: torch.device, *, max_num_tokens, way, timeout_s, check_tokens
+    model: PreTrainedModel,
+    shards: Shards,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    *,
+    max_num_tokens: int | None,
+    way: str,
+    timeout_s: float,
+    check_tokens: str,
 ) -> TensorParallel:
     """Replaces the modules of a checked model by those of a rank, which take what `shards` reads."""
     layer_class = FAMILIES[_class_name(model)]
     if max_num_tokens is not None:
+        dtype = model.lm_head.weight.dtype
         init(
             group,
             max_num_tokens=max(max_num_tokens, group.size()),  # tokens are compared by a row of each rank
             hidden_size=model.config.hidden_size,
-            latent_size=layer_class.latent_size(model.config),
-            dtype=model.lm_head.weight.dtype,
+            latent_size=max(layer_class.latent_size(model.config) or 0, COMPARED_BYTES // dtype.itemsize),
+            dtype=dtype,
             timeout_s=timeout_s,
             device=device,
         )
-    tp = TensorParallel(group, device, way, check_tokens)
+    tp = TensorParallel(group, device, way, check_tokens, max_num_tokens)
     if has_fp8(model):
         supply_kernels()
     decoder = model.model
@@ -151,6 +162,22 @@ def _refuse_to_save(*_, **__):
     )
 
 
+def require_workspace(group: dist.ProcessGroup, device: torch.device, max_num_tokens: int | None) -> None:
+    """Where none is to be made. Tokens are compared by a row of each rank."""
+    if max_num_tokens is not None:
+        return
+    try:
+        workspace = get_workspace(group.group_name, device)
+    except ValueError as error:
+        raise ValueError(f"{error}, or pass max_num_tokens") from None
+    if workspace.max_num_tokens < group.size() or workspace.row_bytes < COMPARED_BYTES:
+        raise ValueError(
+            f"the workspace of group {group.group_name!r} takes {workspace.max_num_tokens} rows of "
+            f"{workspace.row_bytes} bytes; a model wants {group.size()} of {COMPARED_BYTES} at least: make a larger "
+            f"one, or pass max_num_tokens"
+        )
+
+
 def resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     if not dist.is_initialized():
         raise ValueError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
@@ -160,13 +187,14 @@ def resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 # ---- what is refused ----
 
 
-def check_arguments(max_num_tokens, way, check_tokens) -> dict[str, str]:
+def check_arguments(max_num_tokens: int | None, way: str, timeout_s: float, check_tokens: str) -> dict[str, str]:
     """Returns them in words, to compare with the other ranks'."""
     if max_num_tokens is not None:
         checks.count("max_num_tokens", max_num_tokens, least=1)
     check_way(way)
     check_times(check_tokens)
-    return {"max_num_tokens": str(max_num_tokens), "way": way, "check_tokens": check_tokens}
+    words = {"max_num_tokens": max_num_tokens, "way": way, "timeout_s": timeout_s, "check_tokens": check_tokens}
+    return {name: str(value) for name, value in words.items()}
 
 
 def _class_name(model) -> str | None:

@@ -5,12 +5,15 @@ import inspect
 import weakref
 
 import torch
+from transformers import PreTrainedModel
+
+from .tensor_parallel import TensorParallel
 
 
 class Generate:
     """Takes the place of a model's `generate`. Held by the model, so it does not hold the model."""
 
-    def __init__(self, tp, model):
+    def __init__(self, tp: TensorParallel, model: PreTrainedModel):
         self.tp, self._model = tp, weakref.ref(model)
         self.__signature__ = inspect.signature(type(model).generate.__get__(model))
         self.__doc__ = type(model).generate.__doc__

@@ -17,7 +17,7 @@ from ... import checks
 from ...groups import type_of
 from ...rendezvous import Meeting
 from .checkpoint import Checkpoint, read_json
-from .core import FAMILIES, check_arguments, check_model, convert, describe, resolve_group
+from .core import FAMILIES, check_arguments, check_model, convert, describe, require_workspace, resolve_group
 from .fp8 import check_config
 from .same_model import require_same, some
 from .sharding import Shards
@@ -53,7 +53,7 @@ def load_parallel(
     """
     group = resolve_group(group)
     with Meeting.of(group, "tp_fused.integrations.transformers.load_parallel") as meeting:
-        arguments = check_arguments(max_num_tokens, way, check_tokens)
+        arguments = check_arguments(max_num_tokens, way, timeout_s, check_tokens)
         device = _device(device)
         if not isinstance(folder, (str, os.PathLike)):
             raise TypeError(f"folder must be a path, got {checks.described(folder)}")
@@ -64,7 +64,9 @@ def load_parallel(
         check_model(model, group.size())
         weights = _Weights(model, checkpoint, device)
         arguments["dtype"] = str(model.dtype)
-        require_same(meeting, describe(model, device, arguments) | checkpoint.describe(weights.taken))
+        require_workspace(group, device, max_num_tokens)
+        members = dist.get_process_group_ranks(group)
+        require_same(meeting, members, describe(model, device, arguments) | checkpoint.describe(weights.taken))
     # Its tables are computed, not stored.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
     shards = Shards(group.rank(), group.size(), weights.read)
@@ -93,24 +95,24 @@ def _config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"load_parallel takes a {', '.join(FAMILIES)}, and {folder / 'config.json'} names {named}")
     if not hasattr(transformers, name):
         raise ValueError(f"transformers {transformers.__version__} has no {name}, which {folder / 'config.json'} names")
-    with _of(folder / "config.json"):
+    with _naming(folder / "config.json"):
         return getattr(transformers, name).config_class.from_pretrained(folder)
 
 
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
     """The model without weights."""
-    with _of(folder / "config.json"), torch.device("meta"):
+    with _naming(folder / "config.json"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     _quantise(model)
     if (folder / "generation_config.json").is_file():
-        with _of(folder / "generation_config.json"):
+        with _naming(folder / "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
 @contextlib.contextmanager
-def _of(path: Path):
-    """What transformers does not make of a file, it says by errors of any kind."""
+def _naming(path: Path):
+    """Of a broken file transformers raises errors of any kind: they become a ValueError with its path."""
     try:
         yield
     except Exception as error:
@@ -138,11 +140,9 @@ def _dtype(asked, config: PreTrainedConfig, path: Path) -> torch.dtype:
         dtype = {str(float_).removeprefix("torch."): float_ for float_ in checks.FLOATS}.get(dtype, dtype)
     if dtype not in checks.FLOATS:
         floats = ", ".join(map(str, checks.FLOATS))
-        raise ValueError(
-            f"{path}: dtype {dtype} is none of {floats}; load_parallel takes one by dtype="
-            if asked is None
-            else f"dtype must be one of {floats}, or None for what config.json says; got {dtype!r}"
-        )
+        if asked is None:
+            raise ValueError(f"{path}: dtype {dtype} is none of {floats}; load_parallel takes one by dtype=")
+        raise ValueError(f"dtype must be one of {floats}, or None for what config.json says; got {dtype!r}")
     return dtype
 
 

@@ -6,18 +6,21 @@ import re
 
 import torch
 
+from ... import faults
 from ...rendezvous import Meeting
 
 _SAMPLE = 64  # elements of every tensor that are compared
-_OF_A_RANK = {"_name_or_path", "_commit_hash", "transformers_version"}  # where, and by what, a rank has loaded it
+# Where, and by what, a rank has loaded it; and what saving a model adds to its config: class and dtypes are compared.
+_OF_A_RANK = {"_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"}
 _LONGEST_WORD = 60
 
 # Kind -> name of an entry -> its value in words. Ranks are compared kind by kind.
 Description = dict[str, dict[str, str]]
 
 
-def require_same(meeting: Meeting, description: Description) -> None:
+def require_same(meeting: Meeting, members: list[int], description: Description) -> None:
     """Raises the same ValueError on every rank, with entries and ranks by name, where descriptions differ. Collective.
+    members: the global ranks of the group.
 
     Digests are exchanged; the entries themselves only of the first kind that differs.
     """
@@ -25,7 +28,8 @@ def require_same(meeting: Meeting, description: Description) -> None:
     for kind in description:
         if len({digests.get(kind) for digests in of_ranks}) > 1:
             entries = meeting.gather(description[kind], f"compare its {kind}")
-            raise ValueError(f"{meeting.what}: the ranks differ in {_differences(kind, entries)}")
+            told = f"{meeting.what}: the ranks differ in {_differences(kind, entries)}"
+            raise ValueError(faults.in_group(told, members))
 
 
 def describe_config(config) -> dict[str, str]:
@@ -72,9 +76,9 @@ def some(names: list[str]) -> str:
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Bytes of elements from all over the tensor."""
+    """Bytes of elements from all over the tensor: an odd step comes through all columns of rows of even length."""
     flat = as_integers(tensor.flatten())  # not every operation takes every dtype of one byte
-    return flat[:: -(-flat.numel() // _SAMPLE) or 1].contiguous().view(torch.uint8)
+    return flat[:: -(-flat.numel() // _SAMPLE) | 1].contiguous().view(torch.uint8)
 
 
 def _digest(entries: dict[str, str]) -> bytes:

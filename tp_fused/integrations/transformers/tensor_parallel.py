@@ -33,9 +33,15 @@ class TensorParallel:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, way: str = "fused", check_tokens: str = "always"
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        way: str = "fused",
+        check_tokens: str = "always",
+        max_num_tokens: int | None = None,
     ):
         self.group, self.rank, self.world_size = group, group.rank(), group.size()
+        self._max_num_tokens = max_num_tokens  # None: the workspace's
         self.device = device
         self.timer = None
         self._ways = {
@@ -90,7 +96,7 @@ class TensorParallel:
             return None  # transformers says what is wrong
         shape = tuple(ids.shape if embeds is None else embeds.shape[:-1])
         self._same_tokens.check(self.workspace, self.device, shape, given)
-        num_tokens, limit = torch.Size(shape).numel(), self.workspace.max_num_tokens
+        num_tokens, limit = torch.Size(shape).numel(), self._max_num_tokens or self.workspace.max_num_tokens
         if num_tokens > limit:
             raise ValueError(
                 f"a forward of {num_tokens} tokens {shape} is over max_num_tokens={limit}; "
@@ -109,7 +115,7 @@ class TensorParallel:
     def compare_generated(self, tokens: torch.Tensor) -> None:
         """The last of them are fed to no forward. Collective."""
         self._same_tokens.check(
-            self.workspace, self.device, tuple(tokens.shape), {"input_ids": tokens}, have="have generated"
+            self.workspace, self.device, tuple(tokens.shape), {"input_ids": tokens}, did="generated"
         )
 
     def _all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
