@@ -155,6 +155,8 @@ class Context(Host):
         """What the backend would do with the run's inputs, and why. asked: of the call, as `complete`."""
         input = self._symmetric.get("input", self._nothing) if self.options.zero_copy else self._nothing
         op = op if hasattr(torch.ops.tp_fused, op) else "rs_rmsnorm"  # a chain of ops begins with it
+        if op.startswith("qkv_") and op.endswith("_fp8"):
+            input = self._nothing.to(torch.float8_e4m3fn)
         lines = tp_fused.explain(op, self.options.max_tokens, self.group, input=input, **asked).splitlines()
         return "\n".join(line for line in lines if " owns rows " not in line)  # of one size only
 
