@@ -80,7 +80,7 @@ def watch(sanitizer: str, tool: str) -> str | None:
             "CUDA_MPS_PIPE_DIRECTORY": no_daemon,
         }
         options = ["--tool", tool, *TOOLS[tool], *OPTIONS]
-        command = [sanitizer, *options, sys.executable, str(ROOT / "tools" / "sanitize_cases.py")]
+        command = [sanitizer, *options, sys.executable, str(ROOT / "tools" / "sanitize_cases.py"), "cuda", tool]
         run = ["timeout", "--kill-after", "10", str(LIMIT_S), *command]
         done = subprocess.run(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     took = f"{time.monotonic() - begin:.0f} s"

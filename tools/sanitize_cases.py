@@ -65,7 +65,7 @@ def reductions(device: str, max_ctas: int) -> list[Call]:
     return calls
 
 
-def others(device: str) -> list[Call]:
+def others(device: str, tool: str) -> list[Call]:
     # Rows of whole 16 bytes, few and more than a few for TMA, in several chunks, and others.
     shapes = ((29, 4096), (29, 16384), (160, 16384), (29, 1001))
     gathers = [Call("all_gather_rows", *shape, torch.uint8, device=device) for shape in shapes]
@@ -79,12 +79,13 @@ def others(device: str) -> list[Call]:
         for count, hidden_size, layout in ((1100, 1024, "row"), (1100, 768, "column"), (29, 256, "column"))
     ]
     # In one kernel, its blocks in pairs that share out K; of fp32 and of more rows, a product first.
-    complete = [
-        Call(op, count, hidden_size, dtype, device=device, options={"complete": True})
-        for op, dtype in (("qkv_a_proj_ag", BF16), ("qkv_a_proj_ag_norm", FP16), ("qkv_a_proj_ag_fp8", FP32))
-        for count, hidden_size in ((FEW, 1024), (300, 256))
-    ]
-    complete.append(Call("qkv_a_proj_ag_norm", FEW, 256, FP32, device=device, options={"complete": True}))
+    rows = ((FEW, 1024), (300, 256))
+    products = {"qkv_a_proj_ag": BF16, "qkv_a_proj_ag_norm": FP16, "qkv_a_proj_ag_fp8": FP32}
+    forms = [(op, *shape, dtype) for op, dtype in products.items() for shape in rows]
+    forms.append(("qkv_a_proj_ag_norm", FEW, 256, FP32))
+    if tool == "initcheck":  # which does not see what TMA writes: such products' results, that a kernel then gathers
+        forms = [form for form in forms if form[1] == FEW] + [(op, *rows[1], FP32) for op in list(products)[:2]]
+    complete = [Call(*form, device=device, options={"complete": True}) for form in forms]
     return [*gathers, *projections, *fp8, *complete]
 
 
@@ -131,9 +132,9 @@ def quantize_latent(device: str) -> int:
     return 2
 
 
-def run_others(device: str) -> int:
+def run_others(device: str, tool: str) -> int:
     with workspace(device, device, max_num_tokens=1100, hidden_size=4096, max_ctas=2, timeout_s=60.0) as made:
-        number = sum(map(run, others(device))) + quantize_latent(device)
+        number = sum(map(run, others(device, tool))) + quantize_latent(device)
         if device == "cuda":
             assert _C.barrier(made.team, torch.cuda.current_stream().cuda_stream) == 0
             torch.cuda.synchronize()
@@ -154,16 +155,17 @@ def run_disagreed(device: str) -> int:
     return len(calls)
 
 
-def run_all(device: str) -> None:
-    """Runs on a rank."""
+def run_all(device: str, tool: str) -> None:
+    """Runs on a rank. tool: that watches it."""
     faulthandler.dump_traceback_later(LIMIT_S, exit=True)
     if device == "cuda":
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     number = sum(run_reductions(device, max_ctas) for max_ctas in FORMS)
-    number += run_others(device) + run_disagreed(device)
+    number += run_others(device, tool) + run_disagreed(device)
     if dist.get_rank() == 0:
         print(f"{number} calls on {WORLD_SIZE} ranks went as they should", flush=True)
 
 
 if __name__ == "__main__":
-    launch(run_all, WORLD_SIZE, *(sys.argv[1:] or ["cuda"]))
+    device, tool = sys.argv[1:]
+    launch(run_all, WORLD_SIZE, device, tool)
