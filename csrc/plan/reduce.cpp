@@ -50,6 +50,7 @@ struct Planner {
     plan->body = body;
     plan->vectors = vectors;
     plan->blocks = blocks * plan->cluster;
+    plan->most_ranks = most_ranks_of(limits.world_size);
     plan->threads = threads + (body == Body::kBulk ? kHelperThreads : 0);
     return true;
   }

@@ -32,12 +32,17 @@ TPF_HD constexpr bool compiled_directly(int vectors, int element_bytes, bool has
 // Whether kAllRows is compiled for a card: on newer ones its threads want more registers than there are.
 TPF_HD constexpr bool adds_up_all_rows(int architecture) { return architecture < 100; }
 
+// kOneRow and kAllRows are compiled for 2, for 4 and for 8 ranks at most: of a call of few tokens a large part is the
+// time that its warps need for their instructions, and many of these are there once for each rank.
+TPF_HD constexpr int most_ranks_of(int world_size) { return world_size <= 2 ? 2 : world_size <= 4 ? 4 : TPF_MAX_RANKS; }
+
 struct ReducePlan {
   Body body;
   int vectors;  // of a row, that a thread holds
   int blocks, threads;
   int64_t shared_bytes;
-  int cluster;  // blocks that share a row
+  int cluster;     // blocks that share a row
+  int most_ranks;  // kOneRow, kAllRows: that the kernel is compiled for
   int chunk_rows, num_chunks;
   int stages;   // kBulk: row buffers of the ring
   bool posted;  // staged, although the input could be read in place

@@ -124,6 +124,7 @@ __device__ inline BlockRound begin_op(const tpf_team& team, const tpf_call& call
   const Progress next = {now.epoch + rounds, now.blocks + gridDim.x, now.calls + 1, now.calls + 1};
   if (kRefreshes) refresh_signals(team, now.epoch + 1, threadIdx.x, blockDim.x);
   const int step = blockDim.x * gridDim.x;
+#pragma unroll 1
   for (int block = blockIdx.x + (threadIdx.x + 1) * gridDim.x; block < TPF_MAX_CTAS; block += step) {
     own->progress[block] = next;
   }

@@ -78,7 +78,7 @@ struct RowView {
     return reinterpret_cast<T*>(slot_of(args.team, source, epoch + 1)) + row * hidden;
   }
   __device__ Rows rows(int peer) const { return args.partition.rows(peer); }
-  // kDirect, kBulk: of the blocks or, where these share rows, of the clusters.
+  // Of the blocks or, where these share rows, of the clusters.
   __device__ int row_block() const { return static_cast<int>(blockIdx.x >> args.cluster_log2); }
   __device__ int row_blocks() const { return static_cast<int>(gridDim.x >> args.cluster_log2); }
   __device__ int64_t row_of(int step) const { return int64_t{step} * row_blocks() + row_block(); }

@@ -10,8 +10,8 @@
 
 namespace tpf {
 
-// One thread's vector of one row of all. What this rank has of it is loaded when this is made.
-template <typename T>
+// One thread's vector of one row of all, of kRanks ranks at most. What this rank has of it is loaded when this is made.
+template <typename T, int kRanks>
 struct AllRows {
   __device__ AllRows(const RowView<T>& view, int row, int column)
       : row(row),
@@ -50,7 +50,7 @@ struct AllRows {
     const bool posts_residual = owned && view.has_residual();
     const int offset = (view.rank + 1) * posted_bytes(view);
 #pragma unroll
-    for (int peer = 0; peer < TPF_MAX_RANKS; ++peer) {
+    for (int peer = 0; peer < kRanks; ++peer) {
       if (!is_peer(view.args.team, peer)) continue;
       char* const to = posted(view, peer);
       post16(to + offset, own);
@@ -60,7 +60,7 @@ struct AllRows {
 
   __device__ void begin_sum(const RowView<T>& view) {
 #pragma unroll
-    for (int i = 0; i <= TPF_MAX_RANKS; ++i) vectors[i] = comes(view, i) ? uint4{} : i == 0 ? residual : own;
+    for (int i = 0; i <= kRanks; ++i) vectors[i] = comes(view, i) ? uint4{} : i == 0 ? residual : own;
   }
 
   __device__ bool take_posted(const RowView<T>& view, const BlockRound& round) {
@@ -74,7 +74,7 @@ struct AllRows {
   __device__ void clear_posted(const RowView<T>& view) const {
     char* const first = posted(view, view.rank);
 #pragma unroll
-    for (int i = 0; i <= TPF_MAX_RANKS; ++i) {
+    for (int i = 0; i <= kRanks; ++i) {
       if (comes(view, i)) store16(first + i * posted_bytes(view), {});
     }
   }
@@ -82,24 +82,28 @@ struct AllRows {
   int row, column;
   bool inside, owned;
   uint4 own = {}, residual = {};
-  uint4 vectors[1 + TPF_MAX_RANKS];  // the residual's, then the sources'
+  uint4 vectors[1 + kRanks];  // the residual's, then the sources'
 };
 
 // Rows b, b + groups, ... of all; `first` is of the first one.
-template <typename T, Epilogue kEpilogue>
-__device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound& round, AllRows<T>& first,
+template <typename T, Epilogue kEpilogue, int kRanks>
+__device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound& round, AllRows<T, kRanks>& first,
                                        const RowThreads& group) {
   const int num_tokens = static_cast<int>(view.args.call.num_tokens);
-  const int groups = static_cast<int>(gridDim.x) / group.cluster;
+  const int groups = view.row_blocks();
   if (!round.refused) {
     publish_unfenced_to_peers(view.args.team, round, 0, threadIdx.x);
     first.post(view);
 #pragma unroll 1
-    for (int row = first.row + groups; row < num_tokens; row += groups) AllRows<T>(view, row, first.column).post(view);
+    for (int row = first.row + groups; row < num_tokens; row += groups)
+      AllRows<T, kRanks>(view, row, first.column).post(view);
   }
+  RowWeight<T, 1> weight;
+  constexpr bool kLate = kRanks > 4;  // there are not the registers to load the weight before
+  if constexpr (!kLate) weight.init(view, group);
   bool arrived = __syncthreads_and(!round.refused && wait_for_peers(view, round, 0, threadIdx.x));
   pdl_trigger();  // as in OneRow's
-  AllRows<T> one = first;
+  AllRows<T, kRanks> one = first;
 #pragma unroll 1
   for (int step = 0; one.row < num_tokens; ++step) {
     one.begin_sum(view);
@@ -109,27 +113,27 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
     float sums[1][kLanes<T>];
     unpack(sums[0], one.vectors[1], T{});
 #pragma unroll
-    for (int source = 1; source < TPF_MAX_RANKS; ++source) {
+    for (int source = 1; source < kRanks; ++source) {
       if (source < view.world_size) add_vector<T>(sums[0], one.vectors[1 + source]);
     }
     if (view.has_residual()) add_vector<T>(sums[0], one.vectors[0]);
-    RowWeight<T, 1> weight;  // there are not the registers to load it before
-    weight.init(view, group);
+    if constexpr (kLate) weight.init(view, group);
     finish_row<T, 1, kEpilogue, true>(view, one.row, sums, weight, group, step, arrived, [&] {
       if (arrived) one.clear_posted(view);
     });
-    one = AllRows<T>(view, one.row + groups, one.column);
+    one = AllRows<T, kRanks>(view, one.row + groups, one.column);
   }
   return arrived;
 }
 
 // As poison_rows of the other bodies, of the rows that a block has here: counted anew, since registers are short.
-template <typename T, Epilogue kEpilogue>
-__device__ inline void poison_few_rows(const RowView<T>& view, const AllRows<T>&, int groups, int begin, int end) {
+template <typename T, Epilogue kEpilogue, int kRanks>
+__device__ inline void poison_few_rows(const RowView<T>& view, const AllRows<T, kRanks>&, int groups, int begin,
+                                       int end) {
   __syncthreads();
 #pragma unroll 1
-  for (int row = blockIdx.x / view.args.cluster; row < view.args.call.num_tokens; row += groups) {
-    const int owner = AllRows<T>::owner_of(view, row);
+  for (int row = view.row_block(); row < view.args.call.num_tokens; row += groups) {
+    const int owner = AllRows<T, kRanks>::owner_of(view, row);
     poison_row<T, kEpilogue>(view, owner, row - view.rows(owner).start, begin, end, threadIdx.x, blockDim.x);
   }
 }

@@ -21,7 +21,8 @@ constexpr int kCompiledFor = __CUDA_ARCH__ / 10;
 constexpr int kCompiledFor = 0;
 #endif
 
-template <typename T, int kVecs, Epilogue kEpilogue, Body kBody>
+// kRanks: the most ranks that it serves.
+template <typename T, int kVecs, Epilogue kEpilogue, Body kBody, int kRanks>
 __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBody == Body::kBulk ? kHelperThreads : 0),
                                   1) rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
   constexpr int kRounds = kEpilogue == Epilogue::kGather && kBody != Body::kAllRows ? 2 : 1;
@@ -29,23 +30,23 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBo
   if constexpr (kBody == Body::kAllRows && !adds_up_all_rows(kCompiledFor)) {
     return;  // never launched there
   } else if constexpr (kBody == Body::kOneRow || kBody == Body::kAllRows) {
-    using Few = std::conditional_t<kBody == Body::kOneRow, OneRow<T>, AllRows<T>>;
+    using Few = std::conditional_t<kBody == Body::kOneRow, OneRow<T, kRanks>, AllRows<T, kRanks>>;
     if (args.cluster > 1) {
       if (threadIdx.x == 0) partials.init(args.cluster * static_cast<int>(blockDim.x) / 32);
       cluster_arrive_relaxed();
     }
     pdl_wait();
     const RowView<T> early(args);
-    const int cta = blockIdx.x % args.cluster, first = cta * blockDim.x;
+    const int cta = blockIdx.x & (args.cluster - 1), first = cta * blockDim.x;
     const RowThreads group = {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partials, first,
                               args.cluster};
-    Few few(early, blockIdx.x / args.cluster, group.vector(0) * kLanes<T>);
+    Few few(early, early.row_block(), group.vector(0) * kLanes<T>);
     const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
     if (args.cluster > 1) cluster_wait();
     const bool arrived = reduce_few_rows<T, kEpilogue>(RowView<T>(args, round.epoch), round, few, group);
     if (all_arrived<kEpilogue>(early, arrived)) return end_op(args.team);
     const int last = min(first + static_cast<int>(blockDim.x), early.hidden / kLanes<T>);
-    poison_few_rows<T, kEpilogue>(RowView<T>(args), few, gridDim.x / args.cluster, first, last);
+    poison_few_rows<T, kEpilogue>(RowView<T>(args), few, early.row_blocks(), first, last);
     end_faulted_op(args.team, args.call, round);
   } else if constexpr (kBody == Body::kDirect) {
     if constexpr (compiled_directly(kVecs, sizeof(T), kHasTma)) {

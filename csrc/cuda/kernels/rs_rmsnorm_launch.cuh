@@ -23,11 +23,19 @@ inline ReduceArgs reduce_args(tpf_op op, void* residual_out, const void* input, 
 
 template <Epilogue kEpilogue>
 struct ReduceLauncher {
-  template <typename T, int kVecs, Body kBody>
+  template <typename T, int kVecs, Body kBody, int kRanks = TPF_MAX_RANKS>
   static tpf_status launch(const ReduceArgs& args, const ReducePlan& plan, const tpf_card& card, tpf_stream stream) {
     const Grid grid = {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster,
                        kBody == Body::kOneRow || kBody == Body::kAllRows};
-    return launch_kernel(rs_rmsnorm_kernel<T, kVecs, kEpilogue, kBody>, args, card, grid, stream);
+    return launch_kernel(rs_rmsnorm_kernel<T, kVecs, kEpilogue, kBody, kRanks>, args, card, grid, stream);
+  }
+
+  template <typename T, Body kBody>
+  static tpf_status launch_few_rows(const ReduceArgs& args, const ReducePlan& plan, const tpf_card& card,
+                                    tpf_stream stream) {
+    if (plan.most_ranks == 2) return launch<T, 1, kBody, 2>(args, plan, card, stream);
+    if (plan.most_ranks == 4) return launch<T, 1, kBody, 4>(args, plan, card, stream);
+    return launch<T, 1, kBody>(args, plan, card, stream);
   }
 
   template <typename T>
@@ -35,7 +43,7 @@ struct ReduceLauncher {
                                    tpf_stream stream) {
     switch (plan.body) {
       case Body::kOneRow:
-        return launch<T, 1, Body::kOneRow>(args, plan, card, stream);
+        return launch_few_rows<T, Body::kOneRow>(args, plan, card, stream);
       case Body::kBulk:
         return plan.vectors == 2 ? launch<T, 2, Body::kBulk>(args, plan, card, stream)
                                  : launch<T, 3, Body::kBulk>(args, plan, card, stream);
@@ -43,7 +51,8 @@ struct ReduceLauncher {
         return plan.vectors == 4 ? launch<T, 4, Body::kDirect>(args, plan, card, stream)
                                  : launch<T, most_vectors(sizeof(T)), Body::kDirect>(args, plan, card, stream);
       case Body::kAllRows:
-        if constexpr (kEpilogue == Epilogue::kGather) return launch<T, 1, Body::kAllRows>(args, plan, card, stream);
+        if constexpr (kEpilogue == Epilogue::kGather)
+          return launch_few_rows<T, Body::kAllRows>(args, plan, card, stream);
     }
     return TPF_UNSUPPORTED;
   }

@@ -7,8 +7,9 @@ namespace tpf {
 
 // One thread's part: a vector of each row that goes and comes. What peers wait for is loaded before the epoch is
 // known; what only this rank adds up is loaded while it waits for them. A rank has at most TPF_MAX_CTAS rows, so 32
-// bits count all elements: what a warp spends on addresses is time.
-template <typename T>
+// bits count all elements: what a warp spends on addresses is time. So is what it spends on ranks that there are not:
+// kRanks, the most that there may be, is a template argument.
+template <typename T, int kRanks>
 struct OneRow {
   __device__ OneRow(const RowView<T>& view, int row, int column)
       : row(row),
@@ -19,7 +20,7 @@ struct OneRow {
                                                 : 0) {
     const T* from = static_cast<const T*>(view.args.input) + at(view, 0);
 #pragma unroll
-    for (int peer = 0; peer < TPF_MAX_RANKS; ++peer) {
+    for (int peer = 0; peer < kRanks; ++peer) {
       if (view.staged() && goes_to(view, peer)) vectors[peer] = load16(from);
       from += share(view, peer) * view.hidden;
     }
@@ -53,14 +54,14 @@ struct OneRow {
   // To all peers.
   __device__ void post(const RowView<T>& view) const {
 #pragma unroll
-    for (int peer = 0; peer < TPF_MAX_RANKS; ++peer) {
+    for (int peer = 0; peer < kRanks; ++peer) {
       if (goes_to(view, peer)) post16(posted(view, peer, view.rank), vectors[peer]);
     }
   }
 
   __device__ void begin_sum(const RowView<T>& view) {
 #pragma unroll
-    for (int source = 0; source < TPF_MAX_RANKS; ++source) vectors[source] = comes_from(view, source) ? uint4{} : own;
+    for (int source = 0; source < kRanks; ++source) vectors[source] = comes_from(view, source) ? uint4{} : own;
   }
 
   // Looks into the inbox until every source's vector has come; false, with the fault on record, where one does not.
@@ -74,7 +75,7 @@ struct OneRow {
   // What was read is to be 0 again, in time for the round after the next.
   __device__ void clear_posted(const RowView<T>& view) const {
 #pragma unroll
-    for (int source = 0; source < TPF_MAX_RANKS; ++source) {
+    for (int source = 0; source < kRanks; ++source) {
       if (comes_from(view, source)) store16(posted(view, view.rank, source), {});
     }
   }
@@ -83,7 +84,7 @@ struct OneRow {
   __device__ void load_in_place(const RowView<T>& view) {
     const int64_t bytes = at(view, view.rank) * int64_t{sizeof(T)};
 #pragma unroll
-    for (int source = 0; source < TPF_MAX_RANKS; ++source) {
+    for (int source = 0; source < kRanks; ++source) {
       if (comes_from(view, source)) {
         vectors[source] = load16(input_of(view.args.symm, source) + bytes);
       }
@@ -92,7 +93,7 @@ struct OneRow {
 
   const int row, column;
   const int owners;  // ranks 0..owners-1 own a row of which this thread has a vector
-  uint4 vectors[TPF_MAX_RANKS];
+  uint4 vectors[kRanks];
   uint4 own = {}, residual = {};
 };
 
@@ -103,8 +104,8 @@ __device__ inline bool sync_having(float value) {
   return __syncthreads_count(value != value) <= static_cast<int>(blockDim.x);
 }
 
-template <typename T, Epilogue kEpilogue>
-__device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound& round, OneRow<T>& one,
+template <typename T, Epilogue kEpilogue, int kRanks>
+__device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound& round, OneRow<T, kRanks>& one,
                                        const RowThreads& group) {
   if (!round.refused) {
     publish_unfenced_to_peers(view.args.team, round, 0, threadIdx.x);
@@ -112,7 +113,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
   }
   one.load_own(view);
   RowWeight<T, 1> weight;
-  constexpr bool kLate = kEpilogue == Epilogue::kGather;  // there are not the registers to load the weight before
+  constexpr bool kLate = kEpilogue == Epilogue::kGather && kRanks > 4;  // no registers to load the weight before
   if constexpr (kEpilogue != Epilogue::kSum && !kLate) weight.init(view, group);
   bool arrived = __syncthreads_and(!round.refused && wait_for_peers(view, round, 0, threadIdx.x));
   // Blocks b of all ranks are on their SMs. Once all blocks of this grid say so, the next kernel may take what is free
@@ -128,7 +129,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
     float sums[1][kLanes<T>];
     unpack(sums[0], one.vectors[0], T{});
 #pragma unroll
-    for (int source = 1; source < TPF_MAX_RANKS; ++source) {
+    for (int source = 1; source < kRanks; ++source) {
       if (source < view.num_sources()) add_vector<T>(sums[0], one.vectors[source]);
     }
     if (view.has_residual()) add_vector<T>(sums[0], one.residual);
@@ -151,16 +152,17 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
       arrived = wait_for_peers(view, next, kGatherStep, threadIdx.x);
     }
     __syncthreads();
-    copy_vectors_of_peers([&](int peer) { return one.goes_to(view, peer); },
-                          [&](int peer) { return static_cast<T*>(view.args.output) + one.at(view, peer); },
-                          [&](int peer) { return view.gathered_row(peer, one.row) + one.column; });
+    copy_vectors_of_peers<kRanks>([&](int peer) { return one.goes_to(view, peer); },
+                                  [&](int peer) { return static_cast<T*>(view.args.output) + one.at(view, peer); },
+                                  [&](int peer) { return view.gathered_row(peer, one.row) + one.column; });
   }
   if (closes && arrived) arrived = wait_for_readers(view, round, threadIdx.x);
   return arrived;
 }
 
-template <typename T, Epilogue kEpilogue>
-__device__ inline void poison_few_rows(const RowView<T>& view, const OneRow<T>& one, int groups, int begin, int end) {
+template <typename T, Epilogue kEpilogue, int kRanks>
+__device__ inline void poison_few_rows(const RowView<T>& view, const OneRow<T, kRanks>& one, int groups, int begin,
+                                       int end) {
   poison_rows<T, kEpilogue>(view, one.row, groups, begin, end);
 }
 
