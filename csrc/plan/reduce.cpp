@@ -14,8 +14,10 @@ struct Planner {
   const int warps = static_cast<int>((row_bytes / kVectorBytes + 31) / 32);  // that hold a vector of a row a thread
 
   bool is_staged() const { return call.source < 0 && limits.world_size > 1 && (call.variant & TPF_COMPLETE) == 0; }
-  // Whether all that a rank is sent fits its inbox.
-  bool fits_inbox() const { return limits.world_size * rows * row_bytes <= inbox_bytes(limits.slot_bytes); }
+  // Whether all that a rank is sent fits its inbox: rows to be added up and, behind them, those to be gathered.
+  bool fits_inbox() const {
+    return (gathers ? 2 : 1) * limits.world_size * rows * row_bytes <= inbox_bytes(limits.slot_bytes);
+  }
 
   // Whether every rank adds up all rows, in one synchronisation: as long as what every rank is sent then takes less
   // time than a second one.
@@ -115,7 +117,7 @@ bool plan_reduce(ReducePlan* plan, const tpf_call& call, const Limits& limits, c
   }
   const RowsOfBlocks shared_out = share_out(planner.rows, limits.max_ctas);
   planner.begin(plan, 1, shared_out);
-  if (plan->chunk_rows <= 1) {
+  if (plan->chunk_rows <= 1 && (!planner.gathers || planner.fits_inbox())) {
     plan->cluster = planner.cluster_of_row(shared_out.blocks);
     // A small piece of a row is posted: one way between cards, where an input read in place takes two.
     plan->posted = plan->cluster >= fitted.cluster_to_post && planner.fits_inbox() && call.source >= 0;

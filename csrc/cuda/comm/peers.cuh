@@ -48,20 +48,19 @@ __device__ inline bool wait_for_peers(const tpf_team& team, const tpf_call& call
 
 // ---- rows ----
 
-// By one thread: to(peer) <- from(peer), a vector of 16 bytes of each peer below kRanks that has(peer). Four are loaded
+// By one thread: to(peer) <- from(peer), a vector of 16 bytes of each peer that has(peer). Four are loaded
 // before the first is stored: there are no registers for all.
-template <int kRanks, typename Has, typename To, typename From>
+template <typename Has, typename To, typename From>
 __device__ inline void copy_vectors_of_peers(Has&& has, To&& to, From&& from) {
-  constexpr int kAtOnce = kRanks < 4 ? kRanks : 4;
 #pragma unroll 1
-  for (int first = 0; first < kRanks; first += kAtOnce) {
-    uint4 raw[kAtOnce];
+  for (int first = 0; first < TPF_MAX_RANKS; first += 4) {
+    uint4 raw[4];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < 4; ++i) {
       if (has(first + i)) raw[i] = load16(from(first + i));
     }
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < 4; ++i) {
       if (has(first + i)) store16(to(first + i), raw[i]);
     }
   }

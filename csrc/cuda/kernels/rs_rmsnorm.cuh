@@ -246,12 +246,22 @@ __device__ inline void quantize_row(const RowView<T>& view, int64_t row, const f
   }
 }
 
+// Where a normalised vector of this rank's row `row` is to be gathered from: its own slot of the next round.
+template <typename T>
+struct IntoSlot {
+  __device__ void operator()(int64_t row, int column, uint4 normed) const {
+    store16(view.gathered_row(view.rank, row) + column, normed);
+  }
+  const RowView<T>& view;
+};
+
 // What is done with a summed row: round, store, normalise, quantise. Threads hold kVecs vectors of it each. `row` is
 // one of this rank's share; in kAllRows one of all, and what a rank keeps of its own share alone is kept of these.
-template <typename T, int kVecs, Epilogue kEpilogue, bool kAllRows = false, typename Meanwhile = Nothing>
+// Nothing is offered to be gathered after a fault: a peer may still read what the call before did.
+template <typename T, int kVecs, Epilogue kEpilogue, bool kAllRows, typename Meanwhile, typename Offer>
 __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&sums)[kVecs][kLanes<T>],
                                   const RowWeight<T, kVecs>& weight, const RowThreads& group, int step, bool arrived,
-                                  Meanwhile&& meanwhile = {}) {
+                                  Meanwhile&& meanwhile, Offer&& offer) {
   const ReduceArgs& args = view.args;
   const int64_t own_row = kAllRows ? row - view.own.start : row;
   const bool owned = !kAllRows || (own_row >= 0 && own_row < view.own.count);
@@ -287,8 +297,7 @@ __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&s
     } else if constexpr (kEpilogue == Epilogue::kGather) {
       if (inside) {
         store16_streaming(static_cast<T*>(args.output) + (view.own.start + row) * view.hidden + column, rounded);
-        // After a fault a peer may still read there what the call before published.
-        if (arrived) store16(view.gathered_row(view.rank, row) + column, rounded);
+        if (arrived) offer(row, column, rounded);
       }
     } else {
       if (inside && (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
@@ -298,6 +307,12 @@ __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&s
     }
   }
   if constexpr (kEpilogue == Epilogue::kFp8) quantize_row(view, row, sums, group, turn + 1);
+}
+
+template <typename T, int kVecs, Epilogue kEpilogue>
+__device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&sums)[kVecs][kLanes<T>],
+                                  const RowWeight<T, kVecs>& weight, const RowThreads& group, int step, bool arrived) {
+  finish_row<T, kVecs, kEpilogue, false>(view, row, sums, weight, group, step, arrived, Nothing{}, IntoSlot<T>{view});
 }
 
 // Whether blocks take their rows one by one, since some SMs come to their data faster than others. What peers stage or

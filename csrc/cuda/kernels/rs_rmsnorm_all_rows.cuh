@@ -118,9 +118,12 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
     }
     if (view.has_residual()) add_vector<T>(sums[0], one.vectors[0]);
     if constexpr (kLate) weight.init(view, group);
-    finish_row<T, 1, kEpilogue, true>(view, one.row, sums, weight, group, step, arrived, [&] {
-      if (arrived) one.clear_posted(view);
-    });
+    finish_row<T, 1, kEpilogue, true>(
+        view, one.row, sums, weight, group, step, arrived,
+        [&] {
+          if (arrived) one.clear_posted(view);
+        },
+        IntoSlot<T>{view});
     one = AllRows<T, kRanks>(view, one.row + groups, one.column);
   }
   return arrived;

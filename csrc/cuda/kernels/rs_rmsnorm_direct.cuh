@@ -16,7 +16,7 @@ __device__ inline bool reduce_directly(const RowView<T>& view, const BlockRound&
     for (int v = 0; v < kVecs; ++v) {
       const int column = column_of(v);
       if (column >= view.hidden) break;
-      copy_vectors_of_peers<TPF_MAX_RANKS>(
+      copy_vectors_of_peers(
           has, [&](int peer) { return to(peer) + column; }, [&](int peer) { return from(peer) + column; });
     }
   };

@@ -25,7 +25,8 @@ constexpr int kCompiledFor = 0;
 template <typename T, int kVecs, Epilogue kEpilogue, Body kBody, int kRanks>
 __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBody == Body::kBulk ? kHelperThreads : 0),
                                   1) rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
-  constexpr int kRounds = kEpilogue == Epilogue::kGather && kBody != Body::kAllRows ? 2 : 1;
+  constexpr bool kInSlots = kBody == Body::kDirect || kBody == Body::kBulk;  // what is gathered lies there
+  constexpr int kRounds = kEpilogue == Epilogue::kGather && kInSlots ? 2 : 1;
   __shared__ Partials partials;
   if constexpr (kBody == Body::kAllRows && !adds_up_all_rows(kCompiledFor)) {
     return;  // never launched there

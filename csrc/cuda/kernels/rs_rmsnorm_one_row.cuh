@@ -43,10 +43,16 @@ struct OneRow {
   __device__ bool comes_from(const RowView<T>& view, int source) const {
     return view.rank < owners && !view.complete && source < view.world_size && source != view.rank;
   }
+  // Whether it has a vector of `owner`'s normalised row to gather.
+  __device__ bool gathers_from(const RowView<T>& view, int owner) const { return goes_to(view, owner); }
   // Where it posts that.
   __device__ char* posted(const RowView<T>& view, int peer, int source) const {
     return inbox_of(view.args.team, peer, view.epoch) + source * posted_bytes(view) +
            (row * view.hidden + column) * int{sizeof(T)};
+  }
+  // Where `owner` posts the same vector of its normalised row: behind what all sources post.
+  __device__ char* gathered(const RowView<T>& view, int peer, int owner) const {
+    return posted(view, peer, view.world_size + owner);
   }
   // Of one source's rows.
   __device__ static int posted_bytes(const RowView<T>& view) { return share(view, 0) * view.hidden * int{sizeof(T)}; }
@@ -78,6 +84,31 @@ struct OneRow {
     for (int source = 0; source < kRanks; ++source) {
       if (comes_from(view, source)) store16(posted(view, view.rank, source), {});
     }
+  }
+
+  // To all peers: this thread's vector of the row that this rank has normalised.
+  __device__ void post_normed(const RowView<T>& view, uint4 normed) const {
+#pragma unroll
+    for (int peer = 0; peer < kRanks; ++peer) {
+      if (is_peer(view.args.team, peer)) post16(gathered(view, peer, view.rank), normed);
+    }
+  }
+  // The peers' vectors of theirs, out of the inbox and into the output.
+  __device__ bool gather(const RowView<T>& view, const BlockRound& round) {
+#pragma unroll
+    for (int owner = 0; owner < kRanks; ++owner) vectors[owner] = {};
+    const bool arrived = tpf::take_posted(
+        vectors, view.args.team, view.args.call, round, [&] { return gathered(view, view.rank, 0); },
+        [&] { return posted_bytes(view); }, [&](int owner) { return gathers_from(view, owner); },
+        [](int owner) { return owner; });
+    if (!arrived) return false;
+#pragma unroll
+    for (int owner = 0; owner < kRanks; ++owner) {
+      if (!gathers_from(view, owner)) continue;
+      store16(static_cast<T*>(view.args.output) + at(view, owner), vectors[owner]);
+      store16(gathered(view, view.rank, owner), {});
+    }
+    return true;
   }
 
   // The sources' vectors, where their inputs are read in place.
@@ -138,23 +169,18 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
       // The peers have their inputs back while this row is still being finished.
       if (sync_having(sums[0][0])) publish_unfenced_to_peers(view.args.team, round, kClosingStep, threadIdx.x);
     }
-    finish_row<T, 1, kEpilogue>(view, one.row, sums, weight, group, 0, arrived, [&] {
-      if (view.staged() && arrived) one.clear_posted(view);
-    });
+    finish_row<T, 1, kEpilogue, false>(
+        view, one.row, sums, weight, group, 0, arrived,
+        [&] {
+          if (view.staged() && arrived) one.clear_posted(view);
+        },
+        [&](int64_t, int, uint4 normed) { one.post_normed(view, normed); });
   } else if (closes && arrived) {
     publish_unfenced_to_peers(view.args.team, round, kClosingStep, threadIdx.x);
   }
   if constexpr (kEpilogue == Epilogue::kGather) {
-    arrived = __syncthreads_and(arrived);
-    const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
-    if (arrived) {
-      publish_to_peers(view.args.team, next, kGatherStep, threadIdx.x);
-      arrived = wait_for_peers(view, next, kGatherStep, threadIdx.x);
-    }
-    __syncthreads();
-    copy_vectors_of_peers<kRanks>([&](int peer) { return one.goes_to(view, peer); },
-                                  [&](int peer) { return static_cast<T*>(view.args.output) + one.at(view, peer); },
-                                  [&](int peer) { return view.gathered_row(peer, one.row) + one.column; });
+    // Posted, too. A row that a peer has posted is one that it has read in place, so no closing step is needed.
+    if (arrived) arrived = one.gather(view, round);
   }
   if (closes && arrived) arrived = wait_for_readers(view, round, threadIdx.x);
   return arrived;
