@@ -227,19 +227,15 @@ def _launches(named: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-_LAUNCHES = tuple(launch.name for launch in goals.LAUNCHES)
-
-
 @app.command("goals", help=_paragraphs(goals.__doc__))
 def run_goals(
-    launches: Annotated[str, typer.Option(help=f"Only these, of {', '.join(_LAUNCHES)}")] = ",".join(_LAUNCHES),
+    launches: Annotated[str, typer.Option(help=f"Only these, of {', '.join(goals.NAMES)}")] = ",".join(goals.NAMES),
     results: _Results = RESULTS,
 ) -> None:
-    names = _launches(launches, _LAUNCHES)
+    names = _launches(launches, goals.NAMES)
     if _any_device() != "cuda":
         raise typer.BadParameter("there is no card, or no build for it")
-    chosen = [launch for launch in goals.LAUNCHES if launch.name in names]
-    goals.check(chosen, _make_folder(results, "--results"))
+    goals.check(goals.launches(names), _make_folder(results, "--results"))
 
 
 @app.command("multi", help=_paragraphs(multi.__doc__))

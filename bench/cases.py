@@ -288,6 +288,9 @@ class RsRmsnormAg(Reduction):
         if name in ("allreduce", "nccl-symm", "twoshot", "oneshot"):
             norm = self._local(add_norm)
             return self.all_reduce_baseline(name, lambda rows, residual: norm(rows, residual, self.weight))
+        if name == "rs_rmsnorm":
+            arguments = (self.input, self.residual, self.weight, EPS, self.group)
+            return Program(lambda: OPS.rs_rmsnorm(*arguments), expected=lambda: self.expected)
         return super().baseline(name)
 
     @functools.cached_property

@@ -19,6 +19,7 @@ class Op:
 
 # Of chain and mla_prologue, in 16 bits and in fp8: what engines do, with the fastest parts that there are.
 ENGINES = ("dist", "nccl-symm", "twoshot", "oneshot", "flashinfer", "own")
+SCATTERED = ("dist-rs", "own-rs")  # the same with scattered rows
 OPS = {
     "rs_rmsnorm": Op(
         """Reduce-scatter, residual add and RMSNorm.
@@ -44,9 +45,11 @@ OPS = {
     "rs_rmsnorm_ag": Op(
         """All-reduce, residual add and RMSNorm, with the residual left scattered.
 
+        "rs_rmsnorm" is the same without the gather, "barrier" what one synchronisation takes.
+
         bytes: one rank's input, scattered and gathered again. Right: as rs_rmsnorm.
         """,
-        ("dist", "allreduce", "nccl-symm", "twoshot", "oneshot", "flashinfer", "own"),
+        ("dist", "allreduce", "nccl-symm", "twoshot", "oneshot", "flashinfer", "own", "rs_rmsnorm", "barrier"),
         ("dtype", "zero_copy", "compile"),
     ),
     "rs_rmsnorm_ag_fp8": Op(
@@ -85,10 +88,10 @@ OPS = {
     "qkv_a_proj_ag_complete": Op(
         """qkv_a_proj_ag of rows that all ranks have: each multiplies them by its share of the weight.
 
-        "gemm" is what it replaces: the product of all rows by all of the weight, on every rank. bytes and right: as
-        qkv_a_proj_ag.
+        "gemm" is what it replaces: the product of all rows by all of the weight, on every rank. In
+        "qkv_a_proj_ag" each rank multiplies its own rows by all of it. bytes and right: as qkv_a_proj_ag.
         """,
-        ("gemm",),
+        ("gemm", "qkv_a_proj_ag"),
         ("dtype", "latent"),
         torch_multiplies=True,
     ),
@@ -127,7 +130,7 @@ OPS = {
 
         bytes: those of both ops. Right: residual_out has the oracle's bits, the latents are as in qkv_a_proj_ag_norm.
         """,
-        (*ENGINES, "dist-rs", "own-rs"),
+        (*ENGINES, *SCATTERED),
         ("dtype", "zero_copy", "compile", "latent", "kv_lora", "rope"),
     ),
     "mla_prologue": Op(
@@ -136,7 +139,7 @@ OPS = {
         Few tokens are gathered and multiplied by a share of the weight, of many each rank multiplies its own. Today,
         bytes and right: as chain.
         """,
-        (*ENGINES, "dist-rs", "own-rs", "chain"),
+        (*ENGINES, *SCATTERED, "chain"),
         ("dtype", "zero_copy", "compile", "latent", "kv_lora", "rope"),
         torch_multiplies=True,
     ),
@@ -148,7 +151,7 @@ OPS = {
         qkv_a_proj_ag_norm_fp8. bytes: those of both halves. Right: residual_out has the oracle's bits, the latents are
         as in qkv_a_proj_ag_norm_fp8.
         """,
-        (*ENGINES, "dist-rs", "own-rs", "mla_prologue"),
+        (*ENGINES, *SCATTERED, "mla_prologue"),
         ("zero_copy", "compile", "latent", "kv_lora", "rope", "scale_layout"),
         torch_multiplies=True,
     ),

@@ -1,86 +1,13 @@
 """What one card with eight ranks on it has to reach: `python -m bench goals`, which `make gpu-bench` calls."""
 
-import contextlib
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from .catalog import ENGINES
+from . import decode
+from .bounds import HIDDEN, Goal, at_least, at_most, fastest, section, share, speedup, table, times, write
+from .catalog import ENGINES, SCATTERED
 from .options import Options
-from .results import file_name
-from .suite import Launch, run
-
-
-def _fastest(row: dict, names: tuple[str, ...]) -> float:
-    return min(row["programs"][name]["median_us"] for name in names if name in row["programs"])
-
-
-def _share(program: str) -> Callable[[dict], float]:
-    return lambda row: row["programs"][program]["copy_share"]
-
-
-def times(*names: str, program: str = "fused") -> Callable[[dict], float]:
-    """The op's time, or a variant's, as a multiple of the fastest of these programs'."""
-    return lambda row: _fastest(row, (program,)) / _fastest(row, names)
-
-
-def speedup(*names: str) -> Callable[[dict], float]:
-    return lambda row: _fastest(row, names) / _fastest(row, ("fused",))
-
-
-HIDDEN = 7168  # DeepSeek-V3's
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A number that a row of results gives, or a few, and its bound."""
-
-    what: str
-    world_size: int
-    op: str
-    tokens: int
-    measure: Callable[..., float]
-    bound: float
-    at_least: bool
-    hidden: int = HIDDEN
-    beside: tuple[tuple[int, int], ...] = ()  # (hidden, tokens) of rows that `measure` is given, too
-    beside_op: str | None = None  # whose rows these are, where it is another op
-
-    def measured(self, documents: list[dict]) -> float | None:
-        """None where a row, or a program that it is compared with, is missing."""
-        rows = {}
-        for document in documents:
-            options = document["options"]
-            for row in document["results"]:
-                place = (options["world_size"], row["op"], options.get("hidden", HIDDEN), row["tokens"])
-                rows.setdefault(place, row)
-        beside = ((self.beside_op or self.op, *place) for place in self.beside)
-        places = ((self.op, self.hidden, self.tokens), *beside)
-        with contextlib.suppress(KeyError, ValueError):
-            return self.measure(*(rows[(self.world_size, *place)] for place in places))
-        return None
-
-    def met(self, value: float) -> bool:
-        return value >= self.bound if self.at_least else value <= self.bound
-
-
-def at_least(bound: float, what: str, world_size: int, op: str, tokens: int, measure) -> Goal:
-    return Goal(what, world_size, op, tokens, measure, bound, True)
-
-
-def at_most(bound: float, what: str, world_size: int, op: str, tokens: int, measure) -> Goal:
-    return Goal(what, world_size, op, tokens, measure, bound, False)
-
-
-def at_most_beside(bound: float, what: str, world_size: int, op: str, tokens: int, other: str) -> Goal:
-    """The op's time as a multiple of another op's of as many tokens."""
-
-    def beside(row: dict, others: dict) -> float:
-        return _fastest(row, ("fused",)) / _fastest(others, ("fused",))
-
-    return Goal(what, world_size, op, tokens, beside, bound, False, beside=((HIDDEN, tokens),), beside_op=other)
-
+from .suite import Launch, compile_flashinfer, run
 
 # ---- no cliffs ----
 
@@ -91,14 +18,14 @@ REDUCTIONS = ("rs_rmsnorm", "rs_rmsnorm_ag")
 
 
 def _bandwidth_beside(program: str) -> Callable[[dict, dict], float]:
-    return lambda row, narrow: _share(program)(row) / _share(program)(narrow)
+    return lambda row, narrow: share(program)(row) / share(program)(narrow)
 
 
 def _above_the_line(program: str) -> Callable[[dict, dict, dict], float]:
     """The time, in that of the line through the times of fewer and of more tokens."""
 
     def above(row: dict, fewer: dict, more: dict) -> float:
-        time, low, high = (_fastest(at, (program,)) for at in (row, fewer, more))
+        time, low, high = (fastest(at, (program,)) for at in (row, fewer, more))
         part = (row["tokens"] - fewer["tokens"]) / (more["tokens"] - fewer["tokens"])
         return time / (low + part * (high - low))
 
@@ -119,7 +46,6 @@ def _evenness(op: str, program: str) -> list[Goal]:
 
 # ---- fp8 ----
 
-SCATTERED = ("dist-rs", "own-rs")
 FP8_GOALS = [
     *(
         at_most(0.85, "time, in that of the bf16 form", ranks, "rs_rmsnorm_ag_fp8", tokens, times("rs_rmsnorm_ag"))
@@ -139,15 +65,14 @@ FP8_GOALS = [
 
 
 GOALS = [
-    at_least(0.95, "in place, of the copy bandwidth", 8, "rs_rmsnorm", 16384, _share("fused")),
-    at_least(0.92, "the same with 8 blocks a rank", 8, "rs_rmsnorm", 16384, _share("ctas8")),
-    at_least(0.78, "in place, of the copy bandwidth", 8, "rs_rmsnorm", 1024, _share("fused")),
-    at_least(0.88, "staged, its own bytes, of the copy bandwidth", 8, "rs_rmsnorm", 16384, _share("staged")),
+    at_least(0.95, "in place, of the copy bandwidth", 8, "rs_rmsnorm", 16384, share("fused")),
+    at_least(0.92, "the same with 8 blocks a rank", 8, "rs_rmsnorm", 16384, share("ctas8")),
+    at_least(0.78, "in place, of the copy bandwidth", 8, "rs_rmsnorm", 1024, share("fused")),
+    at_least(0.88, "staged, its own bytes, of the copy bandwidth", 8, "rs_rmsnorm", 16384, share("staged")),
     at_most(1.7, "time, in bare barriers", 8, "rs_rmsnorm", 64, times("barrier")),
     at_least(1.15, "speedup over reduce_scatter_rows + add-norm", 8, "rs_rmsnorm", 16384, speedup("own")),
     at_least(1.1, "speedup over reduce_scatter_rows + add-norm", 8, "rs_rmsnorm", 512, speedup("own")),
     at_least(1.25, "speedup over reduce_scatter_rows + add-norm", 8, "rs_rmsnorm", 64, speedup("own")),
-    at_most(15.0, "us of an eager call on the CPU", 8, "rs_rmsnorm", 64, lambda row: row["host_us"]),
     at_most(1.03, "time, in that of the bf16 form", 8, "rs_rmsnorm_fp8", 16384, times("rs_rmsnorm")),
     at_least(1.0, "speedup over symm_mem.reduce_scatter_out alone", 4, "rs_rmsnorm", 16384, speedup("symm")),
     at_least(1.9, "speedup over two_shot_all_reduce_ + add-norm", 4, "rs_rmsnorm_ag", 16384, speedup("twoshot")),
@@ -171,12 +96,8 @@ GOALS = [
     *(goal for op in REDUCTIONS for program in ("fused", "staged") for goal in _evenness(op, program)),
     *(goal for goal in _evenness("qkv_a_proj_ag", "fused") if goal.hidden == HIDDEN),
     *FP8_GOALS,
+    *decode.GOALS,
 ]
-
-
-def section(world_size: int, op: str, *tokens: int, **options) -> Options:
-    defaults = {"device": "cuda", "compile": True, "budget_s": 0.5, "warmup": 2, "zero_copy": True, "timeout_s": 15.0}
-    return Options(ops=(op,), world_size=world_size, tokens=tokens, **{**defaults, **options})
 
 
 def _even_sections() -> dict[str, Options]:
@@ -247,35 +168,21 @@ LAUNCHES = [
             ),
         },
     ),
+    *decode.LAUNCHES,
 ]
 
 
-def table(goals: list[Goal], documents: list[dict]) -> list[dict]:
-    """Prints the goals with what was measured; returns them for a file."""
-    print(f"\n# {'op':<20} {'tokens':>6} {'ranks':>5}  {'measured':>8} {'goal':>9}")
-    rows = []
-    for goal in goals:
-        value = goal.measured(documents)
-        met = None if value is None else goal.met(value)
-        word = {None: "not measured", True: "met", False: "MISSED"}[met]
-        shown = "-" if value is None else f"{value:.3g}"
-        bound = f"{'>=' if goal.at_least else '<='} {goal.bound:g}"
-        print(f"  {goal.op:<20} {goal.tokens:>6} {goal.world_size:>5}  {shown:>8} {bound:>9}  {word:<12}  {goal.what}")
-        rows.append(
-            {key: value for key, value in vars(goal).items() if key != "measure"} | {"value": value, "met": met}
-        )
-    return rows
+# decode names all launches of that name.
+NAMES = tuple(dict.fromkeys(name for launch in LAUNCHES for name in (launch.name.partition("-")[0], launch.name)))
 
 
-def write(name: str, documents: list[dict], results: Path, **summary) -> None:
-    """What was made of the results, kept beside them under the same machine."""
-    if documents:
-        largest = max(documents, key=lambda document: document["options"]["world_size"])
-        kept = {key: largest[key] for key in ("format", "date", "machine")} | summary
-        Path(results, file_name(name, largest)).write_text(json.dumps(kept, indent=1) + "\n")
+def launches(names: tuple[str, ...] = NAMES) -> list[Launch]:
+    return [launch for launch in LAUNCHES if launch.name.startswith(names)]
 
 
 def check(launches: list[Launch], results: Path) -> None:
     """Runs the launches, prints the goals, and keeps them beside the results."""
+    if any(launch in decode.BESIDE_FLASHINFER for launch in launches):
+        compile_flashinfer()
     documents = run(launches, results)
     write("goals", documents, results, goals=table(GOALS, documents))

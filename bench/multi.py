@@ -5,13 +5,11 @@ and staged. For the most ranks also more sizes, fp8, the prologue, how many bloc
 a matrix product beside it.
 """
 
-import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
-from .goals import ENGINES, SCATTERED, Goal, at_least, at_most, at_most_beside, section, speedup, table, times, write
-from .suite import Launch, run
+from .bounds import Goal, at_least, at_most, at_most_beside, section, speedup, table, times, write
+from .catalog import ENGINES, SCATTERED
+from .suite import Launch, compile_flashinfer, run
 
 TOKENS = tuple(2**power for power in range(15))  # of reductions and the prologue, on the most ranks
 FEWER_TOKENS = (1, 8, 64, 128, 512, 1024, 4096, 8192, 16384)
@@ -135,10 +133,8 @@ def blocks_needed(documents: list[dict]) -> list[dict]:
 def check(planned: list[Launch], results: Path) -> None:
     """Runs launches, prints the goals and the blocks that are needed, and keeps them beside the results."""
     compared = any(launch.name.startswith(("ops", "prologue")) for launch in planned)
-    if importlib.util.find_spec("flashinfer") and compared:
-        # Here, or the first launch would spend its time on it. Where it fails, the launches say that they leave it out.
-        print("# FlashInfer's kernels are compiled, unless they are there", flush=True)
-        subprocess.run([sys.executable, "-m", "bench.peers"])
+    if compared:
+        compile_flashinfer()
     documents = run(planned, results)
     if compared:
         write("multi", documents, results, goals=table(goals(planned[0].world_size), documents))

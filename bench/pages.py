@@ -26,7 +26,8 @@ checks each result before it times it: `make gpu-bench` on one card, `make gpu-m
 * *of the link*: nccl-tests' bus bandwidth as a share of what copies out of another card's memory reach, all cards at
   once, in the same run.
 * *on the CPU*: how long an eager call of `torch.ops.tp_fused` keeps its thread until it returns, launch included: the
-  slowest rank's median, after the fastest's.
+  slowest rank's median, after the fastest's. *empty*: the slowest rank's of the least that a call is made of,
+  torch.empty for each output and the launch of an empty kernel (`torch.cuda._sleep(0)`), in turn with the call.
 * *own*: the unfused program over `reduce_scatter_rows` and `all_gather_rows`, its other parts by torch.compile. It
   tells what is gained by fusing apart from what is gained by the transport. The chain's *own* is what engines do, over
   that transport. *own-rs* and *dist-rs* scatter as the chain does, and fuse nothing.

@@ -5,6 +5,8 @@ import functools
 import torch
 from torch.nn.functional import linear
 
+import tp_fused
+
 from .cases import EPS, OPS, Case, Reduction, RsRmsnorm, add_norm, rms_norm, steps_apart
 from .timing import Program
 from .transports import OverTorch, OverTpFused, PeerCopies
@@ -124,6 +126,12 @@ class QkvAProjAgComplete(QkvAProjAg):
 
     def fused(self):
         return (OPS.qkv_a_proj_ag(self.rows, self.weight, self.num_tokens, self.group, complete=True),)
+
+    def baseline(self, name):
+        if name == "qkv_a_proj_ag":
+            own = self.rows[tp_fused.row_slice(self.num_tokens, self.context.rank, self.context.world_size)]
+            return Program(lambda: (OPS.qkv_a_proj_ag(own, self.weight, self.num_tokens, self.group),))
+        return super().baseline(name)
 
     def explain(self):
         return self.context.explain("qkv_a_proj_ag", complete=True)

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from . import model
-from .goals import ENGINES, speedup
+from .bounds import speedup
+from .catalog import ENGINES
 from .results import short_commit
 from .tables import table
 

@@ -19,6 +19,7 @@ import tp_fused
 
 from .baselines import BASELINES
 from .results import variant_meaning
+from .timing import HostTime
 
 FORMAT = 1  # of the JSON file: raised when a key changes its meaning
 _SETTINGS = (
@@ -93,11 +94,11 @@ def _commit() -> str | None:
         return None
 
 
-def result_row(case, programs: dict, samples: dict, wrong: int | None, host_s, bandwidths) -> dict:
+def result_row(case, programs: dict, samples: dict, wrong: int | None, host: HostTime | None, bandwidths) -> dict:
     """One line of the table, as the JSON file holds it.
 
-    host_s: of an eager call, the slowest rank's and the fastest's; or None. bandwidths: of copies on all cards
-    together, and between two cards or None, in bytes a second.
+    host: None but on CUDA. bandwidths: of copies on all cards together, and between two cards or None, in bytes a
+    second.
     """
     copy, link = bandwidths
     fused = samples["fused"].median
@@ -116,8 +117,9 @@ def result_row(case, programs: dict, samples: dict, wrong: int | None, host_s, b
         "memory_bytes": case.memory_bytes,
         "iterations": len(samples["fused"].seconds),
         "programs": results,
-        "host_us": None if host_s is None else host_s[0] * 1e6,
-        "host_us_fastest": None if host_s is None else host_s[1] * 1e6,
+        "host_us": None if host is None else host.slowest * 1e6,
+        "host_us_fastest": None if host is None else host.fastest * 1e6,
+        "host_empty_us": None if host is None else host.empty * 1e6,
         "algbw_gb_s": algbw,
         "busbw_gb_s": busbw,
         "link_share": None if link is None else busbw * 1e9 / link,
@@ -183,8 +185,13 @@ class Report:
             print(f"# link: {machine['link_gb_s']:.2f} GB/s by copies out of another card's memory, all cards at once")
         print("# times in us: median of the slowest rank's; GB/s of 1e9 bytes; x: how many times as long as fused")
         if self._cuda:
-            print("# host: us that an eager call keeps the CPU; %copy: the bytes of memory that the op needs over its")
-            print("# time, of what large copies reach; %link: busbw of what copies between cards reach")
+            print(
+                "# host: us that an eager call keeps the CPU; empty: in turn with it, torch.empty for each output and"
+            )
+            print(
+                "# the launch of an empty kernel; %copy: the bytes of memory that the op needs over its time, of what"
+            )
+            print("# large copies reach; %link: busbw of what copies between cards reach")
 
     def table(self, op: str, baselines: tuple[str, ...], left_out: dict[str, str], explanation: str) -> None:
         self._others = (*self.options.variants, *baselines)
@@ -199,7 +206,7 @@ class Report:
             print(f"# {name}: {BASELINES[name].meaning}")
         for name, reason in left_out.items():
             print(f"# {name}: left out: {reason}")
-        measured = f" {'host':>6} {'%link' if self._linked else '%copy':>6}" if self._cuda else ""
+        measured = f" {'host':>6} {'empty':>6} {'%link' if self._linked else '%copy':>6}" if self._cuda else ""
         print(
             f"#{'tokens':>7} {'bytes':>12} {'time':>10} {'p99':>10} {'algbw':>7} {'busbw':>7} {'#wrong':>7}{measured}"
             f"{columns}"
@@ -212,7 +219,7 @@ class Report:
         line += f" {'N/A' if row['wrong'] is None else row['wrong']:>7}"
         if self._cuda:
             share = row["link_share"] if self._linked else fused["copy_share"]
-            line += f" {row['host_us']:>6.1f} {100 * share:>6.1f}"
+            line += f" {row['host_us']:>6.1f} {row['host_empty_us']:>6.1f} {100 * share:>6.1f}"
         for name in self._others:
             if name in row["programs"]:
                 line += f" |{row['programs'][name]['median_us']:>10.1f} {row['speedup'][name]:>6.2f}"

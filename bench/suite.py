@@ -10,6 +10,7 @@ torch is imported where ranks run: whoever only plans launches does not wait for
 import contextlib
 import faulthandler
 import gc
+import importlib.util
 import json
 import os
 import pickle
@@ -40,6 +41,16 @@ class Launch:
     @property
     def world_size(self) -> int:
         return next(iter(self.sections.values())).world_size
+
+
+def compile_flashinfer() -> None:
+    """Where it is installed: before launches that time it, or the first one would spend its time on it.
+
+    Where it fails, the launches say that they leave it out.
+    """
+    if importlib.util.find_spec("flashinfer"):
+        print("# FlashInfer's kernels are compiled, unless they are there", flush=True)
+        subprocess.run([sys.executable, "-m", "bench.peers"])
 
 
 def run(launches: list[Launch], results: Path) -> list[dict]:

@@ -50,9 +50,10 @@ def _results(op: str, rows: list[dict]) -> str:
 
 
 def _on_the_cpu(row: dict) -> str:
-    """The slowest rank's time and, where ranks differ, the fastest's."""
-    slowest, fastest = f"{row['host_us']:.1f}", row.get("host_us_fastest")
-    return slowest if fastest is None or slowest == f"{fastest:.1f}" else f"{fastest:.1f} to {slowest}"
+    """The slowest rank's time and, where ranks differ, the fastest's; then an empty call's, which older runs lack."""
+    slowest, fastest, empty = f"{row['host_us']:.1f}", row.get("host_us_fastest"), row.get("host_empty_us")
+    shown = slowest if fastest is None or slowest == f"{fastest:.1f}" else f"{fastest:.1f} to {slowest}"
+    return shown if empty is None else f"{shown} (empty {empty:.1f})"
 
 
 def _other(row: dict, name: str) -> str:

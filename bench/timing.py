@@ -4,6 +4,7 @@ Iteration i of every program comes before iteration i + 1 of any, so that what e
 them alike. Before each sample the ranks line up on the workspace's own signals, outside of the clock.
 """
 
+import functools
 import gc
 import itertools
 import statistics
@@ -186,29 +187,62 @@ def host_calls(seconds: float) -> int:
     return int(min(max(0.1 / seconds, 200), 3000))
 
 
-def host_time(context, program: Program, calls: int) -> tuple[float, float]:
-    """Seconds that an eager call keeps the CPU until it returns, its launches included: the slowest rank's median, and
-    the fastest's.
+@dataclass(frozen=True)
+class HostTime:
+    """Seconds that an eager call keeps the CPU until it returns, its launches included: medians of calls.
 
-    What the caller does with the results is not its own: they are let go of off the clock. The queue is kept short, or
-    a launch would wait for the card to take it.
+    slowest, fastest: of the ranks. empty: the slowest rank's of an `empty_call`, which came in turn with the op's.
     """
-    seconds = []
+
+    slowest: float
+    fastest: float
+    empty: float
+
+
+def empty_call(outputs: tuple[torch.Tensor, ...]) -> Callable[[], object]:
+    """The least that an eager call of these outputs is made of: torch.empty for each, and an empty kernel's launch.
+
+    torch has no cheaper launch than torch.cuda._sleep(0): a kernel of one thread, for which there is no dispatcher to
+    go through and no tensor to look at.
+    """
+    makers = [
+        functools.partial(torch.empty, tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in outputs
+    ]
+    launch = torch.cuda._sleep
+
+    def call():
+        made = [make() for make in makers]
+        launch(0)
+        return made
+
+    return call
+
+
+def host_time(context, program: Program, calls: int) -> HostTime:
+    """Of CUDA programs: on the CPU a call's time is its work's.
+
+    A busy machine delays both kinds of call alike; hence they take turns. What the caller does with the results is not
+    the call's own: they are let go of off the clock. The queue is kept short, or a launch would wait for the card to
+    take it.
+    """
+    timed = (program.call, empty_call(program.call()))
+    seconds = ([], [])
     gc.disable()
     try:
-        for call in range(calls):
-            if call % 8 == 0:
+        for index in range(calls):
+            if index % 8 == 0:
                 context.settle()
-            start = time.perf_counter()
-            results = program.call()
-            seconds.append(time.perf_counter() - start)
-            del results
+            for call, taken in zip(timed, seconds, strict=True):
+                start = time.perf_counter()
+                results = call()
+                taken.append(time.perf_counter() - start)
+                del results
     finally:
         gc.enable()
     context.settle()
-    median = statistics.median(seconds)
-    slowest, fastest = context.host_reduce([median, -median]).tolist()
-    return slowest, -fastest
+    median, empty = map(statistics.median, seconds)
+    slowest, fastest, slowest_empty = context.host_reduce([median, -median, empty]).tolist()
+    return HostTime(slowest, -fastest, slowest_empty)
 
 
 def link_bandwidth(context) -> float | None:

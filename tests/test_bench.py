@@ -33,7 +33,7 @@ SMALL = ["--hidden", "64", "--latent", "96", "--kv-lora", "32", "--rope", "32", 
 RANKS = 3
 TOKENS = [0, 1, 7]
 ON_A_CPU = {"dist", "allreduce", "own", "dist-rs", "own-rs", "gemm", "ag+norm", "ag_fp8+norm", "chain"}
-ON_A_CPU |= {"rs_rmsnorm", "rs_rmsnorm_ag", "mla_prologue"}
+ON_A_CPU |= {"rs_rmsnorm", "rs_rmsnorm_ag", "qkv_a_proj_ag", "mla_prologue"}
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess:

@@ -207,10 +207,41 @@ def test_compiled_quantisation_writes_as_cublas_wants(context, on_hopper, name):
     assert case.resembles(case.baseline(name).call(), case.fused()) and on_hopper == ["product"]
 
 
-def test_host_time_is_that_of_a_call(context):
+def test_host_time_is_that_of_a_call(context, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
     program = cases.RsRmsnorm(context, 6).programs()["fused"]
-    slowest, fastest = bench.timing.host_time(context, program, calls=20)
-    assert 0 < fastest <= slowest < 1
+    host = bench.timing.host_time(context, program, calls=20)
+    assert 0 < host.fastest <= host.slowest < 1 and 0 < host.empty < 1
+
+
+def test_calls_and_empty_calls_take_turns(context, monkeypatch):
+    """So that a busy machine delays both alike; the slowest rank's of both."""
+    happened, clock = [], itertools.count()
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.extend(["launch"] * 2))
+    monkeypatch.setattr(bench.timing, "time", SimpleNamespace(perf_counter=lambda: next(clock) + len(happened)))
+    monkeypatch.setattr(context, "host_reduce", lambda mine: torch.tensor([mine, [2.0, -2.0, 3.5]]).amax(0))
+    program = bench.timing.Program(lambda: happened.append("call") or ())
+    host = bench.timing.host_time(context, program, calls=3)
+    assert happened == ["call", *["call", "launch", "launch"] * 3]
+    # Each pair of looks at the clock is a second apart, a call takes one more, a launch two.
+    assert (host.slowest, host.fastest, host.empty) == (2.0, 2.0, 3.5)
+
+
+def test_an_empty_call_makes_what_the_op_returns_and_launches_once(monkeypatch):
+    launched = []
+    monkeypatch.setattr(torch.cuda, "_sleep", launched.append)
+    outputs = (torch.ones(3, 8, dtype=torch.bfloat16), torch.ones(2, 1))
+    made = bench.timing.empty_call(outputs)()
+    assert [(tensor.shape, tensor.dtype) for tensor in made] == [(tensor.shape, tensor.dtype) for tensor in outputs]
+    assert launched == [0] and not {tensor.data_ptr() for tensor in made} & {tensor.data_ptr() for tensor in outputs}
+
+
+@pytest.mark.parametrize("kind", [cases.RsRmsnorm, cases.RsRmsnormAg, fp8.QkvAProjAgFp8])
+def test_a_bare_barrier_returns_nothing(context, monkeypatch, kind):
+    met = []
+    monkeypatch.setattr(context, "barrier", lambda: met.append(True))
+    program = kind(context, 6).baseline("barrier")
+    assert program.call() == program.expected() == () and met == [True]
 
 
 @pytest.mark.parametrize(("seconds", "calls"), [(8e-6, 3000), (2e-4, 500), (9e-4, 200)])

@@ -14,7 +14,7 @@ import torch.distributed as dist
 pytest.importorskip("typer", reason="the bench extra is not installed")
 pytest.importorskip("rich", reason="the bench extra is not installed")
 
-from bench import cases, fp8, multi, peers, projections, run
+from bench import cases, fp8, goals, multi, peers, projections, run, suite
 from bench.baselines import BASELINES
 from bench.catalog import OPS
 from bench.context import Context
@@ -322,15 +322,21 @@ def test_why_flashinfer_is_left_out(monkeypatch, asked, capability, why):
 
 
 @pytest.mark.parametrize(
-    ("installed", "parts", "times"),
-    [(True, ("ops",), 1), (True, ("prologue",), 1), (True, ("beside",), 0), (False, ("ops",), 0)],
+    ("command", "installed", "parts", "times"),
+    [
+        *((multi, True, ("ops",), 1), (multi, True, ("prologue",), 1), (multi, True, ("beside",), 0)),
+        *((goals, True, ("decode",), 1), (goals, True, ("decode-2",), 1), (goals, True, ("decode-8", "eight"), 0)),
+        *((multi, False, ("ops",), 0), (goals, False, ("decode",), 0)),
+    ],
 )
-def test_kernels_are_compiled_before_launches_that_have_a_time_limit(monkeypatch, tmp_path, installed, parts, times):
+def test_kernels_are_compiled_before_launches_that_have_a_time_limit(
+    monkeypatch, tmp_path, command, installed, parts, times
+):
     happened = []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
-    monkeypatch.setattr(multi.subprocess, "run", lambda command: happened.append(command[1:]))
-    monkeypatch.setattr(multi, "run", lambda planned, results: happened.append("launches") or [])
-    multi.check(multi.launches(2, parts), tmp_path)
+    monkeypatch.setattr(suite.subprocess, "run", lambda command: happened.append(command[1:]))
+    monkeypatch.setattr(command, "run", lambda planned, results: happened.append("launches") or [])
+    command.check(multi.launches(2, parts) if command is multi else goals.launches(parts), tmp_path)
     assert happened == [["-m", "bench.peers"]] * times + ["launches"]
 
 
