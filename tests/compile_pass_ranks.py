@@ -99,9 +99,9 @@ def copied(graph: torch.fx.Graph) -> torch.fx.Graph:
     return copy
 
 
-def reduced(rows):
+def reduced(rows, group=None):
     """All-reduced in place, as engines do it."""
-    dist.all_reduce(rows)
+    dist.all_reduce(rows, group=group)
     return rows
 
 
