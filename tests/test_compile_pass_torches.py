@@ -1,4 +1,4 @@
-"""tp_fused.compile_pass with an Inductor that tells a pass less, or takes one pass alone, as torch 2.10 to 2.12 have it.
+"""tp_fused.compile_pass with an Inductor that tells a pass less, or takes one pass alone: of torch 2.10 to 2.12.
 
 What those lack is taken out of the torch that is installed: what is left of it calls passes as they do.
 """
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.preload("warm_compiler")
 
 HIDDEN, NUM_TOKENS = 64, 6
 TOLD, LISTS = "CustomInferenceAwareGraphPass", "get_custom_graph_passes"  # what torch lacks; both are Inductor's
-LACKING = {"2.10": (TOLD, LISTS), "2.12": (LISTS,), "2.13": ()}
+LACKING = {"2.10 and 2.11": (TOLD, LISTS), "2.12": (LISTS,), "as it is": ()}
 
 
 @contextlib.contextmanager
@@ -40,12 +40,6 @@ def without(*lacking: str):
         for name in [name for name in sys.modules if name.startswith(compile_pass.__name__)]:
             patch.delitem(sys.modules, name)
         yield importlib.import_module(compile_pass.__name__)
-
-
-class OwnSetting:
-    """Not an option of one `torch.compile`: Inductor's setting, as `install` leaves it."""
-
-    options = None
 
 
 # ---- training and inference ----
@@ -165,12 +159,17 @@ def run_installed(lacking: tuple[str, ...]) -> tuple[list[str], list[str], list]
 
     mine, sizes = Mine(), {"hidden_size": HIDDEN, "timeout_s": 100.0}
     _other[:] = [dist.new_group()]
-    with without(*lacking) as made, workspace("cpu", **sizes), workspace("cpu", group=_other[0], **sizes), rank_of_its_own():
+    with (
+        without(*lacking) as made,
+        workspace("cpu", **sizes),
+        workspace("cpu", group=_other[0], **sizes),
+        rank_of_its_own(),
+    ):
         with config.patch(post_grad_custom_pre_pass=mine):
             for group in (None, *_other):
                 made.install(group)
                 uuids.append(identity(config.post_grad_custom_pre_pass))
-            front = FrontEnd(OwnSetting)
+            front = FrontEnd()
             function = torch.compile(two_groups, fullgraph=True, backend=front)
             torch.testing.assert_close(function(*inputs()), two_groups(*inputs()), rtol=1e-5, atol=1e-5)
             reports = made.report().graphs
