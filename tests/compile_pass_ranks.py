@@ -14,11 +14,12 @@ from tp_fused import compile_pass
 class FrontEnd:
     """A backend of torch.compile: Inductor up to its last graph pass. The graph is run as it is, no code is generated.
 
-    What the pass sees and leaves is what it is under `torch.compile(model)`, and no C++ compiler is waited for.
+    What the pass sees and leaves is what it is under `torch.compile(model)`, and no C++ compiler is waited for. Without
+    a pass as an option, those run that Inductor's own settings have.
     """
 
-    def __init__(self, compile_pass):
-        self.options = compile_pass.options
+    def __init__(self, compile_pass=None):
+        self.options = compile_pass.options if compile_pass is not None else None
         self.graphs: list[torch.fx.Graph] = []
 
     def __call__(self, module, inputs):
@@ -99,9 +100,9 @@ def copied(graph: torch.fx.Graph) -> torch.fx.Graph:
     return copy
 
 
-def reduced(rows):
+def reduced(rows, group=None):
     """All-reduced in place, as engines do it."""
-    dist.all_reduce(rows)
+    dist.all_reduce(rows, group=group)
     return rows
 
 

@@ -95,7 +95,7 @@ def test_all_is_dynamic(pool, kind):
 class Counting(compile_pass.TpFusedPass):
     """Counts the bytes of the graph that it is given, too."""
 
-    def __call__(self, graph: torch.fx.Graph, is_inference: bool) -> None:
+    def __call__(self, graph: torch.fx.Graph, is_inference: bool | None = None) -> None:
         self.before = copied(graph)
         super().__call__(graph, is_inference)
 

@@ -1,4 +1,4 @@
-"""What a torch that was not tried before has to pass: every op, eager and compiled, and how an error comes through.
+"""What a torch that was not tried before has to pass: every op, eager and compiled; the pass; how errors come through.
 
     python -m pytest tests/test_smoke.py
 
@@ -11,11 +11,12 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+from compile_pass_ranks import FrontEnd, calls, rank_of_its_own, reduced
 from programs import LATENT, OPS, Call
 from ranks import outcome, workspace
 
 import tp_fused
-from tp_fused import ops, projections
+from tp_fused import compile_pass, ops, projections
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = {"max_num_tokens": 64, "hidden_size": 256, "latent_size": sum(LATENT)}
@@ -54,6 +55,33 @@ def compiled(device: str, op: str) -> None:
 @pytest.mark.parametrize("world_size", [2])
 def test_every_op_compiled(pool, device, op):
     pool.run(compiled, device, op)
+
+
+def rewritten(device: str) -> list[str]:
+    """Runs on a rank: the pass, among Inductor's, of a layer for inference and for training."""
+    rows, residual = torch.ones(13, 256, device=device), torch.ones(13, 256, device=device)
+    seen = []
+
+    def layer(weight):
+        total = residual + reduced(rows * 2)
+        return torch.nn.functional.rms_norm(total, (256,), weight, 1e-5)
+
+    with workspace(device, device, timeout_s=60.0, **SIZES), rank_of_its_own():
+        compile_pass.install()
+        for training in (False, True):
+            weight = torch.ones(256, device=device, requires_grad=training)
+            front = FrontEnd()
+            with torch.set_grad_enabled(training):
+                output = torch.compile(layer, fullgraph=True, backend=front)(weight)
+                torch.testing.assert_close(output, layer(weight), rtol=1e-5, atol=1e-5)
+            seen += [name.strip("_") for name in calls(front.graphs[0])]
+        compile_pass.uninstall()
+    return seen
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_compile_pass(pool, device):
+    assert pool.run(rewritten, device, timeout_s=280) == [["rs_rmsnorm_ag", "all_reduce"]] * 2
 
 
 def errors(device: str) -> list:

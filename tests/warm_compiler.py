@@ -7,10 +7,6 @@ import torch
 from compile_pass_ranks import FrontEnd, rank_of_its_own
 
 
-class _NoPass:
-    options = None
-
-
 def _program(rows: torch.Tensor) -> torch.Tensor:
     return rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1)
 
@@ -18,7 +14,7 @@ def _program(rows: torch.Tensor) -> torch.Tensor:
 _num_threads = torch.get_num_threads()
 torch.set_num_threads(1)  # a process with threads of OpenMP is not to be forked
 with rank_of_its_own():
-    for _backend in (FrontEnd(_NoPass), "inductor"):  # which imports more, and asks the C++ compiler what it knows
+    for _backend in (FrontEnd(), "inductor"):  # which imports more, and asks the C++ compiler what it knows
         torch.compile(_program, backend=_backend)(torch.ones(2, 3))
         torch._dynamo.reset()
 torch.set_num_threads(_num_threads)

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import fx
 from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass
 
 from .. import checks, compiled, groups
 from .._version import __version__
+from . import inductor
 from .nodes import val
 from .report import GraphReport, Report
 from .rewrite import Rewriter
@@ -24,7 +24,7 @@ _log = logging.getLogger("tp_fused.compile_pass")
 MLA_PROJECTIONS = ("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")
 
 
-class TpFusedPass(CustomInferenceAwareGraphPass):
+class TpFusedPass(inductor.GraphPass):
     """Rewrites the reductions of a graph into ops: `torch.compile(model, options=TpFusedPass(group).options)`.
 
     group: whose reductions; it has a workspace (`tp_fused.init`). replicated: which linears all ranks hold the same
@@ -58,8 +58,8 @@ class TpFusedPass(CustomInferenceAwareGraphPass):
 
     # ---- Inductor's side ----
 
-    def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
-        self._graphs.append(self._rewritten(graph, is_inference))
+    def __call__(self, graph: fx.Graph, is_inference: bool | None = None) -> None:
+        self._graphs.append(self._rewritten(graph, inductor.is_inference(is_inference)))
         _log.info("%s", self._graphs[-1])
 
     def uuid(self):
@@ -140,7 +140,7 @@ def install(group: dist.ProcessGroup | None = None, **options) -> TpFusedPass:
     others = [one for one in _installed if one.group.group_name == added.group.group_name]
     if others:
         raise ValueError(f"a pass is installed for group {added.group.group_name!r} already; uninstall() it first")
-    config.post_grad_custom_pre_pass = _as_config([*_passes(), added])
+    config.post_grad_custom_pre_pass = inductor.setting_of([*_passes(), added])
     _installed.append(added)
     return added
 
@@ -148,7 +148,7 @@ def install(group: dist.ProcessGroup | None = None, **options) -> TpFusedPass:
 def uninstall() -> None:
     """Takes out what `install` has put in. Code that is compiled stays as it is."""
     kept = [one for one in _passes() if one not in _installed]
-    config.post_grad_custom_pre_pass = _as_config(kept)
+    config.post_grad_custom_pre_pass = inductor.setting_of(kept)
     _installed.clear()
 
 
@@ -161,9 +161,4 @@ def report() -> Report:
 
 def _passes() -> list:
     """Those that are set."""
-    passes = config.post_grad_custom_pre_pass
-    return list(passes) if isinstance(passes, (list, tuple)) else [] if passes is None else [passes]
-
-
-def _as_config(passes: list):
-    return passes if len(passes) > 1 else passes[0] if passes else None
+    return inductor.passes_of(config.post_grad_custom_pre_pass)
