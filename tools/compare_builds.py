@@ -187,7 +187,9 @@ def projections(ranks: Ranks) -> list[Case]:
         normed, variant = op == _C.QKV_A_PROJ_AG_NORM, _C.COMPLETE if complete else 0
         dtype = E4M3 if op == _C.QKV_A_PROJ_AG_FP8 else BF16
         code = DTYPE_CODES[dtype]
-        call = Call(op, code, tokens, HIDDEN, LATENT, 0, variant, WIDTHS[1] * normed, 0, -1, WIDTHS[0] * normed)
+        sizes = {"num_tokens": tokens, "hidden_size": HIDDEN, "columns": LATENT, "source": -1}
+        split = {"q_columns": WIDTHS[0] * normed, "kv_columns": WIDTHS[1] * normed}
+        call = Call(op=op, dtype=code, variant=variant, **sizes, **split)
         starts = [tokens * sum(WIDTHS[:part]) for part in range(3 if normed else 1)]
         places = (Pointer * 3)(*(outputs[start:].data_ptr() for start in starts))
         projection = Projection(

@@ -25,7 +25,7 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
   // Of fp8, which is multiplied into sums of its own for each scale, there are the registers for two.
   plan.row_tiles = call.num_tokens <= 16 ? 1 : call.num_tokens <= 32 || scaled ? 2 : 4;
   plan.row_blocks = std::max(1, static_cast<int>((call.num_tokens + 16 * plan.row_tiles - 1) / (16 * plan.row_tiles)));
-  // What a block reads of the weight and of the rows decides; where that is equal, fewer blocks share out K. All blocks
+  // What a block reads of the weight and of the rows decides, and how often it begins anew and meets others. All blocks
   // of all ranks must be on their cards at once, since each waits for what the others multiply. Not all SMs are in a
   // cluster of more than two, and cards of a group may differ in how many: kUnclustered are more than any lacks. Where
   // ranks share a card, such clusters would have to find room beside the others'.
@@ -40,7 +40,10 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
       break;
     }
     const int of_group = (units + groups - 1) / groups;
-    const int64_t cost = (of_group * kColumnUnit + rows) * ((chunks + cluster - 1) / cluster);
+    const int passes = (of_group + kColumnUnits - 1) / kColumnUnits;
+    const int64_t cost = (of_group * kColumnUnit + passes * rows) * ((chunks + cluster - 1) / cluster) +
+                         passes * plan.row_blocks * fitted_to(card).column_pass +
+                         cluster * fitted_to(card).column_cluster;
     if (plan.cluster != 0 && cost >= least) continue;
     least = cost;
     plan.cluster = cluster;

@@ -16,11 +16,17 @@ struct Fitted {
   int64_t ring_bytes;
   // Blocks that share a row, from which on it is posted into the inboxes rather than read in place. Two H100.
   int cluster_to_post;
-  // Bytes that a rank adds up in rs_rmsnorm_ag, up to which it is faster for all ranks to add up all rows, in one round
-  // instead of two: where ranks share a card, 8 / 16 / 32 tokens of DeepSeek-V3 of 8 / 4 / 2 ranks. One H200,
-  // `tools/compare_builds.py`, at 0be5b49. On a card of its own, where links bound it, counted: those, and what a rank
-  // then sends more than in two rounds, which is to take no longer than a synchronisation.
-  int64_t shared_card_all_rows, own_card_all_rows, own_card_sent_more;
+  // Bytes that a rank adds up in rs_rmsnorm_ag, up to which it is faster for all ranks to add up all rows, in one
+  // synchronisation instead of two: where ranks share a card, 8 / 16 / 32 tokens of DeepSeek-V3 of 8 / 4 / 2 ranks. One
+  // H200, `tools/compare_builds.py`, at 0be5b49. On a card of its own 8 tokens of two ranks, not 16. Two H200, at
+  // c738612.
+  int64_t shared_card_all_rows, own_card_all_rows;
+  // Bytes that all ranks of a shared card post to each other, up to which normalised rows are posted to be gathered
+  // rather than fetched: 32 tokens of 8 ranks, not 64; all that are one row a block of 2 and 4 ranks. One H200,
+  // likewise.
+  int64_t shared_card_posted;
+  // Rows of a block, up to which all are posted on a card of its own, instead of moved by TMA in chunks.
+  int own_card_posted_rows;
   // Rows of a chunk that is gathered from a card of its own, at least. Two H100, `python -m bench multi`.
   int gathered_rows_of_chunk;
 
@@ -37,6 +43,8 @@ struct Fitted {
   // more of the rows than of the weight, and cuBLAS and then a gather take less time. Where ranks share a card: one
   // H200, `tools/compare_builds.py`, at ae897c8. On a card of its own a block has fewer columns and less of K: counted.
   int shared_card_column_rows, own_card_column_rows;
+  // What a pass over columns costs there besides, and each block of a cluster, in chunks of a row that a block reads.
+  int column_pass, column_cluster;
   // For the time of a tile, in cycles a block of K: products of so many rows times columns a cycle; of fp8, cycles that
   // each product is waited for; bytes of operands a cycle, of fp8, of 16 bits on a shared card, and on a rank's own.
   int products_a_cycle, fp8_wait, fp8_operands, shared_card_operands, own_card_operands;
@@ -54,13 +62,16 @@ constexpr Fitted kFittedSm90 = {
     .ring_bytes = 128 << 10,
     .cluster_to_post = 4,
     .shared_card_all_rows = 896 << 10,
-    .own_card_all_rows = 4 << 20,
-    .own_card_sent_more = 1344 << 10,
+    .own_card_all_rows = 320 << 10,
+    .shared_card_posted = 32 << 20,
+    .own_card_posted_rows = 4,
     .gathered_rows_of_chunk = 8,
     .gather_chunk_bytes = 34 << 10,
     .few_rows = 256,
     .shared_card_column_rows = 32,
     .own_card_column_rows = 64,
+    .column_pass = 840,
+    .column_cluster = 56,
     .products_a_cycle = 32,
     .fp8_wait = 260,
     .fp8_operands = 35,

@@ -14,24 +14,40 @@ struct Planner {
   const int warps = static_cast<int>((row_bytes / kVectorBytes + 31) / 32);  // that hold a vector of a row a thread
 
   bool is_staged() const { return call.source < 0 && limits.world_size > 1 && (call.variant & TPF_COMPLETE) == 0; }
-  // Whether all that a rank is sent fits its inbox: rows to be added up and, behind them, those to be gathered.
-  bool fits_inbox() const {
-    return (gathers ? 2 : 1) * limits.world_size * rows * row_bytes <= inbox_bytes(limits.slot_bytes);
+  // Whether the rows that a rank is sent to be added up fit its inbox; twice: and those to be gathered, behind them.
+  bool fits_inbox(int times = 1) const {
+    return times * limits.world_size * rows * row_bytes <= inbox_bytes(limits.slot_bytes);
+  }
+  bool has_one_row(int compiled_for) const {
+    return compiled_for_one_row(compiled_for, element_bytes, gathers, card.architecture);
+  }
+  // What kOneRow is to be compiled for. Where ranks share a card, posting normalised rows instead of fetching them is
+  // more to be written and read by its SMs.
+  int ranks_of_one_row() const {
+    const int64_t posted = limits.world_size * (limits.world_size - 1) * call.num_tokens * row_bytes;
+    const bool fetches =
+        !fits_inbox(2) || (shares_card(limits.max_ctas, card) && posted > fitted_to(card).shared_card_posted);
+    return (gathers && fetches) || !has_one_row(limits.world_size) ? 0 : limits.world_size;
   }
 
   // Whether every rank adds up all rows, in one synchronisation: as long as what every rank is sent then takes less
   // time than a second one.
   bool takes_all_rows() const {
-    const int64_t world_size = limits.world_size, bytes = world_size * call.num_tokens * row_bytes;
+    const int64_t bytes = limits.world_size * call.num_tokens * row_bytes;
     if (!gathers || !adds_up_all_rows(card.architecture) || (call.variant & TPF_COMPLETE) != 0 ||
         bytes + call.num_tokens * row_bytes > inbox_bytes(limits.slot_bytes)) {
       return false;
     }
     const Fitted& fitted = fitted_to(card);
-    if (shares_card(limits.max_ctas, card)) return bytes <= fitted.shared_card_all_rows;
-    // To each peer all rows; in two rounds a share of them to be added up, and a share of what has been.
-    const int64_t sent_more = (world_size - 1) * (bytes - 2 * call.num_tokens * row_bytes) / world_size;
-    return bytes <= fitted.own_card_all_rows && sent_more <= fitted.own_card_sent_more;
+    return bytes <= (shares_card(limits.max_ctas, card) ? fitted.shared_card_all_rows : fitted.own_card_all_rows);
+  }
+
+  // Whether a block's few rows are all posted, where a rank has a card to itself: links are kept busy from the
+  // beginning.
+  bool posts_few(int rows_of_block) const {
+    return has_tma(card) && limits.world_size > 1 && (call.variant & TPF_COMPLETE) == 0 &&
+           !shares_card(limits.max_ctas, card) && rows_of_block <= fitted_to(card).own_card_posted_rows &&
+           (gathers ? posts_normed_rows(ranks_of_one_row()) : fits_inbox());
   }
 
   // As many blocks for a row as there may be, down to four warps each. What a small call waits for most is the way of
@@ -52,7 +68,7 @@ struct Planner {
     plan->body = body;
     plan->vectors = vectors;
     plan->blocks = blocks * plan->cluster;
-    plan->most_ranks = most_ranks_of(limits.world_size);
+    plan->ranks = body == Body::kOneRow ? ranks_of_one_row() : has_one_row(limits.world_size) ? limits.world_size : 0;
     plan->threads = threads + (body == Body::kBulk ? kHelperThreads : 0);
     return true;
   }
@@ -117,10 +133,17 @@ bool plan_reduce(ReducePlan* plan, const tpf_call& call, const Limits& limits, c
   }
   const RowsOfBlocks shared_out = share_out(planner.rows, limits.max_ctas);
   planner.begin(plan, 1, shared_out);
-  if (plan->chunk_rows <= 1 && (!planner.gathers || planner.fits_inbox())) {
+  if (plan->chunk_rows <= 1 && planner.has_one_row(planner.ranks_of_one_row())) {
     plan->cluster = planner.cluster_of_row(shared_out.blocks);
     // A small piece of a row is posted: one way between cards, where an input read in place takes two.
     plan->posted = plan->cluster >= fitted.cluster_to_post && planner.fits_inbox() && call.source >= 0;
+    if (planner.takes(plan, Body::kOneRow, 1, shared_out.blocks)) return true;
+  }
+  if (planner.posts_few(shared_out.rows)) {
+    plan->cluster = 1;
+    plan->chunk_rows = shared_out.rows;
+    plan->num_chunks = 1;
+    plan->posted = call.source >= 0;
     if (planner.takes(plan, Body::kOneRow, 1, shared_out.blocks)) return true;
   }
   for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {

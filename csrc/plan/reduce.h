@@ -32,17 +32,30 @@ TPF_HD constexpr bool compiled_directly(int vectors, int element_bytes, bool has
 // Whether kAllRows is compiled for a card: on newer ones its threads want more registers than there are.
 TPF_HD constexpr bool adds_up_all_rows(int architecture) { return architecture < 100; }
 
-// kOneRow and kAllRows are compiled for 2, for 4 and for 8 ranks at most: of a call of few tokens a large part is the
-// time that its warps need for their instructions, and many of these are there once for each rank.
-TPF_HD constexpr int most_ranks_of(int world_size) { return world_size <= 2 ? 2 : world_size <= 4 ? 4 : TPF_MAX_RANKS; }
+// kOneRow and kAllRows of 16 bits are compiled for 2, for 4 and for 8 ranks, besides for any number: of a call of few
+// tokens a large part is the time that its warps need for their instructions, and many of these are there for each
+// rank.
+TPF_HD constexpr bool compiled_for_ranks(int element_bytes) { return element_bytes == 2; }
+
+// Whether kOneRow is compiled for so many ranks, 0 being any number, on a card: on the newest ones some forms want more
+// registers than there are.
+TPF_HD constexpr bool compiled_for_one_row(int ranks, int element_bytes, bool gathers, int architecture) {
+  if (ranks != 0 && ranks != 2 && ranks != 4 && ranks != 8) return false;
+  if (ranks != 0 && !compiled_for_ranks(element_bytes)) return false;
+  return architecture < 120 || element_bytes == 4 || (gathers ? ranks != 0 : ranks != 8);
+}
+
+// How kOneRow of rs_rmsnorm_ag gathers normalised rows: where it is compiled for a number of ranks by posting them,
+// else by fetching what the peers publish in their slots.
+TPF_HD constexpr bool posts_normed_rows(int ranks) { return ranks > 0; }
 
 struct ReducePlan {
   Body body;
   int vectors;  // of a row, that a thread holds
   int blocks, threads;
   int64_t shared_bytes;
-  int cluster;     // blocks that share a row
-  int most_ranks;  // kOneRow, kAllRows: that the kernel is compiled for
+  int cluster;  // blocks that share a row
+  int ranks;    // kOneRow, kAllRows: that the kernel is compiled for; 0: any number
   int chunk_rows, num_chunks;
   int stages;   // kBulk: row buffers of the ring
   bool posted;  // staged, although the input could be read in place

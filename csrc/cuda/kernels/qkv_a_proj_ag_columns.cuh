@@ -116,6 +116,15 @@ struct WarpProduct {
       copy16_async(place(slot, args.stage_units + half), from, i < count && row < tokens && k < hidden);
     }
   }
+  // The first chunks of a pass, as many as the ring holds.
+  __device__ void fill_ring() const {
+#pragma unroll 1
+    for (int i = 0; i < args.stages; ++i) {
+      copy_weight(i, i);
+      copy_rows(i, i);
+      commit_copies();
+    }
+  }
   __device__ void wait_for_chunk() const {
     switch (args.stages) {  // all but the last stages - 2 groups
       case 8:
@@ -223,17 +232,15 @@ __device__ inline void add_warps(const float (&sums)[kRowTiles][kColumnUnits][4]
   __syncthreads();
 }
 
+// The ring is full of the first pass's chunks.
 template <typename In, int kRowTiles>
 __device__ inline void multiply_columns(const ColumnsArgs& args, WarpProduct<In, kRowTiles>& product, float* partial,
                                         float* block_sums) {
 #pragma unroll 1
   for (int pass = 0; pass < product.num_passes(); ++pass) {
-    product.begin_pass(pass);
-#pragma unroll 1
-    for (int i = 0; i < args.stages; ++i) {
-      product.copy_weight(i, i);
-      product.copy_rows(i, i);
-      commit_copies();
+    if (pass > 0) {
+      product.begin_pass(pass);
+      product.fill_ring();
     }
     typename WarpProduct<In, kRowTiles>::Scales scales = {};
     if constexpr (product.kScaled) product.load_scales(scales, 0);
@@ -268,13 +275,26 @@ __device__ inline void post_columns(const ColumnsArgs& args, const float* block_
   for (int at = cta * kColumnsThreads + threadIdx.x; at < tokens * args.units; at += args.cluster * kColumnsThreads) {
     const int row = at / args.units, column = at % args.units * kColumnUnit;
     if (first + column >= args.own.count) continue;
-    float values[8] = {};
-    for (int other = 0; other < args.cluster; ++other) {
+    // All are asked for before the first is added: the way to another SM takes longer than all the rest.
+    float4 sums[kMaxColumnsCluster][2];
+#pragma unroll
+    for (int other = 0; other < kMaxColumnsCluster; ++other) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float4 sums = cluster_load(block_sums + row * columns + column + 4 * half, other);
-        values[4 * half] += sums.x, values[4 * half + 1] += sums.y;
-        values[4 * half + 2] += sums.z, values[4 * half + 3] += sums.w;
+        if (other < args.cluster) {
+          sums[other][half] = cluster_load(block_sums + row * columns + column + 4 * half, other);
+        }
+      }
+    }
+    float values[8] = {};
+#pragma unroll
+    for (int other = 0; other < kMaxColumnsCluster; ++other) {
+      if (other >= args.cluster) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float4 sum = sums[other][half];
+        values[4 * half] += sum.x, values[4 * half + 1] += sum.y;
+        values[4 * half + 2] += sum.z, values[4 * half + 3] += sum.w;
       }
     }
     const int64_t place = args.own.start + first + column;
@@ -365,6 +385,9 @@ __global__ void __launch_bounds__(kColumnsThreads, 1)
   WarpProduct<In, kRowTiles> product(args, dynamic);
   for (int pass = 0; pass < product.num_passes(); pass += args.row_blocks) product.prefetch_weight(pass);
   pdl_wait();
+  // Before anything else is looked at, which takes as long as the first operands are on their way.
+  product.begin_pass(0);
+  product.fill_ring();
   const GatherArgs& gather = args.gather;
   const BlockRound round = begin_op(gather.team, gather.call, gather.contract, 1);
   if (!round.refused) publish_unfenced_to_peers(gather.team, round, 0, threadIdx.x);

@@ -5,18 +5,19 @@
 // those that block b of the peer adds up. Rows go in chunks; chunk c is published at step c, and may be added up while
 // chunk c + 1 is being staged. A staged row is written straight into the slot of the rank that wants it.
 //
-// Four bodies. kOneRow: at most one row a block; every thread holds its vector of all rows that come and go, and from
-// sm_90 on a cluster of blocks may share the row. kBulk, with TMA on sm_90 and newer: one warp stages, one
-// warp fetches rows into a ring of shared-memory buffers, and the others add them up from there; a cluster of blocks
-// shares each row where a ring holds too few whole ones. kDirect, everywhere else: every thread loads and stores 16
-// bytes at a time. kAllRows, of few tokens in rs_rmsnorm_ag: every rank posts all its rows to all others and adds up
-// all rows itself, so that nothing is left to gather.
+// Four bodies. kOneRow: at most one row a block, or a few that are posted; every thread holds its vector of all rows
+// that come and go, and from sm_90 on a cluster of blocks may share the row. kBulk, with TMA on sm_90 and newer: one
+// warp stages, one warp fetches rows into a ring of shared-memory buffers, and the others add them up from there; a
+// cluster of blocks shares each row where a ring holds too few whole ones. kDirect, everywhere else: every thread loads
+// and stores 16 bytes at a time. kAllRows, of few tokens in rs_rmsnorm_ag: every rank posts all its rows to all others
+// and adds up all rows itself, so that nothing is left to gather.
 #pragma once
 #include <cfloat>
 
 #include "../../plan/reduce.h"
 #include "../comm/bulk_copier.cuh"
 #include "../comm/peers.cuh"
+#include "../ptx/async_copy.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/vec.cuh"
 
@@ -192,6 +193,18 @@ struct RowWeight {
         kept[v] = !is_float && column < view.hidden ? __ldg(reinterpret_cast<const uint4*>(weight)) : uint4{};
       }
     }
+  }
+  // In two steps, where there are not the registers to keep it meanwhile: `place`, in shared memory, is this thread's,
+  // and what begin_init copies there has been waited for in between.
+  __device__ void begin_init(const RowView<T>& view, const RowThreads& group, uint4* place) const {
+    static_assert(kVecs == 1);
+    const int column = group.vector(0) * kLanes<T>;
+    const bool here = (view.args.call.variant & TPF_FLOAT_WEIGHT) == 0 && column < view.hidden;
+    copy16_async(place, static_cast<const T*>(view.args.weight) + column, here);
+  }
+  __device__ void end_init(const RowView<T>& view, const uint4* place) {
+    is_float = (view.args.call.variant & TPF_FLOAT_WEIGHT) != 0;
+    kept[0] = *place;
   }
   // Of vector v, which begins at `column`, inside the row.
   __device__ void get(float (&values)[kLanes<T>], int v, const RowView<T>& view, int column) const {

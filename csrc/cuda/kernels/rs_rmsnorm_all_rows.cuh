@@ -10,9 +10,11 @@
 
 namespace tpf {
 
-// One thread's vector of one row of all, of kRanks ranks at most. What this rank has of it is loaded when this is made.
+// One thread's vector of one row of all. What this rank has of it is loaded when this is made. kRanks: as OneRow's.
 template <typename T, int kRanks>
 struct AllRows {
+  static constexpr int kMost = kRanks > 0 ? kRanks : TPF_MAX_RANKS;
+
   __device__ AllRows(const RowView<T>& view, int row, int column)
       : row(row),
         column(column),
@@ -26,6 +28,7 @@ struct AllRows {
     }
   }
 
+  __device__ static int world_size(const RowView<T>& view) { return kRanks > 0 ? kRanks : view.world_size; }
   // Of one rank's rows, in an inbox.
   __device__ static int posted_bytes(const RowView<T>& view) {
     return static_cast<int>(view.args.call.num_tokens) * view.hidden * int{sizeof(T)};
@@ -37,7 +40,7 @@ struct AllRows {
   // Whether vector `i` of `vectors` comes from a peer.
   __device__ bool comes(const RowView<T>& view, int i) const {
     if (i == 0) return inside && view.has_residual() && !owned;
-    return inside && i <= view.world_size && i - 1 != view.rank;
+    return inside && i <= world_size(view) && i - 1 != view.rank;
   }
   __device__ static int owner_of(const RowView<T>& view, int row) {
     int rank = 0;
@@ -50,8 +53,8 @@ struct AllRows {
     const bool posts_residual = owned && view.has_residual();
     const int offset = (view.rank + 1) * posted_bytes(view);
 #pragma unroll
-    for (int peer = 0; peer < kRanks; ++peer) {
-      if (!is_peer(view.args.team, peer)) continue;
+    for (int peer = 0; peer < kMost; ++peer) {
+      if (peer >= world_size(view) || peer == view.rank) continue;
       char* const to = posted(view, peer);
       post16(to + offset, own);
       if (posts_residual) post16(to, residual);
@@ -60,7 +63,7 @@ struct AllRows {
 
   __device__ void begin_sum(const RowView<T>& view) {
 #pragma unroll
-    for (int i = 0; i <= kRanks; ++i) vectors[i] = comes(view, i) ? uint4{} : i == 0 ? residual : own;
+    for (int i = 0; i <= kMost; ++i) vectors[i] = comes(view, i) ? uint4{} : i == 0 ? residual : own;
   }
 
   __device__ bool take_posted(const RowView<T>& view, const BlockRound& round) {
@@ -74,7 +77,7 @@ struct AllRows {
   __device__ void clear_posted(const RowView<T>& view) const {
     char* const first = posted(view, view.rank);
 #pragma unroll
-    for (int i = 0; i <= kRanks; ++i) {
+    for (int i = 0; i <= kMost; ++i) {
       if (comes(view, i)) store16(first + i * posted_bytes(view), {});
     }
   }
@@ -82,7 +85,7 @@ struct AllRows {
   int row, column;
   bool inside, owned;
   uint4 own = {}, residual = {};
-  uint4 vectors[1 + kRanks];  // the residual's, then the sources'
+  uint4 vectors[1 + kMost];  // the residual's, then the sources'
 };
 
 // Rows b, b + groups, ... of all; `first` is of the first one.
@@ -99,8 +102,9 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
       AllRows<T, kRanks>(view, row, first.column).post(view);
   }
   RowWeight<T, 1> weight;
-  constexpr bool kLate = kRanks > 4;  // there are not the registers to load the weight before
-  if constexpr (!kLate) weight.init(view, group);
+  __shared__ uint4 late[most_threads(Body::kAllRows, sizeof(T), true)];
+  weight.begin_init(view, group, late + threadIdx.x);
+  commit_copies();
   bool arrived = __syncthreads_and(!round.refused && wait_for_peers(view, round, 0, threadIdx.x));
   pdl_trigger();  // as in OneRow's
   AllRows<T, kRanks> one = first;
@@ -113,11 +117,12 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
     float sums[1][kLanes<T>];
     unpack(sums[0], one.vectors[1], T{});
 #pragma unroll
-    for (int source = 1; source < kRanks; ++source) {
-      if (source < view.world_size) add_vector<T>(sums[0], one.vectors[1 + source]);
+    for (int source = 1; source < AllRows<T, kRanks>::kMost; ++source) {
+      if (source < AllRows<T, kRanks>::world_size(view)) add_vector<T>(sums[0], one.vectors[1 + source]);
     }
     if (view.has_residual()) add_vector<T>(sums[0], one.vectors[0]);
-    if constexpr (kLate) weight.init(view, group);
+    wait_for_copies<0>();
+    weight.end_init(view, late + threadIdx.x);
     finish_row<T, 1, kEpilogue, true>(
         view, one.row, sums, weight, group, step, arrived,
         [&] {

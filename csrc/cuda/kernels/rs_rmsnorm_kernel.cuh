@@ -21,14 +21,16 @@ constexpr int kCompiledFor = __CUDA_ARCH__ / 10;
 constexpr int kCompiledFor = 0;
 #endif
 
-// kRanks: the most ranks that it serves.
+// kRanks: the world size, or 0 where any is served.
 template <typename T, int kVecs, Epilogue kEpilogue, Body kBody, int kRanks>
 __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBody == Body::kBulk ? kHelperThreads : 0),
                                   1) rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
-  constexpr bool kInSlots = kBody == Body::kDirect || kBody == Body::kBulk;  // what is gathered lies there
-  constexpr int kRounds = kEpilogue == Epilogue::kGather && kInSlots ? 2 : 1;
+  constexpr bool kPosted = kBody == Body::kAllRows || (kBody == Body::kOneRow && posts_normed_rows(kRanks));
+  constexpr int kRounds = kEpilogue == Epilogue::kGather && !kPosted ? 2 : 1;
   __shared__ Partials partials;
-  if constexpr (kBody == Body::kAllRows && !adds_up_all_rows(kCompiledFor)) {
+  constexpr bool kGathers = kEpilogue == Epilogue::kGather;
+  if constexpr ((kBody == Body::kAllRows && !adds_up_all_rows(kCompiledFor)) ||
+                (kBody == Body::kOneRow && !compiled_for_one_row(kRanks, sizeof(T), kGathers, kCompiledFor))) {
     return;  // never launched there
   } else if constexpr (kBody == Body::kOneRow || kBody == Body::kAllRows) {
     using Few = std::conditional_t<kBody == Body::kOneRow, OneRow<T, kRanks>, AllRows<T, kRanks>>;

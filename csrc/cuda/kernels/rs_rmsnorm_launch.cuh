@@ -23,7 +23,7 @@ inline ReduceArgs reduce_args(tpf_op op, void* residual_out, const void* input, 
 
 template <Epilogue kEpilogue>
 struct ReduceLauncher {
-  template <typename T, int kVecs, Body kBody, int kRanks = TPF_MAX_RANKS>
+  template <typename T, int kVecs, Body kBody, int kRanks = 0>
   static tpf_status launch(const ReduceArgs& args, const ReducePlan& plan, const tpf_card& card, tpf_stream stream) {
     const Grid grid = {plan.blocks, plan.threads, plan.shared_bytes, plan.cluster,
                        kBody == Body::kOneRow || kBody == Body::kAllRows};
@@ -33,8 +33,11 @@ struct ReduceLauncher {
   template <typename T, Body kBody>
   static tpf_status launch_few_rows(const ReduceArgs& args, const ReducePlan& plan, const tpf_card& card,
                                     tpf_stream stream) {
-    if (plan.most_ranks == 2) return launch<T, 1, kBody, 2>(args, plan, card, stream);
-    if (plan.most_ranks == 4) return launch<T, 1, kBody, 4>(args, plan, card, stream);
+    if constexpr (compiled_for_ranks(sizeof(T))) {
+      if (plan.ranks == 2) return launch<T, 1, kBody, 2>(args, plan, card, stream);
+      if (plan.ranks == 4) return launch<T, 1, kBody, 4>(args, plan, card, stream);
+      if (plan.ranks == 8) return launch<T, 1, kBody, 8>(args, plan, card, stream);
+    }
     return launch<T, 1, kBody>(args, plan, card, stream);
   }
 
