@@ -6,6 +6,7 @@
 #include "rs_rmsnorm_bulk.cuh"
 #include "rs_rmsnorm_direct.cuh"
 #include "rs_rmsnorm_one_row.cuh"
+#include "rs_rmsnorm_poison.cuh"
 
 namespace tpf {
 

@@ -1,7 +1,7 @@
 // rs_rmsnorm_kernel where a block has one row, or a cluster of blocks shares one.
 #pragma once
 #include "../comm/inbox.cuh"
-#include "rs_rmsnorm.cuh"
+#include "rs_rmsnorm_poison.cuh"
 
 namespace tpf {
 
