@@ -16,12 +16,6 @@ constexpr bool kHasTma = false;
 constexpr bool kHasTma = true;
 #endif
 
-#if defined(__CUDA_ARCH__)
-constexpr int kCompiledFor = __CUDA_ARCH__ / 10;
-#else
-constexpr int kCompiledFor = 0;
-#endif
-
 // kRanks: the most ranks that it serves.
 template <typename T, int kVecs, Epilogue kEpilogue, Body kBody, int kRanks>
 __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBody == Body::kBulk ? kHelperThreads : 0),

@@ -28,9 +28,10 @@ struct OneRow {
   __device__ void load_own(const RowView<T>& view) {
     if (view.rank >= owners) return;
     own = load16(static_cast<const T*>(view.args.input) + at(view, view.rank));
-    if (view.has_residual()) {
-      residual = load16(static_cast<const T*>(view.args.residual) + row * view.hidden + column);
-    }
+  }
+  __device__ void load_residual(const RowView<T>& view) {
+    if (view.rank >= owners || !view.has_residual()) return;
+    residual = load16(static_cast<const T*>(view.args.residual) + row * view.hidden + column);
   }
   // Where this thread's vector of `owner`'s row is in an array of all tokens, in elements.
   __device__ int at(const RowView<T>& view, int owner) const {
@@ -142,9 +143,11 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
     publish_unfenced_to_peers(view.args.team, round, 0, threadIdx.x);
     if (view.staged()) one.post(view);
   }
+  // Where there are not the registers to load the weight before peers are waited for or, on sm_120, the residual.
+  constexpr bool kLate = kEpilogue == Epilogue::kGather && kRanks > 4, kLater = kLate && kCompiledFor >= 120;
   one.load_own(view);
+  if constexpr (!kLater) one.load_residual(view);
   RowWeight<T, 1> weight;
-  constexpr bool kLate = kEpilogue == Epilogue::kGather && kRanks > 4;  // no registers to load the weight before
   if constexpr (kEpilogue != Epilogue::kSum && !kLate) weight.init(view, group);
   bool arrived = __syncthreads_and(!round.refused && wait_for_peers(view, round, 0, threadIdx.x));
   // Blocks b of all ranks are on their SMs. Once all blocks of this grid say so, the next kernel may take what is free
@@ -163,6 +166,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
     for (int source = 1; source < kRanks; ++source) {
       if (source < view.num_sources()) add_vector<T>(sums[0], one.vectors[source]);
     }
+    if constexpr (kLater) one.load_residual(view);
     if (view.has_residual()) add_vector<T>(sums[0], one.residual);
     if constexpr (kLate) weight.init(view, group);
     if (closes && arrived) {
@@ -187,9 +191,9 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
 }
 
 template <typename T, Epilogue kEpilogue, int kRanks>
-__device__ inline void poison_few_rows(const RowView<T>& view, const OneRow<T, kRanks>& one, int groups, int begin,
+__device__ inline void poison_few_rows(const RowView<T>& view, const OneRow<T, kRanks>&, int groups, int begin,
                                        int end) {
-  poison_rows<T, kEpilogue>(view, one.row, groups, begin, end);
+  poison_rows<T, kEpilogue>(view, view.row_block(), groups, begin, end);  // counted anew: registers are short
 }
 
 }  // namespace tpf
