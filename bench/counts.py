@@ -87,10 +87,14 @@ class Shape:
             share=planning.share_of(self.card, self.ranks_per_card, most_ctas),
         )
 
-    @property
-    def one_round(self) -> bool:
-        """Whether rs_rmsnorm_ag is one synchronisation."""
-        return self.plan("rs_rmsnorm_ag")["body"] == "all rows"
+    def one_round(self, op: str) -> bool:
+        """Whether rs_rmsnorm_ag or rs_rmsnorm_ag_fp8 is one synchronisation."""
+        from tp_fused import planning
+
+        try:
+            return self.plan(op)["body"] == "all rows"
+        except planning.NoKernelError:
+            return False
 
     def gathers(self, fp8: bool) -> bool:
         """Whether the prologue gathers the normed rows, for a share of the columns each."""
@@ -115,6 +119,12 @@ def _reduce(shape: Shape, others: float) -> Phase:
     staging = 2 * (shape.rows - shape.own_rows) if shape.staged else 0
     barriers = shape.barriers(1 if shape.staged else 2)
     return Phase(shape.rows + staging + others, (shape.world_size - 1) * shape.own_rows, barriers=barriers)
+
+
+def _reduce_all(shape: Shape, normed: float) -> Phase:
+    """What the peers post is written, read and cleared; then every rank adds and norms all rows."""
+    posted = (shape.world_size - 1) * shape.rows
+    return Phase(shape.rows + 2 * shape.own_rows + normed + 3 * posted, posted, barriers=shape.barriers(1))
 
 
 def _gather(shape: Shape, own: float, all_rows: float) -> Phase:
@@ -156,18 +166,16 @@ def reduce_then_quantize(shape: Shape) -> Phases:
 
 
 def rs_rmsnorm_ag(shape: Shape) -> Phases:
-    if shape.one_round:
-        # What the peers post is written, read and cleared; then every rank adds and norms all rows.
-        posted = (shape.world_size - 1) * shape.rows
-        return (Phase(2 * shape.rows + 2 * shape.own_rows + 3 * posted, posted, barriers=shape.barriers(1)),)
+    if shape.one_round("rs_rmsnorm_ag"):
+        return (_reduce_all(shape, shape.rows),)
     reduced = _reduce(shape, 2 * shape.own_rows + shape.rows)
     # Rows are gathered as they are finished; that every rank has them says that no input is read any more.
     return (replace(reduced, link=reduced.link + shape.rows - shape.own_rows, barriers=shape.barriers(2)),)
 
 
 def rs_rmsnorm_ag_fp8(shape: Shape) -> Phases:
-    if shape.one_round:
-        return (*rs_rmsnorm_ag(shape), Phase(shape.rows + shape.quantized_rows))
+    if shape.one_round("rs_rmsnorm_ag_fp8"):
+        return (_reduce_all(shape, shape.quantized_rows),)
     return (*rs_rmsnorm_fp8(shape), _gather(shape, shape.own_quantized_rows, shape.quantized_rows))
 
 

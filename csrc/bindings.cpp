@@ -196,12 +196,12 @@ py::dict to_dict(const tpf_plan& plan) {
 }
 
 py::dict plan(int op, int dtype, int64_t num_tokens, int hidden_size, int columns, bool in_place, bool complete,
-              int world_size, int max_ctas, int free_sms, int free_cluster_sms, int64_t slot_bytes,
+              bool gathered, int world_size, int max_ctas, int free_sms, int free_cluster_sms, int64_t slot_bytes,
               const CardName& card) {
   tpf_call call =
       tpf::projection_call(static_cast<tpf_op>(op), static_cast<tpf_dtype>(dtype), num_tokens, hidden_size, columns);
   call.source = in_place ? 0 : -1;
-  call.variant = complete ? TPF_COMPLETE : 0;
+  call.variant = (complete ? TPF_COMPLETE : 0) | (gathered ? TPF_GATHERED : 0);
   tpf_team team = {};
   team.world_size = world_size;
   team.max_ctas = max_ctas;
@@ -295,8 +295,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("card", &describe);
   m.def("gathers_normed_rows", &tpf::gathers_normed_rows);
   m.def("plan", &plan, py::arg("op"), py::arg("dtype"), py::arg("num_tokens"), py::arg("hidden_size"), py::kw_only(),
-        py::arg("columns") = 0, py::arg("in_place") = false, py::arg("complete") = false, py::arg("world_size"),
-        py::arg("max_ctas"), py::arg("free_sms"), py::arg("free_cluster_sms"), py::arg("slot_bytes"), py::arg("card"));
+        py::arg("columns") = 0, py::arg("in_place") = false, py::arg("complete") = false, py::arg("gathered") = false,
+        py::arg("world_size"), py::arg("max_ctas"), py::arg("free_sms"), py::arg("free_cluster_sms"),
+        py::arg("slot_bytes"), py::arg("card"));
 
   m.attr("OPS") = tpf::op_names();
   m.def("register_kernel", &tpf::register_kernel);

@@ -7,14 +7,14 @@
 namespace tpf {
 namespace {
 
-// Whether rs_rmsnorm_ag of these rows is one synchronisation, on a card.
-bool is_one_round(const ReduceCall& in) {
+// Whether every rank can quantise all rows, in one synchronisation.
+bool quantizes_all(const ReduceCall& in) {
+  if (!in.on_cuda()) return false;
   tpf_card card;
   tpf_plan plan;
   const tpf_call call =
-      reduce_call(TPF_RS_RMSNORM_AG, in.dtype(), in.input.rows, in.input.columns, nullptr, in.variant);
-  return tpf_card_of(&card, in.team()->device) == TPF_OK && tpf_plan_call(&plan, &call, in.team(), &card) == TPF_OK &&
-         plan.body == TPF_ALL_ROWS;
+      reduce_call(TPF_RS_RMSNORM_FP8, in.dtype(), in.input.rows, in.input.columns, nullptr, in.variant | TPF_GATHERED);
+  return tpf_card_of(&card, in.team()->device) == TPF_OK && tpf_plan_call(&plan, &call, in.team(), &card) == TPF_OK;
 }
 
 // Adds q and scale of so many rows to the results.
@@ -30,20 +30,6 @@ bool add_quantized(const ReduceCall& in, const Quantized& as, int64_t rows, tpf_
   *to = {static_cast<uint8_t*>(q), static_cast<float*>(scale),          as.column ? 1 : groups,
          as.column ? pitch : 1,    static_cast<int32_t>(as.group_size), (in.variant & TPF_ROUND_SCALES) != 0};
   return true;
-}
-
-// Few tokens are gathered in 16 bits, in the one synchronisation of rs_rmsnorm_ag, and quantised by every rank.
-bool gather_and_quantize(const ReduceCall& in, const Quantized& as, Results* results) {
-  tpf_quantization to;
-  Results normed;
-  View rows;
-  void* unused;
-  if (!add_quantized(in, as, in.input.rows, &to, results) || !reduce_and_gather(in, &normed) || !rows.read(normed[0]) ||
-      !quantize_rows(in, to, rows.data, rows.rows, rows.columns, in.dtype())) {
-    return false;
-  }
-  results->take(normed.release_last());
-  return results->add(&unused, in.input, 0, in.input.columns, in.dtype());
 }
 
 // Quantised rows and their scales, in one round or, where they do not go together, in two. `scales`: whose the gathered
@@ -78,11 +64,13 @@ bool reduce_fp8(const ReduceCall& in, const Quantized& as, Results* results) {
   const int64_t rows = in.own_rows().count, columns = in.input.columns;
   tpf_quantization to;
   void *residual_out, *output;
-  if (!add_quantized(in, as, rows, &to, results)) return false;
+  if (!add_quantized(in, as, as.gathered ? in.input.rows : rows, &to, results)) return false;
   if (!results->add(&residual_out, in.input, rows, columns, in.dtype())) return false;
   if (!results->add(&output, in.input, as.keep_output ? rows : 0, columns, in.dtype())) return false;
   uint32_t variant = in.variant;
-  if (as.column) variant |= TPF_COLUMN_SCALES;
+  // How a rank lays out scales that all ranks have concerns nobody else, in one synchronisation or two.
+  if (as.column && !as.gathered) variant |= TPF_COLUMN_SCALES;
+  if (as.gathered) variant |= TPF_GATHERED;
   if (as.keep_output) variant |= TPF_KEEP_OUTPUT;
   const Input symm(*in.workspace.team, in.input.data);
   const auto launch = [&](auto* op, auto... last) {
@@ -94,13 +82,10 @@ bool reduce_fp8(const ReduceCall& in, const Quantized& as, Results* results) {
 }
 
 bool reduce_and_gather_fp8(const ReduceCall& in, const Quantized& as, Value group_name, Results* results) {
-  // The kernel that quantises rows takes bf16 and groups of 128.
-  if (in.on_cuda() && !as.keep_output && as.group_size == 128 && in.dtype() == TPF_BF16 && is_one_round(in)) {
-    return gather_and_quantize(in, as, results);
-  }
-  Results own, scales;
   // Before anything is launched: of narrow groups a row has more bytes of scales than of elements.
   if (!in.fits(in.input.rows, (in.input.columns + as.group_size - 1) / as.group_size, TPF_F32)) return false;
+  if (quantizes_all(in)) return reduce_fp8(in, {as.group_size, as.column, as.keep_output, true}, results);
+  Results own, scales;
   if (!reduce_fp8(in, {as.group_size, false, as.keep_output}, &own)) return false;
   if (!gather_quantized(in, as, own, group_name, results, as.column ? &scales : results)) return false;
   if (as.column) {

@@ -60,6 +60,7 @@ struct Quantized {
   }
   int64_t group_size = 128;
   bool column = false, keep_output = false;
+  bool gathered = false;  // by every rank: all rows
 };
 
 // rs_rmsnorm_ag.

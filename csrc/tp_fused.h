@@ -65,6 +65,7 @@ typedef enum tpf_op {
 #define TPF_FUSED 32u         /* a projection's product and gather are one kernel */
 #define TPF_FLOAT_WEIGHT 64u  /* the norms' weights are fp32, the rows are not */
 #define TPF_ROUND_SCALES 128u /* fp8 scales are powers of two */
+#define TPF_GATHERED 256u     /* the fp8 form quantises all rows, on every rank. CUDA */
 
 /* What a rank says it is calling. All ranks must say the same; a 32-bit hash of it travels with every signal. */
 typedef struct tpf_call {
@@ -151,7 +152,7 @@ typedef enum tpf_body {
   TPF_ONE_ROW = 1,     /* a block, or a cluster of blocks, has one row at most */
   TPF_BULK = 2,        /* TMA moves rows through shared memory */
   TPF_TILES = 3,       /* tensor cores multiply tiles, and finished rows are gathered meanwhile */
-  TPF_ALL_ROWS = 4,    /* every rank adds up all rows, of rs_rmsnorm_ag: one synchronisation instead of two */
+  TPF_ALL_ROWS = 4,    /* every rank adds up all rows that all ranks are to have: one synchronisation, not two */
   TPF_COLUMNS = 5,     /* tensor cores multiply all rows by some of the weight's, and post the columns */
 } tpf_body;
 
@@ -299,6 +300,9 @@ tpf_status tpf_rs_rmsnorm_cuda(void* output, void* residual_out, const void* inp
                                int32_t hidden_size, tpf_dtype dtype, float eps, float weight_offset, uint32_t variant,
                                tpf_stream stream);
 
+/* With TPF_GATHERED q and scale are of all tokens on every rank, in one synchronisation; residual_out and output are of
+ * this rank's rows as ever. TPF_UNSUPPORTED, before anything is launched, where no kernel does that, and always on the
+ * CPU: then without it, and gather. */
 tpf_status tpf_rs_rmsnorm_fp8_cuda(void* q, float* scale, void* residual_out, void* output, const void* input,
                                    const tpf_symm* input_symm, const void* residual, const void* weight,
                                    const tpf_team* team, int64_t num_tokens, int32_t hidden_size, tpf_dtype dtype,

@@ -54,13 +54,15 @@ def test_memory_of_posted_columns_is_counted_as_by_the_benchmark():
 def test_few_rows_are_added_up_by_all_ranks():
     """In one synchronisation, for more bytes; the two take the same forms as the plan."""
     few, many = model.Shape(8), model.Shape(64)
-    assert few.one_round and not many.one_round
+    assert all(few.one_round(op) and not many.one_round(op) for op in ("rs_rmsnorm_ag", "rs_rmsnorm_ag_fp8"))
     (phase,) = counts.rs_rmsnorm_ag(few)
     assert (phase.link, phase.barriers) == (7 * few.rows, 1)
     (phase,) = counts.rs_rmsnorm_ag(many)
     assert (phase.link, phase.barriers) == (7 * 2 * many.own_rows, 2)
-    fp8 = counts.rs_rmsnorm_ag_fp8(few)
-    assert fp8[:1] == counts.rs_rmsnorm_ag(few) and fp8[1].barriers == fp8[1].link == 0
+    (fp8,), (bf16,) = counts.rs_rmsnorm_ag_fp8(few), counts.rs_rmsnorm_ag(few)  # only what is stored differs
+    assert (fp8.link, fp8.barriers) == (bf16.link, bf16.barriers)
+    assert bf16.memory - fp8.memory == few.rows - few.quantized_rows
+    assert [phase.barriers for phase in counts.rs_rmsnorm_ag_fp8(many)] == [2, 1]
 
 
 @pytest.mark.parametrize(("tokens", "gathers"), [(8, (True, True)), (64, (True, False)), (512, (False, False))])

@@ -25,13 +25,16 @@ from tp_fused.native import _C
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 DTYPES = ("__nv_bfloat16", "__half", "float")
 ENCODED = ("sm_90a", "sm_100")  # of which the code is read
+ALL_ROWS_ON = ("sm_80", "sm_90a")  # adds_up_all_rows of csrc/plan/reduce.h
 ARRIVAL = r"SYNCS\.ARRIVE\.TRANS64\.A1T0"  # without bytes to expect: what gives a buffer back, or passes an end on
 # An instruction is `/*0070*/  @P0 LDG.E.128 R4, ...`; the predicate may be absent.
 COUNTED = re.compile(
     r"\*/ +(?:@!?\w+ )?((?:LDL|STL|LDG|STG|UBLK|UTMA|[HQ]G?MMA|WARPGROUP|BAR\.RED|BRA\.U\.ANY)[\w.]*) "
 )
 EPILOGUES = (0, 1, 2, 3)  # tpf::Epilogue
-ONE_ROW, DIRECT, BULK = 0, 1, 2  # tpf::Body
+ONE_ROW, DIRECT, BULK, ALL_ROWS = 0, 1, 2, 3  # tpf::Body
+RANKS = {ONE_ROW: (2, 4, 8), DIRECT: (8,), BULK: (8,), ALL_ROWS: (2, 4, 8)}  # that a kernel is compiled for
+FP8, GATHER = 2, 3  # of EPILOGUES, those that all ranks may add up all rows for
 
 
 @dataclasses.dataclass
@@ -98,7 +101,7 @@ def arrivals(code: list) -> list[int]:
 
 
 def demangle(names: list[str]) -> list[str]:
-    """`rs_rmsnorm_kernel<float, 2, (tpf::Epilogue)1, (tpf::Body)2>` of each mangled name."""
+    """`rs_rmsnorm_kernel<float, 2, (tpf::Epilogue)1, (tpf::Body)2, 8>` of each mangled name."""
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     short = {line: re.search(r"\w+_kernel(<.*>)?(?=\()", line) for line in plain.splitlines()}
     return [match[0] if match else line for line, match in short.items()]
@@ -157,23 +160,22 @@ def kernels(library, architecture) -> dict[str, Kernel]:
 
 
 def reductions(kernels: dict[str, Kernel], *bodies: int) -> dict[str, Kernel]:
-    """rs_rmsnorm_kernel<dtype, vectors, epilogue, body> of these bodies; none of them is missing."""
-    name_of = re.compile(r"rs_rmsnorm_kernel<(\w+), (\d+), \(tpf::Epilogue\)(\d), \(tpf::Body\)(\d)>")
-    forms = {name: (match[1], int(match[3]), int(match[4])) for name in kernels if (match := name_of.fullmatch(name))}
+    """rs_rmsnorm_kernel<dtype, vectors, epilogue, body, ranks> of these bodies; none of them is missing."""
+    name_of = re.compile(r"rs_rmsnorm_kernel<(\w+), (\d+), \(tpf::Epilogue\)(\d), \(tpf::Body\)(\d), (\d)>")
+    matches = {name: match for name in kernels if (match := name_of.fullmatch(name))}
+    found = {name: (m[1], *map(int, m.group(3, 4, 5))) for name, m in matches.items() if int(m[4]) in bodies}
     if any(kernel.count("UBLK") for kernel in kernels.values()):  # TMA moves rows, but the widest: see reduce.h
-        for name in [name for name, (*_, body) in forms.items() if body == DIRECT and ", 4, " in name]:
+        for name in [name for name, form in found.items() if form[2] == DIRECT and matches[name][2] == "4"]:
             assert not kernels[name].opcodes, f"{name} is never launched here"
-            del forms[name]
-    found = {name: form for name, form in forms.items() if form[2] in bodies}
-    assert set(found.values()) == set(itertools.product(DTYPES, EPILOGUES, bodies))
-    return {name: kernels[name] for name in found}
-
-
-def all_rows(kernels: dict[str, Kernel]) -> dict[str, Kernel]:
-    """rs_rmsnorm_kernel's body of rs_rmsnorm_ag alone."""
-    return {
-        name: kernels[name] for name in (f"rs_rmsnorm_kernel<{t}, 1, (tpf::Epilogue)3, (tpf::Body)3>" for t in DTYPES)
+            del found[name]
+    wanted = {
+        (dtype, epilogue, body, ranks)
+        for dtype, epilogue, body in itertools.product(DTYPES, EPILOGUES, bodies)
+        for ranks in RANKS[body]
+        if body != ALL_ROWS or epilogue in (FP8, GATHER)
     }
+    assert set(found.values()) == wanted
+    return {name: kernels[name] for name in found}
 
 
 def gathers(kernels: dict[str, Kernel], bulk: bool) -> dict[str, Kernel]:
@@ -211,8 +213,7 @@ def test_rows_travel_in_vectors_of_16_bytes(kernels, architecture):
     narrow = {
         name: dict(kernel.opcodes)
         for name, kernel in {
-            **reductions(kernels, ONE_ROW, DIRECT),
-            **(all_rows(kernels) if architecture in ("sm_80", "sm_90a") else {}),
+            **reductions(kernels, ONE_ROW, DIRECT, *[ALL_ROWS] * (architecture in ALL_ROWS_ON)),
             **gathers(kernels, bulk=False),
         }.items()
         if not kernel.count(r"LDG\.E(?!.*CONSTANT).*\.128") or not kernel.count(r"STG\.E.*\.128")
@@ -221,11 +222,18 @@ def test_rows_travel_in_vectors_of_16_bytes(kernels, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_ranks_add_up_all_rows_where_there_are_the_registers(kernels, architecture):
+    """Elsewhere these kernels are empty, and never planned."""
+    empty = {name for name, kernel in reductions(kernels, ALL_ROWS).items() if not kernel.opcodes}
+    assert len(empty) == (0 if architecture in ALL_ROWS_ON else len(DTYPES) * len(RANKS[ALL_ROWS]) * 2)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_inputs_are_given_back_when_they_have_been_read(kernels):
     """With a row a block no fence comes before the signal that says so, but a barrier that counts what was made of the
     rows. Had the compiler found out that the count tells nothing, it would be a barrier that waits for no row."""
     one_row = {name: kernel for name, kernel in reductions(kernels, ONE_ROW).items() if "(tpf::Epilogue)3" not in name}
-    assert len(one_row) == len(DTYPES) * (len(EPILOGUES) - 1)  # what is gathered says so itself
+    assert len(one_row) == len(DTYPES) * (len(EPILOGUES) - 1) * len(RANKS[ONE_ROW])  # what is gathered says so itself
     assert not [name for name, kernel in one_row.items() if not kernel.count(r"BAR\.RED\.POPC")]
 
 
@@ -304,7 +312,7 @@ def arriving(library, architecture: str, name: str) -> dict[str, Kernel]:
 def test_a_row_buffer_is_given_back_when_its_row_is_in_registers(library, architecture):
     """The next row may be on its way from shared memory meanwhile, so scoreboards alone do not tell: the arrival's
     address is computed from what the loads have brought. One arrival more passes on that there are no more rows."""
-    bulk = arriving(library, architecture, r"rs_rmsnorm_kernel<.*\(tpf::Body\)2>")
+    bulk = arriving(library, architecture, r"rs_rmsnorm_kernel<.*\(tpf::Body\)2, 8>")
     assert len(bulk) == 3 * 4 * 2  # dtypes, epilogues, widths
     assert not {
         name: f"{sum(kernel.waiting)} of {len(kernel.waiting)} arrivals"

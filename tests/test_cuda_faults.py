@@ -1,13 +1,14 @@
 """Faults on CUDA, where an op returns before its peers have come: what is in its outputs, and what works afterwards."""
 
 import dataclasses
+import re
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 from programs import LATENT, OPS, REDUCTIONS, Call, same_bits
-from ranks import outcome, workspace
+from ranks import outcome, settled, workspace
 
 import tp_fused
 from tp_fused.native import _C
@@ -15,6 +16,7 @@ from tp_fused.native import _C
 pytestmark = pytest.mark.cuda
 
 ODD = 1  # the rank that misbehaves
+ALL = " and rows gathered"  # what ranks say, besides, that quantise all rows
 TIMEOUT_S = 0.7
 LATER_S = 0.03  # that a rank begins after another
 MAX_CTAS = 4
@@ -24,14 +26,18 @@ SIZES = {"max_num_tokens": 300, "hidden_size": 8192, "latent_size": sum(LATENT),
 # cluster.
 FORMS = {"few rows": (3, 256), "a row": (1, 2048), "many rows": (37, 256), "many rows in place": (37, 256)}
 FORMS |= {"rows of clusters": (9, 8192), "rows of clusters in place": (9, 8192)}
+GATHERING = ("rs_rmsnorm_ag", "rs_rmsnorm_ag_fp8")
 FORMS_OF_OPS = [(op, form) for op in OPS for form in FORMS if op in REDUCTIONS or form in ("few rows", "many rows")]
 # What is gathered goes in chunks of at least 16 KB.
 FORMS["many wide rows"] = (37, 2048)
 FORMS_OF_OPS.append(("all_gather_rows", "many wide rows"))
+# Of so few that all ranks quantise all, also where there are eight: many for a block.
+FORMS["some rows"] = (11, 256)
+FORMS_OF_OPS += [("rs_rmsnorm_ag_fp8", form) for form in ("few rows", "a row", "some rows")]
 
 
 def call_of(op: str, device: str, form: str, world_size: int) -> Call:
-    options = {"keep_output": True} if op == "rs_rmsnorm_fp8" else {}
+    options = {"keep_output": True} if op in ("rs_rmsnorm_fp8", "rs_rmsnorm_ag_fp8") else {}
     largest, hidden_size = FORMS[form]
     num_tokens = max(world_size, (largest - 1) * world_size + 1)
     return Call(op, num_tokens, hidden_size, residual="full", device=device, options=options)
@@ -163,10 +169,10 @@ def hear_from_other_blocks(device: str, op: str, form: str) -> None:
             torch.cuda.synchronize()
             # The first row of each rank's share is the first block's, or begins with its part of it; what is normalised
             # hangs on the whole row.
-            normed = {"rs_rmsnorm": [0], "rs_rmsnorm_ag": [0], "rs_rmsnorm_fp8": [0, 3]}.get(op, [])
+            normed = {"rs_rmsnorm": [0], "rs_rmsnorm_ag": [0], "rs_rmsnorm_fp8": [0, 3], "rs_rmsnorm_ag_fp8": [0, 3]}
             for index, output in enumerate(outputs):
-                if op in REDUCTIONS:
-                    assert_poisoned([output[0] if index in normed else output[0, :1]])
+                if op in (*REDUCTIONS, "rs_rmsnorm_ag_fp8"):
+                    assert_poisoned([output[0] if index in normed.get(op, []) else output[0, :1]])
                 if len(output) == call.num_tokens:
                     assert_poisoned([output[call.rows(peer, world_size).start, :1] for peer in range(1, world_size)])
             assert_faulted(made, call, arguments)
@@ -179,10 +185,10 @@ def test_a_block_that_waits_in_vain_has_nan(pool, device, op, form, world_size):
     pool.run(hear_from_other_blocks, device, op, form)
 
 
-def mistake_the_rows_of_a_peer(device: str, form: str) -> bool:
+def mistake_the_rows_of_a_peer(device: str, op: str, form: str) -> bool:
     """Runs on a rank: the peers of rank 0 have all that they add up, but rank 0 finds words and rows that are wrong."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    call = call_of("rs_rmsnorm_ag", device, form, world_size)
+    call = call_of(op, device, form, world_size)
     with workspace(device, device, timeout_s=TIMEOUT_S, **SIZES) as made:
         arguments = call.arguments(rank, world_size)
         dist.barrier()
@@ -199,16 +205,37 @@ def mistake_the_rows_of_a_peer(device: str, form: str) -> bool:
         for output, wanted in zip(outputs, right, strict=True):
             poisoned = output.float().isnan()
             assert rank != 0 or poisoned.all()
-            same_bits([output.masked_fill(poisoned, 0)], [wanted.masked_fill(poisoned, 0)])
+            same_bits(*([x.float().masked_fill(poisoned, 0)] for x in (output, wanted)))
         faulted = isinstance(outcome(made.check)[0], tp_fused.CollectiveFault)
         dist.barrier()
     return faulted
 
 
 @pytest.mark.parametrize("form", ["few rows", "a row", "many rows"])
+@pytest.mark.parametrize("op", GATHERING)
 @pytest.mark.parametrize("world_size", [3])
-def test_a_rank_that_gave_up_passes_nothing_on(pool, device, form, world_size):
-    assert pool.run(mistake_the_rows_of_a_peer, device, form)[0]
+def test_a_rank_that_gave_up_passes_nothing_on(pool, device, op, form, world_size):
+    assert pool.run(mistake_the_rows_of_a_peer, device, op, form)[0]
+
+
+def gather_on_all_ranks_but_one(device: str) -> str | None:
+    """Runs on a rank: all ranks but one want all rows quantised. None on cards that have no kernel for it."""
+    if torch.cuda.get_device_capability()[0] >= 10:
+        return None
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    call = call_of("rs_rmsnorm_fp8" if rank == ODD else "rs_rmsnorm_ag_fp8", device, "few rows", world_size)
+    with workspace(device, device, timeout_s=10.0, **SIZES) as made:
+        error = outcome(settled, made, call.run, rank, world_size)[0]
+        dist.barrier()
+    return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_whose_rows_are_quantised_is_agreed(pool, device, world_size):
+    own = "residual and keep_output"
+    said = [rf"rank \d called with {own}{one}, rank \d with {own}{other}" for one, other in (("", ALL), (ALL, ""))]
+    for error in pool.run(gather_on_all_ranks_but_one, device):
+        assert error is None or re.match(f"CollectiveFault: .*({'|'.join(said)})", error), error
 
 
 # ---- graphs, which no host looks after ----

@@ -101,6 +101,35 @@ def test_quantised_rows_gathered(pool, backend, device, world_size):
     pool.run(check_gathered, backend, device)
 
 
+def check_forms(backend: str, device: str) -> None:
+    """Runs on a rank: few tokens, which on a card every rank quantises itself, and many have the bits of two ops."""
+    few, many, hidden = (1, 2, 5, 29), 1030, 1024
+    with workspace(backend, device, max_num_tokens=many, hidden_size=hidden, dtype=torch.float32):
+        memory = {dtype: tp_fused.symm_empty((29 * hidden,), dtype, device=device) for dtype in (BF16, torch.float16)}
+        for i, num_tokens in enumerate((*few, *few, *few, many)):
+            dtype, place = (torch.float32, BF16, torch.float16)[i % 3], (dist.get_rank(), dist.get_world_size())
+            made = prologue_inputs(num_tokens, hidden, dtype, (None, "full", "slice")[i // 4 % 3], *place, False)
+            input, residual, weight = (x if x is None else x.to(device) for x in made[:3])
+            weight = weight.float() if i % 2 else weight
+            if dtype in memory and num_tokens <= 29 and i % 4 % 2:  # where peers could read it in place
+                input = memory[dtype][: input.numel()].view(input.shape).copy_(input)
+            if device == "cuda" and torch.cuda.get_device_capability()[0] < 10:
+                told = tp_fused.explain("rs_rmsnorm_ag_fp8", num_tokens, input=input)
+                assert ("one synchronisation" in told) == (num_tokens in few), told
+            options = {"group_size": (64, 128, hidden)[(i + i // 4) % 3], "round_scales": i % 2 == 1}
+            options |= {"keep_output": i % 3 == 0, "weight_offset": i % 2 * 1.0}
+            own = tp_fused.rs_rmsnorm_fp8(input, residual, weight, EPS, **options)
+            all_rows = [tp_fused.all_gather_rows(x, num_tokens) for x in own[:2]]
+            for layout in ("row", "column"):
+                made = tp_fused.rs_rmsnorm_ag_fp8(input, residual, weight, EPS, scale_layout=layout, **options)
+                same_bits(made, (*all_rows, *own[2:]))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_few_rows_and_many_have_the_bits_of_two_ops(pool, backend, device, world_size):
+    pool.run(check_forms, backend, device)
+
+
 def gather_scales(backend: str, device: str, hidden: int, group_size: int) -> set[int]:
     """Runs on a rank: how many rounds rs_rmsnorm_ag_fp8 takes on the CPU."""
     rounds, rank = set(), dist.get_rank()

@@ -133,6 +133,18 @@ def test_every_plan_serves_the_call_within_the_limits(asked):
     assert plan["body"] != "all rows" or asked.op == "rs_rmsnorm_ag"
 
 
+@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+@given(calls(ops=("rs_rmsnorm_ag",)))
+def test_as_few_rows_are_quantised_by_all_ranks_as_are_added_up_by_all(asked):
+    """By a kernel of the same grid, or by none: then rs_rmsnorm_fp8 and a gather serve the call."""
+    quantised = dataclasses.replace(asked, op="rs_rmsnorm_ag_fp8")
+    if asked.plan()["body"] == "all rows":
+        assert quantised.plan() == asked.plan()
+    else:
+        with pytest.raises(planning.NoKernelError, match=r"no kernel serves rs_rmsnorm_ag_fp8 of \["):
+            quantised.plan()
+
+
 @pytest.mark.parametrize("hidden_size", [8200, 8448, 8960, 10248, 10752, 12296, 12544])
 def test_every_block_of_a_cluster_has_a_part_of_the_row(hidden_size):
     """fp32 rows of few threads, where an SM has 99 KiB: whole warps might leave nothing for the last block."""
@@ -176,6 +188,7 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
         ("qkv_a_proj_ag_fp8", 2048, {}, {"body": "tiles", "few_rows": False}),
         ("rs_rmsnorm_ag", 8, {}, {"body": "all rows", "cluster": 4, "in_place": False}),
         ("rs_rmsnorm_ag", 64, {"ranks_per_card": 8}, {"body": "one row", "cluster": 1}),
+        ("rs_rmsnorm_ag_fp8", 8, {}, {"body": "all rows", "cluster": 4, "in_place": False}),
         ("qkv_a_proj_ag", 64, {"complete": True}, {"body": "columns", "cluster": 8, "tile_columns": 24}),
         ("qkv_a_proj_ag", 32, {"complete": True, "ranks_per_card": 8}, {"body": "columns", "cluster": 2}),
         ("qkv_a_proj_ag", 33, {"complete": True, "ranks_per_card": 8}, {"body": "all threads"}),
@@ -187,7 +200,7 @@ def test_plans_of_deepseek_v3(op, num_tokens, options, chosen):
     values = {"card": "H200", "ranks_per_card": 1} | options
     hidden_size = values.pop("hidden_size", 2112 if op == "all_gather_rows" else 7168)
     dtype = torch.float8_e4m3fn if op == "qkv_a_proj_ag_fp8" else torch.bfloat16
-    columns, in_place = 2112 if op in PROJECTIONS else 0, op in REDUCTIONS
+    columns, in_place = 2112 if op in PROJECTIONS else 0, op.startswith(("rs_", "reduce_"))
     asked = Asked(op, num_tokens, hidden_size, columns, dtype, in_place, 8, max_ctas=None, **values)
     plan = asked.plan()
     assert {name: plan[name] for name in chosen} == chosen
@@ -199,6 +212,14 @@ def test_explain_without_a_card():
     assert "one kernel multiplies, in tiles of" in told and "(max_ctas=8)" in told
     assert "cuBLAS" in tp_fused.explain("qkv_a_proj_ag", 16384, gpu="B200")
     assert "threads move rows" in tp_fused.explain("rs_rmsnorm", 16384, gpu="A100", in_place=True)
+    few = tp_fused.explain("rs_rmsnorm_ag_fp8", 1, gpu="H200", dtype=torch.float16)
+    assert few.startswith("rs_rmsnorm_ag_fp8: 8 ranks, 1 on each H200; ")
+    assert few.endswith(
+        "posts its rows to all others and adds up, norms and quantises all rows itself\nthreads move rows"
+    )
+    for many in ((64, "H200"), (1, "B200")):
+        told = tp_fused.explain("rs_rmsnorm_ag_fp8", many[0], gpu=many[1])
+        assert "\nrs_rmsnorm_fp8: 8 ranks" in told and "\nall_gather_rows: 8 ranks" in told
     with pytest.raises(ValueError, match="no card is known as H300: A100, H20, H100, H200, B200 and RTX PRO 6000 are"):
         tp_fused.explain("rs_rmsnorm", 16, gpu="H300")
     with pytest.raises(ValueError, match="unknown op 'rs_layernorm'"):

@@ -46,18 +46,31 @@ FORMS = {
 }
 # Of rs_rmsnorm_ag alone, whose ranks all add up all of fewer rows.
 LARGER = [(163, 3072, BF16), (163, 3072, FP16)]
+# Of rs_rmsnorm_ag_fp8, whose ranks all quantise all rows: one for a cluster of eight or two blocks, one a block, many a
+# block, by scales of a group and of a row. The last ones' owners do.
+QUANTISED = {
+    2: [
+        ((2, 256, BF16), {}),
+        ((3, 256, FP32), {"group_size": 64}),
+        ((163, 256, FP16), {"group_size": 256}),
+        ((163, 768, BF16), {}),
+        ((30, 8192, BF16), {}),
+    ],
+    8: [((1, 8192, BF16), {"group_size": 8192}), ((1, 4096, FP16), {}), ((4, 4096, FP32), {})],
+}
 FEW = 29  # tokens of the calls that ranks disagree on
 FP8_OPTIONS = {"keep_output": True, "scale_layout": "column"}
 
 
 def reduction(device: str, op: str, form: tuple, residual: str | None = "full", **options) -> Call:
-    if op == "rs_rmsnorm_fp8":
+    if op in ("rs_rmsnorm_fp8", "rs_rmsnorm_ag_fp8"):
         options |= FP8_OPTIONS
     return Call(op, *form, residual, device=device, options=options)
 
 
 def reductions(device: str, max_ctas: int) -> list[Call]:
     calls = [reduction(device, op, form) for op in REDUCTIONS for form in FORMS[max_ctas]]
+    calls += [reduction(device, "rs_rmsnorm_ag_fp8", form, **options) for form, options in QUANTISED.get(max_ctas, [])]
     if max_ctas == 2:
         calls += [reduction(device, op, (163, 768, BF16), None) for op in REDUCTIONS[:3]]
         calls += [reduction(device, "rs_rmsnorm_ag", form) for form in LARGER]
@@ -90,7 +103,7 @@ def others(device: str, tool: str) -> list[Call]:
 
 
 def disagreed(device: str) -> list[Call]:
-    few = [reduction(device, op, (FEW, 256, BF16)) for op in REDUCTIONS]
+    few = [reduction(device, op, (FEW, 256, BF16)) for op in (*REDUCTIONS, "rs_rmsnorm_ag_fp8")]
     few += [Call("all_gather_rows", FEW, columns, torch.uint8, device=device) for columns in (4096, 16384)]
     names = ("qkv_a_proj_ag", "qkv_a_proj_ag_norm", "qkv_a_proj_ag_fp8")
     return few + [Call(op, FEW, 256, FP32 if op.endswith("fp8") else BF16, device=device) for op in names]

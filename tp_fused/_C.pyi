@@ -75,6 +75,7 @@ def plan(
     columns: int = 0,
     in_place: bool = False,
     complete: bool = False,
+    gathered: bool = False,
     world_size: int,
     max_ctas: int,
     free_sms: int,

@@ -1,5 +1,6 @@
 """`tp_fused.explain`: what would run, and why."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from .groups import get_workspace, resolve_group_name, type_of
 
 COMPOSED = ("rs_rmsnorm_ag_fp8", "mla_prologue", "mla_prologue_fp8")
 OPS = (*faults.OPS.values(), *COMPOSED)
-ONE_ROUND = "one synchronisation: every rank posts its rows to all others and adds up all rows itself"
 
 
 def explain(
@@ -55,11 +55,31 @@ def explain(
         checks.count("ranks_per_card", ranks_per_card, 1, world_size)
         checks.count("hidden_size", hidden_size, 1)
         checks.count("latent_size", latent_size, 1)
+    asked = {"group": group, "device": device, "input": input, "in_place": in_place}
+    asked |= {"gpu": gpu, "world_size": world_size, "ranks_per_card": ranks_per_card, "dtype": dtype}
+    asked |= {"hidden_size": hidden_size, "latent_size": latent_size}
     if op in COMPOSED:
-        asked = {"group": group, "device": device, "input": input, "in_place": in_place}
-        asked |= {"gpu": gpu, "world_size": world_size, "ranks_per_card": ranks_per_card, "dtype": dtype}
-        asked |= {"hidden_size": hidden_size, "latent_size": latent_size}
         return _explain_composed(op, num_tokens, complete, asked)
+    return _explain_op(op, num_tokens, complete, **asked)
+
+
+def _explain_op(
+    op: str,
+    num_tokens: int,
+    complete: bool,
+    *,
+    group,
+    device,
+    input: torch.Tensor | None,
+    in_place: bool,
+    gpu: str | None,
+    world_size: int,
+    ranks_per_card: int,
+    dtype: torch.dtype,
+    hidden_size: int,
+    latent_size: int,
+) -> str:
+    """Of one that is one call, or one kernel; with what was asked of `explain`, and found in order there."""
     if gpu is not None:
         share = planning.share_of(gpu, ranks_per_card)  # which knows whether there is such a card
         _require_kernels(op, "cuda", hidden_size, latent_size)
@@ -122,18 +142,17 @@ def _require_kernels(op: str, backend: str, hidden_size: int, latent_size: int) 
 
 
 def _explain_composed(op: str, num_tokens: int, complete: bool, asked: dict[str, Any]) -> str:
-    """The two ops that this one is, and why these. asked: what else was asked of `explain`."""
-    columns, world_size, dtype = asked["latent_size"], asked["world_size"], asked["dtype"]
-    if asked["gpu"] is None:
+    """The ops that this one is, or its one kernel, and why. asked: what else was asked of `explain`."""
+    columns, world_size, on_cuda = asked["latent_size"], asked["world_size"], asked["gpu"] is not None
+    if not on_cuda:
         device = asked["device"] if asked["input"] is None else asked["input"].device
         workspace = get_workspace(resolve_group_name(asked["group"]), type_of(device))
-        columns, world_size = workspace.latent_size, workspace.world_size
-        dtype = workspace.dtype if asked["input"] is None else asked["input"].dtype
+        columns, world_size, on_cuda = workspace.latent_size, workspace.world_size, workspace.backend == "cuda"
     rest = dict(asked, input=None)
     if op == "rs_rmsnorm_ag_fp8":
-        gathered = explain("rs_rmsnorm_ag", num_tokens, **asked)
-        if ONE_ROUND in gathered and dtype == torch.bfloat16:
-            return f"{op}: so few rows are gathered in 16 bits, and all quantised by every rank\n{gathered}"
+        if on_cuda:
+            with contextlib.suppress(planning.NoKernelError):
+                return _explain_op(op, num_tokens, False, **asked)
         way = "each rank quantises its own rows; they are gathered, with their scales if both are whole 16 bytes"
         parts = (explain("rs_rmsnorm_fp8", num_tokens, **asked), explain("all_gather_rows", num_tokens, **rest))
         return "\n".join((f"{op}: {way}", *parts))
@@ -207,7 +226,8 @@ def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool 
     who = f"each {shared_by} of them share" if shared_by > 1 else "each has"
     lines.append(f"{grid}; {who} {most} row{'s' if most != 1 else ''} at most")
     if plan["body"] == "all rows":
-        lines.append(ONE_ROUND)
+        what = "adds up, norms and quantises" if op == "rs_rmsnorm_ag_fp8" else "adds up"
+        lines.append(f"one synchronisation: every rank posts its rows to all others and {what} all rows itself")
     elif op == "rs_rmsnorm_ag":
         lines.append("two synchronisations: rows are added up by their owners, then gathered")
     if plan["body"] == "bulk":

@@ -17,6 +17,7 @@ VARIANTS = {
     32: "one kernel",
     64: "fp32 norm weight",
     128: "rounded scales",
+    256: "rows gathered",
 }
 
 

@@ -295,8 +295,9 @@ def rs_rmsnorm_ag_fp8(
     Arguments as `rs_rmsnorm_fp8`. Returns (q, scale, residual_out, output): q [num_tokens, hidden_size] and its scales
     on every rank; residual_out [rows of this rank, hidden_size]; output, where it is kept, this rank's normed rows
     before they were quantised, for a router whose logits are gathered afterwards. For the attention -> MLP boundary of
-    fp8 models. An op after the other: ranks tell each other, and faults name, those two. The scales of a row must fit a
-    row of the workspace, as they do but in the narrowest groups.
+    fp8 models. Of few tokens on CUDA one kernel, in which every rank quantises all rows, and faults name
+    `rs_rmsnorm_fp8`; else an op after the other: ranks tell each other, and faults name, those two. The scales of a row
+    must fit a row of the workspace, as they do but in the narrowest groups.
     """
     return _ops.rs_rmsnorm_ag_fp8(
         input,

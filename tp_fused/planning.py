@@ -8,6 +8,10 @@ from .native import _C, DTYPE_CODES
 _CODES = {name: code for code, name in faults.OPS.items()}
 
 
+class NoKernelError(ValueError):
+    """No kernel serves such a call."""
+
+
 def plan(
     op: str,
     num_tokens: int,
@@ -26,9 +30,11 @@ def plan(
 
     card: an ordinal or a name. columns: of a projection. in_place: the input lies in symmetric memory. share: what the
     rank has of the card, by default all of it. slot_bytes: of the workspace, by default what the call takes. Raises
-    ValueError where no kernel serves the call, or the card is not known.
+    NoKernelError where no kernel serves the call: of rs_rmsnorm_ag_fp8, no single one. ValueError where the card is not
+    known.
     """
-    if op not in _CODES:
+    gathered = op == "rs_rmsnorm_ag_fp8"  # of few tokens rs_rmsnorm_fp8 with TPF_GATHERED
+    if op not in _CODES and not gathered:
         raise ValueError(f"unknown op {op!r}")
     if share is None:
         share = share_of(card, 1)
@@ -37,13 +43,14 @@ def plan(
         slot_bytes = rows * max(hidden_size, columns) * dtype.itemsize
     try:
         return _C.plan(
-            _CODES[op],
+            _CODES["rs_rmsnorm_fp8" if gathered else op],
             DTYPE_CODES[dtype],
             num_tokens,
             hidden_size,
             columns=columns,
             in_place=in_place,
             complete=complete,
+            gathered=gathered,
             world_size=world_size,
             max_ctas=share.max_ctas,
             free_sms=share.free_sms,
@@ -55,7 +62,7 @@ def plan(
         if "no kernel serves" not in str(error):  # the card is not known
             raise
         weight = f" and a weight of {columns} rows" if columns else ""
-        raise ValueError(
+        raise NoKernelError(
             f"no kernel serves {op} of [{num_tokens}, {hidden_size}] of {dtype}{weight}, on {world_size} ranks with "
             f"{share.max_ctas} blocks each on {card}"
         ) from None

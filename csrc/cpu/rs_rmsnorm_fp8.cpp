@@ -6,6 +6,7 @@ tpf_status tpf_rs_rmsnorm_fp8_cpu(void* q, float* scale, void* residual_out, voi
                                   float eps, float weight_offset, int32_t group_size, int64_t scale_row_stride,
                                   int64_t scale_group_stride, uint32_t variant) {
   using namespace tpf;
+  if ((variant & TPF_GATHERED) != 0) return TPF_UNSUPPORTED;
   tpf_call call = with_norm(reduce_call(TPF_RS_RMSNORM_FP8, dtype, num_tokens, hidden_size, input_symm, variant), eps,
                             weight_offset);
   call.group_size = static_cast<uint32_t>(group_size);

@@ -11,6 +11,7 @@ struct Planner {
   const int64_t row_bytes = call.hidden_size * int64_t{element_bytes};
   const int64_t rows = partition_of(call.num_tokens, limits.world_size).largest();
   const bool gathers = call.op == TPF_RS_RMSNORM_AG;
+  const bool quantizes_all = call.op == TPF_RS_RMSNORM_FP8 && (call.variant & TPF_GATHERED) != 0;
   const int warps = static_cast<int>((row_bytes / kVectorBytes + 31) / 32);  // that hold a vector of a row a thread
 
   bool is_staged() const { return call.source < 0 && limits.world_size > 1 && (call.variant & TPF_COMPLETE) == 0; }
@@ -34,7 +35,7 @@ struct Planner {
   // time than a second one.
   bool takes_all_rows() const {
     const int64_t bytes = limits.world_size * call.num_tokens * row_bytes;
-    if (!gathers || !adds_up_all_rows(card.architecture) || (call.variant & TPF_COMPLETE) != 0 ||
+    if ((!gathers && !quantizes_all) || !adds_up_all_rows(card.architecture) || (call.variant & TPF_COMPLETE) != 0 ||
         bytes + call.num_tokens * row_bytes > inbox_bytes(limits.slot_bytes)) {
       return false;
     }
@@ -131,6 +132,7 @@ bool plan_reduce(ReducePlan* plan, const tpf_call& call, const Limits& limits, c
     plan->posted = call.source >= 0;
     if (planner.takes(plan, Body::kAllRows, 1, all.blocks)) return true;
   }
+  if (planner.quantizes_all) return false;  // in one synchronisation, or by rs_rmsnorm_fp8 and a gather
   const RowsOfBlocks shared_out = share_out(planner.rows, limits.max_ctas);
   planner.begin(plan, 1, shared_out);
   if (plan->chunk_rows <= 1 && planner.has_one_row(planner.ranks_of_one_row())) {

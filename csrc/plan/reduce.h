@@ -5,7 +5,7 @@
 namespace tpf {
 
 // At most one row a block; threads load and store 16 bytes at a time; TMA moves rows through shared memory; every rank
-// adds up all rows, of rs_rmsnorm_ag.
+// adds up all rows, of rs_rmsnorm_ag and rs_rmsnorm_ag_fp8.
 enum class Body { kOneRow, kDirect, kBulk, kAllRows };
 
 constexpr int kMaxChunks = 7;           // of a block

@@ -82,7 +82,9 @@ class Rank {
       case 1:
         return tpf_rs_rmsnorm_fp8_cpu(q_, scale_, sums, out, input, symm, nullptr, weight_, &team_, tokens_, hidden,
                                       TPF_F32, kEps, 0, 16, 2, 1, TPF_KEEP_OUTPUT) == TPF_OK &&
-               reduced(sums);
+               reduced(sums) &&
+               tpf_rs_rmsnorm_fp8_cpu(q_, scale_, sums, out, input, symm, nullptr, weight_, &team_, tokens_, hidden,
+                                      TPF_F32, kEps, 0, 16, 2, 1, TPF_GATHERED) == TPF_UNSUPPORTED;  // on CUDA alone
       case 2:
         return tpf_rs_rmsnorm_ag_cpu(out, sums, input, symm, nullptr, weight_, &team_, tokens_, hidden, TPF_F32, kEps,
                                      0, 0) == TPF_OK &&

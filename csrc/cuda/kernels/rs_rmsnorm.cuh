@@ -9,8 +9,8 @@
 // that come and go, and from sm_90 on a cluster of blocks may share the row. kBulk, with TMA on sm_90 and newer: one
 // warp stages, one warp fetches rows into a ring of shared-memory buffers, and the others add them up from there; a
 // cluster of blocks shares each row where a ring holds too few whole ones. kDirect, everywhere else: every thread loads
-// and stores 16 bytes at a time. kAllRows, of few tokens in rs_rmsnorm_ag: every rank posts all its rows to all others
-// and adds up all rows itself, so that nothing is left to gather.
+// and stores 16 bytes at a time. kAllRows, of few tokens in rs_rmsnorm_ag and rs_rmsnorm_ag_fp8: every rank posts all
+// its rows to all others and adds up all rows itself, so that nothing is left to gather.
 #pragma once
 #include <cfloat>
 
@@ -23,6 +23,12 @@
 
 namespace tpf {
 
+#if defined(__CUDA_ARCH__)
+constexpr int kCompiledFor = __CUDA_ARCH__ / 10;
+#else
+constexpr int kCompiledFor = 0;
+#endif
+
 enum class Epilogue { kSum, kNorm, kFp8, kGather };
 
 constexpr int kGatherStep = kMaxChunks;  // steps 0..6 staging, 7..13 gathering, 15 closing
@@ -31,7 +37,7 @@ constexpr int kMaxPartials = 136;        // warps' shares of a row: its vectors,
 struct ReduceArgs {
   void* output;        // kNorm, kFp8 with TPF_KEEP_OUTPUT: [rows, hidden]; kGather: [num_tokens, hidden]
   void* residual_out;  // [rows, hidden]
-  uint8_t* q;
+  uint8_t* q;          // kFp8: [rows, hidden]; with TPF_GATHERED of all tokens, scale too
   float* scale;
   const void* input;
   const void* residual;
@@ -231,8 +237,8 @@ __device__ inline bool has_one_scale(const RowView<T>& view) {
   return static_cast<int>(view.args.call.group_size) >= view.hidden;
 }
 
-// To e4m3, each group_size columns with a scale of their own. A smaller group than a row is a run of lanes of one warp:
-// its size is a power of two, the op sees to it.
+// Row `row` of q to e4m3, each group_size columns with a scale of their own. A smaller group than a row is a run of
+// lanes of one warp: its size is a power of two, the op sees to it.
 template <typename T, int kVecs>
 __device__ inline void quantize_row(const RowView<T>& view, int64_t row, const float (&normed)[kVecs][kLanes<T>],
                                     const RowThreads& group, int turn) {
@@ -313,8 +319,8 @@ __device__ inline void finish_row(const RowView<T>& view, int64_t row, float (&s
         if (arrived) offer(row, column, rounded);
       }
     } else {
-      if (inside && (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
-        store16(static_cast<T*>(args.output) + row * view.hidden + column, rounded);
+      if (inside && owned && (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
+        store16(static_cast<T*>(args.output) + own_row * view.hidden + column, rounded);
       }
       unpack(sums[v], rounded, T{});  // what is quantised is the row as it would have been stored
     }
@@ -340,55 +346,6 @@ __device__ inline int64_t claim_row(const tpf_team& team, const BlockRound& roun
   return int64_t{gridDim.x} + atomicAdd(&control(team.region[team.rank])->claims[round.call_number & 1], 1u);
 }
 
-// Vectors [first, last) of what this rank's outputs have of row `row` of `owner`.
-template <typename T, Epilogue kEpilogue>
-__device__ inline void poison_row(const RowView<T>& view, int owner, int64_t row, int first, int last, int thread,
-                                  int threads) {
-  const ReduceArgs& args = view.args;
-  const int64_t at = row * view.hidden + first * kLanes<T>;  // of the owner's rows, in elements
-  const int columns = (last - first) * kLanes<T>;
-  const auto poison_columns = [&](void* rows, int64_t begin, int64_t element_bytes) {
-    poison(static_cast<char*>(rows) + begin * element_bytes, columns * element_bytes, thread, threads);
-  };
-  if constexpr (kEpilogue == Epilogue::kGather) {
-    poison_columns(args.output, view.rows(owner).start * view.hidden + at, sizeof(T));
-  }
-  if (owner != view.rank) return;
-  poison_columns(args.residual_out, at, sizeof(T));
-  if (kEpilogue == Epilogue::kNorm || (args.call.variant & TPF_KEEP_OUTPUT) != 0) {
-    poison_columns(args.output, at, sizeof(T));
-  }
-  if constexpr (kEpilogue == Epilogue::kFp8) {
-    poison_columns(args.q, at, 1);
-    const int group_size = min(static_cast<int>(args.call.group_size), view.hidden);
-    const int end = (last * kLanes<T> + group_size - 1) / group_size;
-    for (int group = first * kLanes<T> / group_size + thread; group < end; group += threads) {
-      args.scale[row * args.scale_row_stride + group * args.scale_group_stride] = __uint_as_float(~0u);
-    }
-  }
-}
-
-// A block that saw a fault leaves no number that could be taken for a result: rows b, b + blocks, ... of every rank
-// whose rows it brings, and of these the vectors that it brings.
-template <typename T, Epilogue kEpilogue>
-__device__ inline void poison_rows(const RowView<T>& view, int b, int blocks, int first, int last) {
-  __syncthreads();  // what other threads write of these rows is written
-  for (int owner = 0; owner < view.world_size; ++owner) {
-    if (kEpilogue != Epilogue::kGather && owner != view.rank) continue;
-    for (int64_t row = b; row < view.rows(owner).count; row += blocks) {
-      poison_row<T, kEpilogue>(view, owner, row, first, last, threadIdx.x, blockDim.x);
-    }
-  }
-}
-
-// Where rows are claimed, any of this rank's may be one that this block has added up, of inputs that a peer which gave
-// up has overwritten meanwhile: all of them.
-template <typename T, Epilogue kEpilogue>
-__device__ inline void poison_rows(const RowView<T>& view, bool claimed = false) {
-  poison_rows<T, kEpilogue>(view, claimed ? 0 : view.row_block(), claimed ? 1 : view.row_blocks(), 0,
-                            view.hidden / kLanes<T>);
-}
-
 template <typename T>
 __device__ inline bool wait_for_peers(const RowView<T>& view, const BlockRound& round, int step, int lane) {
   return wait_for_peers(view.args.team, view.args.call, round, step, lane);
@@ -404,6 +361,8 @@ __device__ inline bool wait_for_readers(const RowView<T>& view, const BlockRound
 
 // By all threads, as the last thing an op does: whether all has arrived. In rs_rmsnorm_ag no closing step comes after
 // inputs are read in place; what peers gave up then is looked for when all has been read and gathered, their rows too.
+// kAllRows reads no input in place, whatever its epilogue: what has been posted is a copy, which a peer that gives up
+// later does not change.
 template <Epilogue kEpilogue, typename T>
 __device__ inline bool all_arrived(const RowView<T>& view, bool arrived) {
   if (!__syncthreads_and(arrived)) return false;

@@ -1,12 +1,12 @@
 // rs_rmsnorm_kernel where every rank adds up all rows: rs_rmsnorm_ag of few tokens, in one synchronisation instead of
-// two.
+// two; and rs_rmsnorm_ag_fp8 of as few, whose rows every rank quantises, too.
 //
 // A rank posts its rows of the input, and the rows of the residual that it owns, into all peers' inboxes. There the
 // residual's rows come first, then those of rank 0, of rank 1, ... All ranks add up the same values in the same order,
 // so they come to the same bits, which are those of the other bodies.
 #pragma once
 #include "../comm/inbox.cuh"
-#include "rs_rmsnorm.cuh"
+#include "rs_rmsnorm_poison.cuh"
 
 namespace tpf {
 
@@ -142,7 +142,7 @@ __device__ inline void poison_few_rows(const RowView<T>& view, const AllRows<T, 
 #pragma unroll 1
   for (int row = view.row_block(); row < view.args.call.num_tokens; row += groups) {
     const int owner = AllRows<T, kRanks>::owner_of(view, row);
-    poison_row<T, kEpilogue>(view, owner, row - view.rows(owner).start, begin, end, threadIdx.x, blockDim.x);
+    poison_row<T, kEpilogue, true>(view, owner, row - view.rows(owner).start, begin, end, threadIdx.x, blockDim.x);
   }
 }
 

@@ -1,6 +1,6 @@
 // rs_rmsnorm_kernel by TMA: it moves the rows, and threads add them up in shared memory.
 #pragma once
-#include "rs_rmsnorm.cuh"
+#include "rs_rmsnorm_poison.cuh"
 
 namespace tpf {
 

@@ -6,6 +6,7 @@
 #include "rs_rmsnorm_bulk.cuh"
 #include "rs_rmsnorm_direct.cuh"
 #include "rs_rmsnorm_one_row.cuh"
+#include "rs_rmsnorm_poison.cuh"
 
 namespace tpf {
 
@@ -13,12 +14,6 @@ namespace tpf {
 constexpr bool kHasTma = false;
 #else
 constexpr bool kHasTma = true;
-#endif
-
-#if defined(__CUDA_ARCH__)
-constexpr int kCompiledFor = __CUDA_ARCH__ / 10;
-#else
-constexpr int kCompiledFor = 0;
 #endif
 
 // kRanks: the world size, or 0 where any is served.

@@ -54,7 +54,7 @@ struct ReduceLauncher {
         return plan.vectors == 4 ? launch<T, 4, Body::kDirect>(args, plan, card, stream)
                                  : launch<T, most_vectors(sizeof(T)), Body::kDirect>(args, plan, card, stream);
       case Body::kAllRows:
-        if constexpr (kEpilogue == Epilogue::kGather)
+        if constexpr (kEpilogue == Epilogue::kGather || kEpilogue == Epilogue::kFp8)
           return launch_few_rows<T, Body::kAllRows>(args, plan, card, stream);
     }
     return TPF_UNSUPPORTED;

@@ -2,7 +2,7 @@
 // has a few, all of which are posted.
 #pragma once
 #include "../comm/inbox.cuh"
-#include "rs_rmsnorm.cuh"
+#include "rs_rmsnorm_poison.cuh"
 
 namespace tpf {
 
@@ -239,7 +239,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
 template <typename T, Epilogue kEpilogue, int kRanks>
 __device__ inline void poison_few_rows(const RowView<T>& view, const OneRow<T, kRanks>&, int groups, int begin,
                                        int end) {
-  poison_rows<T, kEpilogue>(view, view.row_block(), groups, begin, end);
+  poison_rows<T, kEpilogue>(view, view.row_block(), groups, begin, end);  // counted anew: registers are short
 }
 
 }  // namespace tpf
