@@ -100,7 +100,7 @@ def goals(world_size: int) -> list[Goal]:
 
 def _on_two_cards() -> list[Goal]:
     flashinfer, engines = "time, in that of FlashInfer's all-reduce", "time, in that of the fastest that engines do"
-    staged = times("flashinfer", program="staged")
+    staged, gemm = times("flashinfer", program="staged"), times("gemm")
     return [
         *(at_most(0.85, flashinfer, 2, "rs_rmsnorm_ag", tokens, times("flashinfer")) for tokens in (1, 16, 64, 128)),
         *(at_most(0.95, f"staged, {flashinfer}", 2, "rs_rmsnorm_ag", tokens, staged) for tokens in (512, 2048)),
@@ -108,6 +108,10 @@ def _on_two_cards() -> list[Goal]:
             at_most_beside(1.2, "time, in that of rs_rmsnorm", 2, "rs_rmsnorm_ag", tokens, "rs_rmsnorm")
             for tokens in TOKENS
             if tokens <= 16
+        ),
+        *(
+            at_most(0.90, "time, in that of cuBLAS with all of the weight", 2, "qkv_a_proj_ag_complete", tokens, gemm)
+            for tokens in (1, 8, 64)
         ),
         *(at_most(0.70, engines, 2, "mla_prologue", tokens, times(*ENGINES)) for tokens in (1, 8, 64)),
         *(

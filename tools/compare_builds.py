@@ -162,9 +162,9 @@ def reductions(ranks: Ranks) -> list[Case]:
 
     return [
         *(case(tokens) for tokens in (8, 32, 64, 128, 129, 256, 512, 1024, 2048, 16384)),
-        *(case(tokens, staged=True) for tokens in (64, 128, 129, 256, 16384)),
+        *(case(tokens, staged=True) for tokens in (64, 128, 129, 256, 512, 1024, 16384)),
         case(16384, max_ctas=8),
-        *(case(tokens, gathered=True) for tokens in (1, 8, 16, 32, 64, 128, 256, 512, 2048, 4096, 16384)),
+        *(case(tokens, gathered=True) for tokens in (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)),
         *(case(tokens, staged=True, gathered=True) for tokens in (64, 256, 512)),
     ]
 

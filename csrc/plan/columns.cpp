@@ -8,7 +8,11 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
   const int64_t row_bytes = call.hidden_size * bytes_of(static_cast<tpf_dtype>(call.dtype));
   const uint32_t rest = call.columns - call.q_columns - call.kv_columns;
   const bool shares = shares_card(limits.max_ctas, card);
-  const int most_rows = shares ? fitted_to(card).shared_card_column_rows : fitted_to(card).own_card_column_rows;
+  const Fitted& fitted = fitted_to(card);
+  const int64_t columns = latent_columns_of(call, 0, limits.world_size).count;  // of the largest share, which decides
+  const int64_t most_rows =
+      shares ? fitted.shared_card_column_rows
+             : std::min<int64_t>(kMostColumnRows, fitted.own_card_column_products / std::max<int64_t>(columns, 1));
   const int64_t posted = call.num_tokens * call.columns * bytes_of(latent_dtype(call));
   if ((call.variant & TPF_COMPLETE) == 0 || !aligned || call.dtype == TPF_F32 || (scaled && !has_tma(card)) ||
       call.num_tokens > most_rows || call.hidden_size > kMostColumnsHidden || row_bytes % 16 != 0 ||
@@ -17,9 +21,7 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
       posted > inbox_bytes(limits.slot_bytes)) {
     return plan;
   }
-  // The largest share decides: all ranks have the same grid.
-  const int units =
-      static_cast<int>((latent_columns_of(call, 0, limits.world_size).count + kColumnUnit - 1) / kColumnUnit);
+  const int units = static_cast<int>((columns + kColumnUnit - 1) / kColumnUnit);
   const int most = std::min(limits.max_ctas, card.sm_count);
   const int64_t chunks = (row_bytes + kChunkBytes - 1) / kChunkBytes;
   // Of fp8, which is multiplied into sums of its own for each scale, there are the registers for two.
@@ -42,8 +44,7 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
     const int of_group = (units + groups - 1) / groups;
     const int passes = (of_group + kColumnUnits - 1) / kColumnUnits;
     const int64_t cost = (of_group * kColumnUnit + passes * rows) * ((chunks + cluster - 1) / cluster) +
-                         passes * plan.row_blocks * fitted_to(card).column_pass +
-                         cluster * fitted_to(card).column_cluster;
+                         passes * plan.row_blocks * fitted.column_pass + cluster * fitted.column_cluster;
     if (plan.cluster != 0 && cost >= least) continue;
     least = cost;
     plan.cluster = cluster;

@@ -12,7 +12,8 @@ constexpr int kColumnUnits = 8;                                 // that a warp h
 constexpr uint32_t kMostColumnsHidden = 1u << 30;               // 32 bits count all elements of a row
 constexpr int kChunkBytes = 64;                                 // of a row along K, of which a lane has 16
 constexpr int kPartialStride = kColumnUnits * kColumnUnit + 8;  // floats of a row of a warp's sums: no bank conflicts
-constexpr int kMostNormedColumns = 8 * 32 * 8;                  // that a warp holds, of 16 bits
+constexpr int kMostColumnRows = 64;
+constexpr int kMostNormedColumns = 8 * 32 * 8;  // that a warp holds, of 16 bits
 
 struct ColumnsPlan {
   bool serves;

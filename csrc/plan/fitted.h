@@ -14,7 +14,9 @@ struct Fitted {
   // no gain, and with half of the card's SMs a loss: 932 us instead of 862 with 8 blocks a rank, 16384 tokens and 16
   // rows. One H100, 8 ranks, `python -m bench goals`.
   int64_t ring_bytes;
-  // Blocks that share a row, from which on it is posted into the inboxes rather than read in place. Two H100.
+  // Blocks that share a row, from which on it is posted into the inboxes rather than read in place, where ranks share a
+  // card. On a card of its own all are: of 64, 128 and 256 tokens 0.99, 0.97 and 0.81 of the time. Two H200, at
+  // 35b935c.
   int cluster_to_post;
   // Bytes that a rank adds up in rs_rmsnorm_ag, up to which it is faster for all ranks to add up all rows, in one
   // synchronisation instead of two: where ranks share a card, 8 / 16 / 32 tokens of DeepSeek-V3 of 8 / 4 / 2 ranks. One
@@ -25,7 +27,8 @@ struct Fitted {
   // rather than fetched: 32 tokens of 8 ranks, not 64; all that are one row a block of 2 and 4 ranks. One H200,
   // likewise.
   int64_t shared_card_posted;
-  // Rows of a block, up to which all are posted on a card of its own, instead of moved by TMA in chunks.
+  // Rows of a block, up to which all are posted on a card of its own, instead of moved by TMA in chunks: 512 tokens of
+  // two ranks, not 1024. Two H200, at 35b935c.
   int own_card_posted_rows;
   // Rows of a chunk that is gathered from a card of its own, at least. Two H100, `python -m bench multi`.
   int gathered_rows_of_chunk;
@@ -41,9 +44,11 @@ struct Fitted {
   int few_rows;
   // Rows that all ranks have, up to which one kernel multiplies and posts columns: of more, each of its blocks reads
   // more of the rows than of the weight, and cuBLAS and then a gather take less time. Where ranks share a card: one
-  // H200, `tools/compare_builds.py`, at ae897c8. On a card of its own a block has fewer columns and less of K: counted.
-  int shared_card_column_rows, own_card_column_rows;
+  // H200, `tools/compare_builds.py`, at ae897c8. On a card of its own, times this rank's columns: of 1056, 8 rows and
+  // not 64. Two H200, at 35b935c.
+  int shared_card_column_rows, own_card_column_products;
   // What a pass over columns costs there besides, and each block of a cluster, in chunks of a row that a block reads.
+  // Two H200, clusters of one, four and eight forced, at 35b935c.
   int column_pass, column_cluster;
   // For the time of a tile, in cycles a block of K: products of so many rows times columns a cycle; of fp8, cycles that
   // each product is waited for; bytes of operands a cycle, of fp8, of 16 bits on a shared card, and on a rank's own.
@@ -64,14 +69,14 @@ constexpr Fitted kFittedSm90 = {
     .shared_card_all_rows = 896 << 10,
     .own_card_all_rows = 320 << 10,
     .shared_card_posted = 32 << 20,
-    .own_card_posted_rows = 4,
+    .own_card_posted_rows = 2,
     .gathered_rows_of_chunk = 8,
     .gather_chunk_bytes = 34 << 10,
     .few_rows = 256,
     .shared_card_column_rows = 32,
-    .own_card_column_rows = 64,
-    .column_pass = 840,
-    .column_cluster = 56,
+    .own_card_column_products = 16 * 1056,
+    .column_pass = 560,
+    .column_cluster = 19,
     .products_a_cycle = 32,
     .fp8_wait = 260,
     .fp8_operands = 35,

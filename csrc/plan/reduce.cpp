@@ -46,9 +46,8 @@ struct Planner {
   // Whether a block's few rows are all posted, where a rank has a card to itself: links are kept busy from the
   // beginning.
   bool posts_few(int rows_of_block) const {
-    return has_tma(card) && limits.world_size > 1 && (call.variant & TPF_COMPLETE) == 0 &&
-           !shares_card(limits.max_ctas, card) && rows_of_block <= fitted_to(card).own_card_posted_rows &&
-           (gathers ? posts_normed_rows(ranks_of_one_row()) : fits_inbox());
+    return has_tma(card) && takes_several_rows(ranks_of_one_row()) && (call.variant & TPF_COMPLETE) == 0 &&
+           !shares_card(limits.max_ctas, card) && rows_of_block <= fitted_to(card).own_card_posted_rows && fits_inbox();
   }
 
   // As many blocks for a row as there may be, down to four warps each. What a small call waits for most is the way of
@@ -137,8 +136,9 @@ bool plan_reduce(ReducePlan* plan, const tpf_call& call, const Limits& limits, c
   planner.begin(plan, 1, shared_out);
   if (plan->chunk_rows <= 1 && planner.has_one_row(planner.ranks_of_one_row())) {
     plan->cluster = planner.cluster_of_row(shared_out.blocks);
-    // A small piece of a row is posted: one way between cards, where an input read in place takes two.
-    plan->posted = plan->cluster >= fitted.cluster_to_post && planner.fits_inbox() && call.source >= 0;
+    // One way between cards, where an input read in place takes two; on a shared card of small pieces of a row.
+    const bool posts = plan->cluster >= fitted.cluster_to_post || !shares_card(limits.max_ctas, card);
+    plan->posted = posts && limits.world_size > 1 && planner.fits_inbox() && call.source >= 0;
     if (planner.takes(plan, Body::kOneRow, 1, shared_out.blocks)) return true;
   }
   if (planner.posts_few(shared_out.rows)) {

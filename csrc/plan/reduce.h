@@ -42,12 +42,15 @@ TPF_HD constexpr bool compiled_for_ranks(int element_bytes) { return element_byt
 TPF_HD constexpr bool compiled_for_one_row(int ranks, int element_bytes, bool gathers, int architecture) {
   if (ranks != 0 && ranks != 2 && ranks != 4 && ranks != 8) return false;
   if (ranks != 0 && !compiled_for_ranks(element_bytes)) return false;
-  return architecture < 120 || element_bytes == 4 || (gathers ? ranks != 0 : ranks != 8);
+  return architecture < 120 || element_bytes == 4 || !gathers || ranks == 2 || ranks == 4;
 }
 
 // How kOneRow of rs_rmsnorm_ag gathers normalised rows: where it is compiled for a number of ranks by posting them,
 // else by fetching what the peers publish in their slots.
 TPF_HD constexpr bool posts_normed_rows(int ranks) { return ranks > 0; }
+
+// Whether a block of kOneRow may have several rows, all of which are posted. Of more ranks so many hardly fit an inbox.
+TPF_HD constexpr bool takes_several_rows(int ranks) { return ranks == 2 || ranks == 4; }
 
 struct ReducePlan {
   Body body;

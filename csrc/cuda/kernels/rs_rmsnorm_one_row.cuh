@@ -148,25 +148,31 @@ __device__ inline bool sync_having(float value) {
 template <typename T, Epilogue kEpilogue, int kRanks>
 __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound& round, OneRow<T, kRanks>& one,
                                        const RowThreads& group) {
-  constexpr bool kPosts = posts_normed_rows(kRanks), kHasMore = kEpilogue != Epilogue::kGather || kPosts;  // rows
+  constexpr bool kPosts = posts_normed_rows(kRanks), kSeveral = takes_several_rows(kRanks);
   if (!round.refused) {
     publish_unfenced_to_peers(view.args.team, round, 0, threadIdx.x);
     if (view.staged()) one.post(view);
 #pragma unroll 1
-    for (int row = one.row + view.row_blocks(); kHasMore && row < OneRow<T, kRanks>::share(view, 0);
+    for (int row = one.row + view.row_blocks(); kSeveral && row < OneRow<T, kRanks>::share(view, 0);
          row += view.row_blocks()) {
       OneRow<T, kRanks>(view, row, one.column).post(view);
     }
   }
-  // What there are not the registers to keep while peers are waited for.
-  constexpr bool kNorms = kEpilogue != Epilogue::kSum, kManyRanks = OneRow<T, kRanks>::kMost > 4;
+  // In shared memory is what there are not the registers to keep while peers are waited for.
+  constexpr bool kNorms = kEpilogue != Epilogue::kSum, kGathers = kEpilogue == Epilogue::kGather;
+  constexpr bool kLateWeight = kNorms && (kGathers || kSeveral);
+  constexpr bool kLateResidual = kGathers && OneRow<T, kRanks>::kMost > 4;
   constexpr int kThreads = most_threads(Body::kOneRow, sizeof(T), true);
-  __shared__ uint4 weights[kNorms ? kThreads : 1], residuals[kManyRanks ? kThreads : 1];
-  uint4* const residual = kManyRanks ? residuals + threadIdx.x : nullptr;
+  __shared__ uint4 weights[kLateWeight ? kThreads : 1], residuals[kLateResidual ? kThreads : 1];
+  uint4* const residual = kLateResidual ? residuals + threadIdx.x : nullptr;
   one.load_own(view, residual);
   RowWeight<T, 1> weight;
-  if constexpr (kNorms) weight.begin_init(view, group, weights + threadIdx.x);
-  commit_copies();
+  if constexpr (kLateWeight) {
+    weight.begin_init(view, group, weights + threadIdx.x);
+    commit_copies();
+  } else if constexpr (kNorms) {
+    weight.init(view, group);
+  }
   bool arrived = __syncthreads_and(!round.refused && wait_for_peers(view, round, 0, threadIdx.x));
   // Blocks b of all ranks are on their SMs. Once all blocks of this grid say so, the next kernel may take what is free
   // without being in anybody's way.
@@ -189,9 +195,11 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
     for (int source = 1; source < OneRow<T, kRanks>::kMost; ++source) {
       if (kRanks > 0 ? !view.complete : source < view.num_sources()) add_vector<T>(sums[0], one.vectors[source]);
     }
-    wait_for_copies<0>();
-    if constexpr (kNorms) weight.end_init(view, weights + threadIdx.x);
-    if (view.has_residual()) add_vector<T>(sums[0], kManyRanks ? *residual : one.residual);
+    if constexpr (kLateWeight) {
+      wait_for_copies<0>();
+      weight.end_init(view, weights + threadIdx.x);
+    }
+    if (view.has_residual()) add_vector<T>(sums[0], kLateResidual ? *residual : one.residual);
     if (closes && arrived) {
       // The peers have their inputs back while this row is still being finished.
       if (sync_having(sums[0][0])) publish_unfenced_to_peers(view.args.team, round, kClosingStep, threadIdx.x);
@@ -208,16 +216,16 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
             IntoSlot<T>{view}(row, column, normed);
           }
         });
-    if constexpr (!kHasMore) break;
+    if constexpr (!kSeveral) break;
     one.take_row(view, one.row + view.row_blocks());
     one.load_own(view, residual);
-    commit_copies();
   }
   if constexpr (kEpilogue == Epilogue::kGather && kPosts) {
     // A row that a peer has posted is one that it has read in place, so no closing step is needed.
 #pragma unroll 1
     for (one.take_row(view, view.row_block()); one.row < one.share(view, 0) && arrived;) {
       arrived = one.gather(view, round);
+      if constexpr (!kSeveral) break;
       one.take_row(view, one.row + view.row_blocks());
     }
   } else if constexpr (kEpilogue == Epilogue::kGather) {
