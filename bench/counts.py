@@ -87,14 +87,14 @@ class Shape:
             share=planning.share_of(self.card, self.ranks_per_card, most_ctas),
         )
 
-    def one_round(self, op: str) -> bool:
-        """Whether rs_rmsnorm_ag or rs_rmsnorm_ag_fp8 is one synchronisation."""
+    def body(self, op: str) -> str | None:
+        """Of the kernel that rs_rmsnorm_ag or rs_rmsnorm_ag_fp8 is; None where it is several."""
         from tp_fused import planning
 
         try:
-            return self.plan(op)["body"] == "all rows"
+            return self.plan(op)["body"]
         except planning.NoKernelError:
-            return False
+            return None
 
     def gathers(self, fp8: bool) -> bool:
         """Whether the prologue gathers the normed rows, for a share of the columns each."""
@@ -166,7 +166,7 @@ def reduce_then_quantize(shape: Shape) -> Phases:
 
 
 def rs_rmsnorm_ag(shape: Shape) -> Phases:
-    if shape.one_round("rs_rmsnorm_ag"):
+    if shape.body("rs_rmsnorm_ag") == "all rows":
         return (_reduce_all(shape, shape.rows),)
     reduced = _reduce(shape, 2 * shape.own_rows + shape.rows)
     # Rows are gathered as they are finished; that every rank has them says that no input is read any more.
@@ -174,8 +174,10 @@ def rs_rmsnorm_ag(shape: Shape) -> Phases:
 
 
 def rs_rmsnorm_ag_fp8(shape: Shape) -> Phases:
-    if shape.one_round("rs_rmsnorm_ag_fp8"):
+    if shape.body("rs_rmsnorm_ag_fp8") == "all rows":
         return (_reduce_all(shape, shape.quantized_rows),)
+    if shape.body("rs_rmsnorm_ag") == "one row":
+        return (*rs_rmsnorm_ag(shape), Phase(shape.rows + shape.quantized_rows))
     return (*rs_rmsnorm_fp8(shape), _gather(shape, shape.own_quantized_rows, shape.quantized_rows))
 
 

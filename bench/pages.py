@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from . import model, tables
-from .questions import QUESTIONS, Found, machine_name, page_name
+from .questions import QUESTIONS, Found, machine_name, missed_goals, page_name
 from .results import RESULTS
 
 _PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -42,16 +42,16 @@ before it ends; of the other programs only *barrier* is.
 
 Eight ranks on one card do the redundant work of what engines do, of all eight, on that card; eight cards do it side by
 side, so there the chain gains less. Blocks of torch's symmetric-memory kernels have to be on a card at once, and those
-of five ranks do not fit: hence the runs of four. The runs on one H200 are of an earlier commit, with 16 blocks a rank.
-The CPU was doing other things as well.
+of five ranks do not fit: hence the runs of four. Each table names the commit that it is of. The CPU was doing other
+things as well.
 
 | machine | files |
 | --- | --- |
 """
 
 _LAST = """
-[By counting](counted.md): what eight cards would take. [Counted and measured](compared.md): how far that is to be
-trusted.
+[Goals that are missed](missed.md). [By counting](counted.md): what eight cards would take. [Counted and
+measured](compared.md): how far that is to be trusted.
 """
 
 _COUNTED = """# By counting
@@ -77,6 +77,13 @@ how many times as long as that the unfused program takes, over the same transpor
 _COMPARED = """# Counted and measured
 
 What `python -m bench model` counts ([By counting](counted.md)) beside what the benchmark measured.
+
+"""
+
+_MISSED = """# Goals that are missed
+
+Of the last run of each machine (`make gpu-bench`, `make gpu-multi`). [What was tried](../notes/index.md) says what
+bounds them.
 
 """
 
@@ -118,7 +125,8 @@ def pages(documents: dict[str, dict]) -> dict[str, str]:
     ]
     runs = [document for document in documents.values() if model.counts(document)]
     index = _INDEX + "".join(lines) + _LAST
-    return {**made, "counted.md": _counted(runs), "compared.md": _compared(runs), "index.md": index}
+    others = {"counted.md": _counted(runs), "compared.md": _compared(runs), "missed.md": _missed(documents)}
+    return {**made, **others, "index.md": index}
 
 
 def _page(names: list[str], documents: dict[str, dict]) -> str:
@@ -131,6 +139,10 @@ def _counted(runs: list[dict]) -> str:
     shapes = [model.Shape(tokens) for tokens in model.TOKENS]
     predictions = tables.predictions(shapes, tuple(model.CARDS), model.Shares(), model.barrier_seconds(runs))
     return _COUNTED + predictions
+
+
+def _missed(documents: dict[str, dict]) -> str:
+    return _MISSED + missed_goals(Found(documents))
 
 
 def _compared(runs: list[dict]) -> str:

@@ -144,16 +144,26 @@ def resources(found: Found) -> str:
 
 
 def missed(found: Found) -> str:
-    cells, count = [], 0
+    """How many, by machine."""
+    cells = []
     for document in found.made_of("goals"):
         measured = [goal for goal in document["goals"] if goal["met"] is not None]
-        count += len(measured)
-        for goal in measured:
-            if not goal["met"]:
+        cells.append([machine_name(document), len(measured), sum(not goal["met"] for goal in measured)])
+    return table(["where", "goals measured", "missed"], cells)
+
+
+def missed_goals(found: Found) -> str:
+    """Which, by machine, op and what is compared."""
+    rows = {}  # the tokens and the values of a goal, by all else
+    for document in found.made_of("goals"):
+        for goal in document["goals"]:
+            if goal["met"] is False:
                 bound = f"{'at least' if goal['at_least'] else 'at most'} {goal['bound']:g}"
                 place = f"{machine_name(document)}, {goal['world_size']} ranks"
-                cells.append([place, f"`{goal['op']}`", goal["tokens"], goal["what"], f"{goal['value']:.3g}", bound])
-    return table(["where", "op", "tokens", f"missed: {len(cells)} of {count}", "measured", "goal"], cells)
+                row = rows.setdefault((place, f"`{goal['op']}`", goal["what"], bound), {})
+                row[goal["tokens"]] = f"{goal['value']:.3g}"
+    cells = [[*key[:2], ", ".join(map(str, row)), key[2], ", ".join(row.values()), key[3]] for key, row in rows.items()]
+    return table(["where", "op", "tokens", "what", "measured", "goal"], cells)
 
 
 def counted(found: Found) -> str:

@@ -7,14 +7,12 @@
 namespace tpf {
 namespace {
 
-// Whether every rank can quantise all rows, in one synchronisation.
-bool quantizes_all(const ReduceCall& in) {
+// Whether a kernel serves `op` of these rows on a card.
+bool planned(tpf_plan* plan, const ReduceCall& in, tpf_op op, uint32_t variant) {
   if (!in.on_cuda()) return false;
   tpf_card card;
-  tpf_plan plan;
-  const tpf_call call =
-      reduce_call(TPF_RS_RMSNORM_FP8, in.dtype(), in.input.rows, in.input.columns, nullptr, in.variant | TPF_GATHERED);
-  return tpf_card_of(&card, in.team()->device) == TPF_OK && tpf_plan_call(&plan, &call, in.team(), &card) == TPF_OK;
+  const tpf_call call = reduce_call(op, in.dtype(), in.input.rows, in.input.columns, nullptr, in.variant | variant);
+  return tpf_card_of(&card, in.team()->device) == TPF_OK && tpf_plan_call(plan, &call, in.team(), &card) == TPF_OK;
 }
 
 // Adds q and scale of so many rows to the results.
@@ -30,6 +28,22 @@ bool add_quantized(const ReduceCall& in, const Quantized& as, int64_t rows, tpf_
   *to = {static_cast<uint8_t*>(q), static_cast<float*>(scale),          as.column ? 1 : groups,
          as.column ? pitch : 1,    static_cast<int32_t>(as.group_size), (in.variant & TPF_ROUND_SCALES) != 0};
   return true;
+}
+
+// Gathered in 16 bits while they are added up, which takes two synchronisations, and then quantised by every rank: with
+// rows of a block so few, twice the bytes take less time than another synchronisation. The kernel that quantises rows
+// takes bf16 and groups of 128.
+bool gather_and_quantize(const ReduceCall& in, const Quantized& as, Results* results) {
+  tpf_quantization to;
+  Results normed;
+  View rows;
+  void* unused;
+  if (!add_quantized(in, as, in.input.rows, &to, results) || !reduce_and_gather(in, &normed) || !rows.read(normed[0]) ||
+      !quantize_rows(in, to, rows.data, rows.rows, rows.columns, in.dtype())) {
+    return false;
+  }
+  results->take(normed.release_last());
+  return results->add(&unused, in.input, 0, in.input.columns, in.dtype());
 }
 
 // Quantised rows and their scales, in one round or, where they do not go together, in two. `scales`: whose the gathered
@@ -84,7 +98,14 @@ bool reduce_fp8(const ReduceCall& in, const Quantized& as, Results* results) {
 bool reduce_and_gather_fp8(const ReduceCall& in, const Quantized& as, Value group_name, Results* results) {
   // Before anything is launched: of narrow groups a row has more bytes of scales than of elements.
   if (!in.fits(in.input.rows, (in.input.columns + as.group_size - 1) / as.group_size, TPF_F32)) return false;
-  if (quantizes_all(in)) return reduce_fp8(in, {as.group_size, as.column, as.keep_output, true}, results);
+  tpf_plan plan;
+  if (planned(&plan, in, TPF_RS_RMSNORM_FP8, TPF_GATHERED)) {
+    return reduce_fp8(in, {as.group_size, as.column, as.keep_output, true}, results);
+  }
+  if (!as.keep_output && as.group_size == 128 && in.dtype() == TPF_BF16 && planned(&plan, in, TPF_RS_RMSNORM_AG, 0) &&
+      plan.body == TPF_ONE_ROW) {
+    return gather_and_quantize(in, as, results);
+  }
   Results own, scales;
   if (!reduce_fp8(in, {as.group_size, false, as.keep_output}, &own)) return false;
   if (!gather_quantized(in, as, own, group_name, results, as.column ? &scales : results)) return false;

@@ -53,15 +53,17 @@ def test_memory_of_posted_columns_is_counted_as_by_the_benchmark():
 
 def test_few_rows_are_added_up_by_all_ranks():
     """In one synchronisation, for more bytes; the two take the same forms as the plan."""
-    few, many = model.Shape(8), model.Shape(64)
-    assert all(few.one_round(op) and not many.one_round(op) for op in ("rs_rmsnorm_ag", "rs_rmsnorm_ag_fp8"))
+    few, some, many = model.Shape(2), model.Shape(64), model.Shape(16384)
+    assert [shape.body("rs_rmsnorm_ag") for shape in (few, some, many)] == ["all rows", "one row", "bulk"]
+    assert [shape.body("rs_rmsnorm_ag_fp8") for shape in (few, some, many)] == ["all rows", None, None]
     (phase,) = counts.rs_rmsnorm_ag(few)
     assert (phase.link, phase.barriers) == (7 * few.rows, 1)
-    (phase,) = counts.rs_rmsnorm_ag(many)
-    assert (phase.link, phase.barriers) == (7 * 2 * many.own_rows, 2)
+    (phase,) = counts.rs_rmsnorm_ag(some)
+    assert (phase.link, phase.barriers) == (7 * 2 * some.own_rows, 2)
     (fp8,), (bf16,) = counts.rs_rmsnorm_ag_fp8(few), counts.rs_rmsnorm_ag(few)  # only what is stored differs
     assert (fp8.link, fp8.barriers) == (bf16.link, bf16.barriers)
     assert bf16.memory - fp8.memory == few.rows - few.quantized_rows
+    assert [phase.barriers for phase in counts.rs_rmsnorm_ag_fp8(some)] == [2, 0]  # gathered in 16 bits, then quantised
     assert [phase.barriers for phase in counts.rs_rmsnorm_ag_fp8(many)] == [2, 1]
 
 

@@ -33,7 +33,6 @@ COUNTED = re.compile(
 )
 EPILOGUES = (0, 1, 2, 3)  # tpf::Epilogue
 ONE_ROW, DIRECT, BULK, ALL_ROWS = 0, 1, 2, 3  # tpf::Body
-RANKS = {ONE_ROW: (2, 4, 8), DIRECT: (8,), BULK: (8,), ALL_ROWS: (2, 4, 8)}  # that a kernel is compiled for
 FP8, GATHER = 2, 3  # of EPILOGUES, those that all ranks may add up all rows for
 
 
@@ -101,7 +100,7 @@ def arrivals(code: list) -> list[int]:
 
 
 def demangle(names: list[str]) -> list[str]:
-    """`rs_rmsnorm_kernel<float, 2, (tpf::Epilogue)1, (tpf::Body)2, 8>` of each mangled name."""
+    """`rs_rmsnorm_kernel<float, 2, (tpf::Epilogue)1, (tpf::Body)2, 0>` of each mangled name."""
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     short = {line: re.search(r"\w+_kernel(<.*>)?(?=\()", line) for line in plain.splitlines()}
     return [match[0] if match else line for line, match in short.items()]
@@ -159,6 +158,11 @@ def kernels(library, architecture) -> dict[str, Kernel]:
     return library[architecture]
 
 
+def ranks_of(dtype: str, body: int) -> tuple[int, ...]:
+    """The numbers of ranks that a reduction is compiled for; 0 is any."""
+    return (0, 2, 4, 8) if dtype != "float" and body in (ONE_ROW, ALL_ROWS) else (0,)
+
+
 def reductions(kernels: dict[str, Kernel], *bodies: int) -> dict[str, Kernel]:
     """rs_rmsnorm_kernel<dtype, vectors, epilogue, body, ranks> of these bodies; none of them is missing."""
     name_of = re.compile(r"rs_rmsnorm_kernel<(\w+), (\d+), \(tpf::Epilogue\)(\d), \(tpf::Body\)(\d), (\d)>")
@@ -168,14 +172,18 @@ def reductions(kernels: dict[str, Kernel], *bodies: int) -> dict[str, Kernel]:
         for name in [name for name, form in found.items() if form[2] == DIRECT and matches[name][2] == "4"]:
             assert not kernels[name].opcodes, f"{name} is never launched here"
             del found[name]
+    # On the newest cards some forms of a row a block are not compiled either: compiled_for_one_row.
+    for name in [name for name, form in found.items() if form[1:3] == (GATHER, ONE_ROW) and not kernels[name].opcodes]:
+        assert found[name][0] != "float" and found[name][3] in (0, 8), f"{name} is empty"
+        found[f"{name}, never launched here"] = found.pop(name)
     wanted = {
         (dtype, epilogue, body, ranks)
         for dtype, epilogue, body in itertools.product(DTYPES, EPILOGUES, bodies)
-        for ranks in RANKS[body]
+        for ranks in ranks_of(dtype, body)
         if body != ALL_ROWS or epilogue in (FP8, GATHER)
     }
     assert set(found.values()) == wanted
-    return {name: kernels[name] for name in found}
+    return {name: kernels[name] for name in found if name in kernels}
 
 
 def gathers(kernels: dict[str, Kernel], bulk: bool) -> dict[str, Kernel]:
@@ -190,7 +198,13 @@ def test_static_shared_memory_is_what_launches_leave_for_it(kernels, architectur
     header = Path(__file__).parents[1] / "csrc" / "plan" / "card.h"
     left = int(re.search(r"kStaticSharedBytes = (\d+);", header.read_text())[1])
     reserved = 0 if architecture == "sm_80" else 1024  # counted in, but not of what a block may have
-    over = {name: kernel.shared_bytes for name, kernel in kernels.items() if kernel.shared_bytes - reserved > left}
+    # Few rows a block: launched without any other shared memory, of which a kernel has 48 KiB unasked.
+    alone = re.compile(r"rs_rmsnorm_kernel<.*\(tpf::Body\)[03], \d>")
+    over = {
+        name: kernel.shared_bytes
+        for name, kernel in kernels.items()
+        if kernel.shared_bytes - reserved > (48 * 1024 if alone.fullmatch(name) else left)
+    }
     assert not over, f"more than {left} bytes: {over}"
 
 
@@ -225,7 +239,8 @@ def test_rows_travel_in_vectors_of_16_bytes(kernels, architecture):
 def test_all_ranks_add_up_all_rows_where_there_are_the_registers(kernels, architecture):
     """Elsewhere these kernels are empty, and never planned."""
     empty = {name for name, kernel in reductions(kernels, ALL_ROWS).items() if not kernel.opcodes}
-    assert len(empty) == (0 if architecture in ALL_ROWS_ON else len(DTYPES) * len(RANKS[ALL_ROWS]) * 2)
+    forms = 2 * sum(len(ranks_of(dtype, ALL_ROWS)) for dtype in DTYPES)
+    assert len(empty) == (0 if architecture in ALL_ROWS_ON else forms)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -233,7 +248,8 @@ def test_inputs_are_given_back_when_they_have_been_read(kernels):
     """With a row a block no fence comes before the signal that says so, but a barrier that counts what was made of the
     rows. Had the compiler found out that the count tells nothing, it would be a barrier that waits for no row."""
     one_row = {name: kernel for name, kernel in reductions(kernels, ONE_ROW).items() if "(tpf::Epilogue)3" not in name}
-    assert len(one_row) == len(DTYPES) * (len(EPILOGUES) - 1) * len(RANKS[ONE_ROW])  # what is gathered says so itself
+    forms = sum(len(ranks_of(dtype, ONE_ROW)) for dtype in DTYPES)
+    assert len(one_row) == forms * (len(EPILOGUES) - 1)  # what is gathered says so itself
     assert not [name for name, kernel in one_row.items() if not kernel.count(r"BAR\.RED\.POPC")]
 
 
@@ -312,7 +328,7 @@ def arriving(library, architecture: str, name: str) -> dict[str, Kernel]:
 def test_a_row_buffer_is_given_back_when_its_row_is_in_registers(library, architecture):
     """The next row may be on its way from shared memory meanwhile, so scoreboards alone do not tell: the arrival's
     address is computed from what the loads have brought. One arrival more passes on that there are no more rows."""
-    bulk = arriving(library, architecture, r"rs_rmsnorm_kernel<.*\(tpf::Body\)2, 8>")
+    bulk = arriving(library, architecture, r"rs_rmsnorm_kernel<.*\(tpf::Body\)2, 0>")
     assert len(bulk) == 3 * 4 * 2  # dtypes, epilogues, widths
     assert not {
         name: f"{sum(kernel.waiting)} of {len(kernel.waiting)} arrivals"

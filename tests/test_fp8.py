@@ -105,7 +105,9 @@ def check_forms(backend: str, device: str) -> None:
     """Runs on a rank: few tokens, which on a card every rank quantises itself, and many have the bits of two ops."""
     few, many, hidden = (1, 2, 5, 13), 1030, 1024
     with workspace(backend, device, max_num_tokens=many, hidden_size=hidden, dtype=torch.float32):
-        memory = {dtype: tp_fused.symm_empty((few[-1] * hidden,), dtype, device=device) for dtype in (BF16, torch.float16)}
+        memory = {
+            dtype: tp_fused.symm_empty((few[-1] * hidden,), dtype, device=device) for dtype in (BF16, torch.float16)
+        }
         for i, num_tokens in enumerate((*few, *few, *few, many)):
             dtype, place = (torch.float32, BF16, torch.float16)[i % 3], (dist.get_rank(), dist.get_world_size())
             made = prologue_inputs(num_tokens, hidden, dtype, (None, "full", "slice")[i // 4 % 3], *place, False)

@@ -16,6 +16,7 @@ CARDS = ("A100", "H20", "H100", "H200", "B200", "RTX PRO 6000")
 MOST_CHUNKS = 7  # of a block in a reduction: kMaxChunks
 MOST_PARTIALS = 136  # kMaxPartials
 STATIC_SHARED_BYTES = 2048
+HALF_A_CARD = 66  # blocks: a grid of more has a card to itself
 BYTES = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4, torch.float8_e4m3fn: 1}
 
 
@@ -123,8 +124,11 @@ def test_every_plan_serves_the_call_within_the_limits(asked):
     assert plan["cluster"] == 1 or plan["body"] != "all threads"
     if plan["body"] == "all threads" and card["architecture"] >= 90:  # what is compiled for such a card
         assert plan["vectors"] == (16 if asked.dtype == torch.float32 else 8)
-    if plan["body"] == "one row":
-        assert plan["blocks"] // plan["cluster"] >= asked.rows and plan["chunk_rows"] <= 1
+    if plan["body"] == "one row" and plan["chunk_rows"] > 1:  # several rows of a block are all posted
+        assert not plan["in_place"] and plan["cluster"] == 1 and asked.world_size in (2, 4)
+        assert share.max_ctas > HALF_A_CARD and BYTES[asked.dtype] == 2
+    elif plan["body"] == "one row":
+        assert plan["blocks"] // plan["cluster"] >= asked.rows
     if plan["body"] == "bulk":
         assert plan["stages"] >= asked.world_size + 1
         assert plan["shared_bytes"] >= plan["stages"] * min(held, asked.vectors) * 16
@@ -176,7 +180,8 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
     ("op", "num_tokens", "options", "chosen"),
     [
         ("rs_rmsnorm", 1, {}, {"body": "one row", "cluster": 4, "in_place": False}),
-        ("rs_rmsnorm", 1024, {}, {"body": "one row", "cluster": 1, "in_place": True}),
+        ("rs_rmsnorm", 1024, {}, {"body": "one row", "cluster": 1, "in_place": False}),
+        ("rs_rmsnorm", 1024, {"ranks_per_card": 8}, {"body": "bulk", "in_place": True}),
         ("rs_rmsnorm", 16384, {}, {"body": "bulk", "threads": 512, "in_place": True}),
         ("rs_rmsnorm", 16384, {"card": "A100"}, {"body": "all threads"}),
         ("rs_rmsnorm", 2048, {"hidden_size": 16384, "ranks_per_card": 8}, {"body": "bulk", "cluster": 2}),
@@ -186,9 +191,10 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
         ("qkv_a_proj_ag", 2048, {}, {"body": "all threads", "few_rows": True}),
         ("qkv_a_proj_ag", 2048, {"ranks_per_card": 8}, {"body": "tiles", "few_rows": False, "cluster": 2}),
         ("qkv_a_proj_ag_fp8", 2048, {}, {"body": "tiles", "few_rows": False}),
-        ("rs_rmsnorm_ag", 8, {}, {"body": "all rows", "cluster": 4, "in_place": False}),
+        ("rs_rmsnorm_ag", 2, {}, {"body": "all rows", "cluster": 4, "in_place": False}),
+        ("rs_rmsnorm_ag", 8, {}, {"body": "one row", "cluster": 4, "in_place": False}),
         ("rs_rmsnorm_ag", 64, {"ranks_per_card": 8}, {"body": "one row", "cluster": 1}),
-        ("rs_rmsnorm_ag_fp8", 8, {}, {"body": "all rows", "cluster": 4, "in_place": False}),
+        ("rs_rmsnorm_ag_fp8", 2, {}, {"body": "all rows", "cluster": 4, "in_place": False}),
         ("qkv_a_proj_ag", 64, {"complete": True}, {"body": "columns", "cluster": 8, "tile_columns": 24}),
         ("qkv_a_proj_ag", 32, {"complete": True, "ranks_per_card": 8}, {"body": "columns", "cluster": 2}),
         ("qkv_a_proj_ag", 33, {"complete": True, "ranks_per_card": 8}, {"body": "all threads"}),
@@ -217,8 +223,11 @@ def test_explain_without_a_card():
     assert few.endswith(
         "posts its rows to all others and adds up, norms and quantises all rows itself\nthreads move rows"
     )
-    for many in ((64, "H200"), (1, "B200")):
-        told = tp_fused.explain("rs_rmsnorm_ag_fp8", many[0], gpu=many[1])
+    for some in ((64, "H200"), (1, "B200")):
+        told = tp_fused.explain("rs_rmsnorm_ag_fp8", some[0], gpu=some[1])
+        assert "so few rows are gathered in 16 bits, and all quantised by every rank\nrs_rmsnorm_ag: 8 ranks" in told
+    for many in ((16384, "H200", torch.bfloat16), (64, "H200", torch.float16), (16384, "B200", torch.bfloat16)):
+        told = tp_fused.explain("rs_rmsnorm_ag_fp8", many[0], gpu=many[1], dtype=many[2])
         assert "\nrs_rmsnorm_fp8: 8 ranks" in told and "\nall_gather_rows: 8 ranks" in told
     with pytest.raises(ValueError, match="no card is known as H300: A100, H20, H100, H200, B200 and RTX PRO 6000 are"):
         tp_fused.explain("rs_rmsnorm", 16, gpu="H300")

@@ -10,6 +10,7 @@ from .groups import get_workspace, resolve_group_name, type_of
 
 COMPOSED = ("rs_rmsnorm_ag_fp8", "mla_prologue", "mla_prologue_fp8")
 OPS = (*faults.OPS.values(), *COMPOSED)
+ONE_ROW = "each thread moves its vector of a row"
 
 
 def explain(
@@ -144,15 +145,20 @@ def _require_kernels(op: str, backend: str, hidden_size: int, latent_size: int) 
 def _explain_composed(op: str, num_tokens: int, complete: bool, asked: dict[str, Any]) -> str:
     """The ops that this one is, or its one kernel, and why. asked: what else was asked of `explain`."""
     columns, world_size, on_cuda = asked["latent_size"], asked["world_size"], asked["gpu"] is not None
+    dtype = asked["dtype"]
     if not on_cuda:
         device = asked["device"] if asked["input"] is None else asked["input"].device
         workspace = get_workspace(resolve_group_name(asked["group"]), type_of(device))
         columns, world_size, on_cuda = workspace.latent_size, workspace.world_size, workspace.backend == "cuda"
+        dtype = workspace.dtype if asked["input"] is None else asked["input"].dtype
     rest = dict(asked, input=None)
     if op == "rs_rmsnorm_ag_fp8":
         if on_cuda:
             with contextlib.suppress(planning.NoKernelError):
                 return _explain_op(op, num_tokens, False, **asked)
+            gathered = explain("rs_rmsnorm_ag", num_tokens, **asked)
+            if ONE_ROW in gathered and dtype == torch.bfloat16:
+                return f"{op}: so few rows are gathered in 16 bits, and all quantised by every rank\n{gathered}"
         way = "each rank quantises its own rows; they are gathered, with their scales if both are whole 16 bytes"
         parts = (explain("rs_rmsnorm_fp8", num_tokens, **asked), explain("all_gather_rows", num_tokens, **rest))
         return "\n".join((f"{op}: {way}", *parts))
@@ -233,5 +239,5 @@ def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool 
     if plan["body"] == "bulk":
         lines.append(f"TMA moves rows, through {plan['shared_bytes'] // 1024} KiB of shared memory a block")
     else:
-        lines.append("threads move rows")
+        lines.append(ONE_ROW if plan["body"] == "one row" else "threads move rows")
     return lines
