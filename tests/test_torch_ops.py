@@ -296,11 +296,13 @@ def call_often(device: str) -> list[int]:
     grown = []
     for backend, call in ((device, served), ("reference", handed_over), (device, refused)):
         with workspace(backend, device):
-            for count in (2000, 20_000):
+            by = []
+            for count in (2000, 20_000, 20_000):
                 before = resident_bytes()
                 for _ in range(count):
                     call()
-            grown.append(resident_bytes() - before)
+                by.append(resident_bytes() - before)
+            grown.append(min(by[1:]))  # the heap may grow once more; what is forgotten is forgotten each time
     return grown
 
 
