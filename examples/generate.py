@@ -8,16 +8,18 @@ FOLDER is a snapshot of a model hub's repository, with its tokenizer; each rank 
 it tokens are bytes, and what a random model says means nothing. Each turn's prompt is prefilled and its answer decoded,
 greedily, through one cache that holds the whole conversation.
 
-On GPUs (`--device`) the step that decodes a token is captured in a CUDA graph and replayed. Where the model or its
-cache cannot be captured, a line says so, and it is decoded eagerly. In float32 both ways must say the same, or the
-program exits with 1; in lower precision two tokens that are nearly tied may swap.
+On GPUs (`--device`) the step that decodes a token is captured in a CUDA graph and replayed. A way that cannot be
+captured is decoded eagerly: a line says why and where, and the table which. In float32 both ways must say the same, or
+the program exits with 1; in lower precision two tokens that are nearly tied may swap.
 """
 
 import argparse
+import contextlib
 import multiprocessing.forkserver
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 if __name__ == "__main__" and "RANK" not in os.environ:
@@ -36,6 +38,7 @@ from tp_fused.integrations.transformers import load_parallel, parallelize
 from tp_fused.launch import choose_device, launch, take_device
 
 WAYS = {"all_reduce": "all-reduce", "fused": "tp_fused"}
+WARM_UPS = 3
 
 # ---- one conversation ----
 
@@ -59,39 +62,90 @@ class Conversation:
 
     def decode(self, num_tokens: int) -> torch.Tensor:
         """Tokens [num_tokens]: the one that the prefill has left, and those that follow it."""
+        if self.graph is not None:
+            return self.repeat(self.graph.replay, num_tokens)
+        with experts_by_token(self.model, self.device):
+            return self.repeat(self.step, num_tokens)
+
+    def repeat(self, step, num_tokens: int) -> torch.Tensor:
         tokens = torch.empty(num_tokens, dtype=torch.long, device=self.device)
         for index in range(num_tokens):
             tokens[index : index + 1].copy_(self.token[0])
-            if self.graph is None:
-                self.step()
-            else:
-                self.graph.replay()
+            step()
         return tokens
 
     def warm_up(self, ids: torch.Tensor) -> None:
         """Runs what decodes and captures it, then forgets what was said."""
         self.prefill(ids)
-        self.step()
-        if self.why_eager is None:
-            self.capture()
+        with experts_by_token(self.model, self.device):
+            self.step()
+            if self.why_eager is None:
+                self.capture()
         self.cache.reset()
 
     def capture(self) -> None:
-        """On every rank or on none, so that the timings are of one thing."""
+        """On every rank or on none, so that the timings of a way are of one thing."""
         if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
             self.why_eager = "the cache of a sliding window counts on the host"
             return
-        graph, why = torch.cuda.CUDAGraph(), None
         torch.cuda.synchronize()
-        try:
-            with torch.cuda.graph(graph):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(WARM_UPS):
+                self.cache.reset()  # which has room for the conversation, not for more steps
                 self.step()
-        except RuntimeError as error:
-            why = f"rank {dist.get_rank()} cannot capture a step: {str(error).splitlines()[0]}"
+            graph, why = self.try_to_capture(torch.cuda.current_stream())
         whys = [None] * dist.get_world_size()
         dist.all_gather_object(whys, why)
         self.why_eager = next((why for why in whys if why), None)
         self.graph = graph if self.why_eager is None else None
+
+    def try_to_capture(self, stream) -> tuple:
+        """-> (the graph, None) or (None, why not)"""
+        graph, why = torch.cuda.CUDAGraph(), None
+        try:
+            # Other threads may go on using CUDA: NCCL's looks whether calls have ended.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                try:
+                    self.step()
+                except RuntimeError as error:  # whereupon the end of the capture may raise, and say less
+                    why = told(error)
+                    raise
+        except RuntimeError as error:
+            return None, f"rank {dist.get_rank()} cannot capture a step: {why or told(error)}"
+        return graph, None
+
+
+@contextlib.contextmanager
+def experts_by_token(model, device: torch.device):
+    """On GPUs each token's experts are multiplied as a batch, as transformers' own `generate` does when it decodes.
+
+    Its default, grouped_mm, is made for many tokens. Except in bfloat16 on some cards, torch reads on the host how many
+    of them each expert has, which no CUDA graph can capture.
+    """
+    before = model.get_experts_implementation()
+    if device.type != "cpu":
+        model.set_experts_implementation(
+            {name: "batched_mm" if kind == "grouped_mm" else kind for name, kind in before.items()}
+        )
+    try:
+        yield
+    finally:
+        if device.type != "cpu":
+            model.set_experts_implementation(before)
+
+
+def told(error: BaseException) -> str:
+    """What it says first, in whose code, and where: the innermost frame outside torch."""
+    frames = [
+        (_package(frame), frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    package, file, line = [frame for frame in frames if frame[0] != "torch"][-1]
+    said = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{said} (in {package}, {file}:{line})"
+
+
+def _package(frame) -> str:
+    return frame.f_globals.get("__name__", "?").partition(".")[0]
 
 
 def talk(model, turns: list[torch.Tensor], num_tokens: int, device: torch.device) -> dict:
@@ -158,6 +212,7 @@ def run(args: argparse.Namespace) -> None:
         for way in WAYS:
             tp.way = way
             found[way] = talk(model, turns, args.num_tokens, place.device)
+            tp.workspace.check()  # a replayed graph cannot raise
     show(say, found, args, tokenizer)
     same = found["fused"]["answers"] == found["all_reduce"]["answers"]
     if not same:
@@ -177,7 +232,8 @@ def show(say, found: dict, args: argparse.Namespace, tokenizer) -> None:
             say(f"{title}: decoded eagerly, {found[way]['eager']}")
     say(f"{dist.get_world_size()} ranks, {args.dtype}; tokens/s on rank 0:\n\n{'':12}{'prefill':>10}{'decode':>10}")
     for way, title in WAYS.items():
-        say(f"{title:12}{found[way]['prefill']:>10.1f}{found[way]['decode']:>10.1f}")
+        by = "CUDA graph" if found[way]["eager"] is None else "eager"
+        say(f"{title:12}{found[way]['prefill']:>10.1f}{found[way]['decode']:>10.1f}  {by}")
 
 
 # ---- the command line ----

@@ -1,6 +1,7 @@
 """examples/generate.py: what it says, how it ends, and what it refuses."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -103,7 +104,10 @@ def test_the_program_with_a_stored_model(tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     arguments = ["--model", str(tmp_path), "--prompt", "who are you", "--num-tokens", "4", "--device", "cpu"]
     printed = run_program(EXAMPLES / "generate.py", tmp_path, 2, *arguments)
-    assert "> who are you" in printed and "all-reduce" in printed
+    assert "> who are you" in printed
+    for title in generate.WAYS.values():
+        assert f"{title}: decoded eagerly, no GPU\n" in printed
+        assert re.search(rf"^{title} +[\d.]+ +[\d.]+  eager$", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

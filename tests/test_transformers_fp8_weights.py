@@ -200,6 +200,24 @@ def test_products_of_rows_and_of_experts(stored):
 
 
 @pytest.mark.parametrize("stored", [torch.float32, E8M0], ids=str)
+def test_products_of_few_rows_are_those_of_many(stored):
+    """Rows that are no more than the experts are multiplied one by one."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(12, 256, generator=generator).to(BF16)
+    weight, scale = quantise_blocks(torch.randn(5, 136, 256, generator=generator), stored)
+    kernels = fp8_kernels._Kernels(None)
+    experts = torch.tensor([0, 0, 0, 2, 2, 2, 2, 2, 4, 4, 5, 5])  # the last two of no expert here
+    many = kernels.batched_matmul(rows, weight, scale, [128, 128], experts)
+    few = torch.tensor([0, 3, 4, 8, 11])
+    batched = kernels.batched_matmul(rows[few], weight, scale, [128, 128], experts[few])
+    torch.testing.assert_close(batched, many[few])
+    assert batched[:4].any(1).all() and not batched[4].any()
+    counts = torch.bincount(experts[few], minlength=6)[:5]
+    grouped = kernels.grouped_matmul(rows[few], weight, scale, counts.cumsum(0).int(), counts, [128, 128])
+    assert torch.equal(grouped, batched)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, E8M0], ids=str)
 def test_weights_of_the_tests_are_as_transformers_reads_them(stored):
     """`quantise`, which makes the models here and in the demo, beside transformers' own way back."""
     weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(0))

@@ -10,6 +10,7 @@ import torch
 from transformers.integrations import finegrained_fp8
 
 from ... import native, reference
+from .same_model import as_integers
 from .sharding import BLOCK
 
 
@@ -48,6 +49,9 @@ class _Kernels:
         if not self._serves(input):
             options = dict(offsets=offsets, tokens_per_expert=tokens_per_expert, block_size=block_size)
             return self.theirs.grouped_matmul(input, weight, weight_scale_inv, **options)
+        if len(input) <= len(weight):
+            rows = torch.arange(len(input), dtype=offsets.dtype, device=offsets.device)
+            return self._by_row(input, weight, weight_scale_inv, torch.searchsorted(offsets, rows, right=True))
         ends = [0, *offsets.tolist()]
         rows = [slice(*ends[expert : expert + 2]) for expert in range(len(weight))]
         return self._by_expert(input, weight, weight_scale_inv, rows)
@@ -57,8 +61,21 @@ class _Kernels:
         if not self._serves(input):
             options = dict(block_size=block_size, expert_ids=expert_ids)
             return self.theirs.batched_matmul(input, weight, weight_scale_inv, **options)
+        if len(input) <= len(weight):
+            return self._by_row(input, weight, weight_scale_inv, expert_ids)
         rows = [(expert_ids == expert).nonzero().flatten() for expert in range(len(weight))]
         return self._by_expert(input, weight, weight_scale_inv, rows)
+
+    def _by_row(self, input, weight, weight_scale_inv, expert_ids) -> torch.Tensor:
+        """Of few rows. Nothing is read on the host, so that a CUDA graph can capture it."""
+        q, scale = quantize(input, _rounded(weight_scale_inv))
+        output = input.new_empty(len(input), weight.shape[1])
+        own = expert_ids.clamp(0, len(weight) - 1)
+        for row in range(len(input)):
+            here = slice(row, row + 1)
+            expert = _pick(weight, own[here]), _pick(weight_scale_inv, own[here])
+            output[here] = _product(q[here], scale[here], *expert).to(output.dtype)
+        return output.masked_fill_((expert_ids != own).unsqueeze(-1), 0)  # rows of no expert here
 
     def _by_expert(self, input, weight, weight_scale_inv, rows) -> torch.Tensor:
         """Zeros for rows of no expert here."""
@@ -85,6 +102,11 @@ def _product(q, scale, weight, weight_scale_inv) -> torch.Tensor:
     output = torch.empty(len(q), len(weight), dtype=torch.bfloat16, device=q.device)
     native.project_fp8(q, scale, weight, weight_scale_inv.float(), output, 0)
     return output
+
+
+def _pick(stacked: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The one of `index` [1], as integers: not every dtype of one byte can be selected."""
+    return as_integers(stacked).index_select(0, index)[0].view(stacked.dtype)
 
 
 def _rounded(weight_scale_inv: torch.Tensor) -> bool:

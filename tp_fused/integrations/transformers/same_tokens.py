@@ -32,7 +32,7 @@ class SameTokens:
 
         A graph that is captured or traced has no room for it, and its replays would not come by here.
         """
-        if not self._due or torch.compiler.is_compiling() or _capturing():
+        if not self._due or torch.compiler.is_compiling() or capturing():
             return
         compared = (_DID.index(did), *shape, *_checksums(device, fed), _cached(fed.get("past_key_values")))
         row = torch.tensor([compared], dtype=torch.int64).view(torch.uint8).to(device)
@@ -81,5 +81,6 @@ def _cached(cache) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def capturing() -> bool:
+    """Whether what is called now goes into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ... import ops
 from ...groups import get_workspace
 from .programs import Fused, Unfused
-from .same_tokens import SameTokens
+from .same_tokens import SameTokens, capturing
 
 _WAYS = ("all_reduce", "transport", "fused")
 
@@ -119,11 +119,19 @@ class TensorParallel:
         )
 
     def _all_reduce(self, partial: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and capturing() and _backend(self.group, partial.device.type) == "gloo":
+            # Before gloo is called, which would spoil the capture with an error that says nothing.
+            raise RuntimeError("an all-reduce through gloo goes by way of the host: no CUDA graph can capture it")
         dist.all_reduce(partial, group=self.group)
         return partial
 
     def _all_reduce_rows(self, partial: torch.Tensor) -> torch.Tensor:
         return ops.all_gather_rows(ops.reduce_scatter_rows(partial, self.group), partial.shape[0], self.group)
+
+
+def _backend(group: dist.ProcessGroup, device_type: str) -> str | None:
+    """Which of torch.distributed's serves tensors of this device."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(",")).get(device_type)
 
 
 def _check_dtypes(device_type: str, dtype: torch.dtype, embeds: torch.Tensor | None) -> None:
