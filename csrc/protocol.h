@@ -26,7 +26,8 @@
 // 0 until it is written; what is written is the inverted word of the row, and never 0. So the reader looks at the row
 // itself, and neither waits for a fence. It sets back to 0 what it has read, in the same round; the
 // inbox is written again two rounds later, when its reader has published the round in between. The call is still
-// published and observed, before the rows count.
+// published and observed, before the rows count. In rs_rmsnorm_ag an owner may post its normalised row as well, in the
+// same round: behind what the sources post, so that each word of an inbox is written once a round.
 //
 // What is agreed. The contract is a hash of the call. A word of my epoch with another contract is a disagreement; the
 // two announced calls then say in what. A word of a later epoch was written by a peer that has finished my round, and
