@@ -11,7 +11,7 @@ namespace tpf {
 __device__ inline bool post_rows(const Setup& setup, uint32_t& wrong) {
   const int rank = blockIdx.y;
   const ReduceArgs& args = setup.ranks[rank];
-  OneRow<float> one(RowView<float>(args), blockIdx.x, threadIdx.x * kLanes<float>);
+  OneRow<float, 0> one(RowView<float>(args), blockIdx.x, threadIdx.x * kLanes<float>);
   for (uint32_t epoch = 1; epoch <= kRounds; ++epoch) {
     const BlockRound round = round_of(setup, epoch);
     const RowView<float> view(args, epoch);
@@ -26,7 +26,7 @@ __device__ inline bool post_rows(const Setup& setup, uint32_t& wrong) {
     one.begin_sum(view);
     if (!__syncthreads_and(one.take_posted(view, round))) return false;
 #pragma unroll
-    for (int source = 0; source < TPF_MAX_RANKS; ++source) {
+    for (int source = 0; source < one.kMost; ++source) {
       if (one.comes_from(view, source)) wrong += differ(one.vectors[source], expected);
     }
     one.clear_posted(view);
