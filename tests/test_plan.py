@@ -295,10 +295,9 @@ def test_plans_of_deepseek_v3(op, num_tokens, options, chosen):
     ],
 )
 def test_rs_rmsnorm_ag_of_two_cards(num_tokens, body, said):
-    pair = {"world_size": 2, "ranks_per_card": 1}
-    asked = Asked("rs_rmsnorm_ag", num_tokens, 7168, 0, torch.bfloat16, True, card="H200", max_ctas=None, **pair)
+    asked = Asked("rs_rmsnorm_ag", num_tokens, 7168, 0, torch.bfloat16, True, 2, "H200", 1, None)
     assert asked.plan()["body"] == body
-    told = tp_fused.explain("rs_rmsnorm_ag", num_tokens, gpu="H200", in_place=True, **pair)
+    told = tp_fused.explain("rs_rmsnorm_ag", num_tokens, gpu="H200", in_place=True, world_size=2)
     assert said in told and ("the input is staged" in told) == (body != "bulk"), told
 
 
