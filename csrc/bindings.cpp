@@ -192,6 +192,8 @@ py::dict to_dict(const tpf_plan& plan) {
   out["in_place"] = plan.source >= 0;
   out["tile_columns"] = plan.tile_columns;
   out["few_rows"] = plan.few_rows != 0;
+  out["rounds"] = plan.rounds;
+  out["ranks"] = plan.ranks;
   return out;
 }
 

@@ -7,7 +7,7 @@
 //
 // A *round* is one exchange of data. Rounds are counted by an epoch that every rank keeps in its own Control; an op is
 // one round, or two (rs_rmsnorm_ag; on CUDA of few tokens one). rs_rmsnorm_ag_fp8 is two ops or three; on CUDA of few
-// tokens one, of one round. In a round each rank
+// tokens one. In a round each rank
 //
 //   1. announces its call in its own Control, writes its rows to its own slot (epoch & 1) or to its peers',
 //   2. publishes: stores `epoch (32) | contract (32)` with release order into its word in every peer's signals,

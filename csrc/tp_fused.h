@@ -149,7 +149,7 @@ tpf_status tpf_card_of(tpf_card* card, int32_t device);
 
 typedef enum tpf_body {
   TPF_ALL_THREADS = 0, /* load and store 16 bytes at a time */
-  TPF_ONE_ROW = 1,     /* a block, or a cluster of blocks, has one row at most */
+  TPF_ONE_ROW = 1,     /* a block, or a cluster of blocks, has one row; or a block has a few, all of them posted */
   TPF_BULK = 2,        /* TMA moves rows through shared memory */
   TPF_TILES = 3,       /* tensor cores multiply tiles, and finished rows are gathered meanwhile */
   TPF_ALL_ROWS = 4,    /* every rank adds up all rows that all ranks are to have: one synchronisation, not two */
@@ -168,6 +168,8 @@ typedef struct tpf_plan {
   int64_t source;       /* as in tpf_call */
   int32_t tile_columns; /* TPF_TILES, TPF_COLUMNS (a cluster's); with chunk_rows rows */
   int32_t few_rows;     /* a projection with another body: whether since that takes less time; 0: no kernel does both */
+  int32_t rounds;       /* of csrc/protocol.h, that the launch counts: 1 or 2 */
+  int32_t ranks;        /* TPF_ONE_ROW, TPF_ALL_ROWS: that the kernel is compiled for; 0: any number */
 } tpf_plan;
 
 /* A function of its arguments alone. Of team it reads world_size, max_ctas, slot_bytes and both free_ fields. */

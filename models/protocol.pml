@@ -34,7 +34,8 @@
 #define BEHIND(e, f) (((e) + EPOCHS - (f)) % EPOCHS)  // how many rounds f is before e
 #define PEER(k) ((me + (k)) % N)
 
-// The ops, which are the fingerprints too. Ops from AG_STAGE on have two rounds.
+// The ops, which are the fingerprints too. AG_STAGE, AG_POST and AG_PLACE have two rounds; AG_POST_ONCE and
+// AG_PLACE_ONCE have one, in which normalised rows are posted, too.
 #define STAGE 1
 #define POST 2
 #define PLACE 3
@@ -42,11 +43,14 @@
 #define AG_STAGE 5
 #define AG_POST 6
 #define AG_PLACE 7
+#define AG_POST_ONCE 8
+#define AG_PLACE_ONCE 9
 #define IN_OPS(k) ((OPS >> (k)) & 1)
-#define posts(k) ((k) == POST || (k) == AG_POST)
-#define in_place(k) ((k) == PLACE || (k) == AG_PLACE)
+#define posts(k) ((k) == POST || (k) == AG_POST || (k) == AG_POST_ONCE)
+#define in_place(k) ((k) == PLACE || (k) == AG_PLACE || (k) == AG_PLACE_ONCE)
+#define posts_normed(k) ((k) >= AG_POST_ONCE)
 #define stages(k) ((k) == STAGE || (k) == AG_STAGE)
-#define gathers_after(k) ((k) >= AG_STAGE)
+#define gathers_after(k) ((k) >= AG_STAGE && (k) <= AG_PLACE)
 
 // The steps of a round, each with a word from every rank to every other.
 #define OPEN(c) (c)
@@ -88,13 +92,19 @@
 // Symmetric memory. A slot has a cell for every source and chunk; published rows take all cells of a chunk.
 byte word_epoch[STEPS * N * N], word_op[STEPS * N * N];
 byte slot[N * 2 * N * CHUNKS];
-byte inbox[N * 2 * N];
+byte inbox[N * 2 * 2 * N];  // of every source the rows to be added up; behind all these, the normalised ones
 byte input[N];  // that peers read in place
 byte epoch[N];  // rounds finished
 bool notified[N], dead[N];  // a peer has given up and says so
 #define AT(step, to, from) (((step) * N + (to)) * N + (from))
 #define CELL(owner, half, chunk, source) ((((owner) * 2 + (half)) * CHUNKS + (chunk)) * N + (source))
-#define BOX(owner, half, source) (((owner) * 2 + (half)) * N + (source))
+#define BOX(owner, half, part, source) ((((owner) * 2 + (half)) * 2 + (part)) * N + (source))
+#define ADDED 0
+#ifdef BUG_ONE_PART
+#define NORMED 0
+#else
+#define NORMED 1
+#endif
 
 // What no rank of csrc has: the op that all call in a round, how many have ended it, what each has called.
 byte op_of[EPOCHS], ended[EPOCHS];
@@ -106,7 +116,8 @@ bool odd[N];  // calls finished
 #endif
 byte timeouts = TIMEOUTS, deaths = DEATHS, mistakes = MISTAKES;
 
-#define EACH_OP(f) f(STAGE) f(POST) f(PLACE) f(GATHER) f(AG_STAGE) f(AG_POST) f(AG_PLACE)
+#define EACH_OP(f) f(STAGE) f(POST) f(PLACE) f(GATHER) f(AG_STAGE) f(AG_POST) f(AG_PLACE) \
+  f(AG_POST_ONCE) f(AG_PLACE_ONCE)
 #define some_op(k) :: op_of[e] == 0 && IN_OPS(k) -> op_of[e] = k
 #define other_op(k) :: mistakes > 0 && me == 0 && IN_OPS(k) && k != op -> op = k; mistakes--
 
@@ -170,10 +181,17 @@ inline lay_open(c) {
 }
 
 // A row is posted into an inbox that has been cleared.
+#define BOX_AT(k, part) inbox[BOX(PEER(k), INBOX(e), part, me)]
 inline post_to(k) {
   d_step {
-    assert(inbox[BOX(PEER(k), INBOX(e), me)] == 0 || mistakes < MISTAKES);
-    inbox[BOX(PEER(k), INBOX(e), me)] = TAG(e)
+    assert(BOX_AT(k, ADDED) == 0 || mistakes < MISTAKES);
+    BOX_AT(k, ADDED) = TAG(e)
+  }
+}
+inline post_normed_to(k) {
+  d_step {
+    assert(BOX_AT(k, NORMED) == 0 || mistakes < MISTAKES);
+    BOX_AT(k, NORMED) = (wrong -> GARBAGE : TAG(e))
   }
 }
 
@@ -234,27 +252,29 @@ inline one_more_look(k, step) {
 }
 
 // The row itself says that it has come. Cleared is what has been read, in the same round.
-#define BOX_FROM(k) inbox[BOX(me, INBOX(e), PEER(k))]
-inline take_from(k) {
+#define BOX_FROM(k, part) inbox[BOX(me, INBOX(e), part, PEER(k))]
+inline take_part_from(k, part) {
   if
   :: d_step {
-       BOX_FROM(k) != 0 -> check(BOX_FROM(k)); right();
+       BOX_FROM(k, part) != 0 -> check(BOX_FROM(k, part)); right();
 #ifndef BUG_CLEAR_LATE
-       BOX_FROM(k) = 0
+       BOX_FROM(k, part) = 0
 #endif
      }
 #if FAULTS
-  :: BOX_FROM(k) == 0 && GONE(k) ->
+  :: BOX_FROM(k, part) == 0 && GONE(k) ->
     if
-    :: atomic { BOX_FROM(k) == 0 -> goto fault }
-    :: d_step { else -> check(BOX_FROM(k)); BOX_FROM(k) = 0 }
+    :: atomic { BOX_FROM(k, part) == 0 -> goto fault }
+    :: d_step { else -> check(BOX_FROM(k, part)); BOX_FROM(k, part) = 0 }
     fi
 #endif
 #if TIMEOUTS > 0
-  :: atomic { BOX_FROM(k) == 0 && timeouts > 0 && me == 0 -> timeouts--; goto fault }
+  :: atomic { BOX_FROM(k, part) == 0 && timeouts > 0 && me == 0 -> timeouts--; goto fault }
 #endif
   fi
 }
+inline take_from(k) { take_part_from(k, ADDED) }
+inline take_normed_from(k) { take_part_from(k, NORMED) }
 
 // One after the other, and no peer's before the last one's: as the loops and lanes of csrc may come to it.
 #if N == 2
@@ -277,6 +297,7 @@ inline observe(step) { EACH_STEP(observe_from, step) }
 inline post() { EACH(post_to) }
 #endif
 inline take_posted() { EACH(take_from) }
+inline gather_posted() { EACH(post_normed_to); EACH(take_normed_from) }
 
 inline check(cell) { WHEN(cell != TAG(e), wrong = true) }
 
@@ -406,7 +427,7 @@ proctype Rank(byte me) {
     d_step {
       if
       :: to_clear ->
-        for (i : 0 .. N - 1) { inbox[BOX(me, INBOX(e + 1), i)] = 0 }
+        for (i : 0 .. N - 1) { inbox[BOX(me, INBOX(e + 1), ADDED, i)] = 0; inbox[BOX(me, INBOX(e + 1), NORMED, i)] = 0 }
         to_clear = false; i = 0
       :: else
       fi
@@ -439,6 +460,12 @@ proctype Rank(byte me) {
     od;
 #ifndef BUG_NO_CLOSING
     WHEN(closes(op), close_step());
+#endif
+#ifndef CPU
+    if
+    :: posts_normed(op) -> gather_posted(); WHEN(in_place(op), LOOK); HEED
+    :: else
+    fi;
 #endif
     if
     :: d_step { !gathers_after(op) -> end_round(); finish() }

@@ -1,6 +1,8 @@
 """csrc/plan without a card: a plan serves all rows and columns within the limits, and is the same on all ranks."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ CARDS = ("A100", "H20", "H100", "H200", "B200", "RTX PRO 6000")
 MOST_CHUNKS = 7  # of a block in a reduction: kMaxChunks
 MOST_PARTIALS = 136  # kMaxPartials
 STATIC_SHARED_BYTES = 2048
-HALF_A_CARD = 66  # blocks: a grid of more has a card to itself
+HALF_A_CARD = 66  # kFittedSm90: a rank with more blocks has a card to itself
+POSTED_ROWS = 2  # own_card_posted_rows: of a block
+INBOX_BYTES = 24 << 20  # kMaxInboxBytes
 BYTES = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4, torch.float8_e4m3fn: 1}
 
 
@@ -35,6 +39,7 @@ class Asked:
     ranks_per_card: int
     max_ctas: int | None
     complete: bool = False
+    full: bool = False  # the workspace is as small as it may be for the call
 
     def plan(self, card: str | None = None) -> dict:
         share = planning.share_of(self.card, self.ranks_per_card, self.max_ctas)
@@ -47,13 +52,19 @@ class Asked:
             in_place=self.in_place,
             complete=self.complete,
             share=share,
-            # As a workspace's: for the largest call, which has the dtype of most bytes.
-            slot_bytes=-(-self.num_tokens // self.world_size)
-            * self.world_size
-            * max(self.hidden_size, self.columns)
-            * 4,
+            slot_bytes=self.slot_bytes,
             **sizes,
         )
+
+    @property
+    def slot_bytes(self) -> int:
+        """As a workspace's: for the largest call, which has the dtype of most bytes."""
+        element_bytes = BYTES[self.dtype] if self.full else 4
+        return self.rows * self.world_size * max(self.hidden_size, self.columns) * element_bytes
+
+    @property
+    def own_card(self) -> bool:
+        return planning.share_of(self.card, self.ranks_per_card, self.max_ctas).max_ctas > HALF_A_CARD
 
     @property
     def rows(self) -> int:
@@ -89,6 +100,18 @@ def calls(draw, ops=OPS) -> Asked:
         draw(st.none() | st.integers(1, sms // ranks_per_card)),
         op in ("rs_rmsnorm", "rs_rmsnorm_fp8", *PROJECTIONS) and draw(st.booleans()),
     )
+
+
+def few_rows(in_place: bool = True) -> Iterator[Asked]:
+    """Reductions of up to three rows a block and a little more, in workspaces that are as small as they may be."""
+    forms = [(op, op == "rs_rmsnorm" and complete) for op in REDUCTIONS for complete in (False, True)]
+    some = (dict.fromkeys(forms), CARDS, (1, 2, 3, 4, 8), (torch.bfloat16, torch.float32), (512, 7168, 16384))
+    for (op, complete), card, world_size, dtype, hidden_size in itertools.product(*some):
+        for ranks_per_card in {1, world_size}:
+            at_once = planning.share_of(card, ranks_per_card).max_ctas * world_size
+            for tokens in (0, 1, 8, 32, at_once // 2, at_once - 1, at_once, 2 * at_once, 3 * at_once, 3 * at_once + 1):
+                sizes = (tokens, hidden_size, 0, dtype, in_place, world_size)
+                yield Asked(op, *sizes, card, ranks_per_card, None, complete, full=True)
 
 
 @settings(max_examples=1500, deadline=None, derandomize=True, database=None)
@@ -129,12 +152,56 @@ def test_every_plan_serves_the_call_within_the_limits(asked):
         assert share.max_ctas > HALF_A_CARD and BYTES[asked.dtype] == 2
     elif plan["body"] == "one row":
         assert plan["blocks"] // plan["cluster"] >= asked.rows
+    assert plan["rounds"] == 1 or asked.op == "rs_rmsnorm_ag"
     if plan["body"] == "bulk":
         assert plan["stages"] >= asked.world_size + 1
         assert plan["shared_bytes"] >= plan["stages"] * min(held, asked.vectors) * 16
         assert (plan["cluster"] - 1) * held < asked.vectors and plan["cluster"] * held // 32 <= MOST_PARTIALS
     assert plan["in_place"] <= (asked.in_place and plan["body"] != "all rows")
     assert plan["body"] != "all rows" or asked.op == "rs_rmsnorm_ag"
+
+
+def test_what_is_posted_fits_the_inbox():
+    """Rows to be added up, of every source; behind them rows to be gathered, of every owner. All rows: the residual."""
+    for asked in itertools.chain(few_rows(), few_rows(in_place=False)):
+        plan = asked.plan()
+        row_bytes, inbox = asked.vectors * 16, min(9 * asked.slot_bytes, INBOX_BYTES)
+        if plan["body"] == "all rows":
+            assert (asked.world_size + 1) * asked.num_tokens * row_bytes <= inbox, asked
+        elif plan["body"] == "one row" and asked.world_size > 1 and not asked.complete:
+            normed = asked.op == "rs_rmsnorm_ag" and plan["rounds"] == 1
+            parts = 2 if normed else 0 if plan["in_place"] else 1
+            assert parts * asked.world_size * asked.rows * row_bytes <= inbox, asked
+
+
+def test_a_block_has_few_rows_only_where_all_are_posted():
+    for asked in itertools.chain(few_rows(), few_rows(in_place=False)):
+        plan, gathers = asked.plan(), asked.op == "rs_rmsnorm_ag"
+        architecture, wide = _C.card(asked.card)["architecture"], asked.dtype == torch.float32
+        if plan["body"] not in ("one row", "all rows"):
+            assert (plan["ranks"], plan["rounds"]) == (0, 2 if gathers else 1), asked
+            continue
+        assert plan["ranks"] in (0, asked.world_size) and plan["ranks"] in ((0,) if wide else (0, 2, 4, 8)), asked
+        assert plan["chunks"] == 1, asked
+        if plan["body"] == "all rows":
+            assert plan["rounds"] == 1 and architecture < 100, asked
+            continue
+        assert plan["rounds"] == (2 if gathers and plan["ranks"] == 0 else 1), asked
+        assert not gathers or wide or architecture < 120 or plan["ranks"] in (2, 4), asked  # what is compiled for it
+        if plan["chunk_rows"] > 1:
+            assert plan["chunk_rows"] <= POSTED_ROWS and plan["cluster"] == 1 and plan["ranks"] in (2, 4), asked
+            assert asked.own_card and architecture >= 90 and not plan["in_place"] and not asked.complete, asked
+
+
+def test_a_rank_without_symmetric_memory_plans_as_those_that_post():
+    """What is posted is announced as if the input lay nowhere in particular, so nothing would tell the two apart."""
+    posting = 0
+    for asked in few_rows():
+        plan = asked.plan()
+        if not plan["in_place"]:
+            posting += 1
+            assert dataclasses.replace(asked, in_place=False).plan() == plan, asked
+    assert posting > 1000
 
 
 @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
@@ -182,6 +249,7 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
         ("rs_rmsnorm", 1, {}, {"body": "one row", "cluster": 4, "in_place": False}),
         ("rs_rmsnorm", 1024, {}, {"body": "one row", "cluster": 1, "in_place": False}),
         ("rs_rmsnorm", 1024, {"ranks_per_card": 8}, {"body": "bulk", "in_place": True}),
+        ("rs_rmsnorm", 64, {"ranks_per_card": 8}, {"body": "one row", "cluster": 1, "in_place": True}),
         ("rs_rmsnorm", 16384, {}, {"body": "bulk", "threads": 512, "in_place": True}),
         ("rs_rmsnorm", 16384, {"card": "A100"}, {"body": "all threads"}),
         ("rs_rmsnorm", 2048, {"hidden_size": 16384, "ranks_per_card": 8}, {"body": "bulk", "cluster": 2}),
@@ -191,10 +259,12 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
         ("qkv_a_proj_ag", 2048, {}, {"body": "all threads", "few_rows": True}),
         ("qkv_a_proj_ag", 2048, {"ranks_per_card": 8}, {"body": "tiles", "few_rows": False, "cluster": 2}),
         ("qkv_a_proj_ag_fp8", 2048, {}, {"body": "tiles", "few_rows": False}),
-        ("rs_rmsnorm_ag", 2, {}, {"body": "all rows", "cluster": 4, "in_place": False}),
-        ("rs_rmsnorm_ag", 8, {}, {"body": "one row", "cluster": 4, "in_place": False}),
-        ("rs_rmsnorm_ag", 64, {"ranks_per_card": 8}, {"body": "one row", "cluster": 1}),
+        ("rs_rmsnorm_ag", 2, {}, {"body": "all rows", "cluster": 4, "in_place": False, "ranks": 8}),
+        ("rs_rmsnorm_ag", 3, {}, {"body": "one row", "cluster": 4, "rounds": 1, "ranks": 8}),
+        ("rs_rmsnorm_ag", 32, {"ranks_per_card": 8}, {"body": "one row", "rounds": 1}),
+        ("rs_rmsnorm_ag", 64, {"ranks_per_card": 8}, {"body": "one row", "cluster": 1, "rounds": 2}),
         ("rs_rmsnorm_ag_fp8", 2, {}, {"body": "all rows", "cluster": 4, "in_place": False}),
+        ("rs_rmsnorm_ag_fp8", 8, {"ranks_per_card": 8}, {"body": "all rows", "in_place": False}),
         ("qkv_a_proj_ag", 64, {"complete": True}, {"body": "columns", "cluster": 8, "tile_columns": 24}),
         ("qkv_a_proj_ag", 32, {"complete": True, "ranks_per_card": 8}, {"body": "columns", "cluster": 2}),
         ("qkv_a_proj_ag", 33, {"complete": True, "ranks_per_card": 8}, {"body": "all threads"}),
@@ -210,6 +280,25 @@ def test_plans_of_deepseek_v3(op, num_tokens, options, chosen):
     asked = Asked(op, num_tokens, hidden_size, columns, dtype, in_place, 8, max_ctas=None, **values)
     plan = asked.plan()
     assert {name: plan[name] for name in chosen} == chosen
+
+
+# Rows of a rank with a card: one a block, shared by blocks; two a block; more.
+@pytest.mark.parametrize(
+    ("num_tokens", "body", "said"),
+    [
+        (1, "all rows", "4 of them share 1 row at most\none synchronisation: every rank posts its rows"),
+        (16, "one row", "4 of them share 1 row at most\none round: rows are added up by their owners"),
+        (64, "one row", "4 of them share 1 row at most\none round: rows are added up by their owners"),
+        (300, "one row", "each has 2 rows at most\none round: rows are added up by their owners"),
+        (512, "one row", "each has 2 rows at most\none round: rows are added up by their owners"),
+        (600, "bulk", "each has 3 rows at most\ntwo synchronisations: rows are added up by their owners"),
+    ],
+)
+def test_rs_rmsnorm_ag_of_two_cards(num_tokens, body, said):
+    asked = Asked("rs_rmsnorm_ag", num_tokens, 7168, 0, torch.bfloat16, True, 2, "H200", 1, None)
+    assert asked.plan()["body"] == body
+    told = tp_fused.explain("rs_rmsnorm_ag", num_tokens, gpu="H200", in_place=True, world_size=2)
+    assert said in told and ("the input is staged" in told) == (body != "bulk"), told
 
 
 def test_explain_without_a_card():

@@ -12,6 +12,7 @@ import pytest
 MODEL = Path(__file__).resolve().parents[1] / "models" / "protocol.pml"
 COMPILER = os.environ.get("CC", "gcc")
 OPS = {"stage": 1, "post": 2, "place": 3, "gather": 4, "ag_stage": 5, "ag_post": 6, "ag_place": 7}
+OPS |= {"ag_post_once": 8, "ag_place_once": 9}
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("spin") is None, reason="there is no spin (a Debian package)"),
@@ -37,6 +38,8 @@ RIGHT = {
     "a rank gives up, posted": (*ONE_FAULT, ops("post")),
     "a rank gives up, in place": (*ONE_FAULT, ops("place")),
     "a rank gives up, ag in place": (*ONE_FAULT, ops("ag_place")),
+    "a rank gives up, ag posted in one round": (*ONE_FAULT, ops("ag_post_once")),
+    "a rank gives up, ag in place in one round": (*ONE_FAULT, ops("ag_place_once")),
     "cpu, a rank gives up or dies, in place": (*ONE_FAULT, "CPU", "DEATHS=1", ops("place")),
     "cpu, a rank gives up or dies, ag in place": (*ONE_FAULT, "CPU", "DEATHS=1", ops("ag_place")),
     "cpu, a rank gives up or dies, projection": (*ONE_FAULT, "CPU", "DEATHS=1", ops("gather")),
@@ -49,6 +52,7 @@ RIGHT = {
 LARGE = {
     "four ranks, staged and in place": ("N=4", "AT_ONCE", ops("stage place")),
     "a rank calls another op": ("N=3", "MISTAKES=1", ops("stage place")),
+    "a rank calls another op, ag in one round": ("N=3", "MISTAKES=1", ops("ag_post_once ag_place_once")),
     "a rank gives up, two chunks": (*ONE_FAULT, "CHUNKS=2", ops("gather ag_place")),
     "a rank gives up, cuda, all ops": (*ONE_FAULT, ops(ALL)),
     "cpu, a rank gives up or dies, all ops": (*ONE_FAULT, "CPU", "DEATHS=1", ops(ALL_CPU)),
@@ -59,6 +63,7 @@ WRONG = {
     "one slot for two": ("N=3", "BUG_ONE_SLOT", ops("stage")),
     "an inbox cleared in the next round": ("N=3", "BUG_CLEAR_LATE", ops("post")),
     "one inbox for two": ("N=3", "BUG_ONE_INBOX", ops("post")),
+    "normalised rows posted over those to be added up": ("N=3", "BUG_ONE_PART", ops("ag_post_once")),
     "no closing synchronisation": ("N=3", "BUG_NO_CLOSING", ops("place")),
     "published before it is written": ("N=3", "BUG_PUBLISH_FIRST", ops("stage")),
     "epochs compared unsigned": ("N=3", "BUG_UNSIGNED", ops("stage")),
@@ -66,6 +71,7 @@ WRONG = {
     "a word that no call has used for all epochs": ("N=3", "BUG_UNUSED_WORD", ops("stage place")),
     "no look after the closing step": ("N=3", "TIMEOUTS=1", "BUG_NO_LOOK_AGAIN", ops("place")),
     "no look after the gather": ("N=3", "TIMEOUTS=1", "BUG_NO_LOOK_AGAIN", ops("ag_place")),
+    "no look after the gather, in one round": ("N=3", "TIMEOUTS=1", "BUG_NO_LOOK_AGAIN", ops("ag_place_once")),
     # Why `all_arrived` looks once, after all waits.
     "a look that does not wait for the gather": ("N=3", "TIMEOUTS=1", "BUG_LOOK_EARLY", ops("ag_place")),
     "a rank that is told leaves its other waits": ("N=3", "CHUNKS=2", "TIMEOUTS=1", "BUG_LEAVE_WAITS", ops("ag_place")),

@@ -296,8 +296,9 @@ def rs_rmsnorm_ag_fp8(
     on every rank; residual_out [rows of this rank, hidden_size]; output, where it is kept, this rank's normed rows
     before they were quantised, for a router whose logits are gathered afterwards. For the attention -> MLP boundary of
     fp8 models. Of few tokens on CUDA one kernel, in which every rank quantises all rows, and faults name
-    `rs_rmsnorm_fp8`; else an op after the other: ranks tell each other, and faults name, those two. The scales of a row
-    must fit a row of the workspace, as they do but in the narrowest groups.
+    `rs_rmsnorm_fp8`; of somewhat more, of bf16 and groups of 128 without output, `rs_rmsnorm_ag`, which faults then
+    name, and every rank quantises; else an op after the other: ranks tell each other, and faults name, those two. The
+    scales of a row must fit a row of the workspace, as they do but in the narrowest groups.
     """
     return _ops.rs_rmsnorm_ag_fp8(
         input,

@@ -85,6 +85,8 @@ bool plan_of_reduction(tpf_plan* plan, const tpf_call& call, const tpf::Limits& 
   plan->chunks = reduce.num_chunks;
   plan->stages = reduce.stages;
   if (reduce.posted) plan->source = -1;
+  if (call.op == TPF_RS_RMSNORM_AG) plan->rounds = tpf::rounds_of_gather(reduce.body, reduce.ranks);
+  if (reduce.body == tpf::Body::kOneRow || reduce.body == tpf::Body::kAllRows) plan->ranks = reduce.ranks;
   return true;
 }
 
@@ -103,6 +105,7 @@ tpf_status tpf_plan_call(tpf_plan* plan, const tpf_call* call, const tpf_team* t
   const tpf::Limits limits = tpf::limits_of(*team);
   *plan = {};
   plan->source = call->source;
+  plan->rounds = 1;
   switch (call->op) {
     case TPF_BARRIER:
       return TPF_UNSUPPORTED;

@@ -4,8 +4,8 @@
 
 namespace tpf {
 
-// At most one row a block; threads load and store 16 bytes at a time; TMA moves rows through shared memory; every rank
-// adds up all rows, of rs_rmsnorm_ag and rs_rmsnorm_ag_fp8.
+// At most one row a block, or a few that are posted; threads load and store 16 bytes at a time; TMA moves rows through
+// shared memory; every rank adds up all rows, of rs_rmsnorm_ag and rs_rmsnorm_ag_fp8.
 enum class Body { kOneRow, kDirect, kBulk, kAllRows };
 
 constexpr int kMaxChunks = 7;           // of a block
@@ -48,6 +48,11 @@ TPF_HD constexpr bool compiled_for_one_row(int ranks, int element_bytes, bool ga
 // How kOneRow of rs_rmsnorm_ag gathers normalised rows: where it is compiled for a number of ranks by posting them,
 // else by fetching what the peers publish in their slots.
 TPF_HD constexpr bool posts_normed_rows(int ranks) { return ranks > 0; }
+
+// Rounds of rs_rmsnorm_ag: two, where owners publish their normalised rows. All ranks have to take as many.
+TPF_HD constexpr int rounds_of_gather(Body body, int ranks) {
+  return body == Body::kAllRows || (body == Body::kOneRow && posts_normed_rows(ranks)) ? 1 : 2;
+}
 
 // Whether a block of kOneRow may have several rows, all of which are posted. Of more ranks so many hardly fit an inbox.
 TPF_HD constexpr bool takes_several_rows(int ranks) { return ranks == 2 || ranks == 4; }

@@ -20,8 +20,7 @@ constexpr bool kHasTma = true;
 template <typename T, int kVecs, Epilogue kEpilogue, Body kBody, int kRanks>
 __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBody == Body::kBulk ? kHelperThreads : 0),
                                   1) rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
-  constexpr bool kPosted = kBody == Body::kAllRows || (kBody == Body::kOneRow && posts_normed_rows(kRanks));
-  constexpr int kRounds = kEpilogue == Epilogue::kGather && !kPosted ? 2 : 1;
+  constexpr int kRounds = kEpilogue == Epilogue::kGather ? rounds_of_gather(kBody, kRanks) : 1;
   __shared__ Partials partials;
   constexpr bool kGathers = kEpilogue == Epilogue::kGather;
   if constexpr ((kBody == Body::kAllRows && !adds_up_all_rows(kCompiledFor)) ||
