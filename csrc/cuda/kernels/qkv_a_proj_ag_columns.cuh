@@ -10,33 +10,12 @@
 // A finished vector of 8 columns is posted into all ranks' inboxes, this rank's too, as flag-in-data. Then each rank
 // takes whole rows from its inbox, a warp a part of a row, and normalises q_a and kv_a on the way.
 #pragma once
-#include "../../plan/columns.h"
-#include "../comm/inbox.cuh"
 #include "../ptx/async_copy.cuh"
 #include "../ptx/cluster.cuh"
 #include "../ptx/mma.cuh"
-#include "all_gather_rows.cuh"
+#include "qkv_a_proj_ag_columns_finish.cuh"
 
 namespace tpf {
-
-constexpr int kColumnsThreads = 32 * kColumnsWarps;
-
-struct ColumnsArgs {
-  GatherArgs gather;   // its input is not looked at
-  const void* input;   // [num_tokens, hidden]
-  const void* weight;  // [columns, hidden]
-  const void* bias;
-  const float* scale;  // of fp8
-  int64_t scale_row_stride, scale_group_stride;
-  const float* weight_scale;
-  Rows own;       // columns
-  int32_t units;  // of a cluster
-  int32_t cluster;
-  int32_t row_blocks;                  // of 16 * kRowTiles rows
-  int32_t stages;                      // of the ring
-  int32_t stage_units, stage_vectors;  // of a stage: the weight's vectors of a thread, and all
-  int32_t ring_bytes;
-};
 
 // What one warp multiplies: chunks first, first + step, ... of K, in one pass after the other. A pass is of
 // kColumnUnits units and one block of rows; those of the same units follow each other, so that the weight is in a
@@ -310,69 +289,6 @@ __device__ inline void post_columns(const ColumnsArgs& args, const float* block_
       post16(inbox_of(gather.team, rank, round.epoch) + row * gather.row_bytes + place * sizeof(Out), vector);
     }
   }
-}
-
-// Whose columns these are.
-__device__ inline int owner_of_column(const ColumnsArgs& args, int64_t column) {
-  const int world_size = args.gather.team.world_size;
-  int rank = 0;
-  while (rank + 1 < world_size && column >= latent_columns_of(args.gather.call, rank + 1, world_size).start) ++rank;
-  return rank;
-}
-
-// Up to kCount vectors of a part of a row, 512 bytes apart, from the inbox; they are 0 there again afterwards.
-template <typename Out, int kCount>
-__device__ inline bool take_columns(const ColumnsArgs& args, const BlockRound& round, uint4 (&vectors)[kCount],
-                                    int64_t row, const GatherPart& part, int begin) {
-  const GatherArgs& gather = args.gather;
-  char* const from =
-      inbox_of(gather.team, gather.team.rank, round.epoch) + row * gather.row_bytes + part.row_offset + begin;
-  const auto comes = [&](int v) { return begin + v * 512 < part.row_bytes; };
-#pragma unroll
-  for (uint4& vector : vectors) vector = {};
-  const bool arrived = take_posted(
-      vectors, gather.team, gather.call, round, [&] { return from; }, [] { return 512; }, comes,
-      [&](int v) { return owner_of_column(args, (part.row_offset + begin + v * 512) / int64_t{sizeof(Out)}); });
-#pragma unroll
-  for (int v = 0; v < kCount; ++v) {
-    if (arrived && comes(v)) store16(from + v * 512, {});
-  }
-  return arrived;
-}
-
-// run(part, row) for the parts of rows that this warp finishes.
-template <typename Run>
-__device__ inline void for_parts(const GatherArgs& args, Run&& run) {
-  const int tokens = static_cast<int>(args.call.num_tokens), warps = static_cast<int>(gridDim.x) * kColumnsWarps;
-  // The first parts of all rows, which take longest, in as many blocks as there are.
-  for (int task = threadIdx.x / 32 * gridDim.x + blockIdx.x; task < args.num_parts * tokens; task += warps) {
-    run(args.parts[task / tokens], task % tokens);
-  }
-}
-
-template <typename Out>
-__device__ inline bool finish_columns(const ColumnsArgs& args, const BlockRound& round) {
-  const GatherArgs& gather = args.gather;
-  const int lane = threadIdx.x % 32;
-  bool arrived = true;
-  for_parts(gather, [&](const GatherPart& part, int64_t row) {
-    char* const to = part.output + row * part.row_bytes;
-    if (part.weight != nullptr) {
-      norm_held_part<Out>(gather, to, nullptr, part, [&](HeldPart<Out>& held) {
-        arrived = take_columns<Out>(args, round, held.raw, row, part, lane * 16) && arrived;
-      });
-      return;
-    }
-    for (int begin = lane * 16; begin < part.row_bytes; begin += 4 * 512) {
-      uint4 vectors[4];
-      arrived = take_columns<Out>(args, round, vectors, row, part, begin) && arrived;
-#pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        if (begin + v * 512 < part.row_bytes) store16(to + begin + v * 512, vectors[v]);
-      }
-    }
-  });
-  return arrived;
 }
 
 template <typename In, int kRowTiles>
