@@ -67,9 +67,9 @@ def _two_or_four(world_size: int) -> Launch:
     reduced, prologue = ("flashinfer", "rs_rmsnorm"), (*ENGINES, *SCATTERED)
     sections = {
         "rs_rmsnorm_ag_decode": _timed(
-            *(world_size, "rs_rmsnorm_ag", (*FLASHINFER, *STAGED), *reduced), variants=("staged",)
+            world_size, "rs_rmsnorm_ag", (*FLASHINFER, *STAGED), *reduced, variants=("staged",)
         ),
-        "mla_prologue_decode": _timed(*(world_size, "mla_prologue", PROLOGUE, *prologue), compile=True, budget_s=0.2),
+        "mla_prologue_decode": _timed(world_size, "mla_prologue", PROLOGUE, *prologue, compile=True, budget_s=0.2),
     }
     return Launch(f"decode-{world_size}", 60, sections)
 

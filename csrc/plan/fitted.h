@@ -15,8 +15,8 @@ struct Fitted {
   // rows. One H100, 8 ranks, `python -m bench goals`.
   int64_t ring_bytes;
   // Blocks that share a row, from which on it is posted into the inboxes rather than read in place, where ranks share a
-  // card. On a card of its own all are: of 64, 128 and 256 tokens 0.99, 0.97 and 0.81 of the time. Two H200, at
-  // 35b935c.
+  // card. On a card of its own all are: 64, 128 and 256 tokens took 6.6, 8.4 and 12.6 us read in place, 6.6, 8.1 and
+  // 10.2 us posted. Two H200, in runs of their own, at 35b935c.
   int cluster_to_post;
   // Bytes that a rank adds up in rs_rmsnorm_ag, up to which it is faster for all ranks to add up all rows, in one
   // synchronisation instead of two: where ranks share a card, 8 / 16 / 32 tokens of DeepSeek-V3 of 8 / 4 / 2 ranks. One

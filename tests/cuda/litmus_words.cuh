@@ -26,7 +26,7 @@ __device__ inline bool post_rows(const Setup& setup, uint32_t& wrong) {
     one.begin_sum(view);
     if (!__syncthreads_and(one.take_posted(view, round))) return false;
 #pragma unroll
-    for (int source = 0; source < one.kMost; ++source) {
+    for (int source = 0; source < kMostRanks<0>; ++source) {
       if (one.comes_from(view, source)) wrong += differ(one.vectors[source], expected);
     }
     one.clear_posted(view);

@@ -48,8 +48,8 @@ __device__ inline bool wait_for_peers(const tpf_team& team, const tpf_call& call
 
 // ---- rows ----
 
-// By one thread: to(peer) <- from(peer), a vector of 16 bytes of each peer that has(peer). Four are loaded
-// before the first is stored: there are no registers for all.
+// By one thread: to(peer) <- from(peer), a vector of 16 bytes of each peer that has(peer). Four are loaded before the
+// first is stored: there are no registers for all.
 template <typename Has, typename To, typename From>
 __device__ inline void copy_vectors_of_peers(Has&& has, To&& to, From&& from) {
 #pragma unroll 1

@@ -1,5 +1,5 @@
 // The second half of qkv_a_proj_ag_columns_kernel: each rank takes whole rows, of which all ranks have posted columns,
-// from its inbox.
+// from its inbox. And what both halves are given.
 #pragma once
 #include "../../plan/columns.h"
 #include "../comm/inbox.cuh"

@@ -100,6 +100,14 @@ struct RowView {
   const uint32_t epoch;
 };
 
+// Of a kernel that is compiled for kRanks ranks, 0 being any number: what they are, where the compiler may know it.
+template <int kRanks>
+constexpr int kMostRanks = kRanks > 0 ? kRanks : TPF_MAX_RANKS;
+template <int kRanks, typename T>
+__device__ inline int world_size_of(const RowView<T>& view) {
+  return kRanks > 0 ? kRanks : view.world_size;
+}
+
 // What the threads that add up a row tell each other. In shared memory, in two buffers in turn.
 struct Partials {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

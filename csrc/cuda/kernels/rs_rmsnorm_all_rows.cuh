@@ -13,8 +13,6 @@ namespace tpf {
 // One thread's vector of one row of all. What this rank has of it is loaded when this is made. kRanks: as OneRow's.
 template <typename T, int kRanks>
 struct AllRows {
-  static constexpr int kMost = kRanks > 0 ? kRanks : TPF_MAX_RANKS;
-
   __device__ AllRows(const RowView<T>& view, int row, int column)
       : row(row),
         column(column),
@@ -28,7 +26,6 @@ struct AllRows {
     }
   }
 
-  __device__ static int world_size(const RowView<T>& view) { return kRanks > 0 ? kRanks : view.world_size; }
   // Of one rank's rows, in an inbox.
   __device__ static int posted_bytes(const RowView<T>& view) {
     return static_cast<int>(view.args.call.num_tokens) * view.hidden * int{sizeof(T)};
@@ -40,7 +37,7 @@ struct AllRows {
   // Whether vector `i` of `vectors` comes from a peer.
   __device__ bool comes(const RowView<T>& view, int i) const {
     if (i == 0) return inside && view.has_residual() && !owned;
-    return inside && i <= world_size(view) && i - 1 != view.rank;
+    return inside && i <= world_size_of<kRanks>(view) && i - 1 != view.rank;
   }
   __device__ static int owner_of(const RowView<T>& view, int row) {
     int rank = 0;
@@ -53,8 +50,8 @@ struct AllRows {
     const bool posts_residual = owned && view.has_residual();
     const int offset = (view.rank + 1) * posted_bytes(view);
 #pragma unroll
-    for (int peer = 0; peer < kMost; ++peer) {
-      if (peer >= world_size(view) || peer == view.rank) continue;
+    for (int peer = 0; peer < kMostRanks<kRanks>; ++peer) {
+      if (peer >= world_size_of<kRanks>(view) || peer == view.rank) continue;
       char* const to = posted(view, peer);
       post16(to + offset, own);
       if (posts_residual) post16(to, residual);
@@ -63,7 +60,7 @@ struct AllRows {
 
   __device__ void begin_sum(const RowView<T>& view) {
 #pragma unroll
-    for (int i = 0; i <= kMost; ++i) vectors[i] = comes(view, i) ? uint4{} : i == 0 ? residual : own;
+    for (int i = 0; i <= kMostRanks<kRanks>; ++i) vectors[i] = comes(view, i) ? uint4{} : i == 0 ? residual : own;
   }
 
   __device__ bool take_posted(const RowView<T>& view, const BlockRound& round) {
@@ -77,7 +74,7 @@ struct AllRows {
   __device__ void clear_posted(const RowView<T>& view) const {
     char* const first = posted(view, view.rank);
 #pragma unroll
-    for (int i = 0; i <= kMost; ++i) {
+    for (int i = 0; i <= kMostRanks<kRanks>; ++i) {
       if (comes(view, i)) store16(first + i * posted_bytes(view), {});
     }
   }
@@ -85,7 +82,7 @@ struct AllRows {
   int row, column;
   bool inside, owned;
   uint4 own = {}, residual = {};
-  uint4 vectors[1 + kMost];  // the residual's, then the sources'
+  uint4 vectors[1 + kMostRanks<kRanks>];  // the residual's, then the sources'
 };
 
 // Rows b, b + groups, ... of all; `first` is of the first one.
@@ -117,8 +114,8 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
     float sums[1][kLanes<T>];
     unpack(sums[0], one.vectors[1], T{});
 #pragma unroll
-    for (int source = 1; source < AllRows<T, kRanks>::kMost; ++source) {
-      if (source < AllRows<T, kRanks>::world_size(view)) add_vector<T>(sums[0], one.vectors[1 + source]);
+    for (int source = 1; source < kMostRanks<kRanks>; ++source) {
+      if (source < world_size_of<kRanks>(view)) add_vector<T>(sums[0], one.vectors[1 + source]);
     }
     if (view.has_residual()) add_vector<T>(sums[0], one.vectors[0]);
     wait_for_copies<0>();
@@ -128,7 +125,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
         [&] {
           if (arrived) one.clear_posted(view);
         },
-        IntoSlot<T>{view});
+        Nothing{});
     one = AllRows<T, kRanks>(view, one.row + groups, one.column);
   }
   return arrived;

@@ -20,9 +20,9 @@ constexpr bool kHasTma = true;
 template <typename T, int kVecs, Epilogue kEpilogue, Body kBody, int kRanks>
 __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBody == Body::kBulk ? kHelperThreads : 0),
                                   1) rs_rmsnorm_kernel(const __grid_constant__ ReduceArgs args) {
-  constexpr int kRounds = kEpilogue == Epilogue::kGather ? rounds_of_gather(kBody, kRanks) : 1;
-  __shared__ Partials partials;
   constexpr bool kGathers = kEpilogue == Epilogue::kGather;
+  constexpr int kRounds = kGathers ? rounds_of_gather(kBody, kRanks) : 1;
+  __shared__ Partials partials;
   if constexpr ((kBody == Body::kAllRows && !adds_up_all_rows(kCompiledFor)) ||
                 (kBody == Body::kOneRow && !compiled_for_one_row(kRanks, sizeof(T), kGathers, kCompiledFor))) {
     return;  // never launched there

@@ -12,23 +12,20 @@ namespace tpf {
 // or that there might not be: kRanks is the world size, or 0 where any is served.
 template <typename T, int kRanks>
 struct OneRow {
-  static constexpr int kMost = kRanks > 0 ? kRanks : TPF_MAX_RANKS;
-
   // With what goes to the peers.
   __device__ OneRow(const RowView<T>& view, int row, int column) : column(column) {
     take_row(view, row);
     const T* from = static_cast<const T*>(view.args.input) + at(view, 0);
 #pragma unroll
-    for (int peer = 0; peer < kMost; ++peer) {
+    for (int peer = 0; peer < kMostRanks<kRanks>; ++peer) {
       if (view.staged() && goes_to(view, peer)) vectors[peer] = load16(from);
       from += share(view, peer) * view.hidden;
     }
   }
-  __device__ static int world_size(const RowView<T>& view) { return kRanks > 0 ? kRanks : view.world_size; }
   __device__ void take_row(const RowView<T>& view, int next) {
     row = next;
     owners = column >= view.hidden            ? 0
-             : row < view.args.partition.per  ? world_size(view)
+             : row < view.args.partition.per  ? world_size_of<kRanks>(view)
              : row == view.args.partition.per ? view.args.partition.rem
                                               : 0;
   }
@@ -47,14 +44,12 @@ struct OneRow {
     return (static_cast<int>(view.rows(owner).start) + row) * view.hidden + column;
   }
   __device__ static int share(const RowView<T>& view, int owner) { return static_cast<int>(view.rows(owner).count); }
-  // Whether this thread has a vector of a row that `peer` owns.
+  // Whether this thread has a vector of a row that `peer` owns, to send or, normalised, to gather.
   __device__ bool goes_to(const RowView<T>& view, int peer) const { return peer < owners && peer != view.rank; }
   // Whether this thread adds up a vector that `source` sends.
   __device__ bool comes_from(const RowView<T>& view, int source) const {
-    return view.rank < owners && !view.complete && source < world_size(view) && source != view.rank;
+    return view.rank < owners && !view.complete && source < world_size_of<kRanks>(view) && source != view.rank;
   }
-  // Whether it has a vector of `owner`'s normalised row to gather.
-  __device__ bool gathers_from(const RowView<T>& view, int owner) const { return goes_to(view, owner); }
   // Where it posts that.
   __device__ char* posted(const RowView<T>& view, int peer, int source) const {
     return inbox_of(view.args.team, peer, view.epoch) + source * posted_bytes(view) +
@@ -62,7 +57,7 @@ struct OneRow {
   }
   // Where `owner` posts the same vector of its normalised row: behind what all sources post.
   __device__ char* gathered(const RowView<T>& view, int peer, int owner) const {
-    return posted(view, peer, world_size(view) + owner);
+    return posted(view, peer, world_size_of<kRanks>(view) + owner);
   }
   // Of one source's rows.
   __device__ static int posted_bytes(const RowView<T>& view) { return share(view, 0) * view.hidden * int{sizeof(T)}; }
@@ -70,14 +65,15 @@ struct OneRow {
   // To all peers.
   __device__ void post(const RowView<T>& view) const {
 #pragma unroll
-    for (int peer = 0; peer < kMost; ++peer) {
+    for (int peer = 0; peer < kMostRanks<kRanks>; ++peer) {
       if (goes_to(view, peer)) post16(posted(view, peer, view.rank), vectors[peer]);
     }
   }
 
   __device__ void begin_sum(const RowView<T>& view) {
 #pragma unroll
-    for (int source = 0; source < kMost; ++source) vectors[source] = comes_from(view, source) ? uint4{} : own;
+    for (int source = 0; source < kMostRanks<kRanks>; ++source)
+      vectors[source] = comes_from(view, source) ? uint4{} : own;
   }
 
   // Looks into the inbox until every source's vector has come; false, with the fault on record, where one does not.
@@ -91,7 +87,7 @@ struct OneRow {
   // What was read is to be 0 again, in time for the round after the next.
   __device__ void clear_posted(const RowView<T>& view) const {
 #pragma unroll
-    for (int source = 0; source < kMost; ++source) {
+    for (int source = 0; source < kMostRanks<kRanks>; ++source) {
       if (comes_from(view, source)) store16(posted(view, view.rank, source), {});
     }
   }
@@ -99,22 +95,22 @@ struct OneRow {
   // To all peers: this thread's vector of the row that this rank has normalised.
   __device__ void post_normed(const RowView<T>& view, uint4 normed) const {
 #pragma unroll
-    for (int peer = 0; peer < kMost; ++peer) {
-      if (peer < world_size(view) && peer != view.rank) post16(gathered(view, peer, view.rank), normed);
+    for (int peer = 0; peer < kMostRanks<kRanks>; ++peer) {
+      if (peer < world_size_of<kRanks>(view) && peer != view.rank) post16(gathered(view, peer, view.rank), normed);
     }
   }
   // The peers' vectors of theirs, out of the inbox and into the output.
   __device__ bool gather(const RowView<T>& view, const BlockRound& round) {
 #pragma unroll
-    for (int owner = 0; owner < kMost; ++owner) vectors[owner] = {};
+    for (int owner = 0; owner < kMostRanks<kRanks>; ++owner) vectors[owner] = {};
     const bool arrived = tpf::take_posted(
         vectors, view.args.team, view.args.call, round, [&] { return gathered(view, view.rank, 0); },
-        [&] { return posted_bytes(view); }, [&](int owner) { return gathers_from(view, owner); },
+        [&] { return posted_bytes(view); }, [&](int owner) { return goes_to(view, owner); },
         [](int owner) { return owner; });
     if (!arrived) return false;
 #pragma unroll
-    for (int owner = 0; owner < kMost; ++owner) {
-      if (!gathers_from(view, owner)) continue;
+    for (int owner = 0; owner < kMostRanks<kRanks>; ++owner) {
+      if (!goes_to(view, owner)) continue;
       store16(static_cast<T*>(view.args.output) + at(view, owner), vectors[owner]);
       store16(gathered(view, view.rank, owner), {});
     }
@@ -125,7 +121,7 @@ struct OneRow {
   __device__ void load_in_place(const RowView<T>& view) {
     const int64_t bytes = at(view, view.rank) * int64_t{sizeof(T)};
 #pragma unroll
-    for (int source = 0; source < kMost; ++source) {
+    for (int source = 0; source < kMostRanks<kRanks>; ++source) {
       if (comes_from(view, source)) {
         vectors[source] = load16(input_of(view.args.symm, source) + bytes);
       }
@@ -134,7 +130,7 @@ struct OneRow {
 
   int row, column;
   int owners;  // ranks 0..owners-1 own a row of which this thread has a vector
-  uint4 vectors[kMost];
+  uint4 vectors[kMostRanks<kRanks>];
   uint4 own = {}, residual = {};
 };
 
@@ -161,7 +157,8 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
   // In shared memory is what there are not the registers to keep while peers are waited for.
   constexpr bool kNorms = kEpilogue != Epilogue::kSum, kGathers = kEpilogue == Epilogue::kGather;
   constexpr bool kLateWeight = kNorms && (kGathers || kSeveral);
-  constexpr bool kLateResidual = kGathers && OneRow<T, kRanks>::kMost > 4;
+  constexpr bool kLateResidual = kGathers && kMostRanks<kRanks> > 4;
+  static_assert(!(kSeveral && kLateResidual), "the residual of a later row is not waited for");
   constexpr int kThreads = most_threads(Body::kOneRow, sizeof(T), true);
   __shared__ uint4 weights[kLateWeight ? kThreads : 1], residuals[kLateResidual ? kThreads : 1];
   uint4* const residual = kLateResidual ? residuals + threadIdx.x : nullptr;
@@ -192,7 +189,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
     float sums[1][kLanes<T>];
     unpack(sums[0], one.vectors[0], T{});
 #pragma unroll
-    for (int source = 1; source < OneRow<T, kRanks>::kMost; ++source) {
+    for (int source = 1; source < kMostRanks<kRanks>; ++source) {
       if (kRanks > 0 ? !view.complete : source < view.num_sources()) add_vector<T>(sums[0], one.vectors[source]);
     }
     if constexpr (kLateWeight) {
