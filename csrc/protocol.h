@@ -213,6 +213,13 @@ inline tpf_dtype latent_dtype(const tpf_call& call) {
   return call.dtype == TPF_E4M3 ? TPF_BF16 : static_cast<tpf_dtype>(call.dtype);
 }
 
+// Whether a projection norms parts of its rows.
+inline bool is_normed(const tpf_call& call) {
+  return call.op == TPF_QKV_A_PROJ_AG_NORM || call.op == TPF_QKV_A_PROJ_AG_NORM_FP8;
+}
+
+constexpr int kQuantizedColumns = 128;  // of q_a, that share a scale
+
 // The columns that `rank` multiplies where all ranks have all rows (TPF_COMPLETE): vectors of 16 bytes, or the columns
 // that share a scale.
 TPF_HD inline Rows latent_columns_of(const tpf_call& call, int rank, int world_size) {

@@ -72,17 +72,6 @@ struct Call {
   }
 };
 
-// This rank's rows to e4m3.
-inline bool quantize_rows(const Call& call, const tpf_quantization& to, const void* rows, int64_t num_rows,
-                          int64_t columns, int dtype) {
-  const auto launch = [&](auto* op, auto... last) {
-    return op(&to, rows, num_rows, static_cast<int32_t>(columns), static_cast<tpf_dtype>(dtype), last...);
-  };
-  return call.run(
-      [&](void* stream) { return launch(TPF_CUDA_OP(tpf_quantize_rows_cuda), call.team()->device, stream); },
-      [&] { return launch(tpf_quantize_rows_cpu); });
-}
-
 // launch(one of the two, what else it takes)
 bool run(const Call& call, auto&& launch, auto* cuda, auto* cpu) {
   return call.run([&](void* stream) { return launch(cuda, stream); }, [&] { return launch(cpu); });

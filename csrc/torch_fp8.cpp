@@ -1,6 +1,7 @@
 // The ops that quantise normed rows to fp8: as torch_ops.cpp's.
 #include "plan/gather.h"
 #include "protocol.h"
+#include "torch_quantization.h"
 #include "torch_reduction.h"
 #include "torch_served.h"
 
@@ -17,17 +18,8 @@ bool planned(tpf_plan* plan, const ReduceCall& in, tpf_op op, uint32_t variant) 
 
 // Adds q and scale of so many rows to the results.
 bool add_quantized(const ReduceCall& in, const Quantized& as, int64_t rows, tpf_quantization* to, Results* results) {
-  const int64_t columns = in.input.columns, pitch = (rows + 3) / 4 * 4;
-  const int64_t groups = (columns + as.group_size - 1) / as.group_size;
-  void *q, *scale;
-  if (!results->add(&q, in.input, rows, columns, TPF_E4M3)) return false;
-  if (as.column ? !results->add_column_major(&scale, in.input, rows, groups, pitch)
-                : !results->add(&scale, in.input, rows, groups, TPF_F32)) {
-    return false;
-  }
-  *to = {static_cast<uint8_t*>(q), static_cast<float*>(scale),          as.column ? 1 : groups,
-         as.column ? pitch : 1,    static_cast<int32_t>(as.group_size), (in.variant & TPF_ROUND_SCALES) != 0};
-  return true;
+  const bool rounded = (in.variant & TPF_ROUND_SCALES) != 0;
+  return add_quantized(in, rows, in.input.columns, as.group_size, as.column, rounded, to, results);
 }
 
 // Gathered in 16 bits while they are added up, which takes two synchronisations, and then quantised by every rank: with

@@ -1,8 +1,10 @@
 #include <algorithm>
 #include <bit>
 
+#include "plan/projection.h"
 #include "plan/prologue.h"
 #include "torch_projection.h"
+#include "torch_quantization.h"
 #include "torch_reduction.h"
 #include "torch_served.h"
 
@@ -77,6 +79,25 @@ bool gather_normed(const Projection& in, void* const outputs[3], const void* row
       });
 }
 
+// The projection with q_a quantised on the way, in one kernel: whether it was launched, or nothing where no kernel
+// serves. Scales that are gathered are row-major: to another layout they are copied.
+std::optional<bool> run_quantized(const ProjectionFp8& in, void* const outputs[3], tpf_projection projection,
+                                  const tpf_call& call, const tpf_quantization& to, Tensor scale) {
+  void* const quantized[3] = {to.q, outputs[1], outputs[2]};
+  const bool copied = !in.complete && to.scale_group_stride != 1;
+  Results row_major;
+  tpf_quantization gathered = to;
+  if (copied && !add_scale(in, in.num_tokens, call.q_columns, kQuantizedColumns, false, &gathered, &row_major)) {
+    return false;
+  }
+  projection.q_a_scale = gathered.scale;
+  projection.q_a_scale_row_stride = gathered.scale_row_stride;
+  projection.q_a_scale_group_stride = gathered.scale_group_stride;
+  const auto launched = in.run_fused(quantized, projection, call);
+  if (!copied || !launched || !*launched) return launched;
+  return torch.aoti_torch_copy_(scale, row_major[0], 0) == 0;
+}
+
 }  // namespace
 
 bool qkv_a_proj_ag(const Value* arguments, Results* results) {
@@ -134,7 +155,8 @@ bool qkv_a_proj_ag_norm(const Value* arguments, Results* results) {
   return in.multiply(call, &product, &rows) && gather_normed(in, outputs, rows, call, projection);
 }
 
-// q_a leaves in 16 bits or, quantised, as e4m3 with scales: then its 16 bits are a tensor of this call's own.
+// q_a leaves in 16 bits or, quantised, as e4m3 with scales; where no kernel does that on the way, its 16 bits are a
+// tensor of this call's own.
 bool qkv_a_proj_ag_norm_fp8(const Value* arguments, Results* results) {
   ProjectionFp8 in;
   const Value* a = arguments;
@@ -146,38 +168,41 @@ bool qkv_a_proj_ag_norm_fp8(const Value* arguments, Results* results) {
   if (!read_eps(a[6], &eps) || (!column && layout != "row")) return false;
   const int64_t columns[3] = {in.norms[0].columns, in.norms[1].columns,
                               in.weight.rows - in.norms[0].columns - in.norms[1].columns};
-  const int64_t tokens = in.num_tokens, groups = (columns[0] + 127) / 128, pitch = (tokens + 3) / 4 * 4;
-  Results own;
-  void *outputs[3], *q = nullptr, *scale = nullptr;
-  if (!(quantize ? own : *results).add(&outputs[0], in.input, tokens, columns[0], in.latent_dtype())) return false;
-  if (quantize && !results->add(&q, in.input, tokens, columns[0], TPF_E4M3)) return false;
-  const int64_t scale_rows = quantize ? tokens : 0;
-  if (column ? !results->add_column_major(&scale, in.input, scale_rows, groups, quantize ? pitch : 0)
-             : !results->add(&scale, in.input, scale_rows, groups, TPF_F32)) {
+  const int64_t tokens = in.num_tokens;
+  const int dtype = in.latent_dtype();
+  void* outputs[3] = {};
+  tpf_quantization to = {};
+  if (!(quantize ? add_quantized(in, tokens, columns[0], kQuantizedColumns, column, rounded, &to, results)
+                 : results->add(&outputs[0], in.input, tokens, columns[0], dtype) &&
+                       add_scale(in, 0, columns[0], kQuantizedColumns, column, &to, results))) {
     return false;
   }
   for (int i = 1; i < 3; ++i) {
-    if (!results->add(&outputs[i], in.input, tokens, columns[i], in.latent_dtype())) return false;
+    if (!results->add(&outputs[i], in.input, tokens, columns[i], dtype)) return false;
   }
   tpf_call call = in.call(TPF_QKV_A_PROJ_AG_NORM_FP8, columns[0], columns[1]);
-  if (in.norms[0].dtype != in.latent_dtype()) call.variant |= TPF_FLOAT_WEIGHT;
+  if (in.norms[0].dtype != dtype) call.variant |= TPF_FLOAT_WEIGHT;
+  if (quantize) call.group_size = kQuantizedColumns;
+  if (quantize && rounded) call.variant |= TPF_ROUND_SCALES;
   tpf_projection projection = in.operands();
   projection.q_a_weight = in.norms[0].data;
   projection.kv_a_weight = in.norms[1].data;
   projection.q_columns = static_cast<int32_t>(columns[0]);
   projection.kv_columns = static_cast<int32_t>(columns[1]);
   projection.eps = eps;
+  std::optional<bool> launched;
+  if (quantizes_q_a(call)) launched = run_quantized(in, outputs, projection, call, to, (*results)[1]);
+  if (launched) return *launched;
+  Results own;
+  if (quantize && !own.add(&outputs[0], in.input, tokens, columns[0], dtype)) return false;
+  if (!quantizes_q_a(call)) launched = in.run_fused(outputs, projection, call);
   Temporary product;
   void* rows;
-  const auto launched = in.run_fused(outputs, projection, call);
   if (launched ? !*launched
                : !in.multiply(call, &product, &rows) || !gather_normed(in, outputs, rows, call, projection)) {
     return false;
   }
-  if (!quantize) return true;
-  const tpf_quantization to = {
-      static_cast<uint8_t*>(q), static_cast<float*>(scale), column ? 1 : groups, column ? pitch : 1, 128, rounded};
-  return quantize_rows(in, to, outputs[0], tokens, columns[0], in.latent_dtype());
+  return !quantize || quantize_rows(in, to, outputs[0], tokens, columns[0], dtype);
 }
 
 // Two ops, one after the other. What the second one would refuse is known before the first is launched.

@@ -329,7 +329,9 @@ tpf_status tpf_gather_quantized_cuda(void* q, float* scale, const void* own_q, c
 
 /* What a projection multiplies with. input: [rows, hidden_size]; weight: [columns, hidden_size]; bias: [columns] or
  * NULL. e4m3: scale, group g of row i at i*scale_row_stride + g*scale_group_stride; weight_scale: [columns/128,
- * hidden/128], both rounded up. qkv_a_proj_ag_norm: the weights of the two norms and their columns. */
+ * hidden/128], both rounded up. qkv_a_proj_ag_norm: the weights of the two norms and their columns; q_a_scale: of a
+ * call with a group_size, where q_a's scales go, group g of row i at i*q_a_scale_row_stride + g*q_a_scale_group_stride.
+ */
 typedef struct tpf_projection {
   const void* input;
   const float* scale;
@@ -341,10 +343,13 @@ typedef struct tpf_projection {
   const void* kv_a_weight;
   int32_t q_columns, kv_columns;
   float eps, weight_offset;
+  float* q_a_scale;
+  int64_t q_a_scale_row_stride, q_a_scale_group_stride;
 } tpf_projection;
 
-/* qkv_a_proj_ag and its two other forms in one kernel: call->op says which. outputs: latent, or q_a, kv_a and k_pe.
- * TPF_UNSUPPORTED, before anything is launched, where that kernel does not serve: then project and gather. */
+/* qkv_a_proj_ag and its other forms in one kernel: call->op says which. outputs: latent, or q_a, kv_a and k_pe; q_a is
+ * e4m3 where q_a_scale is given. TPF_UNSUPPORTED, before anything is launched, where that kernel does not serve, or not
+ * with these strides of q_a_scale: then project and gather, and quantise. */
 tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* projection, const tpf_team* team,
                                   const tpf_call* call, tpf_stream stream);
 

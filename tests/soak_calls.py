@@ -291,7 +291,9 @@ class Segment:
             hidden = self._bounded(tokens, hidden, sum(latent), dtype)
             if op in ("qkv_a_proj_ag_fp8", "qkv_a_proj_ag_norm_fp8"):
                 options["scale_layout"] = rng.choice(("row", "column"))
-            elif op == "qkv_a_proj_ag":
+            if op in ("qkv_a_proj_ag_norm_fp8", "mla_prologue_fp8") and latent[0] > 0:
+                options |= {"quantize_q_a": rng.random() < 0.5, "round_scales": rng.random() < 0.3}
+            if op == "qkv_a_proj_ag":
                 options["bias"] = rng.random() < 0.5
         elif op == "all_gather_rows":
             dtype = rng.choice((dtype, dtype, E4M3, torch.uint8))

@@ -34,13 +34,20 @@ FORMS_OF_OPS.append(("all_gather_rows", "many wide rows"))
 # Of so few that all ranks quantise all, also where there are eight: many for a block.
 FORMS["some rows"] = (11, 256)
 FORMS_OF_OPS += [("rs_rmsnorm_ag_fp8", form) for form in ("few rows", "a row", "some rows")]
+# Whose q_a is quantised on the way: its own rows, gathered, or the columns of all rows.
+FORMS["rows of all ranks"] = (3, 256)
+FORMS_OF_OPS += [("qkv_a_proj_ag_norm_fp8", form) for form in ("few rows", "many rows", "rows of all ranks")]
+QUANTIZED = (512, 40, 8)  # columns of the latent
 
 
 def call_of(op: str, device: str, form: str, world_size: int) -> Call:
     options = {"keep_output": True} if op in ("rs_rmsnorm_fp8", "rs_rmsnorm_ag_fp8") else {}
     largest, hidden_size = FORMS[form]
     num_tokens = max(world_size, (largest - 1) * world_size + 1)
-    return Call(op, num_tokens, hidden_size, residual="full", device=device, options=options)
+    latent = LATENT
+    if op == "qkv_a_proj_ag_norm_fp8":
+        options, latent = {"quantize_q_a": True, "complete": form == "rows of all ranks"}, QUANTIZED
+    return Call(op, num_tokens, hidden_size, residual="full", device=device, latent=latent, options=options)
 
 
 def arguments_of(call: Call, form: str) -> dict:

@@ -14,6 +14,7 @@ from tp_fused.native import _C
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 LATENT = (136, 40, 8)  # q_a has a whole group of 128 and a part of one
+WHOLE = (512, 72, 16)  # q_a is quantised by the kernel that norms it
 FEW, MANY = 3, 5  # tokens of two and three ranks, for the prologue
 HIDDEN = 208
 SIZES = {"max_num_tokens": 64, "hidden_size": HIDDEN, "latent_size": sum(LATENT), "dtype": torch.float32}
@@ -70,13 +71,20 @@ def test_beside_the_formulas_of_others():
 # ---- the ops ----
 
 
-def arguments(num_tokens: int, dtype: torch.dtype, residual: str | None, device: str, complete: bool = False) -> list:
+def arguments(
+    num_tokens: int,
+    dtype: torch.dtype,
+    residual: str | None,
+    device: str,
+    complete: bool = False,
+    latent: tuple[int, int, int] = LATENT,
+) -> list:
     """Of mla_prologue_fp8, up to eps."""
     place = (dist.get_rank(), dist.get_world_size())
     made = prologue_inputs(num_tokens, HIDDEN, dtype, residual, *place, complete)
-    made.append(random("projection", (sum(LATENT), HIDDEN), torch.float32).to(E4M3))
-    made.append(random("weight scale", (2, 2), torch.float32).abs() * 0.1)
-    made += [random(f"latent norm {size}", (size,), torch.float32) + 1 for size in LATENT[:2]]
+    made.append(random("projection", (sum(latent), HIDDEN), torch.float32).to(E4M3))
+    made.append(random("weight scale", (-(-sum(latent) // 128), 2), torch.float32).abs() * 0.1)
+    made += [random(f"latent norm {size}", (size,), torch.float32) + 1 for size in latent[:2]]
     return [x if x is None else x.to(device) for x in made]
 
 
@@ -180,35 +188,41 @@ def test_scales_have_to_fit_the_workspace(pool, backend, device, world_size):
         assert said in refused
 
 
-def check_latent(backend: str, device: str) -> None:
+def check_latent(backend: str, device: str, latent: tuple[int, int, int], token_counts: tuple[int, ...]) -> None:
     """Runs on a rank: qkv_a_proj_ag_norm_fp8, beside its unfused program on the same product."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    with workspace(backend, device, **SIZES):
-        for i, num_tokens in enumerate((0, 1, 2, 50, 64)):
-            *_, weight, weight_scale, q_norm, kv_norm = arguments(num_tokens, BF16, None, device)
+    with workspace(backend, device, **SIZES | {"max_num_tokens": max(token_counts), "latent_size": sum(latent)}):
+        for i, num_tokens in enumerate(token_counts):
+            *_, weight, weight_scale, q_norm, kv_norm = arguments(num_tokens, BF16, None, device, latent=latent)
             norms = (q_norm, kv_norm) if i % 2 else (q_norm.to(BF16), kv_norm.to(BF16))
             q, scale = reference.quantize_e4m3(random("rows", (num_tokens, HIDDEN), BF16).to(device))
             for complete in (False, True):
                 own = slice(None) if complete else partition.row_slice(num_tokens, rank, world_size)
                 given = (q[own].contiguous(), scale[own].contiguous(), weight, weight_scale)
-                latent = tp_fused.qkv_a_proj_ag_fp8(*given, num_tokens, complete=complete)
-                expected = reference.split_and_norm(latent, *norms, EPS)
+                rows = tp_fused.qkv_a_proj_ag_fp8(*given, num_tokens, complete=complete)
+                expected = reference.split_and_norm(rows, *norms, EPS)
                 given = (*given, *norms, num_tokens, EPS)
                 q_a, no_scale, kv_a, k_pe = tp_fused.qkv_a_proj_ag_norm_fp8(*given, complete=complete)
                 compare = same_bits if device == "cpu" else lambda *both: within_one_rounding(*both, BF16)
                 compare((q_a, kv_a, k_pe), expected)
-                assert no_scale.shape == (0, 2)
+                assert no_scale.shape == (0, -(-latent[0] // 128))
                 for layout in ("row", "column"):
                     options = {"scale_layout": layout, "complete": complete, "round_scales": i % 2 == 1}
                     again = tp_fused.qkv_a_proj_ag_norm_fp8(*given, quantize_q_a=True, **options)
                     same_bits(again[2:], (kv_a, k_pe))
                     same_bits(again[:2], reference.quantize_e4m3(q_a, 128, layout, i % 2 == 1))
-                    assert again[1].stride() == reference.empty_scale(num_tokens, 136, 128, layout, device).stride()
+                    wanted = reference.empty_scale(num_tokens, latent[0], 128, layout, device)
+                    assert again[1].stride() == wanted.stride()
 
 
+@pytest.mark.parametrize(
+    ("latent", "token_counts"),
+    [(LATENT, (0, 1, 2, 50, 64)), (WHOLE, (0, 1, 5, 64, 700))],
+    ids=["a part of a group", "whole groups"],
+)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_latent_norms_and_q_a_in_fp8(pool, backend, device, world_size):
-    pool.run(check_latent, backend, device)
+def test_latent_norms_and_q_a_in_fp8(pool, backend, device, latent, token_counts, world_size):
+    pool.run(check_latent, backend, device, latent, token_counts)
 
 
 def two_ops(input, residual, norm_weight, weight, weight_scale, q_norm, kv_norm, complete, **options) -> tuple:

@@ -63,6 +63,9 @@ class Projection(ctypes.Structure):
         ("kv_columns", ctypes.c_int32),
         ("eps", ctypes.c_float),
         ("weight_offset", ctypes.c_float),
+        ("q_a_scale", Pointer),
+        ("q_a_scale_row_stride", ctypes.c_int64),
+        ("q_a_scale_group_stride", ctypes.c_int64),
     ]
 
 

@@ -133,16 +133,20 @@ def run_reductions(device: str, max_ctas: int) -> int:
 
 
 def quantize_latent(device: str) -> int:
-    """qkv_a_proj_ag_norm_fp8, beside itself with a q_a that is quantised afterwards."""
-    call = Call("qkv_a_proj_ag_fp8", FEW, 256, FP32, device=device)
-    given = call.arguments(dist.get_rank(), WORLD_SIZE)
-    given |= {
-        name: torch.ones(size, dtype=BF16, device=device) for name, size in (("q_a_weight", 96), ("kv_a_weight", 40))
-    }
-    q_a, *_ = tp_fused.qkv_a_proj_ag_norm_fp8(**given)
-    q, scale, *_ = tp_fused.qkv_a_proj_ag_norm_fp8(**given, quantize_q_a=True)
-    same_bits((q, scale), reference.quantize_e4m3(q_a))
-    return 2
+    """qkv_a_proj_ag_norm_fp8, beside itself with a quantised q_a: on the way or, of few columns, afterwards."""
+    number = 0
+    for latent in ((96, 40, 8), (512, 72, 16)):
+        for num_tokens, complete in ((FEW, False), (FEW, True), (5, True)):
+            options = {"complete": complete}
+            call = Call("qkv_a_proj_ag_fp8", num_tokens, 256, FP32, device=device, latent=latent, options=options)
+            given = call.arguments(dist.get_rank(), WORLD_SIZE)
+            for name, size in zip(("q_a_weight", "kv_a_weight"), latent[:2], strict=True):
+                given[name] = torch.ones(size, dtype=BF16, device=device)
+            q_a, *_ = tp_fused.qkv_a_proj_ag_norm_fp8(**given)
+            q, scale, *_ = tp_fused.qkv_a_proj_ag_norm_fp8(**given, quantize_q_a=True)
+            same_bits((q, scale), reference.quantize_e4m3(q_a))
+            number += 2
+    return number
 
 
 def run_others(device: str, tool: str) -> int:

@@ -288,6 +288,8 @@ def qkv_a_proj_ag_norm_fp8(
 ):
     variant = f", columns={weight.shape[0]}, q_a={q_a_weight.numel()}, kv_a={kv_a_weight.numel()}"
     variant += _norm_variant(torch.bfloat16, q_a_weight, eps)
+    if quantize_q_a:
+        variant += f", q_a quantised{' with rounded scales' if round_scales else ''}"
     operands = (scale, weight, weight_scale)
     latent = _projected(workspace, "qkv_a_proj_ag_norm_fp8", q, num_tokens, variant, complete, project_fp8, *operands)
     q_a, kv_a, k_pe = split_and_norm(latent, q_a_weight, kv_a_weight, eps)

@@ -36,7 +36,7 @@ struct Planner {
   const tpf_card& card;
   const Fitted& fitted = fitted_to(card);
   const int64_t rows = partition_of(call.num_tokens, limits.world_size).largest();
-  const bool scaled = call.dtype == TPF_E4M3, norm = call.op == TPF_QKV_A_PROJ_AG_NORM;
+  const bool scaled = call.dtype == TPF_E4M3, norm = is_normed(call);
 
   int row_blocks(const TileNumbers& tile) const { return std::max(1, tiles_of(rows, tile.rows)); }
 
@@ -95,9 +95,9 @@ ProjectionPlan plan_projection(const tpf_call& call, bool aligned, const Limits&
   const int64_t row_bytes = call.hidden_size * bytes_of(static_cast<tpf_dtype>(call.dtype));
   const uint32_t rest = call.columns - call.q_columns - call.kv_columns;
   ProjectionPlan plan = {};
-  if (call.op == TPF_QKV_A_PROJ_AG_NORM_FP8 || (call.variant & TPF_COMPLETE) != 0 || !card.has_wgmma || !aligned ||
-      call.dtype == TPF_F32 || row_bytes % 16 != 0 || call.columns % 8 != 0 || call.q_columns % 8 != 0 ||
-      call.kv_columns % 8 != 0 || rest % 8 != 0 || call.q_columns > kMostQColumns || call.kv_columns > kMostKvColumns) {
+  if ((call.variant & TPF_COMPLETE) != 0 || !card.has_wgmma || !aligned || call.dtype == TPF_F32 ||
+      row_bytes % 16 != 0 || call.columns % 8 != 0 || call.q_columns % 8 != 0 || call.kv_columns % 8 != 0 ||
+      rest % 8 != 0 || call.q_columns > kMostQColumns || call.kv_columns > kMostKvColumns) {
     return plan;
   }
   // As many blocks as there may be, even where they have no tile: they copy. All must be on the card at once, since

@@ -112,11 +112,10 @@ __device__ inline void store_columns(T* to, const float (&values)[kWidth]) {
 template <typename T>
 using HeldPart = NormedPart<T, kHeldVectors>;
 
-// RMSNorm of one part of a row, by one warp, which `load(held)` gives it. A weight of the part's dtype is loaded
-// before, so that both are on their way at the same time.
-template <typename T, typename Load>
-__device__ inline void norm_held_part(const GatherArgs& args, char* to, char* also, const GatherPart& part,
-                                      Load&& load) {
+// RMSNorm of one part of a row, by one warp, which `load(held)` gives it; `store(v, vector)` gets the lane's vectors. A
+// weight of the part's dtype is loaded before, so that both are on their way at the same time.
+template <typename T, typename Load, typename Store>
+__device__ inline void norm_held_part(const GatherArgs& args, const GatherPart& part, Load&& load, Store&& store) {
   const int columns = static_cast<int>(part.row_bytes / sizeof(T));
   HeldPart<T> held;
   load(held);
@@ -129,16 +128,15 @@ __device__ inline void norm_held_part(const GatherArgs& args, char* to, char* al
   }
   held.norm(
       columns, args.eps,
-      [&](float (&values)[kLanes<T>], int v, int column) {
-        if (args.float_weights) return load_norm_weight<T>(values, part.weight, column, true, args.weight_addend);
+      [&](float (&values)[kLanes<T>], int v) {
+        if (args.float_weights) {
+          return load_norm_weight<T>(values, part.weight, held.column_of(v), true, args.weight_addend);
+        }
         unpack(values, weights[v], T{});
 #pragma unroll
         for (float& value : values) value += args.weight_addend;
       },
-      [&](int column, uint4 vector) {
-        store16(to + column * sizeof(T), vector);
-        if (also != nullptr) store16(also + column * sizeof(T), vector);
-      });
+      store);
 }
 
 // A vector of a row, or a single column. Not through the read-only path: peers may have written it.
@@ -186,9 +184,15 @@ __device__ inline void finish_part(const GatherArgs& args, char* to, char* also,
   if (part.weight == nullptr) {
     copy_piece<1>(to, also, from, part.row_bytes, lane, 32, args.vectors);
   } else if (args.vectors && part.row_bytes <= HeldPart<T>::kMaxColumns * int64_t{sizeof(T)}) {
-    norm_held_part<T>(args, to, also, part, [&](HeldPart<T>& held) {
-      held.load(reinterpret_cast<const T*>(from), static_cast<int>(part.row_bytes / sizeof(T)));
-    });
+    norm_held_part<T>(
+        args, part,
+        [&](HeldPart<T>& held) {
+          held.load(reinterpret_cast<const T*>(from), static_cast<int>(part.row_bytes / sizeof(T)));
+        },
+        [&](int v, uint4 vector) {
+          store16(to + lane * 16 + v * 512, vector);
+          if (also != nullptr) store16(also + lane * 16 + v * 512, vector);
+        });
   } else if (args.vectors) {
     norm_part<T, kLanes<T>>(args, to, also, from, part, lane);
   } else {

@@ -47,13 +47,8 @@ tpf_status launch(ProjectionArgs& args, const ProjectionPlan& plan, const tpf_ca
     return TPF_UNSUPPORTED;
   }
   const Grid grid = {plan.blocks, kProjectionThreads, plan.shared_bytes, plan.cluster};
-  if (args.call.op != TPF_QKV_A_PROJ_AG_NORM) {
-    return launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, false>, args, card, grid, stream);
-  }
-  if constexpr (!Tiles::kScaled) {
-    return launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, true>, args, card, grid, stream);
-  }
-  return TPF_UNSUPPORTED;
+  return is_normed(args.call) ? launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, true>, args, card, grid, stream)
+                              : launch_kernel(qkv_a_proj_ag_kernel<Tiles, Out, false>, args, card, grid, stream);
 }
 
 // With the tiles that were planned, one of these kinds.
@@ -79,13 +74,27 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   if (columns.serves) return launch_columns(outputs, *projection, *team, *call, columns, card, stream);
   const ProjectionPlan plan = plan_projection(*call, aligned, limits_of(*team), card);
   if (!plan.fused || encoder() == nullptr) return TPF_UNSUPPORTED;
+  const int q_a_groups = quantizes_q_a(*call) ? call->q_columns / kQuantizedColumns : 0;
+  if (q_a_groups > 0 && (projection->q_a_scale == nullptr || !begins_at_16_bytes(projection->q_a_scale) ||
+                         projection->q_a_scale_row_stride != q_a_groups || projection->q_a_scale_group_stride != 1)) {
+    return TPF_UNSUPPORTED;
+  }
   ProjectionArgs args = {};
-  const bool norm = call->op == TPF_QKV_A_PROJ_AG_NORM;
-  const uint32_t rest = call->columns - call->q_columns - call->kv_columns;
-  const uint32_t pieces[3] = {norm ? call->q_columns : rest, norm ? call->kv_columns : 0, norm ? rest : 0};
-  for (int i = 0; i < 3; ++i) {
-    args.outputs[i] = static_cast<char*>(outputs[i]);
-    args.columns[i] = pieces[i];
+  // Of fp8, too, the gathered rows have 16 bits, but for q_a where it is quantised.
+  const int64_t item = bytes_of(latent_dtype(*call)), rest = call->columns - call->q_columns - call->kv_columns;
+  const auto add_part = [&](int part, void* output, int64_t bytes) {
+    args.outputs[part] = static_cast<char*>(output);
+    args.part_bytes[part] = static_cast<uint32_t>(bytes);
+  };
+  if (q_a_groups > 0) {
+    add_part(0, outputs[0], call->q_columns);
+    add_part(1, projection->q_a_scale, q_a_groups * sizeof(float));
+  } else {
+    add_part(0, outputs[0], (is_normed(*call) ? call->q_columns : call->columns) * item);
+  }
+  if (is_normed(*call)) {
+    add_part(2, outputs[1], call->kv_columns * item);
+    add_part(3, outputs[2], rest * item);
   }
   args.scale = projection->scale;
   args.scale_row_stride = projection->scale_row_stride;

@@ -27,6 +27,7 @@ template <typename In, TileKind kKind>
 using TilesOf =
     Tiling<In, size_of(kKind, sizeof(In)).rows, size_of(kKind, sizeof(In)).columns, size_of(kKind, sizeof(In)).stages>;
 
+constexpr int kRowParts = 4;   // of a gathered row, that are tensors of their own
 constexpr int kNormedRun = 4;  // rows that a counting warp norms one after the other: it looks and counts for all
 
 // Registers of a thread that multiplies, and of the others. They share what the kernel is launched with: 384 times 168.
@@ -44,12 +45,11 @@ static_assert(sizeof(tpf_call) == 56);
 
 struct ProjectionArgs {
   CUtensorMap input_map, weight_map, tail_map;  // tail_map: the weight in boxes of the tiles' tail columns
-  char* outputs[3];                             // latent; or q_a, kv_a, k_pe
-  uint32_t columns[3];                          // of each; 0 where there is none
+  char* outputs[kRowParts];                     // latent; or q_a, its scales, kv_a, k_pe
+  uint32_t part_bytes[kRowParts];               // of a row of each; 0 where there is none
   const float* scale;
   int64_t scale_row_stride, scale_group_stride;
   const float* weight_scale;
-  bool scale_quads;  // of a row, and of a column, lie together at a multiple of 16 bytes
   const void* bias;
   const void* norm_weights[2];
   float eps, weight_addend;
@@ -60,6 +60,7 @@ struct ProjectionArgs {
   int32_t row_blocks;  // of the rank that owns most rows; at least 1
   int32_t column_tiles;
   int32_t k_blocks;
+  bool scale_quads;  // of a row, and of a column, lie together at a multiple of 16 bytes
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -166,6 +167,18 @@ __device__ inline int first_late_row_block(const ProjectionArgs& args) {
 template <bool kNorm>
 __device__ inline bool is_output(const ProjectionArgs& args) {
   return !kNorm && args.team.world_size == 1;
+}
+
+template <bool kNorm>
+__device__ inline bool is_q_a_quantized(const ProjectionArgs& args) {
+  return kNorm && args.part_bytes[1] > 0;
+}
+
+// Bytes of a row in the slot, before those that are gathered. Quantised, q_a takes less of its place, the end.
+template <typename Tiles, bool kNorm>
+__device__ inline int unused_bytes(const ProjectionArgs& args) {
+  if (!Tiles::kScaled || !is_q_a_quantized<kNorm>(args)) return 0;
+  return args.call.q_columns * 2 - args.part_bytes[0] - args.part_bytes[1];
 }
 
 // Where finished tiles are put.

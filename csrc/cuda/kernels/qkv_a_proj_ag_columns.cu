@@ -1,3 +1,4 @@
+#include "../../plan/projection.h"
 #include "all_gather_rows_launch.cuh"
 #include "qkv_a_proj_ag_columns.cuh"
 #include "qkv_a_proj_ag_columns.h"
@@ -34,7 +35,7 @@ tpf_status launch_columns(void* const outputs[3], const tpf_projection& projecti
   args.gather.weight_addend = weight_addend(projection.weight_offset);
   args.gather.float_weights = (call.variant & TPF_FLOAT_WEIGHT) != 0;
   const int64_t bytes = bytes_of(latent_dtype(call));
-  if (call.op == TPF_QKV_A_PROJ_AG_NORM || call.op == TPF_QKV_A_PROJ_AG_NORM_FP8) {
+  if (is_normed(call)) {
     add_part(args.gather, outputs[0], projection.q_a_weight, call.q_columns * bytes);
     add_part(args.gather, outputs[1], projection.kv_a_weight, call.kv_columns * bytes);
     add_part(args.gather, outputs[2], nullptr, (int64_t{call.columns} - call.q_columns - call.kv_columns) * bytes);
@@ -48,6 +49,9 @@ tpf_status launch_columns(void* const outputs[3], const tpf_projection& projecti
   args.scale_row_stride = projection.scale_row_stride;
   args.scale_group_stride = projection.scale_group_stride;
   args.weight_scale = projection.weight_scale;
+  if (quantizes_q_a(call)) args.q_a_scale = projection.q_a_scale;
+  args.q_a_scale_row_stride = projection.q_a_scale_row_stride;
+  args.q_a_scale_group_stride = projection.q_a_scale_group_stride;
   args.own = latent_columns_of(call, team.rank, team.world_size);
   args.units = plan.units;
   args.cluster = plan.cluster;

@@ -316,12 +316,10 @@ __global__ void __launch_bounds__(kColumnsThreads, 1)
   bool arrived = !round.refused && wait_for_peers(gather.team, gather.call, round, 0, threadIdx.x);
   arrived = __syncthreads_and(arrived);
   pdl_trigger();  // as in OneRow's
-  if (arrived) arrived = finish_columns<Out>(args, round);
+  if (arrived) arrived = finish_columns<Out, sizeof(In) == 1>(args, round);
   cluster_wait();
   if (__syncthreads_and(arrived)) return end_op(gather.team);
-  for_parts(gather, [&](const GatherPart& part, int64_t row) {
-    poison(part.output + row * part.row_bytes, part.row_bytes, threadIdx.x % 32, 32);
-  });
+  poison_columns(args);
   end_faulted_op(gather.team, gather.call, round);
 }
 

@@ -17,6 +17,8 @@ struct ColumnsArgs {
   const float* scale;  // of fp8
   int64_t scale_row_stride, scale_group_stride;
   const float* weight_scale;
+  float* q_a_scale;  // of e4m3 q_a; else null
+  int64_t q_a_scale_row_stride, q_a_scale_group_stride;
   Rows own;       // columns
   int32_t units;  // of a cluster
   int32_t cluster;
@@ -64,17 +66,38 @@ __device__ inline void for_parts(const GatherArgs& args, Run&& run) {
   }
 }
 
-template <typename Out>
+// Whether a part leaves as e4m3, with scales: q_a, which is the first.
+__device__ inline bool is_quantized(const ColumnsArgs& args, const GatherPart& part) {
+  return args.q_a_scale != nullptr && part.row_offset == 0;
+}
+
+__device__ inline float& scale_of(const ColumnsArgs& args, int64_t row, int group) {
+  return args.q_a_scale[row * args.q_a_scale_row_stride + group * args.q_a_scale_group_stride];
+}
+
+template <typename Out, bool kScaled>
 __device__ inline bool finish_columns(const ColumnsArgs& args, const BlockRound& round) {
   const GatherArgs& gather = args.gather;
   const int lane = threadIdx.x % 32;
   bool arrived = true;
   for_parts(gather, [&](const GatherPart& part, int64_t row) {
     char* const to = part.output + row * part.row_bytes;
+    const auto take = [&](HeldPart<Out>& held) {
+      arrived = take_columns<Out>(args, round, held.raw, row, part, lane * 16) && arrived;
+    };
+    if constexpr (kScaled) {
+      if (is_quantized(args, part)) {
+        uint8_t* const q = reinterpret_cast<uint8_t*>(part.output) + row * gather.call.q_columns + lane * 8;
+        const bool rounded = (gather.call.variant & TPF_ROUND_SCALES) != 0;
+        norm_held_part<Out>(gather, part, take, [&](int v, uint4 vector) {
+          const float scale = quantize_vector(q + v * 256, vector, rounded);
+          if (lane % 16 == 0) scale_of(args, row, 2 * v + lane / 16) = scale;
+        });
+        return;
+      }
+    }
     if (part.weight != nullptr) {
-      norm_held_part<Out>(gather, to, nullptr, part, [&](HeldPart<Out>& held) {
-        arrived = take_columns<Out>(args, round, held.raw, row, part, lane * 16) && arrived;
-      });
+      norm_held_part<Out>(gather, part, take, [&](int v, uint4 vector) { store16(to + lane * 16 + v * 512, vector); });
       return;
     }
     for (int begin = lane * 16; begin < part.row_bytes; begin += 4 * 512) {
@@ -87,6 +110,20 @@ __device__ inline bool finish_columns(const ColumnsArgs& args, const BlockRound&
     }
   });
   return arrived;
+}
+
+// Instead of that, after a fault.
+__device__ inline void poison_columns(const ColumnsArgs& args) {
+  const int lane = threadIdx.x % 32;
+  for_parts(args.gather, [&](const GatherPart& part, int64_t row) {
+    const bool quantized = is_quantized(args, part);
+    const int64_t bytes = quantized ? args.gather.call.q_columns : part.row_bytes;
+    poison(part.output + row * bytes, bytes, lane, 32);
+    const int groups = quantized ? args.gather.call.q_columns / kQuantizedColumns : 0;
+    for (int group = lane; group < groups; group += 32) {
+      poison(reinterpret_cast<char*>(&scale_of(args, row, group)), sizeof(float), 0, 1);
+    }
+  });
 }
 
 }  // namespace tpf

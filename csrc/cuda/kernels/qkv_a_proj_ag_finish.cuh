@@ -18,33 +18,52 @@ __device__ inline void keep_norm_weights(const ProjectionArgs& args, uint4* weig
   if (has_float_weights(args)) return;
   for (int i = threadIdx.x; i < (kQVectors + kKvVectors) * 32; i += kProjectionThreads) {
     const int part = i < kQVectors * 32 ? 0 : 1, column = (i - part * kQVectors * 32) * kLanes<Out>;
-    if (column >= args.columns[part]) continue;
+    if (column >= static_cast<int>(part == 0 ? args.call.q_columns : args.call.kv_columns)) continue;
     weights[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const Out*>(args.norm_weights[part]) + column));
   }
 }
 
-// By a warp: in place, in its slot.
-template <typename Out>
+// By a warp: in place, in its slot. Whether q_a is quantised, only fp8 calls ask.
+template <typename Out, bool kScaled>
 __device__ inline void norm_row(const ProjectionArgs& args, const BlockRound& round, int row, const uint4* weights) {
   Out* const q_row = rows_at<Out, true>(args, round) + int64_t{row} * args.call.columns;
-  const int q_columns = args.columns[0], kv_columns = args.columns[1];
+  const int q_columns = args.call.q_columns, kv_columns = args.call.kv_columns;
   Out* const kv_row = q_row + q_columns;
-  NormedPart<Out, kQVectors> q_a;
-  NormedPart<Out, kKvVectors> kv_a;
-  q_a.load(q_row, q_columns);
-  kv_a.load(kv_row, kv_columns);
+  const int lane = threadIdx.x % 32;
   const auto weight_of = [&](int part) {
-    return [&, part](float (&values)[kLanes<Out>], int, int column) {
+    const float* const floats = static_cast<const float*>(args.norm_weights[part]) + lane * kLanes<Out>;
+    const uint4* const kept = weights + part * kQVectors * 32 + lane;
+    return [=, &args](float (&values)[kLanes<Out>], int v) {
       if (has_float_weights(args)) {
-        return load_norm_weight<Out>(values, args.norm_weights[part], column, true, args.weight_addend);
+        load_weight(values, floats + v * 32 * kLanes<Out>);
+      } else {
+        unpack(values, kept[v * 32], Out{});
       }
-      unpack(values, weights[part * kQVectors * 32 + column / kLanes<Out>], Out{});
 #pragma unroll
       for (float& value : values) value += args.weight_addend;
     };
   };
-  q_a.norm(q_columns, args.eps, weight_of(0), [&](int column, uint4 vector) { store16(q_row + column, vector); });
-  kv_a.norm(kv_columns, args.eps, weight_of(1), [&](int column, uint4 vector) { store16(kv_row + column, vector); });
+  const auto store_to = [&](Out* to) {
+    return [to, lane](int v, uint4 vector) { store16(to + (v * 32 + lane) * kLanes<Out>, vector); };
+  };
+  if constexpr (!kScaled) {
+    NormedPart<Out, kQVectors> q_a;
+    NormedPart<Out, kKvVectors> kv_a;
+    q_a.load(q_row, q_columns);
+    kv_a.load(kv_row, kv_columns);
+    q_a.norm(q_columns, args.eps, weight_of(0), store_to(q_row));
+    kv_a.norm(kv_columns, args.eps, weight_of(1), store_to(kv_row));
+    return;
+  }
+  float* const scales = reinterpret_cast<float*>(kv_row) - q_columns / kQuantizedColumns;
+  uint8_t* const q = reinterpret_cast<uint8_t*>(scales) - q_columns;
+  norm_part_twice<Out, 2>(q_row, q_columns, args.eps, weight_of(0), [&](int v, uint4 vector) {
+    if (!is_q_a_quantized<true>(args)) return store_to(q_row)(v, vector);
+    // Written behind what is still to be read again.
+    const float scale = quantize_vector(q + (v * 32 + lane) * 8, vector, (args.call.variant & TPF_ROUND_SCALES) != 0);
+    if (lane % 16 == 0) scales[2 * v + lane / 16] = scale;
+  });
+  norm_part_twice<Out, 2>(kv_row, kv_columns, args.eps, weight_of(1), store_to(kv_row));
 }
 
 __device__ inline auto count_of(const ProjectionArgs& args, int row_block) {
@@ -91,7 +110,7 @@ __device__ inline void norm_late_rows(const ProjectionArgs& args, const BlockRou
       if (looks % 64 == 0 && __any_sync(0xffffffffu, has_faulted(args.team))) return;  // see finish_row_blocks
       __nanosleep(200);
     }
-    norm_row<Out>(args, round, row, weights);
+    norm_row<Out, Tiles::kScaled>(args, round, row, weights);
     count<Tiles, true>(args, round, row_block, 1);
   }
 }
@@ -122,7 +141,7 @@ __device__ inline void finish_row_blocks(const ProjectionArgs& args, const Block
                (row / Tiles::kRows == complete || has_come_to(count_of(args, row / Tiles::kRows), args.column_tiles))) {
       // One row at a time: the next finished tile shall not wait for many.
       complete = row / Tiles::kRows;
-      norm_row<Out>(args, round, row, weights);
+      norm_row<Out, Tiles::kScaled>(args, round, row, weights);
       ++row, ++normed;
       if (row % kNormedRun == 0) row += (gridDim.x - 1) * kNormedRun;
       if (row < rows && row / Tiles::kRows == complete) continue;

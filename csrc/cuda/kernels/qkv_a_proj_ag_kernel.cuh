@@ -61,15 +61,16 @@ __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRo
   constexpr int kBufferBytes = SharedBytes<Tiles, kNorm>::buffer_bytes(kBuffers);
   const int row_bytes = args.call.columns * sizeof(Out);
   const int piece_bytes = kNorm ? kBufferBytes / row_bytes * row_bytes : kBufferBytes;
+  const int unused = unused_bytes<Tiles, kNorm>(args);
   // store(where a piece of an output lies, the same in the piece of rows, bytes) for all there are
   const auto for_outputs = [&](const RowPiece& piece, auto&& store) {
     if constexpr (!kNorm) {
       store(args.outputs[0] + piece.at, 0, piece.bytes);
     } else {
       uint32_t done = 0;
-      for (int64_t row = piece.at; done < piece.bytes; ++row) {
-        for (int part = 0; part < 3; ++part) {
-          const uint32_t bytes = args.columns[part] * sizeof(Out);
+      for (int64_t row = piece.at; done < piece.bytes; ++row, done += unused) {
+        for (int part = 0; part < kRowParts; ++part) {
+          const uint32_t bytes = args.part_bytes[part];
           if (bytes > 0) store(args.outputs[part] + row * bytes, done, bytes);
           done += bytes;
         }
@@ -106,9 +107,9 @@ __device__ inline void copy_row_blocks(const ProjectionArgs& args, const BlockRo
         if (left <= 0) continue;
         const int64_t row = rows.start + first;
         const RowPiece piece = {kNorm ? row + at / row_bytes : row * row_bytes + at,
-                                static_cast<uint32_t>(min(piece_bytes, left))};
+                                static_cast<uint32_t>(min(piece_bytes, left) - unused)};
         if (arrived) {
-          const char* from = slot_of(args.team, source, round.epoch) + first * row_bytes + at;
+          const char* from = slot_of(args.team, source, round.epoch) + first * row_bytes + at + unused;
           mover.move(piece, from, piece.bytes);
           continue;
         }
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   char* buffers = stages + Bytes::kOperands;
   char* rest = buffers + kCopiers * Bytes::kCopierBytes;
   float* scales = reinterpret_cast<float*>(rest);
-  uint4* norm_weights = reinterpret_cast<uint4*>(rest);  // of 16-bit rows: there are no scales
+  uint4* norm_weights = reinterpret_cast<uint4*>(scales + Tiles::kScales);
   if (threadIdx.x == 0) {
     shared.init<Tiles>();
     if (args.partition.rows(args.team.rank).count > 0) prefetch_map(&args.input_map);

@@ -1,11 +1,12 @@
 // quantize_rows_kernel: rows that a rank has to e4m3, as rs_rmsnorm_fp8 does on the way. A warp has a group of columns.
+#include "../../protocol.h"
 #include "../launch.cuh"
 #include "../ptx/vec.cuh"
 
 namespace tpf {
 namespace {
 
-constexpr int kQuantizedColumns = 128, kQuantizeThreads = 256;
+constexpr int kQuantizeThreads = 256;
 
 struct QuantizeArgs {
   tpf_quantization to;
