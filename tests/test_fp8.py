@@ -1,6 +1,10 @@
 """The fp8 path: how rows are quantised, beside others' formulas; the ops that begin and end in fp8."""
 
 import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +70,19 @@ def test_beside_the_formulas_of_others():
             assert differ == 0 if rounded else differ < 5e-4, differ  # by one step
     small = torch.full((1, 128), 1e-7)
     assert reference.quantize_e4m3(small)[1].item() == pytest.approx(1e-7 / 448)  # DeepGEMM: 1e-4 / 448
+
+
+@pytest.mark.cuda
+def test_a_scale_is_divided_exactly(tmp_path):
+    """Of every amax there is, on the card."""
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"]))
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    here, program = Path(__file__).parent, tmp_path / "fp8_scale"
+    options = ["-std=c++20", "--expt-relaxed-constexpr", "-arch=native", f"-I{here.parent / 'csrc'}"]
+    subprocess.run([nvcc, *options, "-o", program, here / "cuda" / "fp8_scale.cu"], check=True, timeout=120)
+    told = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    assert told.returncode == 0, told.stdout
 
 
 # ---- the ops ----

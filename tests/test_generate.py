@@ -72,7 +72,10 @@ def against_transformers(kind: str, device: str) -> None:
     found = generate.talk(model, turns, 6, torch.device(device))
     said = torch.empty(1, 0, dtype=torch.long, device=device)
     for turn, answer in zip(turns, found["answers"], strict=True):
-        said = whole.generate(torch.cat([said, turn], 1), max_new_tokens=6, do_sample=False, pad_token_id=0)
+        said = torch.cat([said, turn], 1)
+        # Without a mask it takes tokens that happen to be the padding's for padding.
+        arguments = {"attention_mask": torch.ones_like(said), "pad_token_id": 0}
+        said = whole.generate(said, max_new_tokens=6, do_sample=False, **arguments)
         assert said[0, -6:].tolist() == answer
 
 

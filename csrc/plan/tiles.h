@@ -12,6 +12,8 @@ constexpr int kProductWarps = 8, kOtherWarps = 4;  // of a block, the others bef
 constexpr int kProjectionThreads = 32 * (kProductWarps + kOtherWarps);
 constexpr int kCopiers = 2;                   // of the other warps
 constexpr int kQVectors = 8, kKvVectors = 3;  // of a lane, in the two normed parts of a row
+constexpr int kNormVectors = kQVectors + kKvVectors;
+constexpr int kNormBufferBytes = 2 * kNormVectors * 32 * kVectorBytes;  // of a warp that norms beside fp8 products
 constexpr int kGrouped = 4;  // row blocks whose tiles are neighbours in the order: they share operands in the L2
 
 // How many of a thread's accumulators the first product has. A product has 256 columns at most, which are 128
@@ -145,8 +147,8 @@ struct SharedBytes {
   static constexpr int kMost = 232448 - kStaticSharedBytes;  // sm_90
   static constexpr int kOperands = Tiles::kStages * Tiles::kStageBytes;
   static constexpr int kOthers = 1024  // for the stages to begin at a multiple of it, as the swizzle's pattern wants
-                                 + kOperands + Tiles::kScales * 4 +
-                                 (kNorm ? (kQVectors + kKvVectors) * 32 * kVectorBytes : 0);
+                                 + kOperands + Tiles::kScales * 4 + (kNorm ? kNormVectors * 32 * kVectorBytes : 0) +
+                                 (kNorm && Tiles::kScaled ? kNormBufferBytes : 0);
   static constexpr int kMostBuffers = kCopierStages, kMostBufferBytes = Tiles::kTail > 0 ? 6144 : 7168;
   static constexpr int kLeft = (kMost - kOthers) / kCopiers / 16 * 16;
   static constexpr int kCopierBytes = std::min(kMostBuffers * kMostBufferBytes, kLeft);

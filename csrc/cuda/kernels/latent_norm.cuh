@@ -50,57 +50,22 @@ struct NormedPart {
   uint4 raw[kVectors];
 };
 
-// The same of a part that there are no registers to hold, from memory twice: the same bits. The last vectors are the
-// first to be stored, and none before it and kAtOnce others have been read.
-template <typename T, int kAtOnce, typename Weight, typename Store>
-__device__ inline void norm_part_twice(const T* row, int columns, float eps, Weight&& weight, Store&& store) {
-  constexpr int kStride = 32 * kLanes<T>;
-  const int lane = threadIdx.x % 32, vectors = (columns + kStride - 1) / kStride;
-  const T* const own = row + lane * kLanes<T>;
-  float squares = 0, values[kLanes<T>], scaled[kLanes<T>];
-  uint4 raw[kAtOnce];
-  const auto load = [&](int first) {
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const bool inside = first + i < vectors && lane * kLanes<T> < columns - (first + i) * kStride;
-      raw[i] = inside ? load16(own + (first + i) * kStride) : uint4{};
-    }
-  };
-#pragma unroll 1
-  for (int first = 0; first < vectors; first += kAtOnce) {
-    load(first);
-#pragma unroll
-    for (const uint4& vector : raw) {
-      unpack(values, vector, T{});
-#pragma unroll
-      for (float value : values) squares = fmaf(value, value, squares);
-    }
-  }
-  const float rstd = __frsqrt_rn(warp_sum(squares) / static_cast<float>(columns) + eps);
-#pragma unroll 1
-  for (int first = (vectors - 1) / kAtOnce * kAtOnce; first >= 0; first -= kAtOnce) {
-    load(first);
-#pragma unroll
-    for (int i = kAtOnce - 1; i >= 0; --i) {
-      if (first + i >= vectors || lane * kLanes<T> >= columns - (first + i) * kStride) continue;
-      unpack(values, raw[i], T{});
-      weight(scaled, first + i);
-#pragma unroll
-      for (int j = 0; j < kLanes<T>; ++j) scaled[j] *= values[j] * rstd;
-      store(first + i, pack(scaled, T{}));
-    }
-  }
-}
-
-// A vector of bf16 to e4m3, by all lanes of a warp: 16 neighbours have the columns of a scale, which it returns. The
-// formula is rs_rmsnorm_fp8's.
-__device__ inline float quantize_vector(uint8_t* to, uint4 vector, bool rounded) {
+// The largest magnitude of the columns that share a scale, of which 16 neighbouring lanes have a vector each. By all
+// lanes of a warp.
+__device__ inline float amax_of_group(uint4 vector) {
   constexpr int kWidth = kLanes<__nv_bfloat16>;
   float values[kWidth], amax = 0;
   unpack(values, vector, __nv_bfloat16{});
 #pragma unroll
   for (float value : values) amax = fmaxf(amax, fabsf(value));
-  const Fp8Scale scale(warp_reduce(amax, Max{}, kQuantizedColumns / kWidth), rounded);
+  return warp_reduce(amax, Max{}, kQuantizedColumns / kWidth);
+}
+
+// Such a vector to e4m3, by all lanes of a warp; returns the scale. The formula is rs_rmsnorm_fp8's.
+__device__ inline float quantize_vector(uint8_t* to, uint4 vector, bool rounded) {
+  float values[kLanes<__nv_bfloat16>];
+  unpack(values, vector, __nv_bfloat16{});
+  const Fp8Scale scale(amax_of_group(vector), rounded);
   store_e4m3(to, values, scale.inverse);
   return scale.scale;
 }

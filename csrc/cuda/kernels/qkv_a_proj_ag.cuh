@@ -5,9 +5,9 @@
 // ring of shared-memory stages, and two warp groups multiply and write finished tiles into this rank's own slot. One
 // warp counts finished tiles: whoever counts the last one of a row block publishes it. Row block i has signal i of the
 // round, the same number of them on all ranks. Two warps copy finished rows from the peers' slots to the output with
-// TMA. In qkv_a_proj_ag_norm a finished row block is normalised first, in its slot: once, at its owner, and
-// not on every rank. The counting warps of all blocks do it while others multiply and, at the end, the warps that have
-// multiplied.
+// TMA. In the forms that norm, a finished row block is normalised first, in its slot: once, at its owner, and not on
+// every rank, and q_a quantised, if it is to be. The counting warps of all blocks do it while others multiply and, at the
+// end, the warps that have multiplied.
 //
 // A row's result is one chain of additions over K, in whatever tile it lies: it depends on nothing but the row. fp8
 // operands are multiplied in blocks of 128 along K, each promoted to fp32 with its scales (DeepSeek-V3, section 3.3).
@@ -78,6 +78,7 @@ struct ProjectionShared {
   alignas(8) uint64_t empty[kMaxProductStages];
   alignas(8) uint64_t copied[kCopiers][kCopierStages];
   uint32_t stored;  // warps' shares of tiles, since the kernel began
+  int32_t taken;    // runs of rows to be normed
 
   // By one thread; a barrier of the block follows.
   template <typename Tiles>
@@ -157,7 +158,7 @@ __device__ inline void for_tiles(const ProjectionArgs& args, Run&& run) {
 }
 
 // The first row block with a tile in the last wave of tiles. When it and those after it are finished, nothing is
-// multiplied any more that their norms could hide behind.
+// multiplied any more that their copies could hide behind.
 __device__ inline int first_late_row_block(const ProjectionArgs& args) {
   const int last_turn = (args.row_blocks * args.column_tiles - 1) / gridDim.x * gridDim.x;
   return last_turn / (kGrouped * args.column_tiles) * kGrouped;

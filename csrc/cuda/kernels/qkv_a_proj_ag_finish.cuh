@@ -1,5 +1,6 @@
 // What qkv_a_proj_ag_kernel does with finished tiles: row blocks that are complete are normalised, and published.
 #pragma once
+#include "../ptx/async_copy.cuh"
 #include "latent_norm.cuh"
 #include "qkv_a_proj_ag.cuh"
 
@@ -16,55 +17,143 @@ __device__ inline bool has_float_weights(const ProjectionArgs& args) {
 template <typename Out>
 __device__ inline void keep_norm_weights(const ProjectionArgs& args, uint4* weights) {
   if (has_float_weights(args)) return;
-  for (int i = threadIdx.x; i < (kQVectors + kKvVectors) * 32; i += kProjectionThreads) {
+  for (int i = threadIdx.x; i < kNormVectors * 32; i += kProjectionThreads) {
     const int part = i < kQVectors * 32 ? 0 : 1, column = (i - part * kQVectors * 32) * kLanes<Out>;
     if (column >= static_cast<int>(part == 0 ? args.call.q_columns : args.call.kv_columns)) continue;
     weights[i] = __ldg(reinterpret_cast<const uint4*>(static_cast<const Out*>(args.norm_weights[part]) + column));
   }
 }
 
-// By a warp: in place, in its slot. Whether q_a is quantised, only fp8 calls ask.
+// By a warp: norms rows in place, in its slot. kScaled: and quantises q_a, where the call asks for that.
 template <typename Out, bool kScaled>
-__device__ inline void norm_row(const ProjectionArgs& args, const BlockRound& round, int row, const uint4* weights) {
-  Out* const q_row = rows_at<Out, true>(args, round) + int64_t{row} * args.call.columns;
-  const int q_columns = args.call.q_columns, kv_columns = args.call.kv_columns;
-  Out* const kv_row = q_row + q_columns;
-  const int lane = threadIdx.x % 32;
-  const auto weight_of = [&](int part) {
-    const float* const floats = static_cast<const float*>(args.norm_weights[part]) + lane * kLanes<Out>;
-    const uint4* const kept = weights + part * kQVectors * 32 + lane;
-    return [=, &args](float (&values)[kLanes<Out>], int v) {
-      if (has_float_weights(args)) {
+class RowNorm {
+ public:
+  // buffers: the warp's, kNormBufferBytes in shared memory.
+  __device__ RowNorm(const ProjectionArgs& args, const BlockRound& round, const uint4* weights, char* buffers)
+      : args_(args), rows_(rows_at<Out, true>(args, round)), weights_(weights + lane()) {
+    if (kScaled) buffers_ = reinterpret_cast<uint4*>(buffers) + lane();
+  }
+
+  // next: the row after it, if that is complete already; else -1.
+  __device__ void norm(int row, int next) {
+    if constexpr (kScaled) return norm_from_shared(row, next);
+    NormedPart<Out, kQVectors> q_a;
+    NormedPart<Out, kKvVectors> kv_a;
+    q_a.load(row_of(row, 0), columns(0));
+    kv_a.load(row_of(row, 1), columns(1));
+    q_a.norm(columns(0), args_.eps, weight_of(0), store_to(row_of(row, 0)));
+    kv_a.norm(columns(1), args_.eps, weight_of(1), store_to(row_of(row, 1)));
+  }
+
+ private:
+  __device__ static int lane() { return threadIdx.x % 32; }
+  __device__ int columns(int part) const { return part == 0 ? args_.call.q_columns : args_.call.kv_columns; }
+  __device__ Out* row_of(int row, int part) const {
+    return rows_ + int64_t{row} * args_.call.columns + (part == 0 ? 0 : args_.call.q_columns);
+  }
+
+  __device__ auto weight_of(int part) const {
+    const float* const floats = static_cast<const float*>(args_.norm_weights[part]) + lane() * kLanes<Out>;
+    const uint4* const kept = weights_ + part * kQVectors * 32;
+    return [floats, kept, this](float (&values)[kLanes<Out>], int v) {
+      if (has_float_weights(args_)) {
         load_weight(values, floats + v * 32 * kLanes<Out>);
       } else {
         unpack(values, kept[v * 32], Out{});
       }
+      if constexpr (!kScaled) {  // which has no offset
 #pragma unroll
-      for (float& value : values) value += args.weight_addend;
+        for (float& value : values) value += args_.weight_addend;
+      }
     };
-  };
-  const auto store_to = [&](Out* to) {
-    return [to, lane](int v, uint4 vector) { store16(to + (v * 32 + lane) * kLanes<Out>, vector); };
-  };
-  if constexpr (!kScaled) {
-    NormedPart<Out, kQVectors> q_a;
-    NormedPart<Out, kKvVectors> kv_a;
-    q_a.load(q_row, q_columns);
-    kv_a.load(kv_row, kv_columns);
-    q_a.norm(q_columns, args.eps, weight_of(0), store_to(q_row));
-    kv_a.norm(kv_columns, args.eps, weight_of(1), store_to(kv_row));
-    return;
   }
-  float* const scales = reinterpret_cast<float*>(kv_row) - q_columns / kQuantizedColumns;
-  uint8_t* const q = reinterpret_cast<uint8_t*>(scales) - q_columns;
-  norm_part_twice<Out, 2>(q_row, q_columns, args.eps, weight_of(0), [&](int v, uint4 vector) {
-    if (!is_q_a_quantized<true>(args)) return store_to(q_row)(v, vector);
-    // Written behind what is still to be read again.
-    const float scale = quantize_vector(q + (v * 32 + lane) * 8, vector, (args.call.variant & TPF_ROUND_SCALES) != 0);
-    if (lane % 16 == 0) scales[2 * v + lane / 16] = scale;
-  });
-  norm_part_twice<Out, 2>(kv_row, kv_columns, args.eps, weight_of(1), store_to(kv_row));
-}
+  __device__ static auto store_to(Out* row) {
+    return [own = row + lane() * kLanes<Out>](int v, uint4 vector) { store16(own + v * 32 * kLanes<Out>, vector); };
+  }
+
+  // Beside fp8 products there are no registers to hold a row, nor to ask for the next: they wait in shared memory,
+  // where a lane has its own vectors.
+  __device__ void fetch(int row) {
+    stage_ ^= 1;
+    fetched_ = row;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const Out* const own = row_of(row, part) + lane() * kLanes<Out>;
+      for_vectors(part, [&](int v) { copy16_async(vectors_of(part) + v * 32, own + v * 32 * kLanes<Out>, true); });
+    }
+  }
+  __device__ uint4* vectors_of(int part) const {
+    return buffers_ + (stage_ * kNormVectors + (part == 0 ? 0 : kQVectors)) * 32;
+  }
+
+  // run(v) for the lane's vectors of a part.
+  template <typename Run>
+  __device__ void for_vectors(int part, Run&& run) const {
+    const int left = columns(part) - lane() * kLanes<Out>;
+#pragma unroll 3
+    for (int v = 0; v * 32 * kLanes<Out> < left; ++v) run(v);
+  }
+
+  __device__ void norm_from_shared(int row, int next) {
+    if (fetched_ != row) fetch(row);
+    commit_copies();
+    uint4* const vectors[2] = {vectors_of(0), vectors_of(1)};
+    if (next >= 0) fetch(next);
+    commit_copies();
+    wait_for_copies<1>();
+    float rstd[2];
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      float squares = 0;
+      for_vectors(part, [&](int v) {
+        float values[kLanes<Out>];
+        unpack(values, vectors[part][v * 32], Out{});
+#pragma unroll
+        for (float value : values) squares = fmaf(value, value, squares);
+      });
+      __syncwarp();  // besides: all lanes' vectors have left the row, which is written below
+      rstd[part] = __frsqrt_rn(warp_sum(squares) / static_cast<float>(columns(part)) + args_.eps);
+    }
+    norm_part(1, rstd[1], vectors[1], store_to(row_of(row, 1)));
+    if (!is_q_a_quantized<true>(args_)) return norm_part(0, rstd[0], vectors[0], store_to(row_of(row, 0)));
+    // Lane v of 16 finds the scale of the group of which these have vector v: a warp divides once.
+    float amax = 0;
+    norm_part(0, rstd[0], vectors[0], [&](int v, uint4 vector) {
+      vectors[0][v * 32] = vector;
+      const float found = amax_of_group(vector);
+      if (lane() % 16 == v) amax = found;
+    });
+    const Fp8Scale scale(amax, (args_.call.variant & TPF_ROUND_SCALES) != 0);
+    const int group = lane() % 16 * 2 + lane() / 16, groups = columns(0) / kQuantizedColumns;
+    float* const scales = reinterpret_cast<float*>(row_of(row, 1)) - groups;
+    if (group < groups) scales[group] = scale.scale;
+    uint8_t* const q = reinterpret_cast<uint8_t*>(scales) - columns(0) + lane() * kLanes<Out>;
+    for_vectors(0, [&](int v) {
+      float values[kLanes<Out>];
+      unpack(values, vectors[0][v * 32], Out{});
+      store_e4m3(q + v * 32 * kLanes<Out>, values, __shfl_sync(0xffffffffu, scale.inverse, v, 16));
+    });
+  }
+
+  template <typename Store>
+  __device__ void norm_part(int part, float rstd, const uint4* vectors, Store&& store) const {
+    const auto weight = weight_of(part);
+    for_vectors(part, [&](int v) {
+      float values[kLanes<Out>], scaled[kLanes<Out>];
+      unpack(values, vectors[v * 32], Out{});
+      weight(scaled, v);
+#pragma unroll
+      for (int i = 0; i < kLanes<Out>; ++i) scaled[i] *= values[i] * rstd;
+      store(v, pack(scaled, Out{}));
+    });
+  }
+
+  const ProjectionArgs& args_;
+  Out* const rows_;
+  const uint4* const weights_;
+  uint4* buffers_;
+  int fetched_ = -1, stage_ = 0;
+};
 
 __device__ inline auto count_of(const ProjectionArgs& args, int row_block) {
   return cuda::atomic_ref<uint32_t, cuda::thread_scope_device>(
@@ -96,29 +185,47 @@ __device__ inline void count(const ProjectionArgs& args, const BlockRound& round
   publish_row_block(args, round, row_block, lane);
 }
 
-// By all warps that multiply, when they have done that. The late row blocks' rows go round the grid's, as the other
-// rows go round its counting warps.
-template <typename Tiles, typename Out>
-__device__ inline void norm_late_rows(const ProjectionArgs& args, const BlockRound& round, const uint4* weights) {
+// Rows that a warp norms one after the other, of one row block: [row, end).
+struct NormRun {
+  int row, end;
+};
+
+// By a warp: the next ones of this block's. Runs of rows go round the grid, and the warps of a block take turns: the
+// counting warp from the beginning on, those that multiply when they have done that.
+__device__ inline NormRun take_rows(const ProjectionArgs& args, ProjectionShared& shared) {
   const int own = static_cast<int>(args.partition.rows(args.team.rank).count);
-  const int warp = threadIdx.x / 32 - kOtherWarps;
-  int row = first_late_row_block(args) * Tiles::kRows + warp * gridDim.x + blockIdx.x;
+  const int run = own >= kNormedRun * kProductWarps * static_cast<int>(gridDim.x) ? kNormedRun : 1;
+  int taken = 0;
+  if (threadIdx.x % 32 == 0) taken = atomicAdd_block(&shared.taken, 1);
+  const int row = (__shfl_sync(0xffffffffu, taken, 0) * static_cast<int>(gridDim.x) + blockIdx.x) * run;
+  return {min(row, own), min(row + run, own)};
+}
+
+// By all warps that multiply, when they have done that: rows that the counting warp has not come to. buffers: the
+// stages.
+template <typename Tiles, typename Out>
+__device__ inline void norm_last_rows(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
+                                      const uint4* weights, char* buffers) {
+  if (Tiles::kScaled) products_sync();  // all is multiplied: the stages are free
+  RowNorm<Out, Tiles::kScaled> rows(args, round, weights,
+                                    buffers + (threadIdx.x / 32 - kOtherWarps) * kNormBufferBytes);
 #pragma unroll 1
-  for (; row < own; row += kProductWarps * gridDim.x) {
-    const int row_block = row / Tiles::kRows;
+  for (NormRun run = take_rows(args, shared); run.row < run.end; run = take_rows(args, shared)) {
+    const int row_block = run.row / Tiles::kRows;
     for (int looks = 1; !has_come_to(count_of(args, row_block), args.column_tiles); ++looks) {
       if (looks % 64 == 0 && __any_sync(0xffffffffu, has_faulted(args.team))) return;  // see finish_row_blocks
       __nanosleep(200);
     }
-    norm_row<Out, Tiles::kScaled>(args, round, row, weights);
-    count<Tiles, true>(args, round, row_block, 1);
+#pragma unroll 1
+    for (int row = run.row; row < run.end; ++row) rows.norm(row, row + 1 < run.end ? row + 1 : -1);
+    count<Tiles, true>(args, round, row_block, run.end - run.row);
   }
 }
 
-// The counting warp: this block's finished tiles, and its rows of the row blocks that are not late.
+// The counting warp: this block's finished tiles and, while there are none to count, rows.
 template <typename Tiles, typename Out, bool kNorm>
 __device__ inline void finish_row_blocks(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
-                                         const uint4* weights) {
+                                         const uint4* weights, char* buffers) {
   if (is_output<kNorm>(args)) return;  // nobody waits for them
   const int lane = threadIdx.x % 32, own = own_row_blocks(args, Tiles::kRows);
   // Row blocks that this rank has no rows for: the peers wait for as many from everyone.
@@ -126,27 +233,25 @@ __device__ inline void finish_row_blocks(const ProjectionArgs& args, const Block
     publish_row_block(args, round, row_block, lane);
   }
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
+  RowNorm<Out, Tiles::kScaled> rows(args, round, weights, buffers);
   const int end = args.row_blocks * args.column_tiles;
-  const int rows = kNorm ? min(first_late_row_block(args) * Tiles::kRows,
-                               static_cast<int>(args.partition.rows(args.team.rank).count))
-                         : 0;
-  int index = blockIdx.x, row = blockIdx.x * kNormedRun, complete = -1;  // the row block that is being normalised
-  uint32_t expected = kProductWarps, normed = 0;                         // this block's rows of it
-  while (index < end || row < rows) {
+  NormRun run = kNorm ? take_rows(args, shared) : NormRun{};
+  int index = blockIdx.x, row = run.row, complete = -1;  // the row block that is being normalised
+  uint32_t expected = kProductWarps;
+  while (index < end || row < run.end) {
     const int row_block = index < end ? tile_of(index, args).row_block : own;
     if (index < end && (row_block >= own || has_come_to(stored, expected))) {
       if (row_block < own) count<Tiles, kNorm>(args, round, row_block, 1), expected += kProductWarps;
       index += gridDim.x;
-    } else if (kNorm && row < rows &&
+    } else if (kNorm && row < run.end &&
                (row / Tiles::kRows == complete || has_come_to(count_of(args, row / Tiles::kRows), args.column_tiles))) {
       // One row at a time: the next finished tile shall not wait for many.
       complete = row / Tiles::kRows;
-      norm_row<Out, Tiles::kScaled>(args, round, row, weights);
-      ++row, ++normed;
-      if (row % kNormedRun == 0) row += (gridDim.x - 1) * kNormedRun;
-      if (row < rows && row / Tiles::kRows == complete) continue;
-      count<Tiles, true>(args, round, complete, normed);
-      normed = 0;
+      rows.norm(row, row + 1 < run.end ? row + 1 : -1);
+      if (++row < run.end) continue;
+      count<Tiles, true>(args, round, complete, run.end - run.row);
+      run = take_rows(args, shared);
+      row = run.row;
     } else if (index >= end && __any_sync(0xffffffffu, has_faulted(args.team))) {
       return;  // what is missing belongs to a block that began after the fault
     } else {

@@ -136,11 +136,12 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   char* stages = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
   using Bytes = SharedBytes<Tiles, kNorm>;
   char* buffers = stages + Bytes::kOperands;
-  char* rest = buffers + kCopiers * Bytes::kCopierBytes;
-  float* scales = reinterpret_cast<float*>(rest);
+  float* scales = reinterpret_cast<float*>(buffers + kCopiers * Bytes::kCopierBytes);
   uint4* norm_weights = reinterpret_cast<uint4*>(scales + Tiles::kScales);
+  char* norm_buffers = reinterpret_cast<char*>(norm_weights + kNormVectors * 32);
   if (threadIdx.x == 0) {
     shared.init<Tiles>();
+    if (kNorm) shared.taken = 0;
     if (args.partition.rows(args.team.rank).count > 0) prefetch_map(&args.input_map);
     prefetch_map(&args.weight_map);
     if (Tiles::kTail > 0) prefetch_map(&args.tail_map);
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
     take_registers<multiply_registers<Tiles>(kNorm)>();
     if (!round.refused) {
       multiply_tiles<Tiles, Out, kNorm>(args, round, shared, (warp - kOtherWarps) / 4, stages, scales);
-      if constexpr (kNorm) norm_late_rows<Tiles, Out>(args, round, norm_weights);
+      if constexpr (kNorm) norm_last_rows<Tiles, Out>(args, round, shared, norm_weights, stages);
     }
     leave_block();
     return;
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
   } else if (!round.refused && warp == kCopiers) {
     fetch_operands<Tiles>(args, shared, stages, scales);
   } else if (!round.refused) {
-    finish_row_blocks<Tiles, Out, kNorm>(args, round, shared, norm_weights);
+    finish_row_blocks<Tiles, Out, kNorm>(args, round, shared, norm_weights, norm_buffers);
   }
   leave_block();
 #endif

@@ -251,7 +251,7 @@ template <typename T, int kVecs>
 __device__ inline void quantize_row(const RowView<T>& view, int64_t row, const float (&normed)[kVecs][kLanes<T>],
                                     const RowThreads& group, int turn) {
   const ReduceArgs& args = view.args;
-  const int group_size = static_cast<int>(args.call.group_size), lanes = group_size / kLanes<T>;
+  const int log_group_size = __ffs(args.call.group_size) - 1, lanes = (1 << log_group_size) / kLanes<T>;
   const bool one_scale = has_one_scale(view);
   float amax[kVecs] = {};
 #pragma unroll
@@ -267,8 +267,9 @@ __device__ inline void quantize_row(const RowView<T>& view, int64_t row, const f
     if (column >= view.hidden) continue;
     const Fp8Scale scale(one_scale ? row_amax : amax[v], (args.call.variant & TPF_ROUND_SCALES) != 0);
     store_e4m3(args.q + row * view.hidden + column, normed[v], scale.inverse);
-    if (one_scale ? column == 0 : group.thread % lanes == 0) {
-      args.scale[row * args.scale_row_stride + column / group_size * args.scale_group_stride] = scale.scale;
+    const int index = one_scale ? 0 : column >> log_group_size;
+    if (index << log_group_size == column) {
+      args.scale[row * args.scale_row_stride + index * args.scale_group_stride] = scale.scale;
     }
   }
 }
