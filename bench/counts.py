@@ -96,11 +96,11 @@ class Shape:
         except planning.NoKernelError:
             return None
 
-    def gathers(self, fp8: bool) -> bool:
+    def gathers(self) -> bool:
         """Whether the prologue gathers the normed rows, for a share of the columns each."""
         from tp_fused.native import _C
 
-        return _C.gathers_normed_rows(self.tokens, self.latent, self.world_size, fp8)
+        return _C.gathers_normed_rows(self.tokens, self.latent, self.world_size)
 
     def barriers(self, count: int) -> int:
         return count if self.world_size > 1 else 0
@@ -261,11 +261,11 @@ def gathered_chain(shape: Shape) -> Phases:
 
 
 def mla_prologue(shape: Shape) -> Phases:
-    return gathered_chain(shape) if shape.gathers(fp8=False) else chain(shape)
+    return gathered_chain(shape) if shape.gathers() else chain(shape)
 
 
 def mla_prologue_fp8(shape: Shape) -> Phases:
-    if shape.gathers(fp8=True):
+    if shape.gathers():
         return rs_rmsnorm_ag_fp8(shape) + qkv_a_proj_ag_complete(shape, FP8)
     return rs_rmsnorm_fp8(shape) + qkv_a_proj_ag(shape, FP8)
 

@@ -121,7 +121,7 @@ def _prologue_forms(shape: model.Shape, cards: tuple[str, ...], shares: model.Sh
     cells = []
     for tokens in (1, 8, 16, 32, 64, 128, 256):
         asked = replace(shape, tokens=tokens)
-        line = [tokens, "all rows" if asked.gathers(fp8=False) else "own rows"]
+        line = [tokens, "all rows" if asked.gathers() else "own rows"]
         for card in cards:
             has = model.rates(card, shares, barrier_s)
             both = (model.predict(form, asked, has)[0] * 1e6 for form in (counts.gathered_chain, counts.chain))

@@ -214,7 +214,7 @@ bool mla_prologue(const Value* arguments, Results* results) {
   if (!ahead.read_ahead(input, weight, group_name) || !ahead.read_norms(q_a_weight, kv_a_weight)) return false;
   const int64_t num_tokens = ahead.num_tokens;
   const bool gathers =
-      !boolean(complete) && gathers_normed_rows(num_tokens, ahead.weight.rows, ahead.team()->world_size, false);
+      !boolean(complete) && gathers_normed_rows(num_tokens, ahead.weight.rows, ahead.team()->world_size);
   const Value for_all[] = {input, residual, norm_weight, eps, group_name, no_offset};
   const Value for_owner[] = {input, residual, norm_weight, eps, group_name, complete, no_offset};
   Results normed;
@@ -239,7 +239,7 @@ bool mla_prologue_fp8(const Value* a, Results* results) {
     return false;
   }
   const bool gathers =
-      !boolean(complete) && gathers_normed_rows(in.input.rows, ahead.weight.rows, in.team()->world_size, true);
+      !boolean(complete) && gathers_normed_rows(in.input.rows, ahead.weight.rows, in.team()->world_size);
   if (boolean(complete)) in.variant |= TPF_COMPLETE;
   if (boolean(rounded)) in.variant |= TPF_ROUND_SCALES;
   Results normed;

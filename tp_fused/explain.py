@@ -163,7 +163,7 @@ def _explain_composed(op: str, num_tokens: int, complete: bool, asked: dict[str,
         parts = (explain("rs_rmsnorm_fp8", num_tokens, **asked), explain("all_gather_rows", num_tokens, **rest))
         return "\n".join((f"{op}: {way}", *parts))
     fp8 = op.endswith("_fp8")
-    gathers = not complete and native._C.gathers_normed_rows(num_tokens, columns, world_size, fp8)
+    gathers = not complete and native._C.gathers_normed_rows(num_tokens, columns, world_size)
     way = f"each rank multiplies its own rows by all {columns} rows of the weight"
     if gathers:
         way = f"all ranks take all {num_tokens} normed rows, for their share of the weight's {columns} rows"

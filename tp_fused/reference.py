@@ -298,14 +298,14 @@ def qkv_a_proj_ag_norm_fp8(
     return q_a, empty_scale(0, q_a.shape[1], 128, scale_layout, q_a.device), kv_a, k_pe
 
 
-def _gathers(workspace, input, weight, complete: bool, fp8: bool) -> bool:
-    return not complete and _C.gathers_normed_rows(len(input), len(weight), workspace.world_size, fp8)
+def _gathers(workspace, input, weight, complete: bool) -> bool:
+    return not complete and _C.gathers_normed_rows(len(input), len(weight), workspace.world_size)
 
 
 def mla_prologue(
     workspace, input, residual, norm_weight, weight, q_a_weight, kv_a_weight, eps, complete
 ) -> tuple[torch.Tensor, ...]:
-    gathers = _gathers(workspace, input, weight, complete, fp8=False)
+    gathers = _gathers(workspace, input, weight, complete)
     if gathers:
         hidden, residual_out = rs_rmsnorm_ag(workspace, input, residual, norm_weight, eps, 0.0)
     else:
@@ -330,7 +330,7 @@ def mla_prologue_fp8(
     complete,
 ):
     reduced = (input, residual, norm_weight, eps, 0.0, 128, "row", False)
-    gathers = _gathers(workspace, input, weight, complete, fp8=True)
+    gathers = _gathers(workspace, input, weight, complete)
     if gathers:
         q, scale, residual_out, _ = rs_rmsnorm_ag_fp8(workspace, *reduced, round_scales)
     else:

@@ -145,14 +145,15 @@ using TileShapeOf = TileShape<kElementBytes, size_of(kKind, kElementBytes).rows,
 template <typename Tiles, bool kNorm>
 struct SharedBytes {
   static constexpr int kMost = 232448 - kStaticSharedBytes;  // sm_90
+  static constexpr bool kNormsScaled = kNorm && Tiles::kScaled;
   static constexpr int kOperands = Tiles::kStages * Tiles::kStageBytes;
   static constexpr int kOthers = 1024  // for the stages to begin at a multiple of it, as the swizzle's pattern wants
                                  + kOperands + Tiles::kScales * 4 + (kNorm ? kNormVectors * 32 * kVectorBytes : 0) +
-                                 (kNorm && Tiles::kScaled ? kNormBufferBytes : 0);
+                                 (kNormsScaled ? kNormBufferBytes : 0);
   static constexpr int kMostBuffers = kCopierStages, kMostBufferBytes = Tiles::kTail > 0 ? 6144 : 7168;
   static constexpr int kLeft = (kMost - kOthers) / kCopiers / 16 * 16;
   static constexpr int kCopierBytes = std::min(kMostBuffers * kMostBufferBytes, kLeft);
-  static constexpr int kBuffers = kCopierBytes == kMostBuffers * kMostBufferBytes ? kMostBuffers : 2;
+  static constexpr int kBuffers = kNormsScaled || kCopierBytes == kMostBuffers * kMostBufferBytes ? kMostBuffers : 2;
   static constexpr int kAll = kOthers + kCopiers * kCopierBytes;
   static constexpr int buffer_bytes(int buffers) { return kCopierBytes / buffers / 16 * 16; }
 };

@@ -6,8 +6,8 @@
 // warp counts finished tiles: whoever counts the last one of a row block publishes it. Row block i has signal i of the
 // round, the same number of them on all ranks. Two warps copy finished rows from the peers' slots to the output with
 // TMA. In the forms that norm, a finished row block is normalised first, in its slot: once, at its owner, and not on
-// every rank, and q_a quantised, if it is to be. The counting warps of all blocks do it while others multiply and, at the
-// end, the warps that have multiplied.
+// every rank, and q_a quantised, if it is to be. The counting warps of all blocks do it while others multiply and, at
+// the end, the warps that have multiplied.
 //
 // A row's result is one chain of additions over K, in whatever tile it lies: it depends on nothing but the row. fp8
 // operands are multiplied in blocks of 128 along K, each promoted to fp32 with its scales (DeepSeek-V3, section 3.3).

@@ -190,27 +190,33 @@ struct NormRun {
   int row, end;
 };
 
-// By a warp: the next ones of this block's. Runs of rows go round the grid, and the warps of a block take turns: the
-// counting warp from the beginning on, those that multiply when they have done that.
-__device__ inline NormRun take_rows(const ProjectionArgs& args, ProjectionShared& shared) {
-  const int own = static_cast<int>(args.partition.rows(args.team.rank).count);
-  const int run = own >= kNormedRun * kProductWarps * static_cast<int>(gridDim.x) ? kNormedRun : 1;
-  int taken = 0;
-  if (threadIdx.x % 32 == 0) taken = atomicAdd_block(&shared.taken, 1);
-  const int row = (__shfl_sync(0xffffffffu, taken, 0) * static_cast<int>(gridDim.x) + blockIdx.x) * run;
-  return {min(row, own), min(row + run, own)};
+// Run `number` of this block's: runs of so many rows go round the grid, from row `first` on. Not the rows from `limit`
+// on.
+__device__ inline NormRun run_of(int number, int rows, int first, int limit) {
+  const int row = first + (number * static_cast<int>(gridDim.x) + blockIdx.x) * rows;
+  return {min(row, limit), min(row + rows, limit)};
 }
 
-// By all warps that multiply, when they have done that: rows that the counting warp has not come to. buffers: the
-// stages.
+// By a warp: the next run that no other warp of the block has taken. Of 16 bits these are the late row blocks' rows,
+// the others the counting warp's; beside fp8 products, which are over sooner, all warps that norm share all rows.
+template <typename Tiles>
+__device__ inline NormRun take_rows(const ProjectionArgs& args, ProjectionShared& shared) {
+  const int own = static_cast<int>(args.partition.rows(args.team.rank).count);
+  const bool many = Tiles::kScaled && own >= kNormedRun * kProductWarps * static_cast<int>(gridDim.x);
+  int taken = 0;
+  if (threadIdx.x % 32 == 0) taken = atomicAdd_block(&shared.taken, 1);
+  taken = __shfl_sync(0xffffffffu, taken, 0);
+  const int first = Tiles::kScaled ? 0 : min(own, first_late_row_block(args) * Tiles::kRows);
+  return run_of(taken, many ? kNormedRun : 1, first, own);
+}
+
+// By a warp: rows of row blocks that are complete, or will be.
 template <typename Tiles, typename Out>
-__device__ inline void norm_last_rows(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
-                                      const uint4* weights, char* buffers) {
-  if (Tiles::kScaled) products_sync();  // all is multiplied: the stages are free
-  RowNorm<Out, Tiles::kScaled> rows(args, round, weights,
-                                    buffers + (threadIdx.x / 32 - kOtherWarps) * kNormBufferBytes);
+__device__ inline void norm_rows(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
+                                 const uint4* weights, char* buffers) {
+  RowNorm<Out, Tiles::kScaled> rows(args, round, weights, buffers);
 #pragma unroll 1
-  for (NormRun run = take_rows(args, shared); run.row < run.end; run = take_rows(args, shared)) {
+  for (NormRun run = take_rows<Tiles>(args, shared); run.row < run.end; run = take_rows<Tiles>(args, shared)) {
     const int row_block = run.row / Tiles::kRows;
     for (int looks = 1; !has_come_to(count_of(args, row_block), args.column_tiles); ++looks) {
       if (looks % 64 == 0 && __any_sync(0xffffffffu, has_faulted(args.team))) return;  // see finish_row_blocks
@@ -234,8 +240,15 @@ __device__ inline void finish_row_blocks(const ProjectionArgs& args, const Block
   }
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
   RowNorm<Out, Tiles::kScaled> rows(args, round, weights, buffers);
+  int number = 0;
+  const auto next_run = [&] {
+    if (!kNorm) return NormRun{};
+    if (Tiles::kScaled) return take_rows<Tiles>(args, shared);
+    const int count = static_cast<int>(args.partition.rows(args.team.rank).count);
+    return run_of(number++, kNormedRun, 0, min(first_late_row_block(args) * Tiles::kRows, count));
+  };
   const int end = args.row_blocks * args.column_tiles;
-  NormRun run = kNorm ? take_rows(args, shared) : NormRun{};
+  NormRun run = next_run();
   int index = blockIdx.x, row = run.row, complete = -1;  // the row block that is being normalised
   uint32_t expected = kProductWarps;
   while (index < end || row < run.end) {
@@ -250,7 +263,7 @@ __device__ inline void finish_row_blocks(const ProjectionArgs& args, const Block
       rows.norm(row, row + 1 < run.end ? row + 1 : -1);
       if (++row < run.end) continue;
       count<Tiles, true>(args, round, complete, run.end - run.row);
-      run = take_rows(args, shared);
+      run = next_run();
       row = run.row;
     } else if (index >= end && __any_sync(0xffffffffu, has_faulted(args.team))) {
       return;  // what is missing belongs to a block that began after the fault

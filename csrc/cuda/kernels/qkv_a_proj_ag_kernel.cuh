@@ -154,7 +154,10 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
     take_registers<multiply_registers<Tiles>(kNorm)>();
     if (!round.refused) {
       multiply_tiles<Tiles, Out, kNorm>(args, round, shared, (warp - kOtherWarps) / 4, stages, scales);
-      if constexpr (kNorm) norm_last_rows<Tiles, Out>(args, round, shared, norm_weights, stages);
+      if constexpr (kNorm) {
+        if (Tiles::kScaled) products_sync();  // all is multiplied: the stages are free
+        norm_rows<Tiles, Out>(args, round, shared, norm_weights, stages + (warp - kOtherWarps) * kNormBufferBytes);
+      }
     }
     leave_block();
     return;

@@ -136,7 +136,7 @@ class _ScatteredLayer(deepseek_v2.DeepseekV2DecoderLayer):
         plain = type(linear.quant_method).__name__ == "UnquantizedLinearMethod" and weight.dtype == partial.dtype
         plain = plain and tuple(weight.shape) == (columns, partial.shape[1]) and weight.is_contiguous()
         # As mla_prologue and mla_prologue_fp8: of few tokens all ranks take all normed rows.
-        gathers = _C.gathers_normed_rows(num_tokens, columns, self.world_size, not plain)
+        gathers = _C.gathers_normed_rows(num_tokens, columns, self.world_size)
         if gathers:
             rows, residual = _norm_all(partial, residual, norm, self.group_name)
         else:
