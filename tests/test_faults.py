@@ -66,6 +66,7 @@ DISAGREEMENTS = {
     "eps of a projection": ("qkv_a_proj_ag_norm", {"options": {"eps": 1e-6}}, "eps=1e-06", "eps=1e-05"),
     "columns of kv_a": ("qkv_a_proj_ag_norm", {"latent": (96, 39, 9)}, "kv_columns=39", "kv_columns=40"),
     "weight_offset": ("rs_rmsnorm_ag", {"options": {"weight_offset": 1.0}}, "weight_offset=1", "weight_offset=0"),
+    "q_a": ("qkv_a_proj_ag_norm_fp8", {"options": {"quantize_q_a": True}}, "a quantised q_a", "q_a in 16 bits"),
     "norms of a projection": (
         *("qkv_a_proj_ag", {"op": "qkv_a_proj_ag_norm"}),
         *("qkv_a_proj_ag_norm", "qkv_a_proj_ag"),

@@ -58,6 +58,8 @@ def _differences(expected: dict, seen: dict) -> tuple[str, str]:
         if key == "variant":
             names = [name for bit, name in VARIANTS.items() if value & bit]
             return " and ".join(names) if names else "no option set"
+        if key == "group_size" and OPS.get(call["op"]) == "qkv_a_proj_ag_norm_fp8":
+            return "a quantised q_a" if value else "q_a in 16 bits"
         if key == "source":
             buffer, offset = value
             return f"an input at byte {offset} of symmetric buffer {buffer}" if buffer else "an ordinary input"
