@@ -83,6 +83,7 @@ bool gather_normed(const Projection& in, void* const outputs[3], const void* row
 // serves. Scales that are gathered are row-major: to another layout they are copied.
 std::optional<bool> run_quantized(const ProjectionFp8& in, void* const outputs[3], tpf_projection projection,
                                   const tpf_call& call, const tpf_quantization& to, Tensor scale) {
+  if (!in.on_cuda()) return std::nullopt;
   void* const quantized[3] = {to.q, outputs[1], outputs[2]};
   const bool copied = !in.complete && to.scale_group_stride != 1;
   Results row_major;

@@ -348,8 +348,9 @@ typedef struct tpf_projection {
 } tpf_projection;
 
 /* qkv_a_proj_ag and its other forms in one kernel: call->op says which. outputs: latent, or q_a, kv_a and k_pe; q_a is
- * e4m3 where q_a_scale is given. TPF_UNSUPPORTED, before anything is launched, where that kernel does not serve, or not
- * with these strides of q_a_scale: then project and gather, and quantise. */
+ * e4m3 where q_a_scale is given, which takes a group_size of 128 and columns of q_a that are a multiple of 512. e4m3
+ * has no weight_offset. TPF_UNSUPPORTED, before anything is launched, where that kernel does not serve, or not with
+ * q_a_scale or its strides: then project and gather, and quantise. */
 tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* projection, const tpf_team* team,
                                   const tpf_call* call, tpf_stream stream);
 

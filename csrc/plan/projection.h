@@ -7,7 +7,7 @@ namespace tpf {
 // Whether the kernels that norm q_a quantise it on the way, where the call asks for that: warps take 256 columns at
 // once, and TMA copies scales of 16 bytes or more. All ranks alike. Else each quantises what it has gathered.
 inline bool quantizes_q_a(const tpf_call& call) {
-  return call.op == TPF_QKV_A_PROJ_AG_NORM_FP8 && call.group_size == kQuantizedColumns &&
+  return call.op == TPF_QKV_A_PROJ_AG_NORM_FP8 && call.dtype == TPF_E4M3 && call.group_size == kQuantizedColumns &&
          call.q_columns % (4 * kQuantizedColumns) == 0 && call.q_columns > 0;
 }
 

@@ -150,6 +150,7 @@ struct SharedBytes {
   static constexpr int kOthers = 1024  // for the stages to begin at a multiple of it, as the swizzle's pattern wants
                                  + kOperands + Tiles::kScales * 4 + (kNorm ? kNormVectors * 32 * kVectorBytes : 0) +
                                  (kNormsScaled ? kNormBufferBytes : 0);
+  static_assert(!kNormsScaled || kProductWarps * kNormBufferBytes <= kOperands);  // where the warps that multiply norm
   static constexpr int kMostBuffers = kCopierStages, kMostBufferBytes = Tiles::kTail > 0 ? 6144 : 7168;
   static constexpr int kLeft = (kMost - kOthers) / kCopiers / 16 * 16;
   static constexpr int kCopierBytes = std::min(kMostBuffers * kMostBufferBytes, kLeft);

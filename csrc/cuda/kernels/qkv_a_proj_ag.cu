@@ -70,13 +70,17 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   if (const tpf_status status = use_device(&card, team->device); status != TPF_OK) return status;
   bool aligned = begins_at_16_bytes(projection->input) && begins_at_16_bytes(projection->weight);
   for (int i = 0; i < 3; ++i) aligned = aligned && begins_at_16_bytes(outputs[i]);
+  const bool quantizes = quantizes_q_a(*call);
+  if ((projection->q_a_scale != nullptr) != quantizes || (call->dtype == TPF_E4M3 && projection->weight_offset != 0)) {
+    return TPF_UNSUPPORTED;
+  }
   const ColumnsPlan columns = plan_columns(*call, aligned, limits_of(*team), card);
   if (columns.serves) return launch_columns(outputs, *projection, *team, *call, columns, card, stream);
   const ProjectionPlan plan = plan_projection(*call, aligned, limits_of(*team), card);
   if (!plan.fused || encoder() == nullptr) return TPF_UNSUPPORTED;
-  const int q_a_groups = quantizes_q_a(*call) ? call->q_columns / kQuantizedColumns : 0;
-  if (q_a_groups > 0 && (projection->q_a_scale == nullptr || !begins_at_16_bytes(projection->q_a_scale) ||
-                         projection->q_a_scale_row_stride != q_a_groups || projection->q_a_scale_group_stride != 1)) {
+  const int q_a_groups = quantizes ? call->q_columns / kQuantizedColumns : 0;
+  if (quantizes && (!begins_at_16_bytes(projection->q_a_scale) || projection->q_a_scale_row_stride != q_a_groups ||
+                    projection->q_a_scale_group_stride != 1)) {
     return TPF_UNSUPPORTED;
   }
   ProjectionArgs args = {};
@@ -86,7 +90,7 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
     args.outputs[part] = static_cast<char*>(output);
     args.part_bytes[part] = static_cast<uint32_t>(bytes);
   };
-  if (q_a_groups > 0) {
+  if (quantizes) {
     add_part(0, outputs[0], call->q_columns);
     add_part(1, projection->q_a_scale, q_a_groups * sizeof(float));
   } else {

@@ -1,4 +1,3 @@
-#include "../../plan/projection.h"
 #include "all_gather_rows_launch.cuh"
 #include "qkv_a_proj_ag_columns.cuh"
 #include "qkv_a_proj_ag_columns.h"
@@ -49,7 +48,7 @@ tpf_status launch_columns(void* const outputs[3], const tpf_projection& projecti
   args.scale_row_stride = projection.scale_row_stride;
   args.scale_group_stride = projection.scale_group_stride;
   args.weight_scale = projection.weight_scale;
-  if (quantizes_q_a(call)) args.q_a_scale = projection.q_a_scale;
+  args.q_a_scale = projection.q_a_scale;
   args.q_a_scale_row_stride = projection.q_a_scale_row_stride;
   args.q_a_scale_group_stride = projection.q_a_scale_group_stride;
   args.own = latent_columns_of(call, team.rank, team.world_size);

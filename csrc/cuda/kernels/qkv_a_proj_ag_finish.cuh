@@ -116,7 +116,9 @@ class RowNorm {
     }
     norm_part(1, rstd[1], vectors[1], store_to(row_of(row, 1)));
     if (!is_q_a_quantized<true>(args_)) return norm_part(0, rstd[0], vectors[0], store_to(row_of(row, 0)));
-    // Lane v of 16 finds the scale of the group of which these have vector v: a warp divides once.
+    // Lane v of 16 finds the scale of the group of which these have vector v: a warp divides once. All lanes have as
+    // many vectors, since quantizes_q_a asks for whole ones.
+    static_assert(kQVectors <= 16);
     float amax = 0;
     norm_part(0, rstd[0], vectors[0], [&](int v, uint4 vector) {
       vectors[0][v * 32] = vector;
