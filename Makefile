@@ -76,10 +76,10 @@ soak: build
 fuzz: build/fuzz/fuzz_c_api
 	$< -max_total_time=60 -max_len=256 -len_control=0 $(ARGS)
 
-FUZZED := $(wildcard csrc/cpu/*.cpp) tests/cpp/fuzz_c_api.cpp
+FUZZED := $(wildcard csrc/cpu/*.cpp csrc/plan/*.cpp) tests/cpp/fuzz_c_api.cpp
 FUZZ_FLAGS := -std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -ffp-contract=off -Icsrc \
   $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3)
-build/fuzz/fuzz_c_api: $(FUZZED) $(wildcard csrc/*.h csrc/cpu/*.h tests/cpp/fuzz_*.h)
+build/fuzz/fuzz_c_api: $(FUZZED) $(wildcard csrc/*.h csrc/cpu/*.h csrc/plan/*.h tests/cpp/fuzz_*.h)
 	mkdir -p $(@D)
 	clang++ $(FUZZ_FLAGS) -fsanitize=fuzzer -DTPF_LIBFUZZER $(FUZZED) -lrt -o $@ || \
 	  $(CXX) $(FUZZ_FLAGS) $(FUZZED) -pthread -lrt -o $@

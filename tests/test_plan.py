@@ -4,16 +4,19 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+import programs
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from programs import OPS, PROJECTIONS, REDUCTIONS
+from programs import REDUCTIONS
 
 import tp_fused
 from tp_fused import partition, planning
 from tp_fused.native import _C
 
+PROJECTIONS = (*programs.PROJECTIONS, "qkv_a_proj_ag_norm_fp8")
+OPS = (*programs.OPS, "qkv_a_proj_ag_norm_fp8")
 CARDS = ("A100", "H20", "H100", "H200", "B200", "RTX PRO 6000")
 MOST_CHUNKS = 7  # of a block in a reduction: kMaxChunks
 MOST_PARTIALS = 136  # kMaxPartials
@@ -82,7 +85,7 @@ def calls(draw, ops=OPS) -> Asked:
     op = draw(st.sampled_from(ops))
     world_size = draw(st.integers(1, 8))
     dtype = draw(st.sampled_from((torch.bfloat16, torch.float16, torch.float32)))
-    if op == "qkv_a_proj_ag_fp8":
+    if op in PROJECTIONS and op.endswith("_fp8"):
         dtype = torch.float8_e4m3fn
     card = draw(st.sampled_from(CARDS))
     ranks_per_card = draw(st.integers(1, world_size))
@@ -242,6 +245,24 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
     assert plans[0] == plans[1]
 
 
+# A process that died of the first of these; more of them: fuzz_plan of tests/cpp/fuzz_c_api.cpp.
+@pytest.mark.parametrize(
+    ("op", "num_tokens", "hidden_size", "columns"),
+    [
+        *((op, 64, 7168, 0) for op in PROJECTIONS),
+        ("rs_rmsnorm", 64, 0, 0),
+        ("rs_rmsnorm", 64, 12, 0),
+        ("rs_rmsnorm_ag", 2**31, 7168, 0),
+        ("all_gather_rows", 2**62, 7168, 0),
+    ],
+)
+def test_what_cannot_be_called_has_no_plan(op, num_tokens, hidden_size, columns):
+    dtype = torch.float8_e4m3fn if op in PROJECTIONS and op.endswith("_fp8") else torch.bfloat16
+    options = {"card": "H200", "world_size": 2, "slot_bytes": 1 << 20}
+    with pytest.raises(planning.NoKernelError, match=f"no kernel serves {op} of"):
+        planning.plan(op, num_tokens, hidden_size=hidden_size, columns=columns, dtype=dtype, **options)
+
+
 # What was measured and chosen on H100 and H200, docs/notes.
 @pytest.mark.parametrize(
     ("op", "num_tokens", "options", "chosen"),
@@ -259,6 +280,9 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
         ("qkv_a_proj_ag", 2048, {}, {"body": "all threads", "few_rows": True}),
         ("qkv_a_proj_ag", 2048, {"ranks_per_card": 8}, {"body": "tiles", "few_rows": False, "cluster": 2}),
         ("qkv_a_proj_ag_fp8", 2048, {}, {"body": "tiles", "few_rows": False}),
+        ("qkv_a_proj_ag_norm_fp8", 64, {"ranks_per_card": 8}, {"body": "tiles"}),
+        ("qkv_a_proj_ag_norm_fp8", 16384, {}, {"body": "tiles", "tile_columns": 64}),
+        ("qkv_a_proj_ag_norm_fp8", 16384, {"card": "B200"}, {"tile_columns": 0}),
         ("rs_rmsnorm_ag", 2, {}, {"body": "all rows", "cluster": 4, "in_place": False, "ranks": 8}),
         ("rs_rmsnorm_ag", 3, {}, {"body": "one row", "cluster": 4, "rounds": 1, "ranks": 8}),
         ("rs_rmsnorm_ag", 32, {"ranks_per_card": 8}, {"body": "one row", "rounds": 1}),
@@ -275,7 +299,7 @@ def test_unlike_cards_of_a_group_choose_alike(asked, other):
 def test_plans_of_deepseek_v3(op, num_tokens, options, chosen):
     values = {"card": "H200", "ranks_per_card": 1} | options
     hidden_size = values.pop("hidden_size", 2112 if op == "all_gather_rows" else 7168)
-    dtype = torch.float8_e4m3fn if op == "qkv_a_proj_ag_fp8" else torch.bfloat16
+    dtype = torch.float8_e4m3fn if op in PROJECTIONS and op.endswith("_fp8") else torch.bfloat16
     columns, in_place = 2112 if op in PROJECTIONS else 0, op.startswith(("rs_", "reduce_"))
     asked = Asked(op, num_tokens, hidden_size, columns, dtype, in_place, 8, max_ctas=None, **values)
     plan = asked.plan()

@@ -1,5 +1,6 @@
 // tpf_plan_call: what a call would launch, told without a card.
 #include <cstring>
+#include <limits>
 
 #include "columns.h"
 #include "gather.h"
@@ -18,6 +19,24 @@ constexpr struct {
     {"H100", {90, 132, 120, 232448, 1}},  {"H200", {90, 132, 120, 232448, 1}},
     {"B200", {100, 148, 144, 232448, 0}}, {"RTX PRO 6000", {120, 188, 176, 101376, 0}},
 };
+
+bool projects(const tpf_call& call) {
+  return call.op == TPF_QKV_A_PROJ_AG || call.op == TPF_QKV_A_PROJ_AG_FP8 || tpf::is_normed(call);
+}
+bool reduces(const tpf_call& call) {
+  return call.op == TPF_RS_RMSNORM || call.op == TPF_RS_RMSNORM_FP8 || call.op == TPF_RS_RMSNORM_AG ||
+         call.op == TPF_REDUCE_SCATTER_ROWS;
+}
+
+// Whether there can be such a call: 32 bits count rows and columns, and rows that are added up are whole vectors.
+bool can_be(const tpf_call& call, const tpf_team& team) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  const bool sums = call.dtype <= TPF_F32 && call.hidden_size > 0 && call.hidden_size % 8 == 0;
+  return call.dtype <= TPF_U8 && call.num_tokens >= 0 && call.num_tokens <= kMost && call.hidden_size <= kMost &&
+         call.columns <= kMost && (sums || !reduces(call)) && (call.columns > 0 || !projects(call)) &&
+         int64_t{call.q_columns} + call.kv_columns <= call.columns && team.world_size >= 1 &&
+         team.world_size <= TPF_MAX_RANKS && team.slot_bytes >= 0;
+}
 
 void plan_of_gather(tpf_plan* plan, const tpf_call& call, int64_t columns, tpf_dtype dtype, const tpf::Limits& limits,
                     const tpf_card& card) {
@@ -102,23 +121,18 @@ tpf_status tpf_card_named(tpf_card* card, const char* name) {
 }
 
 tpf_status tpf_plan_call(tpf_plan* plan, const tpf_call* call, const tpf_team* team, const tpf_card* card) {
-  const tpf::Limits limits = tpf::limits_of(*team);
   *plan = {};
+  if (!can_be(*call, *team)) return TPF_UNSUPPORTED;
+  const tpf::Limits limits = tpf::limits_of(*team);
   plan->source = call->source;
   plan->rounds = 1;
-  switch (call->op) {
-    case TPF_BARRIER:
-      return TPF_UNSUPPORTED;
-    case TPF_ALL_GATHER_ROWS:
-      plan_of_gather(plan, *call, call->hidden_size, static_cast<tpf_dtype>(call->dtype), limits, *card);
-      return TPF_OK;
-    case TPF_QKV_A_PROJ_AG:
-    case TPF_QKV_A_PROJ_AG_FP8:
-    case TPF_QKV_A_PROJ_AG_NORM:
-    case TPF_QKV_A_PROJ_AG_NORM_FP8:
-      plan_of_projection(plan, *call, limits, *card);
-      return TPF_OK;
-    default:  // the ops that reduce
-      return plan_of_reduction(plan, *call, limits, *card) ? TPF_OK : TPF_UNSUPPORTED;
+  if (call->op == TPF_ALL_GATHER_ROWS) {
+    plan_of_gather(plan, *call, call->hidden_size, static_cast<tpf_dtype>(call->dtype), limits, *card);
+    return TPF_OK;
   }
+  if (projects(*call)) {
+    plan_of_projection(plan, *call, limits, *card);
+    return TPF_OK;
+  }
+  return reduces(*call) && plan_of_reduction(plan, *call, limits, *card) ? TPF_OK : TPF_UNSUPPORTED;
 }

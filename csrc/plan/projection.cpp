@@ -95,7 +95,7 @@ ProjectionPlan plan_projection(const tpf_call& call, bool aligned, const Limits&
   const int64_t row_bytes = call.hidden_size * bytes_of(static_cast<tpf_dtype>(call.dtype));
   const uint32_t rest = call.columns - call.q_columns - call.kv_columns;
   ProjectionPlan plan = {};
-  if ((call.variant & TPF_COMPLETE) != 0 || !card.has_wgmma || !aligned || call.dtype == TPF_F32 ||
+  if (call.columns == 0 || (call.variant & TPF_COMPLETE) != 0 || !card.has_wgmma || !aligned || call.dtype == TPF_F32 ||
       row_bytes % 16 != 0 || call.columns % 8 != 0 || call.q_columns % 8 != 0 || call.kv_columns % 8 != 0 ||
       rest % 8 != 0 || call.q_columns > kMostQColumns || call.kv_columns > kMostKvColumns) {
     return plan;

@@ -141,6 +141,39 @@ void fuzz_rows(Choices choices) {
   if (slot_bytes < 0 ? bytes != -1 : bytes != -1 && bytes / 2 < slot_bytes) wrong("a region of a few bytes");
 }
 
+// Whatever is asked, and of whatever card.
+void fuzz_plan(Choices choices) {
+  const auto some = [&](int64_t most, int bytes) {
+    return choices.yes(4) ? static_cast<int64_t>(choices.bits(bytes)) : choices.between(0, most);
+  };
+  tpf_call call = {};
+  call.op = static_cast<uint16_t>(some(12, 2));
+  call.dtype = static_cast<uint16_t>(some(4, 2));
+  call.num_tokens = some(20000, 8);
+  call.hidden_size = static_cast<uint32_t>(some(20000, 4));
+  call.columns = static_cast<uint32_t>(some(5000, 4));
+  call.group_size = static_cast<uint32_t>(some(256, 4));
+  call.variant = static_cast<uint32_t>(some(511, 4));
+  call.q_columns = static_cast<uint32_t>(some(3000, 4));
+  call.kv_columns = static_cast<uint32_t>(some(1000, 4));
+  call.source = choices.yes() ? -1 : some(4096, 8);
+  tpf_team team = {};
+  team.world_size = static_cast<int32_t>(choices.between(1, TPF_MAX_RANKS));
+  team.max_ctas = static_cast<int32_t>(some(200, 4));
+  team.slot_bytes = some(1 << 30, 8);
+  team.free_sms = static_cast<int32_t>(some(132, 4));
+  team.free_cluster_sms = static_cast<int32_t>(some(120, 4));
+  const char* const names[] = {"A100", "H20", "H100", "H200", "B200", "RTX PRO 6000"};
+  tpf_card card = {};
+  tpf_plan plan = {};
+  if (tpf_card_named(&card, names[choices.between(0, 5)]) != TPF_OK) wrong("a card that is not known");
+  if (tpf_plan_call(&plan, &call, &team, &card) != TPF_OK) return;
+  if (plan.blocks < 1 || plan.threads < 32 || plan.threads > 1024 || plan.shared_bytes > card.shared_bytes) {
+    wrong("op %d: a plan of %d blocks, %d threads and %lld bytes of shared memory", call.op, plan.blocks, plan.threads,
+          static_cast<long long>(plan.shared_bytes));
+  }
+}
+
 // A header that is not the creator's is refused, and a right one is not.
 void fuzz_segment(Choices choices) {
   static int number = 0;
@@ -190,7 +223,10 @@ void fuzz_segment(Choices choices) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Choices choices(data, size);
   const uint64_t kind = choices.bits(1);
-  kind < 192 ? fuzz_calls(choices) : kind < 224 ? fuzz_segment(choices) : fuzz_rows(choices);
+  kind < 176   ? fuzz_calls(choices)
+  : kind < 208 ? fuzz_segment(choices)
+  : kind < 240 ? fuzz_plan(choices)
+               : fuzz_rows(choices);
   return 0;
 }
 
