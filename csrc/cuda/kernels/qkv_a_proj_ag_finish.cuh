@@ -61,7 +61,7 @@ class RowNorm {
       } else {
         unpack(values, kept[v * 32], Out{});
       }
-      if constexpr (!kScaled) {  // which has no offset
+      if constexpr (!kScaled) {  // fp8 has no weight_offset
 #pragma unroll
         for (float& value : values) value += args_.weight_addend;
       }
