@@ -52,7 +52,7 @@ def _ops(world_size: int) -> Launch:
             world_size, "qkv_a_proj_ag_complete", *few, baselines=("gemm",), budget_s=0.3
         ),
     }
-    return Launch(some.name, 260 if world_size == 8 else 190, {**some.sections, **sections})
+    return Launch(some.name, 260 if world_size == 8 else 163, {**some.sections, **sections})
 
 
 def _prologue(world_size: int) -> Launch:
@@ -60,7 +60,7 @@ def _prologue(world_size: int) -> Launch:
     sections = {
         op: section(world_size, op, *TOKENS, baselines=baselines, budget_s=0.2) for op, baselines in programs.items()
     }
-    return Launch("prologue", 200 if world_size == 8 else 140, sections)
+    return Launch("prologue", 200 if world_size == 8 else 187, sections)
 
 
 def _blocks(world_size: int) -> Launch:
@@ -69,13 +69,13 @@ def _blocks(world_size: int) -> Launch:
         return section(world_size, op, 64, 1024, 16384, baselines=(), variants=variants, budget_s=0.3)
 
     ops = ("rs_rmsnorm", "rs_rmsnorm_ag", "all_gather_rows", "qkv_a_proj_ag")
-    return Launch("blocks", 90, {f"{op}_blocks": swept(op) for op in ops})
+    return Launch("blocks", 84, {f"{op}_blocks": swept(op) for op in ops})
 
 
 def _beside(world_size: int) -> Launch:
     bounds = ("ctas4", "ctas8", "ctas16", "ctas32")
     options = section(world_size, "beside_gemm", 4096, 16384, baselines=("alone", "gemm"), variants=bounds)
-    return Launch("beside", 50, {"beside_gemm": options})
+    return Launch("beside", 45, {"beside_gemm": options})
 
 
 def goals(world_size: int) -> list[Goal]:
