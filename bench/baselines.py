@@ -93,7 +93,8 @@ BASELINES = {
     ),
     "ag+norm": Baseline("qkv_a_proj_ag, then two RMSNorms and the split", empty=True),
     "ag_fp8+norm": Baseline("qkv_a_proj_ag_fp8, then two RMSNorms, the quantisation and the split", empty=True),
-    "chain": Baseline("rs_rmsnorm, then qkv_a_proj_ag_norm", empty=True),
+    "chain": Baseline("own rows by all of the weight: rs_rmsnorm, then qkv_a_proj_ag_norm", empty=True),
+    "all-rows": Baseline("all rows by a share: rs_rmsnorm_ag, then qkv_a_proj_ag_norm(complete=True)", empty=True),
     "alone": Baseline("the fused op with nothing beside it", empty=True),
     "barrier": Baseline("a bare barrier of the ranks, fenced as for rows that were written", _on_cuda, empty=True),
 }

@@ -134,24 +134,24 @@ OPS = {
         ("dtype", "zero_copy", "compile", "latent", "kv_lora", "rope"),
     ),
     "mla_prologue": Op(
-        """All that comes before MLA's attention in one call, against what engines do today, and against the chain.
+        """All that comes before MLA's attention in one call, against what engines do today, and against both its ways.
 
-        Few tokens are gathered and multiplied by a share of the weight, of many each rank multiplies its own. Today,
-        bytes and right: as chain.
+        Few tokens are gathered and multiplied by a share of the weight ("all-rows"), of many each rank multiplies its
+        own ("chain"). Today, bytes and right: as chain.
         """,
-        (*ENGINES, *SCATTERED, "chain"),
+        (*ENGINES, *SCATTERED, "chain", "all-rows"),
         ("dtype", "zero_copy", "compile", "latent", "kv_lora", "rope"),
         torch_multiplies=True,
     ),
     "mla_prologue_fp8": Op(
-        """mla_prologue with fp8 rows and weight, and q_a quantised again, against mla_prologue in 16 bits.
+        """mla_prologue with fp8 rows and weight, and q_a quantised again, against the same, and its 16-bit form.
 
         Today: all-reduce, then every rank adds, norms, quantises and projects all rows, norms the latents and quantises
         q_a; the scattered programs do so with their own rows, and gather the latents. They multiply as in
         qkv_a_proj_ag_norm_fp8. bytes: those of both halves. Right: residual_out has the oracle's bits, the latents are
         as in qkv_a_proj_ag_norm_fp8.
         """,
-        (*ENGINES, *SCATTERED, "mla_prologue"),
+        (*ENGINES, *SCATTERED, "mla_prologue", "chain", "all-rows"),
         ("zero_copy", "compile", "latent", "kv_lora", "rope", "scale_layout"),
         torch_multiplies=True,
     ),

@@ -283,7 +283,17 @@ class MlaPrologueFp8(Chain, QkvAProjAgNormFp8):
         return reference.quantize_e4m3(pad(output, (0, 0, 0, -len(output) % 4)), layout="column")
 
     def baseline(self, name):
+        if name in ("chain", "all-rows"):
+            return Program(lambda: self.in_two_calls(name == "all-rows"))
         return self.in_16_bits() if name == "mla_prologue" else super().baseline(name)
+
+    def in_two_calls(self, of_all_rows: bool):
+        reduction, reduce = self.reduction, OPS.rs_rmsnorm_ag_fp8 if of_all_rows else OPS.rs_rmsnorm_fp8
+        q, scale, residual_out, _ = reduce(self.input, reduction.residual, reduction.weight, EPS, self.group)
+        weights = (self.weight, self.weight_scale, self.q_a_weight, self.kv_a_weight)
+        shape = (EPS, self.num_tokens, self.group)
+        options = {"complete": of_all_rows, **self.as_quantized}
+        return *OPS.qkv_a_proj_ag_norm_fp8(q, scale, *weights, *shape, **options), residual_out
 
     def in_16_bits(self) -> Program:
         """The op of the same tokens, with this weight."""

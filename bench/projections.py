@@ -244,7 +244,15 @@ class MlaPrologue(Chain):
         return OPS.mla_prologue(self.input, self.reduction.residual, *weights, EPS, self.group)
 
     def baseline(self, name):
-        return Program(super().fused) if name == "chain" else super().baseline(name)
+        if name == "chain":
+            return Program(super().fused)
+        return Program(self.of_all_rows) if name == "all-rows" else super().baseline(name)
+
+    def of_all_rows(self):
+        reduction, norms = self.reduction, (self.q_a_weight, self.kv_a_weight, EPS)
+        rows, residual_out = OPS.rs_rmsnorm_ag(self.input, reduction.residual, reduction.weight, EPS, self.group)
+        latents = OPS.qkv_a_proj_ag_norm(rows, self.weight, *norms, self.num_tokens, self.group, complete=True)
+        return (*latents, residual_out)
 
 
 class BesideGemm(RsRmsnorm):

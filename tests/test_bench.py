@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--hidden", "64", "--latent", "96", "--kv-lora", "32", "--rope", "32", "--iters", "2", "--warmup", "1"]
 RANKS = 3
 TOKENS = [0, 1, 7]
-ON_A_CPU = {"dist", "allreduce", "own", "dist-rs", "own-rs", "gemm", "ag+norm", "ag_fp8+norm", "chain"}
+ON_A_CPU = {"dist", "allreduce", "own", "dist-rs", "own-rs", "gemm", "ag+norm", "ag_fp8+norm", "chain", "all-rows"}
 ON_A_CPU |= {"rs_rmsnorm", "rs_rmsnorm_ag", "qkv_a_proj_ag", "mla_prologue"}
 
 
