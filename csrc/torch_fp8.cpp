@@ -22,9 +22,8 @@ bool add_quantized(const ReduceCall& in, const Quantized& as, int64_t rows, tpf_
   return add_quantized(in, rows, in.input.columns, as.group_size, as.column, rounded, to, results);
 }
 
-// Gathered in 16 bits while they are added up, which takes two synchronisations, and then quantised by every rank: with
-// rows of a block so few, twice the bytes take less time than another synchronisation. The kernel that quantises rows
-// takes bf16 and groups of 128.
+// rs_rmsnorm_ag, whose rows every rank then quantises: with so few rows of a block, gathering twice the bytes takes
+// less time than a gather of its own. The kernel that quantises rows takes bf16 and groups of 128.
 bool gather_and_quantize(const ReduceCall& in, const Quantized& as, Results* results) {
   tpf_quantization to;
   Results normed;

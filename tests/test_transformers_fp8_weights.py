@@ -175,11 +175,16 @@ def test_heads_of_other_models_may_cut_a_block(pool, device, world_size):
 # ---- products where transformers has no kernels ----
 
 
+def operands(num_rows: int, columns: int, experts: int, stored: torch.dtype) -> tuple:
+    """Rows, and the weights of experts with their scales."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(num_rows, columns, generator=generator).to(BF16)
+    return rows, *quantise_blocks(torch.randn(experts, 136, columns, generator=generator), stored)
+
+
 @pytest.mark.parametrize("stored", [torch.float32, E8M0], ids=str)
 def test_products_of_rows_and_of_experts(stored):
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(11, 200, generator=generator).to(BF16)
-    weight, scale = quantise_blocks(torch.randn(3, 136, 200, generator=generator), stored)
+    rows, weight, scale = operands(11, 200, 3, stored)
     kernels = fp8_kernels._Kernels(None)
     q, row_scale = reference.quantize_e4m3(rows, round_scales=stored == E8M0)
     exact = reference.dequantize(q, row_scale, (1, 128)).double()
@@ -202,9 +207,7 @@ def test_products_of_rows_and_of_experts(stored):
 @pytest.mark.parametrize("stored", [torch.float32, E8M0], ids=str)
 def test_products_of_few_rows_are_those_of_many(stored):
     """Rows that are no more than the experts are multiplied one by one."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(12, 256, generator=generator).to(BF16)
-    weight, scale = quantise_blocks(torch.randn(5, 136, 256, generator=generator), stored)
+    rows, weight, scale = operands(12, 256, 5, stored)
     kernels = fp8_kernels._Kernels(None)
     experts = torch.tensor([0, 0, 0, 2, 2, 2, 2, 2, 4, 4, 5, 5])  # the last two of no expert here
     many = kernels.batched_matmul(rows, weight, scale, [128, 128], experts)

@@ -45,7 +45,7 @@ struct Fitted {
   // Rows that all ranks have, up to which one kernel multiplies and posts columns: of more, each of its blocks reads
   // more of the rows than of the weight, and cuBLAS and then a gather take less time. Where ranks share a card: one
   // H200, `tools/compare_builds.py`, at ae897c8. On a card of its own, times this rank's columns: of 1056, 8 rows and
-  // not 64. Two H200, at 35b935c. Of fp8 a rank of two has 1152.
+  // not 64. Two H200, at 35b935c.
   int shared_card_column_rows, own_card_column_products;
   // What a pass over columns costs there besides, and each block of a cluster, in chunks of a row that a block reads.
   // Two H200, clusters of one, four and eight forced, at 35b935c.
@@ -74,7 +74,7 @@ constexpr Fitted kFittedSm90 = {
     .gather_chunk_bytes = 34 << 10,
     .few_rows = 256,
     .shared_card_column_rows = 32,
-    .own_card_column_products = 16 * 1152,
+    .own_card_column_products = 16 * 1056,
     .column_pass = 560,
     .column_cluster = 19,
     .products_a_cycle = 32,

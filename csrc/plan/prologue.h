@@ -10,8 +10,8 @@ namespace tpf {
 // Gathered, rows of hidden_size columns travel: num_tokens of them. Else as many rows of the weight as it has columns
 // are read by every rank. A byte from a peer takes as long as kLinkCost bytes of a rank's own memory: of both all but
 // 1/W, so neither matters. Fitted to both ways of 2112 columns, 1 to 1024 tokens, in one run each: gathered took less
-// time up to 128 tokens, and not from 192 on, of bf16 and of fp8 on two H200, and likewise where four ranks share one;
-// where eight do, up to 128 in fp8 and 256 in bf16. So fp8, of which both have half the bytes, goes the same way.
+// time up to 128 tokens, and more from 192 on, on two H200; up to 128 and not 256 where four ranks share one; up to 128
+// in fp8 and 256 in bf16 where eight do (docs/notes/prologue_ways.md). One rule serves bf16 and fp8.
 inline bool gathers_normed_rows(int64_t num_tokens, int64_t columns, int world_size) {
   constexpr int64_t kLinkCost = 14;
   return world_size > 1 && num_tokens <= columns / kLinkCost;

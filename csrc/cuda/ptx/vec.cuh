@@ -138,7 +138,7 @@ __device__ inline float warp_sum(float value) { return warp_reduce(value, Sum{})
 // Finite for the smallest numbers, too: zeros beside them stay zeros.
 struct Fp8Scale {
   __device__ Fp8Scale(float amax, bool rounded) {
-    // Divided as __fdiv_rn does, to the same bits, but without a branch for each that nothing is scheduled across.
+    // The bits of __fdiv_rn, without its branches: the compiler schedules nothing across them.
     if (amax >= 0x1p-60f && amax <= 0x1p60f) {
       scale = refined_quotient(amax, 448.0f, 1 / 448.0f, amax * (1 / 448.0f));
       float reciprocal = rcp_approx(amax);
