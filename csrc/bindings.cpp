@@ -239,6 +239,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("QKV_A_PROJ_AG") = static_cast<int>(TPF_QKV_A_PROJ_AG);
   m.attr("QKV_A_PROJ_AG_FP8") = static_cast<int>(TPF_QKV_A_PROJ_AG_FP8);
   m.attr("QKV_A_PROJ_AG_NORM") = static_cast<int>(TPF_QKV_A_PROJ_AG_NORM);
+  m.attr("BARRIER") = static_cast<int>(TPF_BARRIER);
   m.attr("MAX_RANKS") = TPF_MAX_RANKS;
   m.attr("MAX_CTAS") = TPF_MAX_CTAS;
   m.attr("MAX_HIDDEN_SIZE") = TPF_MAX_HIDDEN_SIZE;

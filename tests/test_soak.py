@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from programs import ALL_OPS, OPS, PROJECTING, REDUCING
+from programs import ALL_OPS, PROJECTING, REDUCING
 from ranks import Pool
 from soak_calls import PROFILES, SEGMENT_CALLS, Sequence
 from soak_ranks import Report, Wrong
@@ -133,9 +133,7 @@ def test_everything_is_called_sooner_or_later(kind, world_size):
     kinds = [(segment.spaces[made.space], made) for segment in segments for made in segment.kinds]
     calls = [made.call for _, made in kinds]
     forms = {(made.call.op, made.call.dtype, made.call.residual, made.in_place is None) for _, made in kinds}
-    for op, dtype in itertools.product(
-        ALL_OPS if kind == "cpu" else OPS, (torch.bfloat16, torch.float16, torch.float32)
-    ):
+    for op, dtype in itertools.product(ALL_OPS, (torch.bfloat16, torch.float16, torch.float32)):
         residuals = (None, "full", "slice") if op in REDUCING else (None,)
         for residual, staged in itertools.product(residuals, (True, False) if op in REDUCING else (True,)):
             assert (op, dtype, residual, staged) in forms
@@ -172,7 +170,7 @@ def test_every_op_is_repeated_at_every_size_of_workspace(kind):
     repeated = {
         (segment.kinds[step.kind].call.op, size) for size, segment in segments for step in segment.steps if step.repeat
     }
-    assert repeated == set(itertools.product(ALL_OPS if kind == "cpu" else OPS, sizes))
+    assert repeated == set(itertools.product(ALL_OPS, sizes))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

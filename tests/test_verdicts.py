@@ -70,6 +70,7 @@ def test_judgement(name):
             {"columns": 2112, "kv_columns": 512},
             "(num_tokens=0, hidden_size=7168, dtype=bfloat16, columns=2112, kv_columns=",
         ),
+        ({"op": 9}, "barrier(num_tokens=0"),  # the benchmark's
         ({"variant": 10, "source": [1, 0]}, "dtype=bfloat16, residual, keep_output, input in symmetric buffer 1)"),
     ],
 )

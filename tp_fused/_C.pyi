@@ -13,6 +13,7 @@ OPS: dict[int, str]
 QKV_A_PROJ_AG: int
 QKV_A_PROJ_AG_FP8: int
 QKV_A_PROJ_AG_NORM: int
+BARRIER: int
 COMPLETE: int
 RESIDUAL: int
 SEGMENT_HEADER_BYTES: int

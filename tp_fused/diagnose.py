@@ -325,7 +325,7 @@ def _words(record: dict) -> str:
 
 
 def _op(call: dict) -> str:
-    return faults.OPS.get(call["op"], str(call["op"]))
+    return faults.op_name(call["op"])
 
 
 def call_text(call: dict) -> str:

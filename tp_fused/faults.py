@@ -40,6 +40,11 @@ class CollectiveFault(RuntimeError):
         return type(self), (str(self), self.op, self.call_number, self.rank, self.peer, self.reason)
 
 
+def op_name(number: int) -> str:
+    """Of an op, or of the barrier, which no op of torch's is: the benchmark calls it."""
+    return "barrier" if number == _C.BARRIER else OPS.get(number, f"op {number}")
+
+
 def shortest(value: float) -> str:
     """The fewest decimal digits that say this float32: 1e-06, not the double 9.999999974752427e-07."""
     digits = (f"{value:.{count}g}" for count in range(1, 9))
@@ -52,7 +57,7 @@ def _differences(expected: dict, seen: dict) -> tuple[str, str]:
     def words(call: dict, key: str) -> str:
         value = call[key]
         if key == "op":
-            return OPS.get(value, f"op {value}")
+            return op_name(value)
         if key == "dtype":
             return f"dtype={DTYPES.get(value, value)}"
         if key == "variant":
@@ -83,7 +88,7 @@ def in_group(message: str, members: list[int]) -> str:
 def fault_from(record: dict, *others: dict, members: list[int] | None = None) -> CollectiveFault:
     """The exception for a record. `others`: where the awaited peer gave up first, its own, and so on. `members`: the
     global ranks of the group."""
-    op = OPS.get(record["expected"]["op"], f"op {record['expected']['op']}")
+    op = op_name(record["expected"]["op"])
     rank, peer, status = record["rank"], record["peer"], record["status"]
     call = f"{op} #{record['call_number']}"
     if status == DISAGREE:

@@ -6,7 +6,7 @@ import sys
 
 from torch.distributed import distributed_c10d
 
-from .faults import OPS, CollectiveFault
+from .faults import CollectiveFault, op_name
 
 CLOSED = 8  # TPF_CLOSED: a kernel found its own workspace closed
 
@@ -37,7 +37,7 @@ def check_retired() -> None:
         if record["status"] != CLOSED:
             continue
         workspace.mailbox.zero_()
-        op = OPS.get(record["expected"]["op"], "an op")
+        op = op_name(record["expected"]["op"])
         raise CollectiveFault(
             f"{op} #{record['call_number']}: rank {workspace.rank} replayed a CUDA graph that was captured on a "
             f"workspace of group {workspace.group_name!r} closed since; its outputs are NaN: capture it again",
