@@ -31,6 +31,8 @@ ARRIVAL = r"SYNCS\.ARRIVE\.TRANS64\.A1T0"  # without bytes to expect: what gives
 COUNTED = re.compile(
     r"\*/ +(?:@!?\w+ )?((?:LDL|STL|LDG|STG|UBLK|UTMA|[HQ]G?MMA|WARPGROUP|BAR\.RED|BRA\.U\.ANY)[\w.]*) "
 )
+# What lets the next kernel in by PDL, what all threads of a warp or a block meet at, and looks at a peer's signal.
+MEETINGS = re.compile(r"\*/ +(?:@!?\w+ )?(PREEXIT|BAR\.RED|BAR\.SYNC|WARPSYNC|LD\S*\.STRONG\.SYS)")
 EPILOGUES = (0, 1, 2, 3)  # tpf::Epilogue
 ONE_ROW, DIRECT, BULK, ALL_ROWS = 0, 1, 2, 3  # tpf::Body
 FP8, GATHER = 2, 3  # of EPILOGUES, those that all ranks may add up all rows for
@@ -47,6 +49,7 @@ class Kernel:
     # Its arrivals on mbarriers, on ENCODED alone: whether each hangs on rows that were read; those that come too early.
     waiting: list[bool] = dataclasses.field(default_factory=list)
     early: list[int] = dataclasses.field(default_factory=list)
+    triggers: list[str] = dataclasses.field(default_factory=list)  # of each, what of MEETINGS the code has before it
 
     def count(self, pattern: str) -> int:
         """Instructions whose opcode matches."""
@@ -88,6 +91,9 @@ def read_cubin(cubin: Path) -> dict[str, Kernel]:
     for section in sections:
         kernel = kernels[section[: section.index(":")]]
         kernel.opcodes.update(COUNTED.findall(section))
+        kernel.triggers = [
+            before for before, at in itertools.pairwise(["", *MEETINGS.findall(section)]) if at == "PREEXIT"
+        ]
         if encoded and re.search(ARRIVAL, section):
             (code,) = sass.functions(f".text.{section}").values()
             kernel.waiting = [sass.hangs_on(code, index, r"LDS\.128") for index in arrivals(code)]
@@ -312,6 +318,15 @@ def test_projections_multiply_by_warp_groups(library):
         or kernel.count(r"WARPGROUP\.DEPBAR") > 3
     }
     assert not wrong
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
+def test_the_next_kernel_is_let_in_when_all_threads_have_met_their_peers(kernels, architecture):
+    """One thread's trigger counts for its block, and threads that have no peer do not wait for those that have, unless
+    a barrier makes them. On a shared card the next kernel would take the SMs of what a late rank runs first."""
+    triggers = {name: kernel.triggers for name, kernel in kernels.items() if kernel.triggers}
+    assert len(triggers) >= 50
+    assert not {name: found for name, found in triggers.items() if not {*found} <= {"BAR.RED", "BAR.SYNC", "WARPSYNC"}}
 
 
 # ---- arrivals on mbarriers ----

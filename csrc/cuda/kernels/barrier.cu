@@ -20,6 +20,7 @@ __global__ void barrier_kernel(const __grid_constant__ BarrierArgs args) {
     publish_step(args.team, round, 0, peer);
     wait_step(args.team, args.call, round, 0, blockIdx.x, peer);
   }
+  __syncwarp();  // lanes without a peer may be ahead of those that still wait
   pdl_trigger();
   round.refused ? end_faulted_op(args.team, args.call, round) : end_op(args.team);
 }
