@@ -50,7 +50,7 @@ def test_rounded_scales_are_the_next_powers_of_two():
 
 
 def test_beside_the_formulas_of_others():
-    """Which element and scale differ where, of rows as models have them: docs of `rs_rmsnorm_fp8` say which we follow.
+    """Which element and scale differ where, of rows as models have them: `rs_rmsnorm_fp8` says so, too.
 
     DeepGEMM casts groups of 128: amax is at least 1e-4, the scale amax / 448, or that rounded up to a power of two,
     and an element is multiplied by the scale's reciprocal. transformers' fine-grained quantiser divides by the scale.
@@ -70,6 +70,8 @@ def test_beside_the_formulas_of_others():
             assert differ == 0 if rounded else differ < 5e-4, differ  # by one step
     small = torch.full((1, 128), 1e-7)
     assert reference.quantize_e4m3(small)[1].item() == pytest.approx(1e-7 / 448)  # DeepGEMM: 1e-4 / 448
+    told = " ".join(tp_fused.rs_rmsnorm_fp8.__doc__.split())
+    assert "DeepGEMM's per-token cast multiplies" in told and "transformers' fine-grained quantiser divides" in told
 
 
 @pytest.mark.cuda

@@ -162,9 +162,13 @@ def rs_rmsnorm_fp8(
 
     Arguments as `rs_rmsnorm`. What is quantised is the output as it would have been stored. Both quotients and the
     product are fp32, each rounded once; 448 / amax is at most the largest finite number, and 0 for a group of zeros,
-    whose scale is 0. q has the same bits on every backend. (Of e4m3(output / scale) about one element in 7000 is the
-    next number.) scale is one per token and group: layout "row" is [rows, groups] row-major; "column" is column-major
-    with rows padded to a multiple of 4, as DeepGEMM's TMA loads want.
+    whose scale is 0. q has the same bits on every backend. scale is one per token and group: layout "row" is
+    [rows, groups] row-major; "column" is column-major with rows padded to a multiple of 4, as DeepGEMM's TMA loads
+    want.
+
+    Others: DeepGEMM's per-token cast multiplies by 1 / scale, and takes an amax of at least 1e-4; transformers'
+    fine-grained quantiser divides by scale. From that amax on the scales of both are these, to the bit; of q, one
+    element in some thousands is the next number, and none with round_scales. Smaller groups keep their own scale here.
 
     group_size: on cuda 64, 128 or, for one scale a token, hidden_size or more.
 
