@@ -521,5 +521,9 @@ init {
 
 #ifdef LIVE
 #define MOVES(r) ([]<> odd[r] && []<> !odd[r])
+#if N == 4
+ltl live { MOVES(0) && MOVES(1) && MOVES(2) && MOVES(3) }
+#else
 ltl live { MOVES(0) && MOVES(1) && MOVES(2) }
+#endif
 #endif

@@ -34,6 +34,7 @@ RIGHT = {
     "two chunks": ("N=3", "CHUNKS=2", ops("ag_stage")),
     "four ranks, rs_rmsnorm_ag": ("N=4", "AT_ONCE", ops("ag_stage")),
     "every rank finishes every call": ("N=3", "LIVE", ops("stage place")),
+    "four ranks, every rank finishes every call": ("N=4", "AT_ONCE", "LIVE", ops("stage")),
     "a rank gives up, staged": (*ONE_FAULT, ops("stage")),
     "a rank gives up, posted": (*ONE_FAULT, ops("post")),
     "a rank gives up, in place": (*ONE_FAULT, ops("place")),
@@ -51,6 +52,7 @@ RIGHT = {
 # Larger searches: TP_FUSED_MODELS=all.
 LARGE = {
     "four ranks, staged and in place": ("N=4", "AT_ONCE", ops("stage place")),
+    "four ranks, every rank finishes every call, staged and in place": ("N=4", "AT_ONCE", "LIVE", ops("stage place")),
     "a rank calls another op": ("N=3", "MISTAKES=1", ops("stage place")),
     "a rank calls another op, ag in one round": ("N=3", "MISTAKES=1", ops("ag_post_once ag_place_once")),
     "a rank gives up, two chunks": (*ONE_FAULT, "CHUNKS=2", ops("gather ag_place")),
