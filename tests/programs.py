@@ -237,7 +237,7 @@ class Call:
 
     def _sample(self, rank: int) -> torch.Tensor:
         """The rank's rows and, where few are projected, some more: rounding errors are measured on all of these."""
-        num_rows = max(self.num_tokens, 256) if self.op in PROJECTIONS else self.num_tokens
+        num_rows = max(self.num_tokens, 256) if self.op in PROJECTING else self.num_tokens
         return self._random(f"input {rank}", (num_rows, self.hidden_size))
 
     def _residual(self) -> torch.Tensor | None:

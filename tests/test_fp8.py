@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from programs import EPS, prologue_inputs, random, same_bits, within_one_rounding
+from programs import EPS, Call, prologue_inputs, random, same_bits, within_one_rounding
 from ranks import outcome, workspace
 
 import tp_fused
@@ -72,6 +72,17 @@ def test_beside_the_formulas_of_others():
     assert reference.quantize_e4m3(small)[1].item() == pytest.approx(1e-7 / 448)  # DeepGEMM: 1e-4 / 448
     told = " ".join(tp_fused.rs_rmsnorm_fp8.__doc__.split())
     assert "DeepGEMM's per-token cast multiplies" in told and "transformers' fine-grained quantiser divides" in told
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_right_passes_where_there_is_one_token(seed):
+    """Of a row alone, whose own rounding errors may be small by chance: `Call` measures them on more rows."""
+    call = Call("mla_prologue_fp8", 1, 128, BF16, seed=seed, options={"round_scales": True})
+    sums, norm = call.sums(4), call._norm_weight("norm", 128)
+    q, scale = reference.quantize_e4m3(reference.rms_norm(sums, norm, EPS), round_scales=True)
+    latent = reference.project_fp8(q, scale, *call._projection_weight_fp8())
+    q_a, kv_a, k_pe = reference.split_and_norm(latent, *call._latent_norms(), EPS)
+    call.compare((q_a, reference.empty_scale(0, 96, 128, "row", "cpu"), kv_a, k_pe, sums), 0, 4)
 
 
 @pytest.mark.cuda
