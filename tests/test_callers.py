@@ -1,6 +1,7 @@
 """Who calls: threads, forked children, streams, signals. Calls of a workspace have one order, the same on all ranks."""
 
 import concurrent.futures
+import datetime
 import os
 import signal
 import threading
@@ -151,6 +152,33 @@ def test_ctrl_c_ends_a_wait(pool, op, world_size):
         if rank > 0:
             assert "rank 0 has given up on this workspace" in name and seconds < BUSY_S
         assert f"{op} #1: a signal ended rank 0's wait for rank" in reported
+
+
+def be_interrupted_between_exchanges() -> tuple:
+    """Runs on a rank: a signal reaches rank 0 in the reference backend's first exchange, which the last rank is late
+    to; it leaves the call there, and the others go on to the next exchange."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    os.environ["TP_FUSED_BACKEND"] = "reference"
+    group, name = dist.new_group(range(world_size), timeout=datetime.timedelta(seconds=2)), ""
+    with tp_fused.init(group, dtype=torch.float32, **SIZES) as made:
+        if rank == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        time.sleep(0.8 * (rank == world_size - 1))
+        try:
+            tp_fused.reduce_scatter_rows(torch.ones(6, 8), group)
+        except (KeyboardInterrupt, RuntimeError) as error:
+            name = type(error).__name__
+        return name, str(outcome(made.check)[0]), str(outcome(tp_fused.reduce_scatter_rows, torch.ones(6, 8), group)[0])
+
+
+@pytest.mark.parametrize("world_size", [3])
+def test_ctrl_c_over_torch_distributed(fresh_pool, world_size):
+    for rank, (name, reported, later) in enumerate(fresh_pool.run(be_interrupted_between_exchanges)):
+        assert name == ("KeyboardInterrupt" if rank == 0 else "CollectiveFault")
+        told = "KeyboardInterrupt ended it on rank 0" if rank == 0 else f"rank {rank} did not hear from all peers"
+        assert f"reduce_scatter_rows #1: {told}" in reported
+        assert later == reported
 
 
 # ---- streams ----

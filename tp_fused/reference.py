@@ -8,6 +8,7 @@ Before each op on CPU tensors the ranks compare what they call, and a disagreeme
 wait on the host; there, ranks that disagree are left to the process group's own time-out.
 """
 
+import contextlib
 import ctypes
 
 import torch
@@ -114,25 +115,50 @@ def split_and_norm(latent, q_a_weight, kv_a_weight, eps, weight_offset=0.0) -> t
 # ---- how rows travel ----
 
 
+def call(workspace, op, *arguments):
+    """Makes a call of one of the ops below. What ends it midway, Ctrl-C for one, is a fault of the workspace: its peers
+    are in an exchange that this rank has left, and its next call would answer there."""
+    before = workspace.calls
+    try:
+        return op(workspace, *arguments)
+    except BaseException as error:
+        if workspace.calls > before and workspace.fault is None:
+            _fault(
+                workspace, f"{type(error).__name__} ended it on rank {workspace.rank}", workspace.rank, "interrupted"
+            )
+        raise
+
+
 def _agree(workspace, op: str, input: torch.Tensor, num_tokens: int, variant: str = "") -> None:
     workspace.check()
     workspace.calls += 1
+    workspace.calling = op
     if input.device.type != "cpu":
         return
-
-    def fault(message: str, peer: int, reason: str) -> faults.CollectiveFault:
-        message = faults.in_group(f"{op} #{workspace.calls}: {message}", workspace.members)
-        workspace.fault = faults.CollectiveFault(message, op, workspace.calls, workspace.rank, peer, reason)
-        return workspace.fault
-
     call = f"{op}(num_tokens={num_tokens}, hidden_size={input.shape[1]}, dtype={input.dtype}{variant})"
-    try:
+    with _heard(workspace):
         calls = _tell(workspace, call)
-    except RuntimeError as error:
-        raise fault(f"rank {workspace.rank} did not hear from all peers: {error}", -1, "never arrived") from error
     for peer, other in enumerate(calls):
         if other != call:
-            raise fault(f"rank {peer} called {other}, rank {workspace.rank} {call}", peer, "disagrees")
+            told = f"rank {peer} called {other}, rank {workspace.rank} {call}"
+            raise _fault(workspace, told, peer, "disagrees")
+
+
+@contextlib.contextmanager
+def _heard(workspace):
+    """Around an exchange: what torch says where a peer is late or gone becomes a CollectiveFault."""
+    try:
+        yield
+    except RuntimeError as error:
+        told = f"rank {workspace.rank} did not hear from all peers: {error}"
+        raise _fault(workspace, told, -1, "never arrived") from error
+
+
+def _fault(workspace, message: str, peer: int, reason: str) -> faults.CollectiveFault:
+    op, number = workspace.calling, workspace.calls
+    message = faults.in_group(f"{op} #{number}: {message}", workspace.members)
+    workspace.fault = faults.CollectiveFault(message, op, number, workspace.rank, peer, reason)
+    return workspace.fault
 
 
 def _tell(workspace, call: str) -> list[str]:
@@ -149,7 +175,9 @@ def _exchange(workspace, input: torch.Tensor) -> list[torch.Tensor]:
     counts = partition.row_counts(num_tokens, workspace.world_size)
     own = counts[workspace.rank]
     received = input.new_empty(workspace.world_size * own, columns)
-    dist.all_to_all_single(_bytes(received), _bytes(input), [own] * workspace.world_size, counts, group=workspace.group)
+    sizes = [own] * workspace.world_size
+    with _heard(workspace):
+        dist.all_to_all_single(_bytes(received), _bytes(input), sizes, counts, group=workspace.group)
     return list(received.view(workspace.world_size, own, columns).unbind())
 
 
@@ -159,7 +187,8 @@ def _gather(workspace, input: torch.Tensor, num_tokens: int) -> torch.Tensor:
     share = input.new_empty(counts[0], input.shape[1])
     share[: input.shape[0]] = input
     gathered = input.new_empty(workspace.world_size * counts[0], input.shape[1])
-    _all_gather(_bytes(gathered), _bytes(share), group=workspace.group)
+    with _heard(workspace):
+        _all_gather(_bytes(gathered), _bytes(share), group=workspace.group)
     if num_tokens == gathered.shape[0]:
         return gathered
     shares = gathered.view(workspace.world_size, counts[0], input.shape[1])

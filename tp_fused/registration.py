@@ -9,7 +9,7 @@ import numbers
 
 import torch
 
-from . import checks, compiled, partition
+from . import checks, compiled, partition, reference
 from .groups import get_workspace
 from .native import _C
 
@@ -122,7 +122,7 @@ def unfused(workspace, op, *arguments, product=None):
     product: what torch has multiplied for the native kernel, and says again why it could not.
     """
     if workspace.backend == "reference":
-        return op(workspace, *arguments)
+        return reference.call(workspace, op, *arguments)
     workspace.check()
     if product is not None:
         torch.nn.functional.linear(*product)

@@ -44,7 +44,8 @@ class Workspace:
         self.on_close = lambda workspace: None  # groups.py sets it, and then forgets the workspace
         self._pid = os.getpid()
         self.caller = _C.Caller()
-        self.calls, self.fault = 0, None  # the reference backend's; the others keep theirs in the region
+        # The reference backend's; the others keep theirs in the region.
+        self.calls, self.calling, self.fault = 0, "", None
         self.team = None
         self._symmetric: list = []  # torch's, that the team's addresses point into
         self._memory: dict[str, int] = {}
