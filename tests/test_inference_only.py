@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from programs import OPS, Call, same_bits
+from programs import ALL_OPS, Call, same_bits
 from ranks import workspace
 
 import tp_fused
@@ -25,7 +25,7 @@ def under_autocast(backend: str, device: str, op: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL_OPS)
 @pytest.mark.parametrize("world_size", [2])
 def test_autocast_changes_nothing(pool, backend, device, op, dtype):
     pool.run(under_autocast, backend, device, op, dtype)
@@ -54,7 +54,7 @@ def with_gradients(backend: str, device: str, op: str, compiler: str | None) -> 
 
 
 @pytest.mark.parametrize("compiler", [None, "aot_eager"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ALL_OPS)
 @pytest.mark.parametrize("world_size", [2])
 def test_outputs_ask_for_no_gradients(pool, backend, device, op, compiler):
     """They would be lost: the ops have no backward."""
