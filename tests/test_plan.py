@@ -310,12 +310,12 @@ def test_plans_of_deepseek_v3(op, num_tokens, options, chosen):
 @pytest.mark.parametrize(
     ("num_tokens", "body", "said"),
     [
-        (1, "all rows", "4 of them share 1 row at most\none synchronisation: every rank posts its rows"),
+        (1, "all rows", "4 of them share 1 row at most\none round: every rank posts its rows"),
         (16, "one row", "4 of them share 1 row at most\none round: rows are added up by their owners"),
         (64, "one row", "4 of them share 1 row at most\none round: rows are added up by their owners"),
         (300, "one row", "each has 2 rows at most\none round: rows are added up by their owners"),
         (512, "one row", "each has 2 rows at most\none round: rows are added up by their owners"),
-        (600, "bulk", "each has 3 rows at most\ntwo synchronisations: rows are added up by their owners"),
+        (600, "bulk", "each has 3 rows at most\ntwo rounds: rows are added up by their owners"),
     ],
 )
 def test_rs_rmsnorm_ag_of_two_cards(num_tokens, body, said):
