@@ -55,7 +55,7 @@ struct ProjectionArgs {
   float eps, weight_addend;
   tpf_team team;
   tpf_call call;
-  uint32_t contract;
+  uint32_t fingerprint;
   Partition partition;
   int32_t row_blocks;  // of the rank that owns most rows; at least 1
   int32_t column_tiles;

@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kColumnsThreads, 1)
   product.begin_pass(0);
   product.fill_ring();
   const GatherArgs& gather = args.gather;
-  const BlockRound round = begin_op(gather.team, gather.call, gather.contract, 1);
+  const BlockRound round = begin_op(gather.team, gather.call, gather.fingerprint, 1);
   if (!round.refused) publish_unfenced_to_peers(gather.team, round, 0, threadIdx.x);
   // A refused block multiplies, too: its cluster waits for it.
   multiply_columns(args, product, partial, block_sums);
