@@ -10,7 +10,7 @@
 // tokens one. In a round each rank
 //
 //   1. announces its call in its own Control, writes its rows to its own slot (epoch & 1) or to its peers',
-//   2. publishes: stores `epoch (32) | contract (32)` with release order into its word in every peer's signals,
+//   2. publishes: stores `epoch (32) | fingerprint (32)` with release order into its word in every peer's signals,
 //   3. observes: loads its own words with acquire order until every peer's epoch is mine, or a little later: a fast
 //      peer may be a round ahead,
 //   4. reads what the peers wrote, and 5. sets its epoch.
@@ -29,9 +29,9 @@
 // published and observed, before the rows count. In rs_rmsnorm_ag an owner may post its normalised row as well, in the
 // same round: behind what the sources post, so that each word of an inbox is written once a round.
 //
-// What is agreed. The contract is a hash of the call. A word of my epoch with another contract is a disagreement; the
-// two announced calls then say in what. A word of a later epoch was written by a peer that has finished my round, and
-// it could finish only because it found my contract equal to its own.
+// What is agreed. The fingerprint is a hash of the call. A word of my epoch with another fingerprint is a disagreement;
+// the two announced calls then say in what. A word of a later epoch was written by a peer that has finished my round,
+// and it could finish only because it found my fingerprint equal to its own.
 //
 // What is bounded. Every wait has a deadline. A rank that gives up writes a record into its Control and sets `faulted`;
 // whoever waits for it looks there (and at `closed`) from time to time, so that one rank's fault ends the others'
@@ -239,7 +239,7 @@ TPF_HD inline uint32_t mix_float(uint32_t hash, float value) {
   return mix(hash, bits);
 }
 
-TPF_HD inline uint32_t contract_of(const tpf_call& call) {
+TPF_HD inline uint32_t fingerprint_of(const tpf_call& call) {
   uint32_t hash = mix(0x9e3779b9u, call.op);
   hash = mix(hash, call.dtype);
   hash = mix(hash, static_cast<uint32_t>(call.num_tokens));
@@ -257,7 +257,9 @@ TPF_HD inline uint32_t contract_of(const tpf_call& call) {
   return mix(hash, static_cast<uint32_t>(call.source >> 32));
 }
 
-TPF_HD constexpr uint64_t signal_word(uint32_t epoch, uint32_t contract) { return uint64_t{epoch} << 32 | contract; }
+TPF_HD constexpr uint64_t signal_word(uint32_t epoch, uint32_t fingerprint) {
+  return uint64_t{epoch} << 32 | fingerprint;
+}
 TPF_HD constexpr uint32_t epoch_of(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
 // Epochs begin again after 2^32 rounds. A peer is a round or two ahead at most. A word that few calls use, of a block
 // or a step that most do without, must not seem ahead when they have gone round: so whoever reads it looks after its
@@ -276,8 +278,8 @@ TPF_HD inline void refresh(uint64_t* word, uint32_t epoch) {
   shared.compare_exchange_strong(seen, signal_word(epoch - 1, 0), order::memory_order_relaxed);
 }
 
-TPF_HD inline void publish(uint64_t* word, uint32_t epoch, uint32_t contract) {
-  shared_ref<uint64_t>(*word).store(signal_word(epoch, contract), order::memory_order_release);
+TPF_HD inline void publish(uint64_t* word, uint32_t epoch, uint32_t fingerprint) {
+  shared_ref<uint64_t>(*word).store(signal_word(epoch, fingerprint), order::memory_order_release);
 }
 
 TPF_HD inline uint64_t observe(uint64_t* word) { return shared_ref<uint64_t>(*word).load(order::memory_order_acquire); }
@@ -285,12 +287,12 @@ TPF_HD inline uint64_t observe(uint64_t* word) { return shared_ref<uint64_t>(*wo
 // Waits for a peer's word. `backoff()` is called between two looks; it may sleep, and ends the wait by returning
 // anything but TPF_OK. `seen` is the last word read.
 template <typename Backoff>
-TPF_HD inline tpf_status wait_for(uint64_t* word, uint32_t epoch, uint32_t contract, uint64_t* seen,
+TPF_HD inline tpf_status wait_for(uint64_t* word, uint32_t epoch, uint32_t fingerprint, uint64_t* seen,
                                   Backoff&& backoff) {
   for (;;) {
     *seen = observe(word);
     if (reached(epoch_of(*seen), epoch)) {
-      return epoch_of(*seen) == epoch && *seen != signal_word(epoch, contract) ? TPF_DISAGREE : TPF_OK;
+      return epoch_of(*seen) == epoch && *seen != signal_word(epoch, fingerprint) ? TPF_DISAGREE : TPF_OK;
     }
     if (const tpf_status status = backoff(); status != TPF_OK) return status;
   }

@@ -56,10 +56,10 @@
 #define OPEN(c) (c)
 #ifdef CPU
 #define closes(k) in_place(k)
-#define LAID_OPEN(c) (c)  // the CPU's second round meets as its first does
+#define GATHER_STEP(c) (c)  // the CPU's second round meets as its first does
 #else
 #define closes(k) ((k) == PLACE)  // the gathering says so, too
-#define LAID_OPEN(c) (CHUNKS + (c))
+#define GATHER_STEP(c) (CHUNKS + (c))
 #endif
 #define CLOSE (2 * CHUNKS)
 #define STEPS (2 * CHUNKS + 1)
@@ -173,7 +173,7 @@ inline stage(c) {
   }
 }
 
-inline lay_open(c) {
+inline write_own_slot(c) {
   d_step {
     for (i : 0 .. N - 1) { slot[CELL(me, GATHER_SLOT(e), c, i)] = (wrong -> GARBAGE : TAG(e)) }
     i = 0
@@ -334,7 +334,7 @@ inline read_in_place() {
   }
 }
 
-inline read_laid_open(c) {
+inline read_slots(c) {
   d_step {
     for (i : 0 .. N * N - 1) { WHEN(i / N != me, check(slot[CELL(i / N, GATHER_SLOT(e), c, i % N)])) }
     right(); i = 0
@@ -405,7 +405,7 @@ proctype Rank(byte me) {
   :: begin();
     first = e;
 #ifdef CPU
-    WHEN(op == GATHER, lay_open(0));  // a projection multiplies into its slot before its round begins
+    WHEN(op == GATHER, write_own_slot(0));  // a projection multiplies into its slot before its round begins
 #endif
     FAIL_IF_NOTIFIED;
     // The reducing round, or the only one.
@@ -416,7 +416,7 @@ proctype Rank(byte me) {
     :: stages(op) -> stage(0)
     :: posts(op) -> post()
 #ifndef CPU
-    :: op == GATHER -> lay_open(0)
+    :: op == GATHER -> write_own_slot(0)
 #endif
     :: else
     fi;
@@ -437,7 +437,7 @@ proctype Rank(byte me) {
     :: chunk < CHUNKS ->
       if
       :: chunk + 1 < CHUNKS && stages(op) -> stage(chunk + 1); publish(OPEN(chunk + 1))
-      :: chunk + 1 < CHUNKS && op == GATHER -> lay_open(chunk + 1); publish(OPEN(chunk + 1))
+      :: chunk + 1 < CHUNKS && op == GATHER -> write_own_slot(chunk + 1); publish(OPEN(chunk + 1))
       :: else
       fi;
       WHEN(chunk == 0 || stages(op) || op == GATHER, observe(OPEN(chunk)));
@@ -449,11 +449,11 @@ proctype Rank(byte me) {
         to_clear = true
 #endif
       :: in_place(op) -> read_in_place()
-      :: op == GATHER -> read_laid_open(chunk)
+      :: op == GATHER -> read_slots(chunk)
       :: else
       fi;
 #ifndef CPU
-      WHEN(gathers_after(op), begin_next(); lay_open(chunk); publish(LAID_OPEN(chunk)); e = first);
+      WHEN(gathers_after(op), begin_next(); write_own_slot(chunk); publish(GATHER_STEP(chunk)); e = first);
 #endif
       chunk++
     :: else -> chunk = 0; break
@@ -472,18 +472,18 @@ proctype Rank(byte me) {
     :: d_step { else -> end_round() }
       begin_next();
 #ifdef CPU
-      lay_open(0); publish(LAID_OPEN(0));
+      write_own_slot(0); publish(GATHER_STEP(0));
 #endif
 #ifdef BUG_LOOK_EARLY
       WHEN(in_place(op), LOOK);
 #endif
       do
       :: chunk < CHUNKS ->
-        observe(LAID_OPEN(chunk));
+        observe(GATHER_STEP(chunk));
 #ifdef BUG_LEAVE_WAITS
         WHEN(in_place(op), LOOK); HEED;
 #endif
-        read_laid_open(chunk); chunk++
+        read_slots(chunk); chunk++
       :: else -> break
       od;
       chunk = 0;
@@ -504,7 +504,7 @@ fault:
   WHEN(op == PLACE, EACH_STEP(publish_to, CLOSE));
 #endif
 #ifdef BUG_CALLS_INTO_SLOT
-  wrong = true; lay_open(0);
+  wrong = true; write_own_slot(0);
 #endif
 poisoned:  // CUDA: the peers are told when this rank calls again, if it does
   input[me] = GARBAGE;

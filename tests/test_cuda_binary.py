@@ -31,7 +31,7 @@ ARRIVAL = r"SYNCS\.ARRIVE\.TRANS64\.A1T0"  # without bytes to expect: what gives
 COUNTED = re.compile(
     r"\*/ +(?:@!?\w+ )?((?:LDL|STL|LDG|STG|UBLK|UTMA|[HQ]G?MMA|WARPGROUP|BAR\.RED|BRA\.U\.ANY)[\w.]*) "
 )
-# What lets the next kernel in by PDL, what all threads of a warp or a block meet at, and looks at a peer's signal.
+# PDL triggers, what all threads of a warp or a block synchronise at, and looks at a peer's signal.
 MEETINGS = re.compile(r"\*/ +(?:@!?\w+ )?(PREEXIT|BAR\.RED|BAR\.SYNC|WARPSYNC|LD\S*\.STRONG\.SYS)")
 EPILOGUES = (0, 1, 2, 3)  # tpf::Epilogue
 ONE_ROW, DIRECT, BULK, ALL_ROWS = 0, 1, 2, 3  # tpf::Body

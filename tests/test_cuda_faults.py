@@ -171,7 +171,7 @@ def hear_from_other_blocks(device: str, op: str, form: str) -> None:
     with workspace(device, device, timeout_s=TIMEOUT_S, **SIZES) as made:
         arguments, graph, outputs = called_and_captured(call, form)
         if rank == 0:
-            signals(made)[:, 1:, 1:] = 10 << 32  # of a later round, whose contract is not compared
+            signals(made)[:, 1:, 1:] = 10 << 32  # of a later round, whose fingerprint is not compared
             graph.replay()
             torch.cuda.synchronize()
             # The first row of each rank's share is the first block's, or begins with its part of it; what is normalised
@@ -205,7 +205,7 @@ def mistake_the_rows_of_a_peer(device: str, op: str, form: str) -> bool:
         dist.barrier()
         if rank == 0:
             time.sleep(0.2)  # until the others wait for it
-            signals(made)[:, :, ODD].bitwise_xor_(1)  # another contract
+            signals(made)[:, :, ODD].bitwise_xor_(1)  # another fingerprint
             made._symmetric[0][0][_C.region_bytes(0) :].fill_(42)
         graph.replay()
         torch.cuda.synchronize()

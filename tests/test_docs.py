@@ -91,6 +91,26 @@ def test_every_variable_is_explained():
     assert "TP_FUSED_BACKEND" in read and read <= first_cells(page("docs/environment.md"))
 
 
+def test_every_fitted_constant_says_where_it_comes_from():
+    """Card, command and commit; those that were fitted together stand under the table's comment."""
+    text = (ROOT / "csrc/plan/fitted.h").read_text()
+    told = re.findall(r"((?: *//[^\n]*\n)+) *(?:constexpr )?(?:int\w*|Fitted) (k?\w+)[^;]*;", text)
+    names = {name for _, name in told}
+    assert {"ring_bytes", "few_rows", "kFittedSm90", "kLinkCost"} <= names
+    for comment, name in told:
+        where = all(re.search(part, comment) for part in (r"\b[HAB]\d{2,3}\b", r"`[^`]+`", r"\b[0-9a-f]{7}\b"))
+        together = "kFittedSm90" in comment or name in ("block_copies", "fp8_copies_seen", "kFittedSm80")
+        assert where or together, f"{name}: {comment}"
+    assert "constexpr" not in (ROOT / "csrc/plan/prologue.h").read_text()
+
+
+def test_what_the_protocol_s_model_stands_for_is_in_csrc():
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*.*"))
+    rows = re.findall(r"^\| [^|]* \|([^|]*)\|$", page("models/README.md"), re.MULTILINE)
+    named = {part for row in rows for name in re.findall(r"`([\w:]+)`", row) for part in name.split("::")}
+    assert len(named) > 30 and not [name for name in named if not re.search(rf"\b{name}\b", sources)]
+
+
 def test_short_pages_stay_short():
     assert len(page("README.md").splitlines()) < 100
     assert len(page("docs/performance.md").splitlines()) <= 120

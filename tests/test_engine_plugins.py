@@ -6,6 +6,7 @@ The rest: tests/engines.
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -62,6 +63,13 @@ def test_off_unless_asked_for(installed, monkeypatch, caplog):
 def test_an_unknown_release_is_left_alone_with_one_line_a_process(installed):
     """That the started process says so, too, shows that it has the plugin."""
     line = "tp_fused serves SGLang 0.5.6 and 0.5.23, this is 99.0: left as it is"
+    assert launched(installed, TP_FUSED_SGLANG="1") == ("started\n", [line, line])
+
+
+def test_a_release_that_does_not_say_which_is_left_alone(installed):
+    """As where SGLang runs from its sources."""
+    shutil.rmtree(installed / "sglang-99.0.dist-info")
+    line = "tp_fused serves SGLang 0.5.6 and 0.5.23, this is a checkout: left as it is"
     assert launched(installed, TP_FUSED_SGLANG="1") == ("started\n", [line, line])
 
 

@@ -121,34 +121,12 @@ SCALARS = {
     "weight_offset": (0.0, -0.0, 1.0, -1e38, math.nan, math.inf, -math.inf, 3.5e38, 1e-50),
     "group_name": ("", "\0", "0\0", "nobody", "x" * 10000),
 }
-# By op: which tensors and scalars it takes, beyond the group's name.
-NORM = ("input", "residual", "weight", "eps", "weight_offset")
-ARGUMENTS = {
-    "rs_rmsnorm": (*NORM, "complete"),
-    "rs_rmsnorm_fp8": (*NORM, "group_size", "scale_layout", "keep_output", "complete"),
-    "rs_rmsnorm_ag": NORM,
-    "reduce_scatter_rows": ("input", "residual"),
-    "all_gather_rows": ("input", "num_tokens"),
-    "qkv_a_proj_ag": ("input", "weight", "num_tokens", "bias", "complete"),
-    "qkv_a_proj_ag_fp8": ("q", "scale", "weight", "weight_scale", "num_tokens", "complete"),
-    "qkv_a_proj_ag_norm": (
-        *("input", "weight", "q_a_weight", "kv_a_weight", "eps", "num_tokens", "weight_offset", "complete"),
-    ),
-}
-ARGUMENTS["mla_prologue"] = (
-    *("input", "residual", "norm_weight", "qkv_a_weight", "q_a_norm_weight", "kv_a_norm_weight", "eps", "complete"),
-)
-QUANTISED = ("quantize_q_a", "scale_layout", "round_scales", "complete")
-ARGUMENTS["rs_rmsnorm_fp8"] += ("round_scales",)
-ARGUMENTS["rs_rmsnorm_ag_fp8"] = (*NORM, "group_size", "scale_layout", "keep_output", "round_scales")
-ARGUMENTS["qkv_a_proj_ag_norm_fp8"] = (
-    *("q", "scale", "weight", "weight_scale", "q_a_weight", "kv_a_weight", "eps", "num_tokens", *QUANTISED),
-)
-ARGUMENTS["mla_prologue_fp8"] = (
-    *("input", "residual", "norm_weight", "qkv_a_weight", "weight_scale"),
-    *("q_a_norm_weight", "kv_a_norm_weight", "eps", *QUANTISED),
-)
 MORE_OPS = ("rs_rmsnorm_ag_fp8", "qkv_a_proj_ag_norm_fp8", "mla_prologue", "mla_prologue_fp8")
+# By op: which tensors and scalars it takes, beyond the group's name.
+ARGUMENTS = {
+    op: tuple(a.name for a in getattr(torch.ops.tp_fused, op).default._schema.arguments if a.name != "group_name")
+    for op in (*OPS, *MORE_OPS)
+}
 MAY_BE_NONE = ("residual", "bias")
 
 
@@ -199,7 +177,7 @@ class Hostile:
         blocks = -(-hidden // 128)
         if self.op in (*REDUCTIONS, "rs_rmsnorm_ag_fp8"):
             made = {"input": random(self.num_tokens, hidden), "residual": random(self.num_tokens, hidden)}
-            return made if self.op == "reduce_scatter_rows" else made | {"weight": same}
+            return made | {"weight": same} if "weight" in ARGUMENTS[self.op] else made
         if self.op.startswith("mla_prologue"):
             fp8 = self.op == "mla_prologue_fp8"
             made = {"input": random(self.num_tokens, hidden), "residual": random(self.num_tokens, hidden)}

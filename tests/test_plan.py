@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from programs import REDUCTIONS
 
 import tp_fused
-from tp_fused import partition, planning
+from tp_fused import faults, partition, planning
 from tp_fused.native import _C
 
 PROJECTIONS = (*programs.PROJECTIONS, "qkv_a_proj_ag_norm_fp8")
@@ -310,12 +310,12 @@ def test_plans_of_deepseek_v3(op, num_tokens, options, chosen):
 @pytest.mark.parametrize(
     ("num_tokens", "body", "said"),
     [
-        (1, "all rows", "4 of them share 1 row at most\none synchronisation: every rank posts its rows"),
+        (1, "all rows", "4 of them share 1 row at most\none round: every rank posts its rows"),
         (16, "one row", "4 of them share 1 row at most\none round: rows are added up by their owners"),
         (64, "one row", "4 of them share 1 row at most\none round: rows are added up by their owners"),
         (300, "one row", "each has 2 rows at most\none round: rows are added up by their owners"),
         (512, "one row", "each has 2 rows at most\none round: rows are added up by their owners"),
-        (600, "bulk", "each has 3 rows at most\ntwo synchronisations: rows are added up by their owners"),
+        (600, "bulk", "each has 3 rows at most\ntwo rounds: rows are added up by their owners"),
     ],
 )
 def test_rs_rmsnorm_ag_of_two_cards(num_tokens, body, said):
@@ -346,6 +346,16 @@ def test_explain_without_a_card():
         tp_fused.explain("rs_rmsnorm", 16, gpu="H300")
     with pytest.raises(ValueError, match="unknown op 'rs_layernorm'"):
         tp_fused.explain("rs_layernorm", 16, gpu="H200")
+
+
+def test_an_op_that_plans_have_not_heard_of_is_a_reduction():
+    """So that csrc/plan is not among the files of a new op that adds up rows (CONTRIBUTING.md)."""
+    limits = {"world_size": 8, "max_ctas": 132, "free_sms": 0, "free_cluster_sms": 0, "slot_bytes": 1 << 30}
+    number = {name: code for code, name in faults.OPS.items()}["reduce_scatter_rows"]
+    known, new = (_C.plan(op, 0, 64, 7168, card="H200", **limits) for op in (number, max(faults.OPS) + 1))
+    assert known == new
+    with pytest.raises(ValueError, match="no kernel serves"):
+        _C.plan(_C.BARRIER, 0, 64, 7168, card="H200", **limits)
 
 
 FLOATS = "torch.bfloat16, torch.float16, torch.float32"

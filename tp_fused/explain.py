@@ -233,11 +233,11 @@ def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool 
     lines.append(f"{grid}; {who} {most} row{'s' if most != 1 else ''} at most")
     if plan["body"] == "all rows":
         what = "adds up, norms and quantises" if op == "rs_rmsnorm_ag_fp8" else "adds up"
-        lines.append(f"one synchronisation: every rank posts its rows to all others and {what} all rows itself")
+        lines.append(f"one round: every rank posts its rows to all others and {what} all rows itself")
     elif op == "rs_rmsnorm_ag" and plan["rounds"] == 1:
         lines.append("one round: rows are added up by their owners, which post them to all others when they are normed")
     elif op == "rs_rmsnorm_ag":
-        lines.append("two synchronisations: rows are added up by their owners, then gathered")
+        lines.append("two rounds: rows are added up by their owners, then gathered")
     if plan["body"] == "bulk":
         lines.append(f"TMA moves rows, through {plan['shared_bytes'] // 1024} KiB of shared memory a block")
     else:

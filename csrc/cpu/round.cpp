@@ -63,7 +63,7 @@ class Backoff {
 }  // namespace
 
 Round::Round(const tpf_team& team, const tpf_call& call)
-    : team_(team), call_(call), contract_(contract_of(call)), own_(control(team.region[team.rank])) {}
+    : team_(team), call_(call), fingerprint_(fingerprint_of(call)), own_(control(team.region[team.rank])) {}
 
 void Round::announce() {
   epoch_ = own_->progress[0].epoch + 1;
@@ -89,13 +89,14 @@ tpf_status Round::begin_next() {
 
 tpf_status Round::meet(int step) {
   for (int peer = 0; peer < world_size(); ++peer) {
-    if (peer != rank()) publish(signal(team_.region[peer], step, 0, rank()), epoch_, contract_);
+    if (peer != rank()) publish(signal(team_.region[peer], step, 0, rank()), epoch_, fingerprint_);
   }
   for (int peer = 0; peer < world_size(); ++peer) {
     if (peer == rank()) continue;
     uint64_t seen = 0;
     Backoff backoff(team_, peer);
-    const tpf_status status = wait_for(signal(team_.region[rank()], step, 0, peer), epoch_, contract_, &seen, backoff);
+    const tpf_status status =
+        wait_for(signal(team_.region[rank()], step, 0, peer), epoch_, fingerprint_, &seen, backoff);
     if (status != TPF_OK) return fail(status, peer, step, seen, backoff.waited_ns());
   }
   return TPF_OK;

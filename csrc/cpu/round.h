@@ -27,7 +27,7 @@ class Round {
 
   const tpf_team& team_;
   const tpf_call& call_;
-  const uint32_t contract_;
+  const uint32_t fingerprint_;
   Control* const own_;
   uint32_t epoch_ = 0;
 };

@@ -24,7 +24,7 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
   const int units = static_cast<int>((columns + kColumnUnit - 1) / kColumnUnit);
   const int most = std::min(limits.max_ctas, card.sm_count);
   const int64_t chunks = (row_bytes + kChunkBytes - 1) / kChunkBytes;
-  // Of fp8, which is multiplied into sums of its own for each scale, there are the registers for two.
+  // Of fp8, which is multiplied into accumulators of its own for each scale, there are the registers for two.
   plan.row_tiles = call.num_tokens <= 16 ? 1 : call.num_tokens <= 32 || scaled ? 2 : 4;
   plan.row_blocks = std::max(1, static_cast<int>((call.num_tokens + 16 * plan.row_tiles - 1) / (16 * plan.row_tiles)));
   // What a block reads of the weight and of the rows decides, and how often it begins anew and meets others. All blocks

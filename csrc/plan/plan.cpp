@@ -23,9 +23,9 @@ constexpr struct {
 bool projects(const tpf_call& call) {
   return call.op == TPF_QKV_A_PROJ_AG || call.op == TPF_QKV_A_PROJ_AG_FP8 || tpf::is_normed(call);
 }
+// All others, so that one more needs no word here.
 bool reduces(const tpf_call& call) {
-  return call.op == TPF_RS_RMSNORM || call.op == TPF_RS_RMSNORM_FP8 || call.op == TPF_RS_RMSNORM_AG ||
-         call.op == TPF_REDUCE_SCATTER_ROWS;
+  return call.op != TPF_ALL_GATHER_ROWS && call.op != TPF_BARRIER && !projects(call);
 }
 
 // Whether there can be such a call: 32 bits count rows and columns, and rows that are added up are whole vectors.

@@ -50,7 +50,7 @@ __device__ inline char* rows_of(const tpf_team& team, int rank, uint32_t epoch) 
 }
 
 __device__ inline BlockRound round_of(const Setup& setup, uint32_t epoch) {
-  return {epoch, setup.ranks[0].contract, epoch, false};
+  return {epoch, setup.ranks[0].fingerprint, epoch, false};
 }
 
 // By all threads: reads what a peer is about to write, so that L1 has what was there before.

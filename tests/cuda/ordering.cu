@@ -136,7 +136,7 @@ struct Memory {
     for (int rank = 0; rank < 2; ++rank) {
       ReduceArgs& args = setup.ranks[rank];
       args.call = reduce_call(TPF_REDUCE_SCATTER_ROWS, TPF_F32, 2 * pairs, kThreads * kLanes<float>, nullptr, 0);
-      args.contract = contract_of(args.call);
+      args.fingerprint = fingerprint_of(args.call);
       args.partition = partition_of(args.call.num_tokens, 2);
       args.input = setup.noise;
       args.team.rank = rank;

@@ -33,7 +33,7 @@ __device__ inline void pdl_trigger() {
 // What a block knows of the call it is in. All threads hold the same.
 struct BlockRound {
   uint32_t epoch;
-  uint32_t contract;
+  uint32_t fingerprint;
   uint32_t call_number;
   bool refused;  // this call, or one before it, has faulted: nothing is to be done
 };
@@ -52,7 +52,7 @@ __device__ inline void report(const tpf_team& team, const tpf_call& call, const 
     // A word that was not released may have come before what its sender announced: a matter of microseconds.
     constexpr uint64_t kBackoffNs = 1000000;
     const uint64_t start = now_ns();
-    while (contract_of(*announced) != static_cast<uint32_t>(seen) && now_ns() - start < kBackoffNs) {
+    while (fingerprint_of(*announced) != static_cast<uint32_t>(seen) && now_ns() - start < kBackoffNs) {
       __threadfence_system();
     }
   }
@@ -109,7 +109,7 @@ __device__ inline void refresh_signals(const tpf_team& team, uint32_t epoch, int
 // next call. All threads of the block call it. A kernel that has no registers to spare here refreshes signals
 // elsewhere.
 template <bool kRefreshes = true>
-__device__ inline BlockRound begin_op(const tpf_team& team, const tpf_call& call, uint32_t contract, int rounds) {
+__device__ inline BlockRound begin_op(const tpf_team& team, const tpf_call& call, uint32_t fingerprint, int rounds) {
   Control* own = control(team.region[team.rank]);
   const Progress now = own->progress[blockIdx.x];
   const bool admitted = may_begin(own, now);
@@ -134,7 +134,7 @@ __device__ inline BlockRound begin_op(const tpf_team& team, const tpf_call& call
     entry.epoch = next.epoch, entry.blocks = next.blocks, entry.calls = next.calls;
     atomicAdd(&entry.begun, 1u);
   }
-  return {now.epoch + 1, contract, now.calls + 1, refused};
+  return {now.epoch + 1, fingerprint, now.calls + 1, refused};
 }
 
 // By one thread of a block that was refused: why.
@@ -156,7 +156,7 @@ __device__ inline void end_faulted_op(const tpf_team& team, const tpf_call& call
 }
 
 __device__ inline void publish_step(const tpf_team& team, const BlockRound& round, int step, int cta, int peer) {
-  publish(signal(team.region[peer], step, cta, team.rank), round.epoch, round.contract);
+  publish(signal(team.region[peer], step, cta, team.rank), round.epoch, round.fingerprint);
 }
 
 __device__ inline void publish_step(const tpf_team& team, const BlockRound& round, int step, int peer) {
@@ -168,7 +168,7 @@ __device__ inline void publish_step(const tpf_team& team, const BlockRound& roun
 // there.
 __device__ inline void publish_unfenced(const tpf_team& team, const BlockRound& round, int step, int peer) {
   shared_ref<uint64_t>(*signal(team.region[peer], step, blockIdx.x, team.rank))
-      .store(signal_word(round.epoch, round.contract), order::memory_order_relaxed);
+      .store(signal_word(round.epoch, round.fingerprint), order::memory_order_relaxed);
 }
 
 // How long a wait goes on. It is asked between two looks, of which the last comes after the verdict: a peer that is
@@ -217,7 +217,7 @@ __device__ inline bool wait_step(const tpf_team& team, const tpf_call& call, con
   uint64_t seen;
   Backoff backoff;
   const tpf_status status =
-      wait_for(word, round.epoch, round.contract, &seen, [&] { return backoff.ask(team, [&] { return peer; }); });
+      wait_for(word, round.epoch, round.fingerprint, &seen, [&] { return backoff.ask(team, [&] { return peer; }); });
   if (status == TPF_OK) return true;
   report(team, call, round, status, peer, step, seen, backoff.waited_ns());
   return false;

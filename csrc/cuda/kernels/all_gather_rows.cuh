@@ -43,7 +43,7 @@ struct GatherArgs {
   int64_t row_bytes;
   tpf_team team;
   tpf_call call;
-  uint32_t contract;
+  uint32_t fingerprint;
   Partition partition;
   int32_t block_rows;  // of a share, for one block, at most
   int32_t chunk_rows;
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1) all_gather_rows_kernel(cons
       for (uint64_t& barrier : barriers) barrier_init(&barrier, 1);
       fence_async_shared();
     }
-    const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
+    const BlockRound round = begin_op(args.team, args.call, args.fingerprint, 1);
     constexpr int kOpening = kGatherThreads - 32;
     bool arrived = !round.refused;
     if (arrived && threadIdx.x >= kOpening) {
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1) all_gather_rows_kernel(cons
     end_faulted_op(args.team, args.call, round);
 #endif
   } else {
-    const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
+    const BlockRound round = begin_op(args.team, args.call, args.fingerprint, 1);
     if (__syncthreads_and(!round.refused && gather_directly<T>(args, round))) return end_op(args.team);
     poison_chunks(args, round.epoch);
     end_faulted_op(args.team, args.call, round);

@@ -10,7 +10,7 @@ inline GatherArgs gather_args(const void* input, const tpf_team* team, const tpf
   args.input = static_cast<const char*>(input);
   args.team = *team;
   args.call = call;
-  args.contract = contract_of(call);
+  args.fingerprint = fingerprint_of(call);
   args.partition = partition_of(call.num_tokens, team->world_size);
   return args;
 }

@@ -9,12 +9,12 @@ namespace {
 struct BarrierArgs {
   tpf_team team;
   tpf_call call;
-  uint32_t contract;
+  uint32_t fingerprint;
 };
 
 __global__ void barrier_kernel(const __grid_constant__ BarrierArgs args) {
   pdl_wait();
-  const BlockRound round = begin_op(args.team, args.call, args.contract, 1);
+  const BlockRound round = begin_op(args.team, args.call, args.fingerprint, 1);
   const int peer = threadIdx.x;
   if (!round.refused && peer < args.team.world_size && peer != args.team.rank) {
     publish_step(args.team, round, 0, peer);
@@ -36,7 +36,7 @@ tpf_status tpf_barrier_cuda(const tpf_team* team, tpf_stream stream) {
   args.team = *team;
   args.call.op = TPF_BARRIER;
   args.call.source = -1;
-  args.contract = contract_of(args.call);
+  args.fingerprint = fingerprint_of(args.call);
   Grid grid = {1, 32};
   grid.pdl = true;
   return launch_kernel(barrier_kernel, args, card, grid, stream);

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
     gather_columns_kernel(const __grid_constant__ GatherColumnsArgs args) {
   pdl_wait();
   const GatherArgs& gather = args.gather;
-  const BlockRound round = begin_op(gather.team, gather.call, gather.contract, 1);
+  const BlockRound round = begin_op(gather.team, gather.call, gather.fingerprint, 1);
   const Rows rows = rows_of_block(gather);
   bool arrived = !round.refused;  // the same in all threads
   if (arrived) {

@@ -112,7 +112,7 @@ tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* 
   args.team = *team;
   args.call = with_norm(*call, projection->eps, projection->weight_offset);
   args.call.variant |= TPF_FUSED;
-  args.contract = contract_of(args.call);
+  args.fingerprint = fingerprint_of(args.call);
   args.partition = partition_of(call->num_tokens, team->world_size);
   args.row_blocks = plan.row_blocks;
   args.column_tiles = plan.column_tiles;

@@ -55,7 +55,7 @@ struct ProjectionArgs {
   float eps, weight_addend;
   tpf_team team;
   tpf_call call;
-  uint32_t contract;
+  uint32_t fingerprint;
   Partition partition;
   int32_t row_blocks;  // of the rank that owns most rows; at least 1
   int32_t column_tiles;
@@ -160,8 +160,8 @@ __device__ inline void for_tiles(const ProjectionArgs& args, Run&& run) {
 // The first row block with a tile in the last wave of tiles. When it and those after it are finished, nothing is
 // multiplied any more that their copies could hide behind.
 __device__ inline int first_late_row_block(const ProjectionArgs& args) {
-  const int last_turn = (args.row_blocks * args.column_tiles - 1) / gridDim.x * gridDim.x;
-  return last_turn / (kGrouped * args.column_tiles) * kGrouped;
+  const int last_wave = (args.row_blocks * args.column_tiles - 1) / gridDim.x * gridDim.x;
+  return last_wave / (kGrouped * args.column_tiles) * kGrouped;
 }
 
 // Whether finished tiles are the output: there is nobody to copy them.

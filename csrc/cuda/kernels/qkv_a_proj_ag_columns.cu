@@ -29,7 +29,8 @@ tpf_status launch_columns(void* const outputs[3], const tpf_projection& projecti
   args.gather.call.variant |= TPF_FUSED;
   // Blocks meet those of their number, and cards of a group may lack unlike numbers of SMs for clusters (plan_columns):
   // ranks with unlike grids disagree.
-  args.gather.contract = mix(contract_of(args.gather.call), static_cast<uint32_t>(plan.blocks << 8 | plan.cluster));
+  args.gather.fingerprint =
+      mix(fingerprint_of(args.gather.call), static_cast<uint32_t>(plan.blocks << 8 | plan.cluster));
   args.gather.eps = projection.eps;
   args.gather.weight_addend = weight_addend(projection.weight_offset);
   args.gather.float_weights = (call.variant & TPF_FLOAT_WEIGHT) != 0;

@@ -120,7 +120,7 @@ struct WarpProduct {
   __device__ uint4 take(int slot, int vector) const { return *reinterpret_cast<const uint4*>(place(slot, vector)); }
 
   // Chunk `i`, which is in `slot`. The next one's scales are on their way meanwhile.
-  __device__ void multiply(float (&sums)[kRowTiles][kColumnUnits][4], Scales& scales, int i, int slot) const {
+  __device__ void multiply(float (&accumulators)[kRowTiles][kColumnUnits][4], Scales& scales, int i, int slot) const {
     const Scales own = scales;
     if constexpr (kScaled) load_scales(scales, i + 1);
     uint4 weights[kColumnUnits];
@@ -143,11 +143,11 @@ struct WarpProduct {
           mma(block, low.z, high.z, low.w, high.w, by.z, by.w, In{});
 #pragma unroll
           for (int at = 0; at < 4; ++at) {
-            sums[m][u][at] = fmaf(block[at], own.rows[2 * m + at / 2] * own.weights[u], sums[m][u][at]);
+            accumulators[m][u][at] = fmaf(block[at], own.rows[2 * m + at / 2] * own.weights[u], accumulators[m][u][at]);
           }
         } else {
-          mma(sums[m][u], low.x, high.x, low.y, high.y, by.x, by.y, In{});
-          mma(sums[m][u], low.z, high.z, low.w, high.w, by.z, by.w, In{});
+          mma(accumulators[m][u], low.x, high.x, low.y, high.y, by.x, by.y, In{});
+          mma(accumulators[m][u], low.z, high.z, low.w, high.w, by.z, by.w, In{});
         }
       }
     }
@@ -182,8 +182,8 @@ struct WarpProduct {
 
 // The warps' sums of one pass, added up in their order: into the block's sums, [rows, units * kColumnUnit].
 template <int kRowTiles>
-__device__ inline void add_warps(const float (&sums)[kRowTiles][kColumnUnits][4], float* partial, float* block_sums,
-                                 int first_row, int first_unit, int units) {
+__device__ inline void add_warps(const float (&accumulators)[kRowTiles][kColumnUnits][4], float* partial,
+                                 float* block_sums, int first_row, int first_unit, int units) {
   constexpr int kRows = 16 * kRowTiles, kColumns = kColumnUnits * kColumnUnit;
   const int lane = threadIdx.x % 32;
   float* const own = partial + threadIdx.x / 32 * kRows * kPartialStride;
@@ -194,7 +194,7 @@ __device__ inline void add_warps(const float (&sums)[kRowTiles][kColumnUnits][4]
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float* const to = own + (16 * m + 8 * half + lane / 4) * kPartialStride + u * kColumnUnit + lane % 4 * 2;
-        *reinterpret_cast<float2*>(to) = {sums[m][u][2 * half], sums[m][u][2 * half + 1]};
+        *reinterpret_cast<float2*>(to) = {accumulators[m][u][2 * half], accumulators[m][u][2 * half + 1]};
       }
     }
   }
@@ -223,12 +223,12 @@ __device__ inline void multiply_columns(const ColumnsArgs& args, WarpProduct<In,
     }
     typename WarpProduct<In, kRowTiles>::Scales scales = {};
     if constexpr (product.kScaled) product.load_scales(scales, 0);
-    float sums[kRowTiles][kColumnUnits][4] = {};
+    float accumulators[kRowTiles][kColumnUnits][4] = {};
     int slot = 0, last = args.stages - 1;
 #pragma unroll 1
     for (int i = 0; i < product.count; ++i) {
       product.wait_for_chunk();
-      product.multiply(sums, scales, i, slot);
+      product.multiply(accumulators, scales, i, slot);
       if (i > 0) {
         product.copy_weight(i - 1 + args.stages, last);
         product.copy_rows(i - 1 + args.stages, last);
@@ -239,7 +239,7 @@ __device__ inline void multiply_columns(const ColumnsArgs& args, WarpProduct<In,
     }
     wait_for_copies<0>();
     __syncthreads();  // the sums take the ring's place
-    add_warps(sums, partial, block_sums, product.first_row, product.first_unit, args.units);
+    add_warps(accumulators, partial, block_sums, product.first_row, product.first_unit, args.units);
   }
 }
 
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kColumnsThreads, 1)
   product.begin_pass(0);
   product.fill_ring();
   const GatherArgs& gather = args.gather;
-  const BlockRound round = begin_op(gather.team, gather.call, gather.contract, 1);
+  const BlockRound round = begin_op(gather.team, gather.call, gather.fingerprint, 1);
   if (!round.refused) publish_unfenced_to_peers(gather.team, round, 0, threadIdx.x);
   // A refused block multiplies, too: its cluster waits for it.
   multiply_columns(args, product, partial, block_sums);

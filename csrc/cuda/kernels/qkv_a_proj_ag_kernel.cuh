@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kProjectionThreads, 1)
     if (Tiles::kTail > 0) prefetch_map(&args.tail_map);
   }
   if constexpr (kNorm) keep_norm_weights<Out>(args, norm_weights);
-  const BlockRound round = begin_op<false>(args.team, args.call, args.contract, 1);
+  const BlockRound round = begin_op<false>(args.team, args.call, args.fingerprint, 1);
   // By a shuffle the compiler knows it to be the same in a warp, and keeps the operands' places in uniform registers.
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp >= kOtherWarps) {

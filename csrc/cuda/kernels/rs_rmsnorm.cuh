@@ -45,7 +45,7 @@ struct ReduceArgs {
   tpf_symm symm;  // where call.source >= 0
   tpf_team team;
   tpf_call call;
-  uint32_t contract;
+  uint32_t fingerprint;
   float eps, weight_addend;
   int64_t scale_row_stride, scale_group_stride;
   Partition partition;

@@ -104,7 +104,7 @@ __device__ inline bool move_rows(const RowView<T>& view, const BlockRound& round
     publish_to_peers(args.team, round, chunk, lane);
   }
   if constexpr (kEpilogue == Epilogue::kGather) {
-    const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
+    const BlockRound next = {round.epoch + 1, round.fingerprint, round.call_number, false};
     for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
       // A peer that still waits for another rank's part of these rows has not published them: a fault names that rank.
       arrived &= wait_for_peers(view, round, view.staged() ? chunk : 0, lane);
@@ -249,7 +249,7 @@ __device__ inline void add_rows(const RowView<T>& view, const BlockRound& round,
   int chunk = 0;
   const auto publish_gathered = [&] {
     group.sync();
-    const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
+    const BlockRound next = {round.epoch + 1, round.fingerprint, round.call_number, false};
     if (!gave_up) publish_to_peers(args.team, next, kGatherStep + chunk, threadIdx.x);
     ++chunk;
   };

@@ -40,7 +40,7 @@ __device__ inline bool reduce_directly(const RowView<T>& view, const BlockRound&
   }
   RowWeight<T, kVecs> weight;
   if constexpr (kEpilogue != Epilogue::kSum) weight.init(view, group);
-  const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
+  const BlockRound next = {round.epoch + 1, round.fingerprint, round.call_number, false};
 #pragma unroll 1
   for (int chunk = 0; chunk < args.num_chunks; ++chunk) {
     if (view.staged() && chunk + 1 < args.num_chunks) stage_chunk(chunk + 1);

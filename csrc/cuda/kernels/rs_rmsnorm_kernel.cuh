@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBo
     const RowThreads group = {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partials, first,
                               args.cluster};
     Few few(early, early.row_block(), group.vector(0) * kLanes<T>);
-    const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
+    const BlockRound round = begin_op(args.team, args.call, args.fingerprint, kRounds);
     if (args.cluster > 1) cluster_wait();
     const bool arrived = reduce_few_rows<T, kEpilogue>(RowView<T>(args, round.epoch), round, few, group);
     if (all_arrived<kEpilogue>(early, arrived)) return end_op(args.team);
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBo
     end_faulted_op(args.team, args.call, round);
   } else if constexpr (kBody == Body::kDirect) {
     if constexpr (compiled_directly(kVecs, sizeof(T), kHasTma)) {
-      const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
+      const BlockRound round = begin_op(args.team, args.call, args.fingerprint, kRounds);
       const RowView<T> view(args, round.epoch);
       const bool arrived = !round.refused && reduce_directly<T, kVecs, kEpilogue>(view, round, partials);
       if (all_arrived<kEpilogue>(view, arrived)) return end_op(args.team);
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(most_threads(kBody, sizeof(T), kHasTma) + (kBo
       if (args.cluster > 1) partials.init(args.cluster * kVecs * static_cast<int>(blockDim.x - kHelperThreads) / 32);
     }
     if (args.cluster > 1) cluster_arrive();
-    const BlockRound round = begin_op(args.team, args.call, args.contract, kRounds);
+    const BlockRound round = begin_op(args.team, args.call, args.fingerprint, kRounds);
     if (args.cluster > 1) cluster_wait();
     const RowView<T> view(args, round.epoch);
     bool arrived = !shared.any_in_cluster(args.cluster, round.refused);

@@ -72,7 +72,7 @@ struct ReduceLauncher {
     args.stages = plan.stages;
     args.cluster = plan.cluster;
     while (1 << args.cluster_log2 < plan.cluster) ++args.cluster_log2;
-    args.contract = contract_of(args.call);
+    args.fingerprint = fingerprint_of(args.call);
     switch (args.call.dtype) {
       case TPF_BF16:
         return launch_planned<__nv_bfloat16>(args, plan, card, stream);

@@ -227,7 +227,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
     }
   } else if constexpr (kEpilogue == Epilogue::kGather) {
     arrived = __syncthreads_and(arrived);
-    const BlockRound next = {round.epoch + 1, round.contract, round.call_number, false};
+    const BlockRound next = {round.epoch + 1, round.fingerprint, round.call_number, false};
     if (arrived) {
       publish_to_peers(view.args.team, next, kGatherStep, threadIdx.x);
       arrived = wait_for_peers(view, next, kGatherStep, threadIdx.x);

@@ -37,7 +37,10 @@ def plugin() -> None:
     if _plugged or os.environ.get("TP_FUSED_SGLANG") != "1":
         return
     _plugged = True
-    version = importlib.metadata.version("sglang")
+    try:
+        version = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        version = "a checkout"
     if version not in RELEASES:
         logger.warning("tp_fused serves SGLang %s, this is %s: left as it is", " and ".join(RELEASES), version)
         return
