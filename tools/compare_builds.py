@@ -49,8 +49,8 @@ class Ranks(Host):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         place = take_device("cuda")
         self.device, self.sentence = place.device, place.sentence()
-        processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self.most_ctas = processors // place.ranks_per_card
+        num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.most_ctas = num_sms // place.ranks_per_card
         self.options = SimpleNamespace(warmup=1, iters=rounds, budget_s=1.0)
         self.builds: list[Build] = []
         self._handles = []

@@ -12,8 +12,8 @@ struct Fitted {
   int half_a_card;
 
   // ---- reductions ----
-  // Bytes of a block's ring of row buffers, where these are enough for a row of every source. More bytes in flight are
-  // no gain, and with half of the card's SMs a loss: 932 us instead of 862 with 8 blocks a rank, 16384 tokens and 16
+  // Bytes of a block's ring of row buffers, where these are enough for a row of every source. More bytes in flight do
+  // not help, and with half of the card's SMs a loss: 932 us instead of 862 with 8 blocks a rank, 16384 tokens and 16
   // rows. One H100, 8 ranks, `compare_builds`, at 1c2a263.
   int64_t ring_bytes;
   // Blocks that share a row, from which on it is posted into the inboxes rather than read in place, where ranks share a
