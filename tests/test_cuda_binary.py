@@ -325,7 +325,7 @@ def test_the_next_kernel_is_let_in_when_all_threads_have_met_their_peers(kernels
     """One thread's trigger counts for its block, and threads that have no peer do not wait for those that have, unless
     a barrier makes them. On a shared card the next kernel would take the SMs of what a late rank runs first."""
     triggers = {name: kernel.triggers for name, kernel in kernels.items() if kernel.triggers}
-    assert len(triggers) >= 50
+    assert len(triggers) >= 40
     assert not {name: found for name, found in triggers.items() if not {*found} <= {"BAR.RED", "BAR.SYNC", "WARPSYNC"}}
 
 

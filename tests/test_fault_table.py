@@ -12,6 +12,7 @@ from programs import ALL_OPS
 from ranks import BUSY_S, RankDied
 
 WORLD_SIZES = {"cpu": [4], "cuda": [4, 8]}
+SLACK_S = 1.0  # beyond the deadline: what docs/reliability.md promises, on a machine that does nothing else
 
 
 def pytest_generate_tests(metafunc):
@@ -19,7 +20,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("world_size", WORLD_SIZES[metafunc.config.getoption("--device")])
 
 
-def judged(name: str, op: str, device: str, steps: list[Step]) -> dict[str, dict]:
+def judged(name: str, op: str, device: str, steps: list[Step], slack_s: float) -> dict[str, dict]:
     """{role: {"word", "seconds", "at_the_deadline"}} of one op, or AssertionError."""
     deadline_s, words, told = deadline_of(name, op, device), expected(name, op, device), {}
     for role in words:
@@ -28,7 +29,7 @@ def judged(name: str, op: str, device: str, steps: list[Step]) -> dict[str, dict
         for step in of_role:
             word = fault_table.word_of(step)
             assert word in words[role] | {"right"}, f"{op}, {role}: {word}, expected {words[role]}: {step}"
-            assert step.seconds < deadline_s + BUSY_S, (
+            assert step.seconds < deadline_s + slack_s, (
                 f"{op}, {role}: {step.seconds:.1f} s, deadline {deadline_s} s: {step}"
             )
         seconds = max(step.seconds for step in of_role)
@@ -60,14 +61,15 @@ def test_every_op(pools, device, world_size, name, request):
     for result in survivors.values():
         if isinstance(result, Exception):
             raise result
-    observed = {}
+    observed, path = {}, request.config.getoption("--fault-table")
     for op in ALL_OPS:
-        told = judged(name, op, device, [step for steps in survivors.values() for step in steps[op]])
+        steps_of_all = [step for steps in survivors.values() for step in steps[op]]
+        told = judged(name, op, device, steps_of_all, SLACK_S if path else BUSY_S)
         for role, words in survivors_words(name, op, device, {r: steps[op] for r, steps in survivors.items()}).items():
             told[role]["word"] = " or ".join(sorted(words))
         observed[op] = told
     column = f"{device} W={world_size}"
-    if path := request.config.getoption("--fault-table"):
+    if path:
         add_to(pathlib.Path(path), column, name, observed)
     elif device == "cpu":
         page = fault_table.cells(fault_table.PAGE.read_text())
