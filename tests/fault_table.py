@@ -4,7 +4,8 @@ python -m pytest tests/test_fault_table.py --fault-table faults.json            
 python -m pytest tests/test_fault_table.py --fault-table faults.json --device cuda       under tools/with_mps.sh
 python tests/fault_table.py faults.json                                                  writes the page
 
-Such a run fails where a rank hears of a fault more than a second after the deadline; others leave busy machines more.
+With --fault-table a test fails where a rank hears of a fault more than a second after the deadline. Without it busy
+machines have more time.
 """
 
 import json

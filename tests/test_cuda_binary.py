@@ -321,9 +321,9 @@ def test_projections_multiply_by_warp_groups(library):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
-def test_the_next_kernel_is_let_in_when_all_threads_have_met_their_peers(kernels, architecture):
-    """One thread's trigger counts for its block, and threads that have no peer do not wait for those that have, unless
-    a barrier makes them. On a shared card the next kernel would take the SMs of what a late rank runs first."""
+def test_pdl_triggers_come_after_all_threads_have_waited(kernels, architecture):
+    """One thread's trigger counts for its block, and threads that wait for no peer may run ahead of those that do: a
+    barrier of threads stands between. Else the next kernel takes SMs, on a shared card those that a late rank needs."""
     triggers = {name: kernel.triggers for name, kernel in kernels.items() if kernel.triggers}
     assert len(triggers) >= 40
     assert not {name: found for name, found in triggers.items() if not {*found} <= {"BAR.RED", "BAR.SYNC", "WARPSYNC"}}
