@@ -212,6 +212,18 @@ BAD_CALLS = {
 }
 
 
+def with_changes(arguments: dict, changes: dict, device: str) -> dict:
+    """changes: by name, of an argument a function that makes another of it, or the other one."""
+    given = dict(arguments)
+    for name, change in changes.items():
+        if callable(change):
+            change = change(given.get(name))
+        elif torch.is_tensor(change):
+            change = change.to(device)
+        given[name] = change
+    return given
+
+
 def bad_call(backend: str, device: str, name: str):
     """Runs on a rank: rank 1 alone makes the bad call, then both the right one."""
     op, changes, *_ = (BAD_CALLS | BAD_CALLS_ON_CUDA)[name]
@@ -220,9 +232,8 @@ def bad_call(backend: str, device: str, name: str):
     error = None
     with workspace(backend, device, latent_size=COLUMNS):
         arguments = call.arguments(rank, world_size)
-        bad = {key: change(arguments.get(key)) if callable(change) else change for key, change in changes.items()}
         if rank == 1:
-            error, _ = outcome(call.run, rank, world_size, arguments | bad)
+            error, _ = outcome(call.run, rank, world_size, with_changes(arguments, changes, device))
         call.check(call.run(rank, world_size, arguments), rank, world_size)
     return error
 
@@ -256,7 +267,10 @@ BAD_CALLS_ON_CUDA = {
         *("reduce_scatter_rows", {"input": ones(4, 0), "residual": ones(4, 0)}, ValueError),
         r"must be a positive multiple of 8, got 0",
     ),
-    "no columns": ("qkv_a_proj_ag", {"weight": ones(0, 256)}, ValueError, r"a weight must have rows, got \(0, 256\)"),
+    "no columns": (
+        *("qkv_a_proj_ag", {"weight": ones(0, 256)}, ValueError),
+        r"on cuda, weight must have rows, got \(0, 256\)",
+    ),
     "input between vectors": ("rs_rmsnorm", {"input": shifted}, ValueError, rf"input {ADDRESS}"),
     "residual between vectors": ("rs_rmsnorm_fp8", {"residual": shifted}, ValueError, rf"residual {ADDRESS}"),
     "weight between vectors": ("rs_rmsnorm_ag", {"weight": shifted}, ValueError, rf"weight {ADDRESS}"),

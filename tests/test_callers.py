@@ -35,11 +35,15 @@ def in_thread(function, *arguments):
 def call_from_threads(backend: str, device: str, op: str) -> list:
     """Runs on a rank."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    call = Call(op, 5, residual="full", device=device)
+    # A new thread's current card is the first. Ops run on their tensors' card, and leave the thread its own.
+    current = torch.cuda.current_device if device == "cuda" else int
+    call = Call(op, 5, residual="full", device=f"cuda:{current()}" if device == "cuda" else device)
     with workspace(backend, device, **SIZES) as made:
 
         def checked():
+            before = current()
             call.check(call.run(rank, world_size), rank, world_size)
+            assert current() == before
             return "right"
 
         def attached():

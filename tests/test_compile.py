@@ -6,7 +6,7 @@ import torch._dynamo.testing
 import torch.distributed as dist
 from programs import EPS, LATENT, OPS, Call, random, same_bits
 from ranks import outcome, workspace
-from test_border import BAD_CALLS
+from test_border import BAD_CALLS, with_changes
 
 import tp_fused
 
@@ -157,9 +157,8 @@ def traced(device: str, names: list[str]) -> list:
     with workspace(device, device, latent_size=sum(LATENT)):
         for name in names:
             op, changes, *_ = BAD_CALLS[name]
-            given = Call(op, 4, hidden_size=256, residual="full", device=device).arguments(rank, world_size)
-            for key, change in changes.items():
-                given[key] = change(given.get(key)) if callable(change) else change
+            right = Call(op, 4, hidden_size=256, residual="full", device=device).arguments(rank, world_size)
+            given = with_changes(right, changes, device)
             given["group_name"] = given.pop("group", dist.group.WORLD.group_name)
             with torch._subclasses.FakeTensorMode() as mode:
                 fake = {key: mode.from_tensor(one) if torch.is_tensor(one) else one for key, one in given.items()}

@@ -304,5 +304,5 @@ def test_explain(pool, backend, device, world_size):
             blocks = r"^2 blocks \(max_ctas=2\) of \d+ threads; each has {} rows at most$"
             assert re.search(blocks.format(2), told["staged"], re.MULTILINE)
             assert re.search(blocks.format(3), told["projection"], re.MULTILINE)
-            assert "no kernel does both for torch.float32" in told["projection"]
+            assert "no kernel does both for qkv_a_proj_ag of torch.float32" in told["projection"]
             assert re.search("^(one|a Triton) kernel multiplies", told["fp8"], re.MULTILINE)

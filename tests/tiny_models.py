@@ -90,12 +90,12 @@ OTHER_MLA = {kind: model for kind, model in OTHER_MLA.items() if hasattr(transfo
 
 
 def make_model(kind: str, device: str = "cpu", **changes) -> transformers.PreTrainedModel:
-    """The same weights on every rank; none of them, norms and biases included, is one that could be left out."""
+    """The same weights on every rank and device; none of them, norms and biases included, could be left out."""
     name, own = {**DEEPSEEK, **OTHER_MLA, **HEADS}[kind]
     sizes = SIZES if kind in HEADS else MLA_SIZES
     config = getattr(transformers, f"{name}Config")(**{**sizes, **own, **changes})
     torch.manual_seed(1)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).to(device).eval()
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -109,7 +109,7 @@ def make_model(kind: str, device: str = "cpu", **changes) -> transformers.PreTra
         for name, buffer in model.named_buffers():
             if "correction_bias" in name:
                 buffer.uniform_(0.0, 0.2)
-    return model
+    return model.to(device)
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -162,14 +162,6 @@ def addressable(slot_bytes: int, workspace) -> None:
         )
 
 
-def kernel_vectors(workspace, hidden_size: int, **tensors: torch.Tensor | None) -> None:
-    """What the CUDA kernels want beyond that: 16-byte vectors."""
-    if workspace.backend != "cuda":
-        return
-    kernel_width(hidden_size)
-    kernel_starts(workspace, **tensors)
-
-
 def kernel_width(hidden_size: int) -> None:
     if hidden_size % 8 or hidden_size == 0:
         raise ValueError(f"on cuda, hidden_size must be a positive multiple of 8, got {hidden_size}")
@@ -248,13 +240,15 @@ def residual_rows(workspace, residual: torch.Tensor | None, input: torch.Tensor)
     )
 
 
-def reduction(workspace, input: torch.Tensor, residual=None, **others: torch.Tensor) -> torch.Tensor | None:
+def reduction(workspace, input: torch.Tensor, residual=None) -> torch.Tensor | None:
     """The inputs of an op that reduces; returns this rank's rows of the residual."""
     rows("input", input)
     capacity(workspace, input, input.shape[0], input.shape[1])
     workspace.require_kernel_width(input.shape[1])
     residual = residual_rows(workspace, residual, input)
-    kernel_vectors(workspace, input.shape[1], input=input, residual=residual, **others)
+    if workspace.backend == "cuda":
+        kernel_width(input.shape[1])
+    kernel_starts(workspace, input=input, residual=residual)
     return residual
 
 
@@ -262,8 +256,9 @@ def normed_reduction(
     workspace, input: torch.Tensor, residual, weight, epsilon: float, offset: float, name: str = "weight"
 ) -> torch.Tensor | None:
     """The same of one that norms what it has reduced. name: of its weight."""
-    residual = reduction(workspace, input, residual, **{name: weight})
+    residual = reduction(workspace, input, residual)
     norm_weight(name, weight, (input.shape[1],), input)
+    kernel_starts(workspace, **{name: weight})
     eps(epsilon)
     weight_offset(offset)
     return residual

@@ -80,18 +80,22 @@ tpf_status cuda_failed(cudaError_t error) {
   return TPF_CUDA_ERROR;
 }
 
-tpf_status use_device(tpf_card* card, int ordinal) {
+OnDevice::OnDevice(int ordinal) {
   int current = -1;
-  if (const cudaError_t error = cudaGetDevice(&current); error != cudaSuccess) return cuda_failed(error);
+  if ((status = cuda_failed(cudaGetDevice(&current))) != TPF_OK) return;
   if (current != ordinal) {
-    if (const cudaError_t error = cudaSetDevice(ordinal); error != cudaSuccess) return cuda_failed(error);
+    if ((status = cuda_failed(cudaSetDevice(ordinal))) != TPF_OK) return;
+    before_ = current;
   }
   static tpf_card known[64];
   static std::once_flag asked[64];
   const int entry = ordinal % 64;
   std::call_once(asked[entry], [&] { ask(&known[entry], ordinal); });
-  *card = known[entry];
-  return TPF_OK;
+  card = known[entry];
+}
+
+OnDevice::~OnDevice() {
+  if (before_ >= 0) cudaSetDevice(before_);
 }
 
 }  // namespace tpf
@@ -99,15 +103,18 @@ tpf_status use_device(tpf_card* card, int ordinal) {
 int32_t tpf_cuda_compiled(void) { return 1; }
 
 int32_t tpf_cuda_has_code(int32_t device) {
-  tpf_card unused;
+  const tpf::OnDevice on_device(device);
   cudaFuncAttributes attributes;
-  const bool found =
-      tpf::use_device(&unused, device) == TPF_OK && cudaFuncGetAttributes(&attributes, tpf::any_kernel) == cudaSuccess;
+  const bool found = on_device.status == TPF_OK && cudaFuncGetAttributes(&attributes, tpf::any_kernel) == cudaSuccess;
   cudaGetLastError();  // is not for whoever asks next
   return found;
 }
 
-tpf_status tpf_card_of(tpf_card* card, int32_t device) { return tpf::use_device(card, device); }
+tpf_status tpf_card_of(tpf_card* card, int32_t device) {
+  const tpf::OnDevice on_device(device);
+  *card = on_device.card;
+  return on_device.status;
+}
 
 const char* tpf_cuda_error_string(void) { return cudaGetErrorString(tpf::last_error); }
 
@@ -119,9 +126,9 @@ void tpf_team_close_cuda(const tpf_team* team) {
 tpf_fault tpf_team_fault_cuda(const tpf_team* team, int32_t rank) {
   const volatile tpf_fault* mail = team->mailbox;
   if (rank == team->rank && mail->status != TPF_OK) return *team->mailbox;
-  tpf_card unused;
+  const tpf::OnDevice on_device(team->device);
+  if (on_device.status != TPF_OK) return {};
   tpf::Control seen;
-  if (tpf::use_device(&unused, team->device) != TPF_OK) return {};
   if (!tpf::read_control(&seen, *team, rank)) return {};
   if (seen.faulted != 0) return seen.fault;
   if (rank != team->rank) return {};
@@ -136,8 +143,8 @@ tpf_fault tpf_team_fault_cuda(const tpf_team* team, int32_t rank) {
 }
 
 tpf_status tpf_follow_stream_cuda(tpf_stream_order* order, const tpf_team* team, void* stream) {
-  tpf_card unused;
-  if (const tpf_status status = tpf::use_device(&unused, team->device); status != TPF_OK) return status;
+  const tpf::OnDevice on_device(team->device);
+  if (on_device.status != TPF_OK) return on_device.status;
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   unsigned long long capture = 0;
   const auto next = static_cast<cudaStream_t>(stream);

@@ -16,8 +16,20 @@ struct Grid {
 // Remembers the error for tpf_cuda_error_string.
 tpf_status cuda_failed(cudaError_t error);
 
-// Makes `ordinal` the current device, as the caller's tensors want, and tells what it can do.
-tpf_status use_device(tpf_card* card, int ordinal);
+// Makes `ordinal`, where the caller's tensors are, the thread's current device for as long as this lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int ordinal);
+  ~OnDevice();
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+  tpf_status status = TPF_OK;
+  tpf_card card = {};  // what the device can do
+
+ private:
+  int before_ = -1;  // the device to return to, if another than `ordinal`
+};
 
 template <typename Args>
 tpf_status launch_kernel(void (*kernel)(Args), const Args& args, const tpf_card& card, const Grid& grid,

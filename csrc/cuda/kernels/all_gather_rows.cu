@@ -17,8 +17,9 @@ tpf_status launch_columns(const GatherArgs& gather, const tpf_card& card, tpf_st
 
 template <typename T>
 tpf_status launch_gather(GatherArgs& args, tpf_stream stream) {
-  tpf_card card;
-  if (const tpf_status status = use_device(&card, args.team.device); status != TPF_OK) return status;
+  const OnDevice on_device(args.team.device);
+  if (on_device.status != TPF_OK) return on_device.status;
+  const tpf_card& card = on_device.card;
   uintptr_t places = reinterpret_cast<uintptr_t>(args.input);
   for (const GatherPart& part : args.parts) {
     places |= reinterpret_cast<uintptr_t>(part.output) | reinterpret_cast<uintptr_t>(part.input) | part.row_bytes;

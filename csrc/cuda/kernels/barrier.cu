@@ -30,8 +30,9 @@ __global__ void barrier_kernel(const __grid_constant__ BarrierArgs args) {
 
 tpf_status tpf_barrier_cuda(const tpf_team* team, tpf_stream stream) {
   using namespace tpf;
-  tpf_card card;
-  if (const tpf_status status = use_device(&card, team->device); status != TPF_OK) return status;
+  const OnDevice on_device(team->device);
+  if (on_device.status != TPF_OK) return on_device.status;
+  const tpf_card& card = on_device.card;
   BarrierArgs args = {};
   args.team = *team;
   args.call.op = TPF_BARRIER;

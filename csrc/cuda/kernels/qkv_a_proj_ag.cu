@@ -66,8 +66,9 @@ tpf_status launch_planned(TileKinds<kKinds...>, ProjectionArgs& args, const Proj
 tpf_status tpf_qkv_a_proj_ag_cuda(void* const outputs[3], const tpf_projection* projection, const tpf_team* team,
                                   const tpf_call* call, tpf_stream stream) {
   using namespace tpf;
-  tpf_card card;
-  if (const tpf_status status = use_device(&card, team->device); status != TPF_OK) return status;
+  const OnDevice on_device(team->device);
+  if (on_device.status != TPF_OK) return on_device.status;
+  const tpf_card& card = on_device.card;
   bool aligned = begins_at_16_bytes(projection->input) && begins_at_16_bytes(projection->weight);
   for (int i = 0; i < 3; ++i) aligned = aligned && begins_at_16_bytes(outputs[i]);
   const bool quantizes = quantizes_q_a(*call);

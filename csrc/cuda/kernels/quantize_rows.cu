@@ -49,8 +49,9 @@ tpf_status tpf_quantize_rows_cuda(const tpf_quantization* to, const void* rows, 
                                   tpf_dtype dtype, int32_t device, tpf_stream stream) {
   using namespace tpf;
   if (dtype != TPF_BF16 || to->group_size != kQuantizedColumns) return TPF_UNSUPPORTED;
-  tpf_card card;
-  if (const tpf_status status = use_device(&card, device); status != TPF_OK) return status;
+  const OnDevice on_device(device);
+  if (on_device.status != TPF_OK) return on_device.status;
+  const tpf_card& card = on_device.card;
   const QuantizeArgs args = {*to, static_cast<const __nv_bfloat16*>(rows), num_rows, columns,
                              (columns + kQuantizedColumns - 1) / kQuantizedColumns};
   const int64_t blocks = (num_rows * args.groups * 32 + kQuantizeThreads - 1) / kQuantizeThreads;

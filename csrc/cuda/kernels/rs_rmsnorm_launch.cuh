@@ -61,8 +61,9 @@ struct ReduceLauncher {
   }
 
   static tpf_status run(ReduceArgs& args, tpf_stream stream) {
-    tpf_card card;
-    if (const tpf_status status = use_device(&card, args.team.device); status != TPF_OK) return status;
+    const OnDevice on_device(args.team.device);
+    if (on_device.status != TPF_OK) return on_device.status;
+    const tpf_card& card = on_device.card;
     ReducePlan plan;
     if (!plan_reduce(&plan, args.call, limits_of(args.team), card)) return TPF_UNSUPPORTED;
     if (plan.posted) args.call.source = -1, args.call.buffer = 0;
