@@ -16,6 +16,7 @@
 
 #include "plan/card.h"
 #include "plan/prologue.h"
+#include "plan/quantized.h"
 #include "protocol.h"
 #include "team.h"
 #include "torch_ops.h"
@@ -213,7 +214,11 @@ py::dict plan(int op, int dtype, int64_t num_tokens, int hidden_size, int column
   const tpf_card on = card_of(card);
   tpf_plan made = {};
   if (tpf_plan_call(&made, &call, &team, &on) != TPF_OK) throw py::value_error("no kernel serves such a call");
-  return to_dict(made);
+  py::dict out = to_dict(made);
+  // Of an rs_rmsnorm_ag: whether rs_rmsnorm_ag_fp8 of the same rows is this and a quantisation.
+  out["quantized_by_all"] =
+      op == TPF_RS_RMSNORM_AG && tpf::quantized_by_all(made, dtype, tpf::kQuantizedColumns, false);
+  return out;
 }
 
 }  // namespace

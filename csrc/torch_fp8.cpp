@@ -1,5 +1,6 @@
 // The ops that quantise normed rows to fp8: as torch_ops.cpp's.
 #include "plan/gather.h"
+#include "plan/quantized.h"
 #include "protocol.h"
 #include "torch_quantization.h"
 #include "torch_reduction.h"
@@ -22,8 +23,7 @@ bool add_quantized(const ReduceCall& in, const Quantized& as, int64_t rows, tpf_
   return add_quantized(in, rows, in.input.columns, as.group_size, as.column, rounded, to, results);
 }
 
-// rs_rmsnorm_ag, whose rows every rank then quantises: with so few rows of a block, gathering twice the bytes takes
-// less time than a gather of its own. The kernel that quantises rows takes bf16 and groups of 128.
+// rs_rmsnorm_ag, whose rows every rank then quantises.
 bool gather_and_quantize(const ReduceCall& in, const Quantized& as, Results* results) {
   tpf_quantization to;
   Results normed;
@@ -93,8 +93,7 @@ bool reduce_and_gather_fp8(const ReduceCall& in, const Quantized& as, Value grou
   if (planned(&plan, in, TPF_RS_RMSNORM_FP8, TPF_GATHERED)) {
     return reduce_fp8(in, {as.group_size, as.column, as.keep_output, true}, results);
   }
-  if (!as.keep_output && as.group_size == 128 && in.dtype() == TPF_BF16 && planned(&plan, in, TPF_RS_RMSNORM_AG, 0) &&
-      plan.body == TPF_ONE_ROW) {
+  if (planned(&plan, in, TPF_RS_RMSNORM_AG, 0) && quantized_by_all(plan, in.dtype(), as.group_size, as.keep_output)) {
     return gather_and_quantize(in, as, results);
   }
   Results own, scales;

@@ -10,7 +10,6 @@ from .groups import get_workspace, resolve_group_name, type_of
 
 COMPOSED = ("rs_rmsnorm_ag_fp8", "mla_prologue", "mla_prologue_fp8")
 OPS = (*faults.OPS.values(), *COMPOSED)
-ONE_ROW = "each thread moves its vector of a row"
 
 
 def explain(
@@ -61,36 +60,19 @@ def explain(
     asked |= {"hidden_size": hidden_size, "latent_size": latent_size}
     if op in COMPOSED:
         return _explain_composed(op, num_tokens, complete, asked)
-    return _explain_op(op, num_tokens, complete, **asked)
+    return _explain_op(op, num_tokens, complete, asked)
 
 
-def _explain_op(
-    op: str,
-    num_tokens: int,
-    complete: bool,
-    *,
-    group,
-    device,
-    input: torch.Tensor | None,
-    in_place: bool,
-    gpu: str | None,
-    world_size: int,
-    ranks_per_card: int,
-    dtype: torch.dtype,
-    hidden_size: int,
-    latent_size: int,
-) -> str:
-    """Of one that is one call, or one kernel; with what was asked of `explain`, and found in order there."""
-    if gpu is not None:
-        share = planning.share_of(gpu, ranks_per_card)  # which knows whether there is such a card
-        _require_kernels(op, "cuda", hidden_size, latent_size)
-        sizes = {"world_size": world_size, "hidden_size": hidden_size, "columns": latent_size, "complete": complete}
-        about = f"{world_size} ranks, {ranks_per_card} on each {gpu}; rank 0 of them owns "
+def _explain_op(op: str, num_tokens: int, complete: bool, asked: dict[str, Any]) -> str:
+    """Of one that is one call, or one kernel. asked: what else `explain` was asked, and found in order."""
+    if asked["gpu"] is not None:
+        conditions = _conditions(op, complete, asked)  # which knows whether there is such a card
+        _require_kernels(op, "cuda", asked["hidden_size"], asked["latent_size"])
+        world_size = asked["world_size"]
+        about = f"{world_size} ranks, {asked['ranks_per_card']} on each {asked['gpu']}; rank 0 of them owns "
         first = f"{op}: {about}{partition.row_count(num_tokens, 0, world_size)} of {num_tokens} rows"
-        return "\n".join([first, *_on_cuda(op, num_tokens, gpu, dtype, in_place, share=share, **sizes)])
-    if input is not None:
-        device = input.device
-    workspace = get_workspace(resolve_group_name(group), type_of(device))
+        return "\n".join([first, *_on_cuda(op, num_tokens, conditions)])
+    workspace, input = _workspace(asked), asked["input"]
     if input is not None and not op.startswith("qkv_"):
         checks.row_fits(workspace, input.shape[1], input.dtype)
     width = workspace.hidden_size if input is None else input.shape[1]
@@ -100,24 +82,46 @@ def _explain_op(
         f"{op}: backend {workspace.backend} ({workspace.reason})",
         f"rank {workspace.rank} of {workspace.world_size} owns rows {rows.start} to {rows.stop} of {num_tokens}",
     ]
-    symmetric = workspace.team is not None and input is not None and workspace.team.is_symmetric(input.data_ptr())
     if num_tokens > workspace.max_num_tokens:
         lines.append(f"it would raise: the workspace was made for {workspace.max_num_tokens} tokens")
     if workspace.backend == "reference":
         lines.append("rows travel by torch.distributed's all-to-all and all-gather; nothing is fused")
     elif workspace.backend == "cuda":
-        given = (workspace.dtype, workspace.hidden_size) if input is None else (input.dtype, input.shape[1])
-        sizes = {"world_size": workspace.world_size, "hidden_size": given[1], "columns": workspace.latent_size}
-        sizes["complete"] = complete
-        limits = {"share": workspace.share, "slot_bytes": workspace.slot_bytes}
-        place = symmetric if input is not None else None
-        lines += _on_cuda(op, num_tokens, workspace.device_index, given[0], place, **sizes, **limits)
+        lines += _on_cuda(op, num_tokens, _conditions(op, complete, asked))
     elif op.startswith(("rs_", "reduce_")) and input is not None:
+        symmetric = workspace.team.is_symmetric(input.data_ptr())
         lines.append("the peers read the input in place" if symmetric else "the input is staged by the same kernel")
     elif op.startswith("qkv_"):
         what = "by this rank's share of the weight" if complete else "this rank's rows"
         lines.append(f"torch multiplies {what} into shared memory; the gather copies from there")
     return "\n".join(lines)
+
+
+def _workspace(asked: dict[str, Any]):
+    device = asked["device"] if asked["input"] is None else asked["input"].device
+    return get_workspace(resolve_group_name(asked["group"]), type_of(device))
+
+
+def _conditions(op: str, complete: bool, asked: dict[str, Any]) -> dict[str, Any]:
+    """What a plan depends on beside the op and its tokens, as `planning.plan` takes it. in_place: None where nothing is
+    known of the input."""
+    if asked["gpu"] is not None:
+        conditions = {name: asked[name] for name in ("world_size", "hidden_size", "dtype", "in_place")}
+        conditions |= {"card": asked["gpu"], "share": planning.share_of(asked["gpu"], asked["ranks_per_card"])}
+        columns = asked["latent_size"]
+    else:
+        workspace, input = _workspace(asked), asked["input"]
+        conditions = {"world_size": workspace.world_size, "slot_bytes": workspace.slot_bytes}
+        conditions |= {"card": workspace.device_index, "share": workspace.share}
+        if input is None:
+            conditions |= {"hidden_size": workspace.hidden_size, "dtype": workspace.dtype, "in_place": None}
+        else:
+            symmetric = workspace.team.is_symmetric(input.data_ptr())
+            conditions |= {"hidden_size": input.shape[1], "dtype": input.dtype, "in_place": symmetric}
+        columns = workspace.latent_size
+    if _multiplies_fp8(op):
+        conditions["dtype"] = torch.float8_e4m3fn
+    return conditions | {"columns": columns if op.startswith("qkv_") else 0, "complete": complete}
 
 
 def _multiplies_fp8(op: str) -> bool:
@@ -144,21 +148,20 @@ def _require_kernels(op: str, backend: str, hidden_size: int, latent_size: int) 
 
 def _explain_composed(op: str, num_tokens: int, complete: bool, asked: dict[str, Any]) -> str:
     """The ops that this one is, or its one kernel, and why. asked: what else was asked of `explain`."""
-    columns, world_size, on_cuda = asked["latent_size"], asked["world_size"], asked["gpu"] is not None
-    dtype = asked["dtype"]
-    if not on_cuda:
-        device = asked["device"] if asked["input"] is None else asked["input"].device
-        workspace = get_workspace(resolve_group_name(asked["group"]), type_of(device))
+    if asked["gpu"] is not None:
+        columns, world_size, on_cuda = asked["latent_size"], asked["world_size"], True
+    else:
+        workspace = _workspace(asked)
         columns, world_size, on_cuda = workspace.latent_size, workspace.world_size, workspace.backend == "cuda"
-        dtype = workspace.dtype if asked["input"] is None else asked["input"].dtype
     rest = dict(asked, input=None)
     if op == "rs_rmsnorm_ag_fp8":
         if on_cuda:
             with contextlib.suppress(planning.NoKernelError):
-                return _explain_op(op, num_tokens, False, **asked)
-            gathered = explain("rs_rmsnorm_ag", num_tokens, **asked)
-            if ONE_ROW in gathered and dtype == torch.bfloat16:
-                return f"{op}: so few rows are gathered in 16 bits, and all quantised by every rank\n{gathered}"
+                return _explain_op(op, num_tokens, False, asked)
+            gather = planning.plan("rs_rmsnorm_ag", num_tokens, **_conditions("rs_rmsnorm_ag", False, asked))
+            if gather["quantized_by_all"]:
+                told = explain("rs_rmsnorm_ag", num_tokens, **asked)
+                return f"{op}: so few rows are gathered in 16 bits, and all quantised by every rank\n{told}"
         way = "each rank quantises its own rows; they are gathered, with their scales if both are whole 16 bytes"
         parts = (explain("rs_rmsnorm_fp8", num_tokens, **asked), explain("all_gather_rows", num_tokens, **rest))
         return "\n".join((f"{op}: {way}", *parts))
@@ -184,14 +187,11 @@ def _product(op: str, complete: bool) -> str:
     return f"{what} multiplies {rows}"
 
 
-def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool | None, **sizes) -> list[str]:
-    """What libtp_fused would launch, and what multiplies before that. in_place: None where nothing is known of it."""
-    projects = op.startswith("qkv_")
-    if projects and op.endswith("fp8"):
-        dtype = torch.float8_e4m3fn
-    sizes["columns"] = sizes["columns"] if projects else 0
-    plan = planning.plan(op, num_tokens, card=card, dtype=dtype, in_place=bool(in_place), **sizes)
-    grid = f"{plan['blocks']} blocks (max_ctas={sizes['share'].max_ctas}) of {plan['threads']} threads"
+def _on_cuda(op: str, num_tokens: int, conditions: dict[str, Any]) -> list[str]:
+    """What libtp_fused would launch, and what multiplies before that."""
+    projects, complete, in_place = op.startswith("qkv_"), conditions["complete"], conditions["in_place"]
+    plan = planning.plan(op, num_tokens, **conditions)
+    grid = f"{plan['blocks']} blocks (max_ctas={conditions['share'].max_ctas}) of {plan['threads']} threads"
     if plan["body"] == "tiles":
         return [
             f"one kernel multiplies, in tiles of {plan['chunk_rows']} x {plan['tile_columns']}, and gathers finished "
@@ -206,13 +206,12 @@ def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool 
         ]
     lines = []
     if projects:
-        complete = sizes["complete"]
         why = (
             "every rank has all rows: of the product it is columns that are gathered"
             if complete
             else "so few rows of a rank are all finished at the same time, with nothing to hide their way behind"
             if plan["few_rows"]
-            else f"no kernel does both for {op} of {dtype} on this card"
+            else f"no kernel does both for {op} of {conditions['dtype']} on this card"
         )
         lines += [f"{_product(op, complete)}; then one kernel gathers", why]
     elif op != "all_gather_rows" and in_place is not None:
@@ -227,8 +226,8 @@ def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool 
             lines.append("the input is staged by the same kernel")
 
     shared_by, groups = plan["cluster"], plan["blocks"] // plan["cluster"]
-    whole = plan["body"] == "all rows" or (projects and sizes["complete"])
-    most = -(-(num_tokens if whole else partition.row_count(num_tokens, 0, sizes["world_size"])) // groups)
+    whole = plan["body"] == "all rows" or (projects and complete)
+    most = -(-(num_tokens if whole else partition.row_count(num_tokens, 0, conditions["world_size"])) // groups)
     who = f"each {shared_by} of them share" if shared_by > 1 else "each has"
     lines.append(f"{grid}; {who} {most} row{'s' if most != 1 else ''} at most")
     if plan["body"] == "all rows":
@@ -241,5 +240,5 @@ def _on_cuda(op: str, num_tokens: int, card, dtype: torch.dtype, in_place: bool 
     if plan["body"] == "bulk":
         lines.append(f"TMA moves rows, through {plan['shared_bytes'] // 1024} KiB of shared memory a block")
     else:
-        lines.append(ONE_ROW if plan["body"] == "one row" else "threads move rows")
+        lines.append("each thread moves its vector of a row" if plan["body"] == "one row" else "threads move rows")
     return lines

@@ -21,17 +21,18 @@ def plan(
     hidden_size: int,
     columns: int = 0,
     dtype: torch.dtype = torch.bfloat16,
-    in_place: bool = False,
+    in_place: bool | None = False,
     complete: bool = False,
     share: backends.CardShare | None = None,
     slot_bytes: int | None = None,
 ) -> dict:
-    """The plan of a call whose input is [num_tokens, hidden_size], by name; see `tpf_plan` in csrc/tp_fused.h.
+    """The plan of a call whose input is [num_tokens, hidden_size], by name; see `tpf_plan` in csrc/tp_fused.h. Of
+    rs_rmsnorm_ag also "quantized_by_all": whether rs_rmsnorm_ag_fp8 of such rows is this and a quantisation.
 
-    card: an ordinal or a name. columns: of a projection. in_place: the input lies in symmetric memory. share: what the
-    rank has of the card, by default all of it. slot_bytes: of the workspace, by default what the call takes. Raises
-    NoKernelError where no kernel serves the call: of rs_rmsnorm_ag_fp8, no single one. ValueError where the card is not
-    known.
+    card: an ordinal or a name. columns: of a projection. in_place: the input lies in symmetric memory (None: unknown).
+    share: what the rank has of the card, by default all of it. slot_bytes: of the workspace, by default what the call
+    takes. Raises NoKernelError where no kernel serves the call: of rs_rmsnorm_ag_fp8, no single one. ValueError where
+    the card is not known.
     """
     gathered = op == "rs_rmsnorm_ag_fp8"  # of few tokens rs_rmsnorm_fp8 with TPF_GATHERED
     if op not in _CODES and not gathered:
@@ -48,7 +49,7 @@ def plan(
             num_tokens,
             hidden_size,
             columns=columns,
-            in_place=in_place,
+            in_place=bool(in_place),
             complete=complete,
             gathered=gathered,
             world_size=world_size,
