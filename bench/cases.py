@@ -155,7 +155,7 @@ class Case:
 # ---- ops that begin with a reduction ----
 
 
-class Reduction(Case):
+class ReductionCase(Case):
     """Partial sums of all ranks, a residual of which each rank holds its rows, and a norm's weight."""
 
     def __init__(self, context, num_tokens: int):
@@ -238,7 +238,7 @@ class Reduction(Case):
         return (self.context.world_size + 2 * copies) * self.bytes
 
 
-class RsRmsnorm(Reduction):
+class RsRmsnorm(ReductionCase):
     op = "rs_rmsnorm"
 
     def fused(self):
@@ -266,7 +266,7 @@ class RsRmsnorm(Reduction):
         return self.reduction_bytes + 3 * self.bytes
 
 
-class RsRmsnormAg(Reduction):
+class RsRmsnormAg(ReductionCase):
     op = "rs_rmsnorm_ag"
     bus_passes = 2
 
@@ -307,7 +307,7 @@ class RsRmsnormAg(Reduction):
         return self.reduction_bytes + (2 + self.context.world_size) * self.bytes
 
 
-class ReduceScatterRows(Reduction):
+class ReduceScatterRows(ReductionCase):
     op = "reduce_scatter_rows"
 
     def fused(self):

@@ -84,7 +84,7 @@ class Shape:
             dtype=torch.float8_e4m3fn if op.endswith("_fp8") and op.startswith("qkv_") else torch.bfloat16,
             in_place=not self.staged,
             complete=complete,
-            share=planning.share_of(self.card, self.ranks_per_card, most_ctas),
+            limits=planning.limits_of(self.card, self.ranks_per_card, most_ctas),
         )
 
     def body(self, op: str) -> str | None:

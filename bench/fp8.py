@@ -8,7 +8,7 @@ from torch.nn.functional import linear, pad
 from tp_fused import reference
 
 from .baselines import BASELINES
-from .cases import EPS, OPS, Reduction, RsRmsnormAg, add_norm, steps_apart
+from .cases import EPS, OPS, ReductionCase, RsRmsnormAg, add_norm, steps_apart
 from .projections import Chain, QkvAProjAg, QkvAProjAgNorm
 from .timing import Program
 from .transports import OverTpFused
@@ -29,7 +29,7 @@ def quantized_bytes(num_tokens: int, columns: int) -> int:
 # ---- ops that begin with a reduction ----
 
 
-def wrongly_quantized(case: Reduction, q: torch.Tensor, scale: torch.Tensor, output: torch.Tensor) -> int:
+def wrongly_quantized(case: ReductionCase, q: torch.Tensor, scale: torch.Tensor, output: torch.Tensor) -> int:
     """Elements that are further from the quantised `output` than an op's normed rows may be.
 
     Some rows at a time: what they are compared in takes many times their memory, on each of the ranks of a card.
@@ -42,7 +42,7 @@ def wrongly_quantized(case: Reduction, q: torch.Tensor, scale: torch.Tensor, out
     return wrong
 
 
-class RsRmsnormFp8(Reduction):
+class RsRmsnormFp8(ReductionCase):
     op = "rs_rmsnorm_fp8"
 
     def fused(self):

@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 
 import tp_fused
 
-from .cases import EPS, OPS, Case, Reduction, RsRmsnorm, add_norm, rms_norm, steps_apart
+from .cases import EPS, OPS, Case, ReductionCase, RsRmsnorm, add_norm, rms_norm, steps_apart
 from .timing import Program
 from .transports import OverTorch, OverTpFused, PeerCopies
 
@@ -177,7 +177,7 @@ class QkvAProjAgNorm(QkvAProjAg):
 
 class Chain(QkvAProjAgNorm):
     op = "chain"
-    reduces: type[Reduction] = RsRmsnorm
+    reduces: type[ReductionCase] = RsRmsnorm
 
     def __init__(self, context, num_tokens: int):
         super().__init__(context, num_tokens)

@@ -179,7 +179,7 @@ py::dict describe(const CardName& which) {
 }
 
 py::dict to_dict(const tpf_plan& plan) {
-  static constexpr const char* kBodies[] = {"all threads", "one row", "bulk", "tiles", "all rows", "columns"};
+  static constexpr const char* kBodies[] = {"direct", "one row", "bulk", "tiles", "all rows", "columns"};
   py::dict out;
   out["body"] = kBodies[plan.body];
   out["blocks"] = plan.blocks;

@@ -148,12 +148,12 @@ tpf_status tpf_card_named(tpf_card* card, const char* name);
 tpf_status tpf_card_of(tpf_card* card, int32_t device);
 
 typedef enum tpf_body {
-  TPF_ALL_THREADS = 0, /* load and store 16 bytes at a time */
-  TPF_ONE_ROW = 1,     /* a block, or a cluster of blocks, has one row; or a block has a few, all of them posted */
-  TPF_BULK = 2,        /* TMA moves rows through shared memory */
-  TPF_TILES = 3,       /* tensor cores multiply tiles, and finished rows are gathered meanwhile */
-  TPF_ALL_ROWS = 4,    /* every rank adds up all rows that all ranks are to have: one synchronisation, not two */
-  TPF_COLUMNS = 5,     /* tensor cores multiply all rows by some of the weight's, and post the columns */
+  TPF_DIRECT = 0,   /* load and store 16 bytes at a time */
+  TPF_ONE_ROW = 1,  /* a block, or a cluster of blocks, has one row; or a block has a few, all of them posted */
+  TPF_BULK = 2,     /* TMA moves rows through shared memory */
+  TPF_TILES = 3,    /* tensor cores multiply tiles, and finished rows are gathered meanwhile */
+  TPF_ALL_ROWS = 4, /* every rank adds up all rows that all ranks are to have: one synchronisation, not two */
+  TPF_COLUMNS = 5,  /* tensor cores multiply all rows by some of the weight's, and post the columns */
 } tpf_body;
 
 typedef struct tpf_plan {

@@ -57,7 +57,8 @@ def test_backend_that_was_asked_for_and_cannot_run(reports, device_type, asked, 
 
 def on_card(gpu: str, **changes) -> backends.Report:
     reaches = {"a": True, "b": True}
-    card = {"gpu": gpu, "num_sms": 132, "cluster_sms": 120, "most_gpcs": 8, "capability": (9, 0), "has_code": True}
+    card = {"gpu": gpu, "gpu_name": "GPU " + gpu, "num_sms": 132, "cluster_sms": 120, "most_gpcs": 8}
+    card |= {"capability": (9, 0), "has_code": True}
     return report(**card | {"reaches": reaches} | changes)
 
 
@@ -76,13 +77,13 @@ def on_card(gpu: str, **changes) -> backends.Report:
         (
             [on_card("a"), on_card("b", capability=(12, 0), has_code=False)],
             "reference",
-            "this build has no code for the GPU of rank 1, of compute capability (12, 0)",
+            "this build has no code for rank 1's GPU b of compute capability 12.0",
         ),
-        ([on_card("a"), on_card("b", capability=(7, 5))], "reference", "rank 1 has compute capability (7, 5); 8.0 is"),
+        ([on_card("a"), on_card("b", capability=(7, 5))], "reference", "rank 1 has GPU b of compute capability 7.5; 8"),
         (
             [on_card("a"), on_card("b", capability=(10, 0))],
             "reference",
-            "the GPUs of ranks 1 and 0 are of compute capability (10, 0) and (9, 0): their kernels are not the same",
+            "rank 1 has GPU b of compute capability 10.0, rank 0 GPU a of compute capability 9.0: their",
         ),
     ],
 )
@@ -96,36 +97,37 @@ def test_choice_of_backend_on_cards(monkeypatch, reports, choice, reason):
 @pytest.mark.parametrize("ranks", range(1, 9))
 def test_blocks_of_ranks_that_share_a_card_leave_room_for_clusters(ranks, num_sms, cluster_sms):
     reports = [on_card("a", num_sms=num_sms, cluster_sms=cluster_sms) for _ in range(ranks)]
-    share = backends.share_card(reports, None)
-    others = (ranks - 1) * share.max_ctas
+    limits = backends.limits_of_ranks(reports, None)
+    others = (ranks - 1) * limits.max_ctas
     free = (num_sms - others, cluster_sms - others) if ranks > 1 else (0, 0)
-    assert (share.ranks, share.free_sms, share.free_cluster_sms) == (ranks, *free)
+    assert (limits.ranks, limits.free_sms, limits.free_cluster_sms) == (ranks, *free)
     if ranks == 1:
-        assert share.max_ctas == num_sms
+        assert limits.max_ctas == num_sms
         return
-    assert 1 <= share.max_ctas <= num_sms // ranks
+    assert 1 <= limits.max_ctas <= num_sms // ranks
     # With seven free in each of 8 GPCs, no eight are in one.
-    assert share.max_ctas == 1 or share.free_cluster_sms > 8 * 7
-    assert share.max_ctas == 1 or share.free_sms - (share.max_ctas - 2) > 8  # likewise the last pair of blocks
-    assert share.max_ctas == 1 or share.max_ctas % 2 == 0
-    more = share.max_ctas + (1 if share.max_ctas == 1 else 2)
+    assert limits.max_ctas == 1 or limits.free_cluster_sms > 8 * 7
+    assert limits.max_ctas == 1 or limits.free_sms - (limits.max_ctas - 2) > 8  # likewise the last pair of blocks
+    assert limits.max_ctas == 1 or limits.max_ctas % 2 == 0
+    more = limits.max_ctas + (1 if limits.max_ctas == 1 else 2)
     others = (ranks - 1) * more
     assert cluster_sms - others <= 8 * 7 or num_sms - others - (more - 2) <= 8
-    fills = backends.share_card(reports, num_sms // ranks)
-    assert (fills.max_ctas, fills.free_sms > 0) == (num_sms // ranks, fills.max_ctas == share.max_ctas)
+    fills = backends.limits_of_ranks(reports, num_sms // ranks)
+    assert (fills.max_ctas, fills.free_sms > 0) == (num_sms // ranks, fills.max_ctas == limits.max_ctas)
     with pytest.raises(ValueError, match=f"{ranks} ranks share a card of {num_sms} SMs, at most"):
-        backends.share_card(reports, num_sms // ranks + 1)
+        backends.limits_of_ranks(reports, num_sms // ranks + 1)
 
 
 def test_cards_without_clusters_are_filled():
-    assert backends.share_card([on_card("a", capability=(8, 0), num_sms=108, cluster_sms=0)] * 4, None).max_ctas == 27
+    reports = [on_card("a", capability=(8, 0), num_sms=108, cluster_sms=0)] * 4
+    assert backends.limits_of_ranks(reports, None).max_ctas == 27
 
 
 def test_a_subgroup_counts_the_others_on_its_cards():
     pair = [on_card("a", ranks_per_card=8), on_card("a", ranks_per_card=8)]
-    assert backends.share_card(pair, None) == backends.share_card([on_card("a")] * 8, None)
+    assert backends.limits_of_ranks(pair, None) == backends.limits_of_ranks([on_card("a")] * 8, None)
     apart = [on_card("a"), on_card("b", ranks_per_card=2)]
-    assert backends.share_card(apart, None).ranks == 2
+    assert backends.limits_of_ranks(apart, None).ranks == 2
 
 
 @pytest.mark.cuda

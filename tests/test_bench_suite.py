@@ -11,7 +11,7 @@ pytest.importorskip("rich", reason="the bench extra is not installed")
 
 from typer.testing import CliRunner
 
-from bench import decode, goals, multi, pages, results, run, suite, tables
+from bench import bounds, decode, goals, multi, pages, results, run, suite, tables
 from bench.__main__ import app
 from bench.catalog import OPS
 from bench.options import Options
@@ -158,6 +158,27 @@ def test_an_eager_call_is_held_against_an_empty_one():
     assert goal.measured([document()]) is None
     value = goal.measured([document(), document(host_empty_us=7.2)])
     assert value == pytest.approx(1.25) and not goal.met(value) and goal.met(1.2)
+
+
+def test_a_run_of_some_launches_keeps_what_others_have_measured(tmp_path, capsys):
+    def document(commit: str, op: str, **programs: float):
+        row = {"op": op, "tokens": 64, "programs": {name: {"median_us": time} for name, time in programs.items()}}
+        machine = {"gpu": "NVIDIA H200", "gpus": 2, "device": "cuda", "commit": commit}
+        about = {"format": 1, "date": f"day of {commit}", "machine": machine}
+        return about | {"options": {"world_size": 2, "hidden": 7168}, "results": [row]}
+
+    for made in (
+        document("first", "mla_prologue", fused=9.0, flashinfer=10.0),
+        document("second", "rs_rmsnorm_ag", fused=3.0, flashinfer=4.0),
+    ):
+        bounds.write("multi", [made], tmp_path, goals=bounds.table(multi.goals(2), [made]))
+    kept = json.loads((tmp_path / "multi_2xh200_2_ranks.json").read_text())["goals"]
+    found = {goal["op"]: (goal["value"], goal["commit"], goal["date"]) for goal in kept if goal["value"] is not None}
+    assert found == {
+        "mla_prologue": (0.9, "first", "day of first"),
+        "rs_rmsnorm_ag": (0.75, "second", "day of second"),
+    }
+    assert len(kept) == len(multi.goals(2))
 
 
 # ---- few tokens ----

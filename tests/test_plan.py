@@ -19,7 +19,7 @@ PROJECTIONS = (*programs.PROJECTIONS, "qkv_a_proj_ag_norm_fp8")
 OPS = (*programs.OPS, "qkv_a_proj_ag_norm_fp8")
 CARDS = ("A100", "H20", "H100", "H200", "B200", "RTX PRO 6000")
 MOST_CHUNKS = 7  # of a block in a reduction: kMaxChunks
-MOST_PARTIALS = 136  # kMaxPartials
+MOST_WARP_VALUES = 136  # kMaxWarpValues
 STATIC_SHARED_BYTES = 2048
 HALF_A_CARD = 66  # kFittedSm90: a rank with more blocks has a card to itself
 POSTED_ROWS = 2  # own_card_posted_rows: of a block
@@ -45,7 +45,7 @@ class Asked:
     full: bool = False  # the workspace is as small as it may be for the call
 
     def plan(self, card: str | None = None) -> dict:
-        share = planning.share_of(self.card, self.ranks_per_card, self.max_ctas)
+        limits = planning.limits_of(self.card, self.ranks_per_card, self.max_ctas)
         sizes = {"world_size": self.world_size, "hidden_size": self.hidden_size, "columns": self.columns}
         return planning.plan(
             self.op,
@@ -54,7 +54,7 @@ class Asked:
             dtype=self.dtype,
             in_place=self.in_place,
             complete=self.complete,
-            share=share,
+            limits=limits,
             slot_bytes=self.slot_bytes,
             **sizes,
         )
@@ -67,7 +67,7 @@ class Asked:
 
     @property
     def own_card(self) -> bool:
-        return planning.share_of(self.card, self.ranks_per_card, self.max_ctas).max_ctas > HALF_A_CARD
+        return planning.limits_of(self.card, self.ranks_per_card, self.max_ctas).max_ctas > HALF_A_CARD
 
     @property
     def rows(self) -> int:
@@ -111,7 +111,7 @@ def few_rows(in_place: bool = True) -> Iterator[Asked]:
     some = (dict.fromkeys(forms), CARDS, (1, 2, 3, 4, 8), (torch.bfloat16, torch.float32), (512, 7168, 16384))
     for (op, complete), card, world_size, dtype, hidden_size in itertools.product(*some):
         for ranks_per_card in {1, world_size}:
-            at_once = planning.share_of(card, ranks_per_card).max_ctas * world_size
+            at_once = planning.limits_of(card, ranks_per_card).max_ctas * world_size
             for tokens in (0, 1, 8, 32, at_once // 2, at_once - 1, at_once, 2 * at_once, 3 * at_once, 3 * at_once + 1):
                 sizes = (tokens, hidden_size, 0, dtype, in_place, world_size)
                 yield Asked(op, *sizes, card, ranks_per_card, None, complete, full=True)
@@ -121,8 +121,8 @@ def few_rows(in_place: bool = True) -> Iterator[Asked]:
 @given(calls())
 def test_every_plan_serves_the_call_within_the_limits(asked):
     plan, card = asked.plan(), _C.card(asked.card)
-    share = planning.share_of(asked.card, asked.ranks_per_card, asked.max_ctas)
-    assert 1 <= plan["blocks"] <= share.max_ctas
+    limits = planning.limits_of(asked.card, asked.ranks_per_card, asked.max_ctas)
+    assert 1 <= plan["blocks"] <= limits.max_ctas
     assert plan["blocks"] % plan["cluster"] == 0
     assert plan["threads"] <= 1024 and plan["threads"] % 32 == 0
     assert plan["shared_bytes"] + STATIC_SHARED_BYTES <= card["shared_bytes"]
@@ -147,19 +147,19 @@ def test_every_plan_serves_the_call_within_the_limits(asked):
     held = (plan["threads"] - 64 * (plan["body"] == "bulk")) * plan["vectors"]  # by a block
     assert plan["cluster"] * held >= asked.vectors
     assert plan["cluster"] == 1 or plan["body"] == "bulk" or plan["chunk_rows"] <= 1
-    assert plan["cluster"] == 1 or plan["body"] != "all threads"
-    if plan["body"] == "all threads" and card["architecture"] >= 90:  # what is compiled for such a card
+    assert plan["cluster"] == 1 or plan["body"] != "direct"
+    if plan["body"] == "direct" and card["architecture"] >= 90:  # what is compiled for such a card
         assert plan["vectors"] == (16 if asked.dtype == torch.float32 else 8)
     if plan["body"] == "one row" and plan["chunk_rows"] > 1:  # several rows of a block are all posted
         assert not plan["in_place"] and plan["cluster"] == 1 and asked.world_size in (2, 4)
-        assert share.max_ctas > HALF_A_CARD and BYTES[asked.dtype] == 2
+        assert limits.max_ctas > HALF_A_CARD and BYTES[asked.dtype] == 2
     elif plan["body"] == "one row":
         assert plan["blocks"] // plan["cluster"] >= asked.rows
     assert plan["rounds"] == 1 or asked.op == "rs_rmsnorm_ag"
     if plan["body"] == "bulk":
         assert plan["stages"] >= asked.world_size + 1
         assert plan["shared_bytes"] >= plan["stages"] * min(held, asked.vectors) * 16
-        assert (plan["cluster"] - 1) * held < asked.vectors and plan["cluster"] * held // 32 <= MOST_PARTIALS
+        assert (plan["cluster"] - 1) * held < asked.vectors and plan["cluster"] * held // 32 <= MOST_WARP_VALUES
     assert plan["in_place"] <= (asked.in_place and plan["body"] != "all rows")
     assert plan["body"] != "all rows" or asked.op == "rs_rmsnorm_ag"
 
@@ -272,12 +272,12 @@ def test_what_cannot_be_called_has_no_plan(op, num_tokens, hidden_size, columns)
         ("rs_rmsnorm", 1024, {"ranks_per_card": 8}, {"body": "bulk", "in_place": True}),
         ("rs_rmsnorm", 64, {"ranks_per_card": 8}, {"body": "one row", "cluster": 1, "in_place": True}),
         ("rs_rmsnorm", 16384, {}, {"body": "bulk", "threads": 512, "in_place": True}),
-        ("rs_rmsnorm", 16384, {"card": "A100"}, {"body": "all threads"}),
+        ("rs_rmsnorm", 16384, {"card": "A100"}, {"body": "direct"}),
         ("rs_rmsnorm", 2048, {"hidden_size": 16384, "ranks_per_card": 8}, {"body": "bulk", "cluster": 2}),
         ("rs_rmsnorm", 2048, {"hidden_size": 8192, "ranks_per_card": 8}, {"body": "bulk", "cluster": 1}),
-        ("all_gather_rows", 16384, {}, {"body": "all threads", "blocks": 128}),
+        ("all_gather_rows", 16384, {}, {"body": "direct", "blocks": 128}),
         ("all_gather_rows", 16384, {"ranks_per_card": 8}, {"body": "bulk", "blocks": 8}),
-        ("qkv_a_proj_ag", 2048, {}, {"body": "all threads", "few_rows": True}),
+        ("qkv_a_proj_ag", 2048, {}, {"body": "direct", "few_rows": True}),
         ("qkv_a_proj_ag", 2048, {"ranks_per_card": 8}, {"body": "tiles", "few_rows": False, "cluster": 2}),
         ("qkv_a_proj_ag_fp8", 2048, {}, {"body": "tiles", "few_rows": False}),
         ("qkv_a_proj_ag_norm_fp8", 64, {"ranks_per_card": 8}, {"body": "tiles"}),
@@ -291,8 +291,8 @@ def test_what_cannot_be_called_has_no_plan(op, num_tokens, hidden_size, columns)
         ("rs_rmsnorm_ag_fp8", 8, {"ranks_per_card": 8}, {"body": "all rows", "in_place": False}),
         ("qkv_a_proj_ag", 64, {"complete": True}, {"body": "columns", "cluster": 8, "tile_columns": 24}),
         ("qkv_a_proj_ag", 32, {"complete": True, "ranks_per_card": 8}, {"body": "columns", "cluster": 2}),
-        ("qkv_a_proj_ag", 33, {"complete": True, "ranks_per_card": 8}, {"body": "all threads"}),
-        ("qkv_a_proj_ag", 128, {"complete": True}, {"body": "all threads"}),
+        ("qkv_a_proj_ag", 33, {"complete": True, "ranks_per_card": 8}, {"body": "direct"}),
+        ("qkv_a_proj_ag", 128, {"complete": True}, {"body": "direct"}),
         ("qkv_a_proj_ag", 16384, {"card": "B200"}, {"few_rows": False, "tile_columns": 0}),
     ],
 )
@@ -379,8 +379,8 @@ def test_explain_refuses_what_the_call_refuses(op, options, message):
 
 
 def test_what_no_kernel_serves_is_told_with_its_numbers():
-    share = planning.share_of("H100", 1)
+    limits = planning.limits_of("H100", 1)
     with pytest.raises(
         ValueError, match=r"no kernel serves rs_rmsnorm of \[16, 1073741824\] of torch.bfloat16, on 8 ranks with "
     ):
-        planning.plan("rs_rmsnorm", 16, card="H100", world_size=8, hidden_size=2**30, share=share)
+        planning.plan("rs_rmsnorm", 16, card="H100", world_size=8, hidden_size=2**30, limits=limits)

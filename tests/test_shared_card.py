@@ -108,15 +108,15 @@ def test_calls_of_a_late_pair(pool, device, world_size):
 
 
 def test_a_cluster_finds_room_beside_what_peers_may_hold(tmp_path):
-    """Wherever the SMs lie that other ranks hold, in processes of their own: share_card's rule about this card."""
+    """Wherever the SMs lie that other ranks hold, in processes of their own: limits_of_ranks's rule about this card."""
     nvcc = shutil.which("nvcc", path=os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin"]))
     card = native._C.card(0)
     if nvcc is None or card["cluster_sms"] == 0:
         pytest.skip("there is no nvcc" if nvcc is None else "the card has no clusters")
     program, source = tmp_path / "cluster_room", Path(__file__).parent / "cuda" / "cluster_room.cu"
     subprocess.run([nvcc, "-std=c++20", "-arch=native", "-o", program, source], check=True, timeout=120)
-    shares = {ranks: planning.share_of(0, ranks) for ranks in range(2, 9)}
-    held = sorted({(ranks - 1) * share.max_ctas for ranks, share in shares.items()})
+    all_limits = {ranks: planning.limits_of(0, ranks) for ranks in range(2, 9)}
+    held = sorted({(ranks - 1) * limits.max_ctas for ranks, limits in all_limits.items()})
     run = subprocess.run([program, *map(str, held)], check=True, capture_output=True, text=True, timeout=60)
     found = [line.split() for line in run.stdout.splitlines()]
     assert len(found) >= len(held) and all(stuck == "0" for *_, stuck in found), run.stdout

@@ -18,7 +18,7 @@ class ThreadRank(Workspace):
         self.group_name = f"rank {rank} of threads {secrets.token_hex(8)}"
         self.rank, self.world_size, self.members = rank, len(regions), list(range(len(regions)))
         self.device_type, self.backend, self.device_index = "cpu", "cpu", None
-        self.max_num_tokens, self.row_bytes, self.share = 2**20, slot_bytes, None
+        self.max_num_tokens, self.row_bytes, self.limits = 2**20, slot_bytes, None
         self.closed, self._pid, self.caller = False, os.getpid(), _C.Caller()
         self.team = _C.Team(rank=rank, regions=regions, slot_bytes=slot_bytes, timeout_ns=int(timeout_s * 1e9))
         self.team.serve(self.caller, self.group_name, self.max_num_tokens, self.row_bytes)

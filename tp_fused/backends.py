@@ -23,6 +23,7 @@ class Report:
     cpu_supported: bool
     token: str = field(default_factory=lambda: secrets.token_hex(8))  # rank 0's names the workspace
     gpu: str | None = None  # which card this rank computes on
+    gpu_name: str = ""
     num_sms: int = 0
     cluster_sms: int = 0  # those that thread block clusters of eight can have
     most_gpcs: int = 0  # GPCs of a card of its architecture, at most
@@ -33,9 +34,13 @@ class Report:
     open_sizes: dict | None = None  # of the workspace that the group has already
     ranks_per_card: int = 1  # as other workspaces of this rank have found
 
+    @property
+    def gpu_in_words(self) -> str:
+        return f"{self.gpu_name} of compute capability {'.'.join(map(str, self.capability))}"
+
 
 @dataclass(frozen=True)
-class CardShare:
+class CardLimits:
     """What a rank has of a card. max_ctas: blocks of its grids. free_*: as in `tpf_team`, 0 for no bound."""
 
     ranks: int
@@ -61,7 +66,7 @@ def report(arguments: dict, device: str) -> Report:
             current = torch.cuda.current_device()
             card = torch.cuda.get_device_properties(current)
             made.gpu, made.num_sms = str(card.uuid), card.multi_processor_count
-            made.capability = (card.major, card.minor)
+            made.gpu_name, made.capability = card.name, (card.major, card.minor)
             made.has_code = _C.cuda_has_code(current)
             if made.has_code:
                 about = _C.card(current)
@@ -155,14 +160,12 @@ def _obstacle(reports, device_type: str, world_size: int, asked: str | None) -> 
         if device_type == "cpu":
             continue
         if report.capability < (8, 0):
-            return f"the GPU of rank {rank} has compute capability {report.capability}; 8.0 is the least"
+            return f"rank {rank} has {report.gpu_in_words}; 8.0 is the least"
         if not report.has_code:
-            return f"this build has no code for the GPU of rank {rank}, of compute capability {report.capability}"
+            return f"this build has no code for rank {rank}'s {report.gpu_in_words}"
         if report.capability[0] != reports[0].capability[0]:
-            return (
-                f"the GPUs of ranks {rank} and 0 are of compute capability {report.capability} and "
-                f"{reports[0].capability}: their kernels are not the same"
-            )
+            both = f"rank {rank} has {report.gpu_in_words}, rank 0 {reports[0].gpu_in_words}"
+            return f"{both}: their kernels are not the same"
         for peer, other in enumerate(reports):
             # A rank may see its own card only: then torch finds out, and raises, where memory cannot be shared.
             if not report.reaches.get(other.gpu, True):
@@ -176,7 +179,7 @@ def ranks_per_card(reports) -> int:
     return max(max(cards.count(report.gpu), report.ranks_per_card) for report in reports)
 
 
-def share_card(reports, asked: int | None) -> CardShare:
+def limits_of_ranks(reports, asked: int | None) -> CardLimits:
     """All blocks of one call must run at once, and ranks that share a card share its SMs.
 
     A cluster of blocks needs free ones of a single GPC. While peers wait in their kernels, a rank that is late may have
@@ -186,11 +189,11 @@ def share_card(reports, asked: int | None) -> CardShare:
     run on the card.
     """
     num_sms, cluster_sms = (min(getattr(one, name) for one in reports) for name in ("num_sms", "cluster_sms"))
-    return share_of(ranks_per_card(reports), num_sms, cluster_sms, reports[0].most_gpcs, asked)
+    return limits_of(ranks_per_card(reports), num_sms, cluster_sms, reports[0].most_gpcs, asked)
 
 
-def share_of(ranks: int, num_sms: int, cluster_sms: int, most_gpcs: int, asked: int | None = None) -> CardShare:
-    """`share_card` of one that so many ranks share. cluster_sms: 0 where there are no clusters."""
+def limits_of(ranks: int, num_sms: int, cluster_sms: int, most_gpcs: int, asked: int | None = None) -> CardLimits:
+    """`limits_of_ranks` of one that so many ranks share. cluster_sms: 0 where there are no clusters."""
     fitting = max(1, num_sms // ranks)
     if asked is not None and asked > fitting:
         raise ValueError(
@@ -206,5 +209,5 @@ def share_of(ranks: int, num_sms: int, cluster_sms: int, most_gpcs: int, asked: 
     max_ctas = min(asked or roomy, _C.MAX_CTAS)
     others = (ranks - 1) * max_ctas
     if others == 0 or max_ctas > roomy:
-        return CardShare(ranks, max_ctas, 0, 0)
-    return CardShare(ranks, max_ctas, num_sms - others, max(0, cluster_sms - others))
+        return CardLimits(ranks, max_ctas, 0, 0)
+    return CardLimits(ranks, max_ctas, num_sms - others, max(0, cluster_sms - others))

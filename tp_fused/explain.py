@@ -107,12 +107,12 @@ def _conditions(op: str, complete: bool, asked: dict[str, Any]) -> dict[str, Any
     known of the input."""
     if asked["gpu"] is not None:
         conditions = {name: asked[name] for name in ("world_size", "hidden_size", "dtype", "in_place")}
-        conditions |= {"card": asked["gpu"], "share": planning.share_of(asked["gpu"], asked["ranks_per_card"])}
+        conditions |= {"card": asked["gpu"], "limits": planning.limits_of(asked["gpu"], asked["ranks_per_card"])}
         columns = asked["latent_size"]
     else:
         workspace, input = _workspace(asked), asked["input"]
         conditions = {"world_size": workspace.world_size, "slot_bytes": workspace.slot_bytes}
-        conditions |= {"card": workspace.device_index, "share": workspace.share}
+        conditions |= {"card": workspace.device_index, "limits": workspace.limits}
         if input is None:
             conditions |= {"hidden_size": workspace.hidden_size, "dtype": workspace.dtype, "in_place": None}
         else:
@@ -191,7 +191,7 @@ def _on_cuda(op: str, num_tokens: int, conditions: dict[str, Any]) -> list[str]:
     """What libtp_fused would launch, and what multiplies before that."""
     projects, complete, in_place = op.startswith("qkv_"), conditions["complete"], conditions["in_place"]
     plan = planning.plan(op, num_tokens, **conditions)
-    grid = f"{plan['blocks']} blocks (max_ctas={conditions['share'].max_ctas}) of {plan['threads']} threads"
+    grid = f"{plan['blocks']} blocks (max_ctas={conditions['limits'].max_ctas}) of {plan['threads']} threads"
     if plan["body"] == "tiles":
         return [
             f"one kernel multiplies, in tiles of {plan['chunk_rows']} x {plan['tile_columns']}, and gathers finished "

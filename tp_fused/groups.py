@@ -86,7 +86,7 @@ def init(
     lifetime.on_group_end(_close_workspaces_of)
     with Meeting.of(group, "tp_fused.init") as meeting:
         report = backends.report(arguments, device)
-        report.ranks_per_card = max((made.share.ranks for made in _workspaces.values() if made.share), default=1)
+        report.ranks_per_card = max((made.limits.ranks for made in _workspaces.values() if made.limits), default=1)
         if replaced is not None:
             report.open_sizes = {name: getattr(replaced, name) for name in _SIZES}
         # Exchanged before any of them is judged: a rank that raised alone would leave the others waiting.
@@ -96,9 +96,9 @@ def init(
             backends.check_arguments(report.arguments)
         backend, reason = backends.choose_backend(reports, device_type, group.size(), arguments["TP_FUSED_BACKEND"])
         if backend == "cuda":
-            share = backends.share_card(reports, max_ctas)
-            arguments |= {"share": share, "max_ctas": share.max_ctas}
-            if share.ranks > 1:  # torch refuses two ranks on one card unless told it is meant
+            limits = backends.limits_of_ranks(reports, max_ctas)
+            arguments |= {"limits": limits, "max_ctas": limits.max_ctas}
+            if limits.ranks > 1:  # torch refuses two ranks on one card unless told it is meant
                 os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
         if replaced is not None:
             replaced.close_as(

@@ -89,7 +89,7 @@ def qkv_a_proj_ag_fp8(q, scale, weight, weight_scale, num_tokens, group=None, *,
         latent = all_gather((q * scale) @ (weight * weight_scale).T)
 
     q: e4m3 [rows, hidden_size]; scale: fp32 [rows, ceil(hidden_size / 128)], either layout of `rs_rmsnorm_fp8`.
-    weight: e4m3 [columns, hidden_size]; weight_scale: fp32, one per 128 x 128 block, the last may be partial.
+    weight: e4m3 [columns, hidden_size]; weight_scale: fp32, one per 128 x 128 block, the last may be smaller.
     complete: q and scale are of all num_tokens rows, as in `qkv_a_proj_ag`; a rank's share is whole blocks. Returns
     bf16 [num_tokens, columns].
     """

@@ -92,7 +92,7 @@ def _up_to_a_power_of_two(scale: torch.Tensor) -> torch.Tensor:
 
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """fp32 values of fp8 ones with a scale for each block of (rows, columns); the last blocks may be partial."""
+    """fp32 values of fp8 ones with a scale for each block of (rows, columns); the last blocks may be smaller."""
     rows, columns = q.shape
     spread = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
     return q.float() * spread

@@ -36,7 +36,7 @@ class Workspace:
         self.dtype: torch.dtype = arguments["dtype"]
         self.timeout_s: float = arguments["timeout_s"]
         self.max_ctas: int | None = arguments["max_ctas"]
-        self.share: backends.CardShare | None = arguments.get("share")
+        self.limits: backends.CardLimits | None = arguments.get("limits")
         self.row_bytes: int = arguments["row_bytes"]
         self.device_index = torch.cuda.current_device() if device_type == "cuda" else None
         self.closed, self._end = False, ""
@@ -264,8 +264,8 @@ class Workspace:
             max_ctas=self.max_ctas or 0,
             device=torch.cuda.current_device(),
             mailbox=self._mailbox.data_ptr(),
-            free_sms=self.share.free_sms,
-            free_cluster_sms=self.share.free_cluster_sms,
+            free_sms=self.limits.free_sms,
+            free_cluster_sms=self.limits.free_cluster_sms,
         )
         # Nobody signals into a region that is not zeroed yet.
         meeting.gather(None, "get as far as clearing its memory")

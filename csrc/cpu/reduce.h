@@ -8,8 +8,8 @@
 namespace tpf {
 
 template <typename T>
-struct Reduction {
-  Reduction(const void* input, const tpf_symm* symm, const void* residual, int hidden_size, uint32_t variant)
+struct ReductionInputs {
+  ReductionInputs(const void* input, const tpf_symm* symm, const void* residual, int hidden_size, uint32_t variant)
       : input(static_cast<const T*>(input)),
         symm(symm),
         residual((variant & TPF_RESIDUAL) != 0 ? static_cast<const T*>(residual) : nullptr),
@@ -26,7 +26,7 @@ struct Reduction {
 // Meets the peers, writes the rounded sum of each of this rank's rows to `sums`, and calls finish(row) after each,
 // while the row is in the cache.
 template <typename T, typename Finish>
-tpf_status reduce_rows(Round& round, T* sums, const Reduction<T>& in, Finish&& finish) {
+tpf_status reduce_rows(Round& round, T* sums, const ReductionInputs<T>& in, Finish&& finish) {
   const int rank = round.rank(), world_size = round.world_size();
   const int64_t hidden = in.hidden_size;
   const Rows own = round.rows(rank);

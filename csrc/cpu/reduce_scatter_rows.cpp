@@ -8,7 +8,7 @@ tpf_status tpf_reduce_scatter_rows_cpu(void* output, const void* input, const tp
   Round round(*team, call);
   if (const tpf_status status = round.begin(); status != TPF_OK) return status;
   return visit(dtype, [&]<typename T>() {
-    const Reduction<T> in(input, input_symm, residual, hidden_size, variant);
+    const ReductionInputs<T> in(input, input_symm, residual, hidden_size, variant);
     const tpf_status status = reduce_rows(round, static_cast<T*>(output), in, [](auto&&...) {});
     return status != TPF_OK ? status : round.end(input_symm != nullptr);
   });

@@ -10,7 +10,7 @@ tpf_status tpf_rs_rmsnorm_cpu(void* output, void* residual_out, const void* inpu
   if (const tpf_status status = round.begin(); status != TPF_OK) return status;
   return visit(dtype, [&]<typename T>() {
     const Norm norm(eps, weight_offset, variant);
-    const Reduction<T> in(input, input_symm, residual, hidden_size, variant);
+    const ReductionInputs<T> in(input, input_symm, residual, hidden_size, variant);
     T* sums = static_cast<T*>(residual_out);
     const tpf_status status = reduce_rows(round, sums, in, [&](int64_t row) {
       norm_row(static_cast<T*>(output) + row * hidden_size, sums + row * hidden_size, weight, hidden_size, norm);

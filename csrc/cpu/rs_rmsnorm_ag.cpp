@@ -14,7 +14,7 @@ tpf_status tpf_rs_rmsnorm_ag_cpu(void* output, void* residual_out, const void* i
     const Rows rows = round.rows(round.rank());
     T* own = static_cast<T*>(output) + rows.start * hidden_size;
     const Norm norm(eps, weight_offset, variant);
-    const Reduction<T> in(input, input_symm, residual, hidden_size, variant);
+    const ReductionInputs<T> in(input, input_symm, residual, hidden_size, variant);
     T* sums = static_cast<T*>(residual_out);
     tpf_status status = reduce_rows(round, sums, in, [&](int64_t row) {
       norm_row(own + row * hidden_size, sums + row * hidden_size, weight, hidden_size, norm);

@@ -15,7 +15,7 @@ tpf_status tpf_rs_rmsnorm_fp8_cpu(void* q, float* scale, void* residual_out, voi
   return visit(dtype, [&]<typename T>() {
     alignas(64) T normed[TPF_MAX_HIDDEN_SIZE];
     const Norm norm(eps, weight_offset, variant);
-    const Reduction<T> in(input, input_symm, residual, hidden_size, variant);
+    const ReductionInputs<T> in(input, input_symm, residual, hidden_size, variant);
     T* sums = static_cast<T*>(residual_out);
     const tpf_status status = reduce_rows(round, sums, in, [&](int64_t row) {
       T* out = (variant & TPF_KEEP_OUTPUT) != 0 ? static_cast<T*>(output) + row * hidden_size : normed;

@@ -23,7 +23,7 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
   }
   const int units = static_cast<int>((columns + kColumnUnit - 1) / kColumnUnit);
   const int most = std::min(limits.max_ctas, card.sm_count);
-  const int64_t chunks = (row_bytes + kChunkBytes - 1) / kChunkBytes;
+  const int64_t k_blocks = (row_bytes + kKBlockBytes - 1) / kKBlockBytes;
   // Of fp8, which is multiplied into accumulators of its own for each scale, there are the registers for two.
   plan.row_tiles = call.num_tokens <= 16 ? 1 : call.num_tokens <= 32 || scaled ? 2 : 4;
   plan.row_blocks = std::max(1, static_cast<int>((call.num_tokens + 16 * plan.row_tiles - 1) / (16 * plan.row_tiles)));
@@ -37,13 +37,13 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
   for (int cluster = 1; cluster <= largest; cluster *= 2) {
     const int sms = cluster > 2 ? std::min(most - kUnclustered, card.cluster_sms) : most;
     const int groups = std::min(sms / cluster, units);
-    if (groups <= 0 || (cluster > 1 && chunks < cluster * kColumnsWarps) ||
+    if (groups <= 0 || (cluster > 1 && k_blocks < cluster * kColumnsWarps) ||
         !cluster_fits(limits, card, cluster, cluster * groups)) {
       break;
     }
     const int of_group = (units + groups - 1) / groups;
     const int passes = (of_group + kColumnUnits - 1) / kColumnUnits;
-    const int64_t cost = (of_group * kColumnUnit + passes * rows) * ((chunks + cluster - 1) / cluster) +
+    const int64_t cost = (of_group * kColumnUnit + passes * rows) * ((k_blocks + cluster - 1) / cluster) +
                          passes * plan.row_blocks * fitted.column_pass + cluster * fitted.column_cluster;
     if (plan.cluster != 0 && cost >= least) continue;
     least = cost;
@@ -53,14 +53,14 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
   }
   // The warps' sums take the ring's place; the block's sums, of all passes, have one of their own.
   const int64_t block_rows = 16 * plan.row_tiles;
-  const int64_t partial = block_rows * kColumnsWarps * kPartialStride * sizeof(float);
+  const int64_t warp_sums = block_rows * kColumnsWarps * kSumsStride * sizeof(float);
   const int64_t sums = block_rows * plan.row_blocks * plan.units * kColumnUnit * sizeof(float);
   plan.stage_units = std::min(plan.units, kColumnUnits);
   plan.stage_vectors = plan.stage_units + std::min(2 * plan.row_tiles, static_cast<int>((call.num_tokens + 7) / 8));
   const int64_t stage = plan.stage_vectors * kColumnsWarps * 32 * kVectorBytes;
   for (const int stages : {8, 6, 4, 3}) {
     plan.stages = stages;
-    plan.ring_bytes = std::max(stages * stage, partial);
+    plan.ring_bytes = std::max(stages * stage, warp_sums);
     plan.shared_bytes = plan.ring_bytes + sums;
     plan.serves = plan.cluster != 0 && plan.shared_bytes + kStaticSharedBytes <= card.shared_bytes;
     if (plan.serves) break;

@@ -5,13 +5,13 @@
 
 namespace tpf {
 
-constexpr int kColumnsWarps = 8;  // of a block; each takes every so many chunks of K
+constexpr int kColumnsWarps = 8;  // of a block; each takes every so many blocks of K
 constexpr int kMaxColumnsCluster = 8;
-constexpr int kColumnUnit = 8;                                  // columns of one tensor-core instruction
-constexpr int kColumnUnits = 8;                                 // that a warp has accumulators of
-constexpr uint32_t kMostColumnsHidden = 1u << 30;               // 32 bits count all elements of a row
-constexpr int kChunkBytes = 64;                                 // of a row along K, of which a lane has 16
-constexpr int kPartialStride = kColumnUnits * kColumnUnit + 8;  // floats of a row of a warp's sums: no bank conflicts
+constexpr int kColumnUnit = 8;                               // columns of one tensor-core instruction
+constexpr int kColumnUnits = 8;                              // that a warp has accumulators of
+constexpr uint32_t kMostColumnsHidden = 1u << 30;            // 32 bits count all elements of a row
+constexpr int kKBlockBytes = 64;                             // of a row along K, of which a lane has 16
+constexpr int kSumsStride = kColumnUnits * kColumnUnit + 8;  // floats of a row of a warp's sums: no bank conflicts
 constexpr int kMostColumnRows = 64;
 constexpr int kMostNormedColumns = 8 * 32 * 8;  // that a warp holds, of 16 bits
 

@@ -48,7 +48,7 @@ void plan_of_gather(tpf_plan* plan, const tpf_call& call, int64_t columns, tpf_d
   plan->blocks = gather.blocks;
   plan->threads = tpf::kGatherThreads;
   plan->cluster = 1;
-  plan->body = gather.bulk ? TPF_BULK : TPF_ALL_THREADS;
+  plan->body = gather.bulk ? TPF_BULK : TPF_DIRECT;
   plan->shared_bytes = gather.shared_bytes;
   plan->chunk_rows = gather.chunk_rows;
   plan->chunks = gather.num_chunks;
@@ -90,7 +90,7 @@ bool plan_of_reduction(tpf_plan* plan, const tpf_call& call, const tpf::Limits& 
       plan->body = TPF_BULK;
       break;
     case tpf::Body::kDirect:
-      plan->body = TPF_ALL_THREADS;
+      plan->body = TPF_DIRECT;
       break;
     case tpf::Body::kAllRows:
       plan->body = TPF_ALL_ROWS;

@@ -152,7 +152,7 @@ __device__ inline bool read_in_place(const Setup& setup, uint32_t& wrong) {
       raw[v] = load16(rows + in_global(v) * 16);
       read |= raw[v].x;
     }
-    if (sync_having(__uint_as_float(read)) && threadIdx.x == 0) publish_unfenced(team, round, kClosingStep, 0);
+    if (sync_having(__uint_as_float(read)) && threadIdx.x == 0) signal_unfenced(team, round, kClosingStep, 0);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) wrong += differ(raw[v], expected(v));
   }

@@ -94,12 +94,12 @@ def _multiply_scaled(
     for group in range(0, groups):
         a = _load(input, row, group * GROUP, num_rows, HIDDEN_SIZE, BLOCK_ROWS, GROUP, TMA)
         b = _load(weight, column, group * GROUP, COLUMNS, HIDDEN_SIZE, BLOCK_COLUMNS, GROUP, TMA)
-        partial = tl.dot(_fp16_of_e4m3(a), _fp16_of_e4m3(b).T) if AS_FP16 else tl.dot(a, b.T)
+        product = tl.dot(_fp16_of_e4m3(a), _fp16_of_e4m3(b).T) if AS_FP16 else tl.dot(a, b.T)
         # The next scales, a step ahead: nothing below waits for them.
         next = tl.minimum(group + 1, groups - 1)
         next_row_scale = tl.load(row_scale + next.to(tl.int64) * group_stride, mask=inside, other=0.0)
         next_factor = next_row_scale * tl.load(block_scale + next)
-        total += partial * factor[:, None]
+        total += product * factor[:, None]
         factor = next_factor
     if AS_FP16:
         total *= 65536.0  # 2^8 for each operand

@@ -35,9 +35,9 @@ __device__ inline void publish_to_peers(const tpf_team& team, const BlockRound& 
   if (is_peer(team, lane)) publish_step(team, round, step, lane);
 }
 
-// Without a fence: see publish_unfenced.
-__device__ inline void publish_unfenced_to_peers(const tpf_team& team, const BlockRound& round, int step, int lane) {
-  if (is_peer(team, lane)) publish_unfenced(team, round, step, lane);
+// Without a fence: see signal_unfenced.
+__device__ inline void signal_unfenced_to_peers(const tpf_team& team, const BlockRound& round, int step, int lane) {
+  if (is_peer(team, lane)) signal_unfenced(team, round, step, lane);
 }
 
 // Of each lane: whether its peer has come, if it has one.

@@ -166,7 +166,7 @@ __device__ inline void publish_step(const tpf_team& team, const BlockRound& roun
 // Says nothing of what this kernel has written, so there is no fence to wait for: that this block is in the round, or
 // that it has read. What earlier kernels wrote was seen by all when they ended, and a read has ended when its value is
 // there.
-__device__ inline void publish_unfenced(const tpf_team& team, const BlockRound& round, int step, int peer) {
+__device__ inline void signal_unfenced(const tpf_team& team, const BlockRound& round, int step, int peer) {
   shared_ref<uint64_t>(*signal(team.region[peer], step, blockIdx.x, team.rank))
       .store(signal_word(round.epoch, round.fingerprint), order::memory_order_relaxed);
 }

@@ -70,13 +70,13 @@ __device__ inline void store_accumulators(const ProjectionArgs& args, Out* to, i
   __syncwarp();
 }
 
-// Writes a warp group's share of a finished tile, through the stage that was multiplied last.
+// Writes a warp group's part of a finished tile, through the stage that was multiplied last.
 template <typename Tiles, typename Out, bool kNorm>
-__device__ inline void store_tile(const ProjectionArgs& args, const BlockRound& round, Tile tile, Share share,
+__device__ inline void store_tile(const ProjectionArgs& args, const BlockRound& round, Tile tile, GroupPart part,
                                   char* stage, float (&accumulators)[Tiles::kMTiles][Tiles::kAccumulators]) {
   const int warp = threadIdx.x / 32 - kOtherWarps;
   Out* const staged = reinterpret_cast<Out*>(stage + warp * Tiles::kStagedBytes);
-  const int64_t row = int64_t{tile.row_block} * Tiles::kRows + share.row + warp % 4 * 16;
+  const int64_t row = int64_t{tile.row_block} * Tiles::kRows + part.row + warp % 4 * 16;
   const int64_t rows = args.partition.rows(args.team.rank).count;
   products_sync();
 #pragma unroll
@@ -85,7 +85,7 @@ __device__ inline void store_tile(const ProjectionArgs& args, const BlockRound& 
     for_constants<0, Tiles::kGroupColumns, Tiles::kStagedColumns>([&](auto first) {
       constexpr int kFirst = decltype(first)::value;
       constexpr int kColumns = std::min(Tiles::kStagedColumns, Tiles::kGroupColumns - kFirst);
-      const int column = column_of<Tiles>(args, tile.column_tile, share.column + kFirst);
+      const int column = column_of<Tiles>(args, tile.column_tile, part.column + kFirst);
       const int left = args.call.columns - column;
       if (args.bias != nullptr) {
         add_bias<kFirst / 2, kColumns>(static_cast<const Out*>(args.bias) + column, left, accumulators[m_tile]);

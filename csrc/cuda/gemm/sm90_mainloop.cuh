@@ -124,12 +124,12 @@ struct Operands {
 };
 
 template <typename Tiles>
-__device__ inline Operands operands_of(const char* stages, Share share) {
+__device__ inline Operands operands_of(const char* stages, GroupPart part) {
   const uint32_t first = shared_address(stages);
-  return {operand(first + share.row * kSwizzleBytes), operand(first + (Tiles::kRows + share.column) * kSwizzleBytes)};
+  return {operand(first + part.row * kSwizzleBytes), operand(first + (Tiles::kRows + part.column) * kSwizzleBytes)};
 }
 
-// 64 rows of 16-bit operands by all columns of a warp group's share.
+// 64 rows of 16-bit operands by all columns of a warp group's part.
 template <typename In, int kAccumulators>
 __device__ inline void multiply_columns(float (&accumulators)[kAccumulators], uint64_t a, uint64_t b) {
   constexpr int kFirst = first_product(kAccumulators);
@@ -179,7 +179,7 @@ __device__ inline int multiply_tile(const ProjectionArgs& args, ProjectionShared
   return last;
 }
 
-// The row of a warp group's share that this thread's first accumulators belong to; the others' lies 8 below.
+// The row of a warp group's part that this thread's first accumulators belong to; the others' lies 8 below.
 __device__ inline int row_of_thread() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 
 // Multiplies a block of K of e4m3 operands and adds the products, times their scales, to the accumulators from the
@@ -269,7 +269,7 @@ class Mainloop {
                       int group)
       : args_(args),
         shared_(shared),
-        operands_(operands_of<Tiles>(stages, share_of<Tiles>(group))),
+        operands_(operands_of<Tiles>(stages, part_of<Tiles>(group))),
         scales_(scales),
         group_(group) {
     if (Tiles::kPingPong && group == 1) ping_pong_signal(0);

@@ -137,14 +137,14 @@ __device__ inline int own_row_blocks(const ProjectionArgs& args, int tile_rows) 
   return static_cast<int>((args.partition.rows(args.team.rank).count + tile_rows - 1) / tile_rows);
 }
 
-// A warp group's share of a tile: where it begins in the tile.
-struct Share {
+// A warp group's part of a tile: where it begins in the tile.
+struct GroupPart {
   int row, column;
 };
 
 template <typename Tiles>
-__device__ inline Share share_of(int group) {
-  return Tiles::kByRows ? Share{group * Tiles::kGroupRows, 0} : Share{0, group * Tiles::kGroupColumns};
+__device__ inline GroupPart part_of(int group) {
+  return Tiles::kByRows ? GroupPart{group * Tiles::kGroupRows, 0} : GroupPart{0, group * Tiles::kGroupColumns};
 }
 
 // run(tile) for every tile of this block that has rows.

@@ -2,7 +2,7 @@
 // rank multiplies all rows by its share of the weight, so reads 1/W of it, and posts the columns to all ranks.
 //
 // The time of such a product is that of reading the weight. A cluster of blocks takes some units of 8 columns; its
-// blocks, and in these the warps, share out K in chunks of 64 bytes, and add up what they have in a fixed order: first
+// blocks, and in these the warps, share out K in blocks of 64 bytes, and add up what they have in a fixed order: first
 // the warps' sums, then the blocks'. A lane has 16 bytes of a row along K: the two factors have their elements in the
 // same order, though not in the instruction's, which a sum does not mind. The weight is on its way to the L2 cache
 // before the kernel before this one has ended (PDL); no further, for that kernel may have written it.
@@ -17,16 +17,16 @@
 
 namespace tpf {
 
-// What one warp multiplies: chunks first, first + step, ... of K, in one pass after the other. A pass is of
+// What one warp multiplies: blocks first, first + step, ... of K, in one pass after the other. A pass is of
 // kColumnUnits units and one block of rows; those of the same units follow each other, so that the weight is in a
 // cache.
 //
 // Operands go through a ring in shared memory, of which each thread has its own 16 bytes of every vector: it reads what
-// it has copied, and nobody waits for another. A place in the ring is filled anew one chunk after it was read.
+// it has copied, and nobody waits for another. A place in the ring is filled anew one block after it was read.
 template <typename In, int kRowTiles>
 struct WarpProduct {
   static constexpr bool kScaled = sizeof(In) == 1;
-  static constexpr int kChunk = kChunkBytes / sizeof(In), kLaneElements = 16 / sizeof(In), kHalves = 2 * kRowTiles;
+  static constexpr int kKBlock = kKBlockBytes / sizeof(In), kLaneElements = 16 / sizeof(In), kHalves = 2 * kRowTiles;
 
   struct Scales {  // of fp8
     float rows[kHalves], weights[kColumnUnits];
@@ -40,7 +40,7 @@ struct WarpProduct {
         step(args.cluster * kColumnsWarps),
         lane_row(static_cast<int>(threadIdx.x) % 32 / 4),
         first(static_cast<int>(blockIdx.x) % args.cluster * kColumnsWarps + static_cast<int>(threadIdx.x) / 32),
-        count(max(0, ((hidden + kChunk - 1) / kChunk - first + step - 1) / step)),
+        count(max(0, ((hidden + kKBlock - 1) / kKBlock - first + step - 1) / step)),
         column(static_cast<int>(blockIdx.x) / args.cluster * args.units * kColumnUnit + lane_row) {}
 
   __device__ int num_passes() const { return (args.units + kColumnUnits - 1) / kColumnUnits * args.row_blocks; }
@@ -51,9 +51,9 @@ struct WarpProduct {
     halves = min(kHalves, (tokens - first_row + 7) / 8);
   }
 
-  // The lane's first element along K of chunk `i` of the warp's.
+  // The lane's first element along K of block `i` of the warp's.
   __device__ int k_of(int i) const {
-    return (first + i * step) * kChunk + static_cast<int>(threadIdx.x) % 4 * kLaneElements;
+    return (first + i * step) * kKBlock + static_cast<int>(threadIdx.x) % 4 * kLaneElements;
   }
   __device__ char* place(int slot, int vector) const {
     return ring + (slot * args.stage_vectors + vector) * kColumnsThreads * 16;
@@ -71,7 +71,7 @@ struct WarpProduct {
       copy16_async(place(slot, u), from, i < count && at < args.own.count && k < hidden);
     }
   }
-  // All that the warp will copy in a pass: a chunk of a row is half a line of the cache.
+  // All that the warp will copy in a pass: a block of a row is half a line of the cache.
   __device__ void prefetch_weight(int pass) {
     begin_pass(pass);
     if (threadIdx.x % 4 != 0) return;
@@ -95,7 +95,7 @@ struct WarpProduct {
       copy16_async(place(slot, args.stage_units + half), from, i < count && row < tokens && k < hidden);
     }
   }
-  // The first chunks of a pass, as many as the ring holds.
+  // The first blocks of a pass, as many as the ring holds.
   __device__ void fill_ring() const {
 #pragma unroll 1
     for (int i = 0; i < args.stages; ++i) {
@@ -104,7 +104,7 @@ struct WarpProduct {
       commit_copies();
     }
   }
-  __device__ void wait_for_chunk() const {
+  __device__ void wait_for_k_block() const {
     switch (args.stages) {  // all but the last stages - 2 groups
       case 8:
         return wait_for_copies<6>();
@@ -119,7 +119,7 @@ struct WarpProduct {
 
   __device__ uint4 take(int slot, int vector) const { return *reinterpret_cast<const uint4*>(place(slot, vector)); }
 
-  // Chunk `i`, which is in `slot`. The next one's scales are on their way meanwhile.
+  // Block `i`, which is in `slot`. The next one's scales are on their way meanwhile.
   __device__ void multiply(float (&accumulators)[kRowTiles][kColumnUnits][4], Scales& scales, int i, int slot) const {
     const Scales own = scales;
     if constexpr (kScaled) load_scales(scales, i + 1);
@@ -153,10 +153,10 @@ struct WarpProduct {
     }
   }
 
-  // Those of a chunk: half of the 128 elements along K that have the same. All columns of a unit have the same, since a
+  // Those of a block: half of the 128 elements along K that have the same. All columns of a unit have the same, since a
   // rank's share begins at a multiple of 128.
   __device__ void load_scales(Scales& scales, int i) const {
-    const int group = (first + i * step) * kChunk / 128, groups = (hidden + 127) / 128;
+    const int group = (first + i * step) * kKBlock / 128, groups = (hidden + 127) / 128;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       const int row = first_row + 8 * half + lane_row;
@@ -175,25 +175,25 @@ struct WarpProduct {
   const ColumnsArgs& args;
   char* const ring;
   const int hidden, tokens, step, lane_row, first;
-  const int count;   // of the warp's chunks
+  const int count;   // of the warp's blocks
   const int column;  // of the rank's
   int first_unit, units, first_row, halves;
 };
 
 // The warps' sums of one pass, added up in their order: into the block's sums, [rows, units * kColumnUnit].
 template <int kRowTiles>
-__device__ inline void add_warps(const float (&accumulators)[kRowTiles][kColumnUnits][4], float* partial,
+__device__ inline void add_warps(const float (&accumulators)[kRowTiles][kColumnUnits][4], float* warp_sums,
                                  float* block_sums, int first_row, int first_unit, int units) {
   constexpr int kRows = 16 * kRowTiles, kColumns = kColumnUnits * kColumnUnit;
   const int lane = threadIdx.x % 32;
-  float* const own = partial + threadIdx.x / 32 * kRows * kPartialStride;
+  float* const own = warp_sums + threadIdx.x / 32 * kRows * kSumsStride;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int u = 0; u < kColumnUnits; ++u) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float* const to = own + (16 * m + 8 * half + lane / 4) * kPartialStride + u * kColumnUnit + lane % 4 * 2;
+        float* const to = own + (16 * m + 8 * half + lane / 4) * kSumsStride + u * kColumnUnit + lane % 4 * 2;
         *reinterpret_cast<float2*>(to) = {accumulators[m][u][2 * half], accumulators[m][u][2 * half + 1]};
       }
     }
@@ -204,16 +204,16 @@ __device__ inline void add_warps(const float (&accumulators)[kRowTiles][kColumnU
     float sum = 0;
 #pragma unroll
     for (int warp = 0; warp < kColumnsWarps; ++warp) {
-      sum += partial[(warp * kRows + row) * kPartialStride + column];
+      sum += warp_sums[(warp * kRows + row) * kSumsStride + column];
     }
     if (to < units * kColumnUnit) block_sums[(first_row + row) * units * kColumnUnit + to] = sum;
   }
   __syncthreads();
 }
 
-// The ring is full of the first pass's chunks.
+// The ring is full of the first pass's blocks.
 template <typename In, int kRowTiles>
-__device__ inline void multiply_columns(const ColumnsArgs& args, WarpProduct<In, kRowTiles>& product, float* partial,
+__device__ inline void multiply_columns(const ColumnsArgs& args, WarpProduct<In, kRowTiles>& product, float* warp_sums,
                                         float* block_sums) {
 #pragma unroll 1
   for (int pass = 0; pass < product.num_passes(); ++pass) {
@@ -227,7 +227,7 @@ __device__ inline void multiply_columns(const ColumnsArgs& args, WarpProduct<In,
     int slot = 0, last = args.stages - 1;
 #pragma unroll 1
     for (int i = 0; i < product.count; ++i) {
-      product.wait_for_chunk();
+      product.wait_for_k_block();
       product.multiply(accumulators, scales, i, slot);
       if (i > 0) {
         product.copy_weight(i - 1 + args.stages, last);
@@ -239,7 +239,7 @@ __device__ inline void multiply_columns(const ColumnsArgs& args, WarpProduct<In,
     }
     wait_for_copies<0>();
     __syncthreads();  // the sums take the ring's place
-    add_warps(accumulators, partial, block_sums, product.first_row, product.first_unit, args.units);
+    add_warps(accumulators, warp_sums, block_sums, product.first_row, product.first_unit, args.units);
   }
 }
 
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kColumnsThreads, 1)
     qkv_a_proj_ag_columns_kernel(const __grid_constant__ ColumnsArgs args) {
   using Out = std::conditional_t<sizeof(In) == 1, __nv_bfloat16, In>;
   extern __shared__ __align__(128) char dynamic[];
-  float* const partial = reinterpret_cast<float*>(dynamic);
+  float* const warp_sums = reinterpret_cast<float*>(dynamic);
   float* const block_sums = reinterpret_cast<float*>(dynamic + args.ring_bytes);
   WarpProduct<In, kRowTiles> product(args, dynamic);
   for (int pass = 0; pass < product.num_passes(); pass += args.row_blocks) product.prefetch_weight(pass);
@@ -306,9 +306,9 @@ __global__ void __launch_bounds__(kColumnsThreads, 1)
   product.fill_ring();
   const GatherArgs& gather = args.gather;
   const BlockRound round = begin_op(gather.team, gather.call, gather.fingerprint, 1);
-  if (!round.refused) publish_unfenced_to_peers(gather.team, round, 0, threadIdx.x);
+  if (!round.refused) signal_unfenced_to_peers(gather.team, round, 0, threadIdx.x);
   // A refused block multiplies, too: its cluster waits for it.
-  multiply_columns(args, product, partial, block_sums);
+  multiply_columns(args, product, warp_sums, block_sums);
   cluster_arrive();
   cluster_wait();
   if (!round.refused) post_columns<Out>(args, block_sums, round);

@@ -8,17 +8,17 @@ namespace tpf {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// By a warp group that multiplies: its share of all tiles of this block.
+// By a warp group that multiplies: its part of all tiles of this block.
 template <typename Tiles, typename Out, bool kNorm>
 __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
                                       int group, char* stages, const float* scales) {
-  const Share share = share_of<Tiles>(group);
+  const GroupPart part = part_of<Tiles>(group);
   cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
   Mainloop<Tiles> mainloop(args, shared, stages, scales, group);
   for_tiles<Tiles>(args, [&](Tile tile) {
     typename Mainloop<Tiles>::Accumulators accumulators;
     const int stage = mainloop.multiply(accumulators);
-    store_tile<Tiles, Out, kNorm>(args, round, tile, share, stages + stage * Tiles::kStageBytes, accumulators);
+    store_tile<Tiles, Out, kNorm>(args, round, tile, part, stages + stage * Tiles::kStageBytes, accumulators);
     mainloop.give_back(stage);
     if (threadIdx.x % 32 == 0) stored.fetch_add(1, cuda::memory_order_release);
   });

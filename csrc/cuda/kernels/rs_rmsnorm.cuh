@@ -32,7 +32,7 @@ constexpr int kCompiledFor = 0;
 enum class Epilogue { kSum, kNorm, kFp8, kGather };
 
 constexpr int kGatherStep = kMaxChunks;  // steps 0..6 staging, 7..13 gathering, 15 closing
-constexpr int kMaxPartials = 136;        // warps' shares of a row: its vectors, 32 at a time, and some behind its end
+constexpr int kMaxWarpValues = 136;      // warps' shares of a row: its vectors, 32 at a time, and some behind its end
 
 struct ReduceArgs {
   void* output;        // kNorm, kFp8 with TPF_KEEP_OUTPUT: [rows, hidden]; kGather: [num_tokens, hidden]
@@ -109,7 +109,7 @@ __device__ inline int world_size_of(const RowView<T>& view) {
 }
 
 // What the threads that add up a row tell each other. In shared memory, in two buffers in turn.
-struct Partials {
+struct WarpValues {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   // Where a cluster shares the row, by one thread of each block; a barrier of the cluster follows. count: of the values
   // that its threads make of a row.
@@ -134,7 +134,7 @@ struct Partials {
   __device__ void wait(int, int, bool) {}
 #endif
 
-  float values[2][kMaxPartials];
+  float values[2][kMaxWarpValues];
   uint64_t arrived[2];  // a cluster's: all of its blocks send all of theirs to each
 };
 
@@ -144,11 +144,11 @@ struct RowThreads {
   __device__ void sync() const { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
   __device__ int vector(int v) const { return first + v * threads + thread; }
 
-  int threads;         // of a block
-  int thread;          // this one's place among them
-  Partials& partials;  // in shared memory
-  int first = 0;       // of the row's vectors: not 0 where blocks share the row
-  int cluster = 1;     // how many blocks do
+  int threads;              // of a block
+  int thread;               // this one's place among them
+  WarpValues& warp_values;  // in shared memory
+  int first = 0;            // of the row's vectors: not 0 where blocks share the row
+  int cluster = 1;          // how many blocks do
 };
 
 // What all threads of the group make of their values. A sum is added up in an order that depends on the columns alone:
@@ -158,27 +158,27 @@ struct RowThreads {
 template <int kVecs, typename Combine, typename Meanwhile>
 __device__ inline float group_reduce(const float (&values)[kVecs], Combine combine, const RowThreads& group, int turn,
                                      Meanwhile&& meanwhile) {
-  const float* const partials = group.partials.values[turn % 2];
+  const float* const warp_values = group.warp_values.values[turn % 2];
   const int lane = group.thread % 32, count = group.cluster * kVecs * group.threads / 32;
 #pragma unroll
   for (int v = 0; v < kVecs; ++v) {
-    const float partial = warp_reduce(values[v], combine);
+    const float value = warp_reduce(values[v], combine);
     const int at = group.vector(v) / 32;
     if (group.cluster > 1) {
-      if (lane < group.cluster) group.partials.send(turn, at, partial, lane);
+      if (lane < group.cluster) group.warp_values.send(turn, at, value, lane);
     } else if (lane == 0) {
-      group.partials.values[turn % 2][at] = partial;
+      group.warp_values.values[turn % 2][at] = value;
     }
   }
   meanwhile();
   if (group.cluster > 1) {
-    group.partials.wait(turn, count, group.thread == 0);
+    group.warp_values.wait(turn, count, group.thread == 0);
   } else {
     group.sync();
   }
   float all = 0;  // of a maximum, too: it is one of magnitudes
   for (int at = 0; at < count; at += 32) {
-    all = combine(all, warp_reduce(at + lane < count ? partials[at + lane] : 0.0f, combine));
+    all = combine(all, warp_reduce(at + lane < count ? warp_values[at + lane] : 0.0f, combine));
   }
   return all;
 }

@@ -92,7 +92,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
   const int num_tokens = static_cast<int>(view.args.call.num_tokens);
   const int groups = view.row_blocks();
   if (!round.refused) {
-    publish_unfenced_to_peers(view.args.team, round, 0, threadIdx.x);
+    signal_unfenced_to_peers(view.args.team, round, 0, threadIdx.x);
     first.post(view);
 #pragma unroll 1
     for (int row = first.row + groups; row < num_tokens; row += groups)

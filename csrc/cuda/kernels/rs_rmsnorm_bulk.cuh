@@ -92,7 +92,7 @@ __device__ inline bool move_rows(const RowView<T>& view, const BlockRound& round
       });
     }
   };
-  if (!view.staged()) publish_unfenced_to_peers(args.team, round, 0, lane);
+  if (!view.staged()) signal_unfenced_to_peers(args.team, round, 0, lane);
   for (int chunk = 0; view.staged() && chunk < args.num_chunks; ++chunk) {
     for_chunk(chunk, [&](int peer, int64_t row, Rows rows) {
       copy(view.staged_row(peer, view.rank, row), static_cast<const T*>(args.input) + (rows.start + row) * view.hidden,
@@ -203,7 +203,7 @@ __device__ inline bool fetch_rows(const RowView<T>& view, const BlockRound& roun
   if (view.zero_copy && kEpilogue != Epilogue::kGather && opened) {
     if (view.row_block() < view.own.count) barrier_wait(&shared.empty[last.stage], last.round & 1);
     __syncwarp();
-    publish_unfenced_to_peers(args.team, round, kClosingStep, lane);
+    signal_unfenced_to_peers(args.team, round, kClosingStep, lane);
     arrived &= wait_for_readers(view, round, lane);
   }
   return arrived;
@@ -287,12 +287,12 @@ __device__ inline void add_rows(const RowView<T>& view, const BlockRound& round,
 
 template <typename T, int kVecs, Epilogue kEpilogue>
 __device__ inline bool reduce_in_bulk(const RowView<T>& view, const BlockRound& round, const RowPart& part,
-                                      BulkShared& shared, Partials& partials) {
+                                      BulkShared& shared, WarpValues& warp_values) {
   extern __shared__ __align__(128) char dynamic[];
   const int adding_threads = blockDim.x - kHelperThreads;
   char* ring = dynamic + (kEpilogue == Epilogue::kGather || view.staged() ? kCopierStages * part.stride : 0);
   if (threadIdx.x < adding_threads) {
-    const RowThreads group = {adding_threads, static_cast<int>(threadIdx.x), partials,
+    const RowThreads group = {adding_threads, static_cast<int>(threadIdx.x), warp_values,
                               static_cast<int>(part.first / kVectorBytes), view.args.cluster};
     add_rows<T, kVecs, kEpilogue>(view, round, part, shared, ring, group);
     return true;

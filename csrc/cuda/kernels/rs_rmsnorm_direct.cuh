@@ -5,9 +5,9 @@
 namespace tpf {
 
 template <typename T, int kVecs, Epilogue kEpilogue>
-__device__ inline bool reduce_directly(const RowView<T>& view, const BlockRound& round, Partials& partials) {
+__device__ inline bool reduce_directly(const RowView<T>& view, const BlockRound& round, WarpValues& warp_values) {
   const ReduceArgs& args = view.args;
-  const RowThreads group = {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), partials};
+  const RowThreads group = {static_cast<int>(blockDim.x), static_cast<int>(threadIdx.x), warp_values};
   const auto column_of = [&](int v) { return group.vector(v) * kLanes<T>; };
   // For every peer that has row `row`: to(peer) <- from(peer).
   const auto copy_rows = [&](int64_t row, auto&& to, auto&& from) {
@@ -36,7 +36,7 @@ __device__ inline bool reduce_directly(const RowView<T>& view, const BlockRound&
   if (view.staged()) {
     stage_chunk(0);
   } else {
-    publish_unfenced_to_peers(args.team, round, 0, threadIdx.x);
+    signal_unfenced_to_peers(args.team, round, 0, threadIdx.x);
   }
   RowWeight<T, kVecs> weight;
   if constexpr (kEpilogue != Epilogue::kSum) weight.init(view, group);

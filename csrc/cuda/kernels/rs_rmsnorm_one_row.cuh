@@ -146,7 +146,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
                                        const RowThreads& group) {
   constexpr bool kPosts = posts_normed_rows(kRanks), kSeveral = takes_several_rows(kRanks);
   if (!round.refused) {
-    publish_unfenced_to_peers(view.args.team, round, 0, threadIdx.x);
+    signal_unfenced_to_peers(view.args.team, round, 0, threadIdx.x);
     if (view.staged()) one.post(view);
 #pragma unroll 1
     for (int row = one.row + view.row_blocks(); kSeveral && row < OneRow<T, kRanks>::share(view, 0);
@@ -177,7 +177,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
   // Of one row alone: more are posted.
   const bool closes = view.zero_copy && kEpilogue != Epilogue::kGather && !round.refused;
   if (closes && arrived && one.row >= view.own.count) {
-    publish_unfenced_to_peers(view.args.team, round, kClosingStep, threadIdx.x);
+    signal_unfenced_to_peers(view.args.team, round, kClosingStep, threadIdx.x);
   }
   // A block that saw a fault goes on: its cluster waits for it.
 #pragma unroll 1
@@ -199,7 +199,7 @@ __device__ inline bool reduce_few_rows(const RowView<T>& view, const BlockRound&
     if (view.has_residual()) add_vector<T>(sums[0], kLateResidual ? *residual : one.residual);
     if (closes && arrived) {
       // The peers have their inputs back while this row is still being finished.
-      if (sync_having(sums[0][0])) publish_unfenced_to_peers(view.args.team, round, kClosingStep, threadIdx.x);
+      if (sync_having(sums[0][0])) signal_unfenced_to_peers(view.args.team, round, kClosingStep, threadIdx.x);
     }
     finish_row<T, 1, kEpilogue, false>(
         view, one.row, sums, weight, group, step, arrived,

@@ -44,7 +44,7 @@ class Shards:
         return scaled(partition.row_slice(size, self.rank, self.world_size), unit)
 
     def share_blocks(self, size: int, block: int) -> slice:
-        """This rank's part of `size` columns in whole blocks, of which the last may be partial."""
+        """This rank's part of `size` columns in whole blocks, of which the last may be smaller."""
         own = self.share(-(-size // block), block)
         return slice(min(own.start, size), min(own.stop, size))
 
