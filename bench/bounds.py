@@ -105,8 +105,23 @@ def table(goals: list[Goal], documents: list[dict]) -> list[dict]:
 
 
 def write(name: str, documents: list[dict], results: Path, **summary) -> None:
-    """What was made of the results, kept beside them under the same machine."""
-    if documents:
-        largest = max(documents, key=lambda document: document["options"]["world_size"])
-        kept = {key: largest[key] for key in ("format", "date", "machine")} | summary
-        Path(results, file_name(name, largest)).write_text(json.dumps(kept, indent=1) + "\n")
+    """What was made of the results, kept beside them under the same machine. Goals that this run has not measured stay
+    as an earlier one has: each says when, and at which commit.
+    """
+    if not documents:
+        return
+    largest = max(documents, key=lambda document: document["options"]["world_size"])
+    file = Path(results, file_name(name, largest))
+    if "goals" in summary:
+        earlier = json.loads(file.read_text())["goals"] if file.exists() else []
+        measured = {"date": largest["date"], "commit": largest["machine"].get("commit")}
+        summary["goals"] = [_latest(goal, measured, earlier) for goal in summary["goals"]]
+    kept = {key: largest[key] for key in ("format", "date", "machine")} | summary
+    file.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def _latest(goal: dict, measured: dict, earlier: list[dict]) -> dict:
+    if goal["value"] is not None:
+        return goal | measured
+    names = ("what", "world_size", "op", "tokens", "bound", "hidden")
+    return next((one for one in earlier if all(one[name] == goal[name] for name in names)), goal)

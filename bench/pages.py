@@ -82,8 +82,8 @@ What `python -m bench model` counts ([By counting](counted.md)) beside what the 
 
 _MISSED = """# Goals that are missed
 
-Of the last run of each machine (`make gpu-bench`, `make gpu-multi`). [What was tried](../notes/index.md) says what
-bounds them.
+As each was measured last on a machine (`make gpu-bench`, `make gpu-multi`). [What was tried](../notes/index.md) says
+what bounds them.
 
 """
 
