@@ -299,10 +299,13 @@ def rs_rmsnorm_ag_fp8(
     Arguments as `rs_rmsnorm_fp8`. Returns (q, scale, residual_out, output): q [num_tokens, hidden_size] and its scales
     on every rank; residual_out [rows of this rank, hidden_size]; output, where it is kept, this rank's normed rows
     before they were quantised, for a router whose logits are gathered afterwards. For the attention -> MLP boundary of
-    fp8 models. Of few tokens on CUDA one kernel, in which every rank quantises all rows, and faults name
-    `rs_rmsnorm_fp8`; of somewhat more, of bf16 and groups of 128 without output, `rs_rmsnorm_ag`, which faults then
-    name, and every rank quantises; else an op after the other: ranks tell each other, and faults name, those two. The
-    scales of a row must fit a row of the workspace, as they do but in the narrowest groups.
+    fp8 models.
+
+    On CUDA it goes one of three ways, which `tp_fused.explain` tells. Of the fewest tokens it is one kernel, in which
+    every rank adds up and quantises all rows; faults name it `rs_rmsnorm_fp8`. Where a block has one row, it is
+    `rs_rmsnorm_ag`, after which every rank quantises all rows (bf16, groups of 128, no output). Else it is
+    `rs_rmsnorm_fp8` and then `all_gather_rows`, as on the CPU. Faults name the op that the rank was in. The scales of a
+    row have to fit into a row of the workspace: only those of very narrow groups do not.
     """
     return _ops.rs_rmsnorm_ag_fp8(
         input,

@@ -13,8 +13,8 @@ GatherPlan plan_gather(int64_t num_tokens, int64_t row_bytes, bool aligned, cons
   plan.block_rows = shared_out.rows;
   plan.chunk_rows = static_cast<int>(std::min<int64_t>(shared_out.rows, rows_of_chunk));
   plan.num_chunks = std::max(1, (shared_out.rows + plan.chunk_rows - 1) / std::max(1, plan.chunk_rows));
-  // A few items are sooner there with all threads of the block than one after the other. So are many where all of the
-  // card's SMs copy; where ranks share them, TMA takes less time.
+  // All threads of a block copy a few items faster than TMA does one after the other; many, too, where the grid has all
+  // SMs of the card. Where ranks share the SMs, TMA is faster.
   plan.bulk =
       has_tma(card) && aligned && shares_card(plan.blocks, card) && plan.block_rows * row_bytes > 2 * kGatherItemBytes;
   plan.shared_bytes = plan.bulk ? int64_t{kCopierStages} * kGatherItemBytes : 0;
