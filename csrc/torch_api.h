@@ -26,6 +26,7 @@ constexpr uint64_t kTorchVersion = 2ull << 56 | 10ull << 48;  // whose conventio
   X(torch_string_c_str, (StringOpaque*, const char**))                                                             \
   X(torch_string_length, (StringOpaque*, size_t*))                                                                 \
   X(torch_delete_string, (StringOpaque*))                                                                          \
+  X(aoti_torch_is_defined, (tpf::Tensor, bool*))                                                                   \
   X(aoti_torch_get_dim, (tpf::Tensor, int64_t*))                                                                   \
   X(aoti_torch_get_sizes, (tpf::Tensor, int64_t**))                                                                \
   X(aoti_torch_get_strides, (tpf::Tensor, int64_t**))                                                              \

@@ -58,6 +58,8 @@ struct View {
   bool read_strided(Tensor tensor) {
     int64_t *sizes = nullptr, *strides = nullptr;
     int32_t torch_dtype = -1;
+    bool defined = false;  // None is not. Asked for anything else, torch 2.11 logs a backtrace.
+    if (torch.aoti_torch_is_defined(tensor, &defined) || !defined) return false;
     if (torch.aoti_torch_get_dim(tensor, &dim) || torch.aoti_torch_get_sizes(tensor, &sizes) ||
         torch.aoti_torch_get_strides(tensor, &strides) || torch.aoti_torch_get_dtype(tensor, &torch_dtype) ||
         torch.aoti_torch_get_device_type(tensor, &device_type) ||
