@@ -35,15 +35,24 @@ def in_thread(function, *arguments):
 def call_from_threads(backend: str, device: str, op: str) -> list:
     """Runs on a rank."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    # A new thread's current card is the first. Ops run on their tensors' card, and leave the thread its own.
     current = torch.cuda.current_device if device == "cuda" else int
     call = Call(op, 5, residual="full", device=f"cuda:{current()}" if device == "cuda" else device)
+
+    def used() -> set[int]:
+        """The cards that this process has a context on."""
+        cards = range(torch.cuda.device_count() if device == "cuda" else 0)
+        return {card for card in cards if torch._C._cuda_hasPrimaryContext(card)}
+
     with workspace(backend, device, **SIZES) as made:
+        arguments = call.arguments(rank, world_size)
 
         def checked():
-            before = current()
-            call.check(call.run(rank, world_size), rank, world_size)
-            assert current() == before
+            # A new thread's current card is the first. Ops run on their tensors' card and leave the thread its own; but
+            # none makes a context on a card that is not its tensors'.
+            before, cards = current(), used()
+            outputs = call.run(rank, world_size, arguments)
+            assert used() == cards and (current() == before or before not in cards)
+            call.check(outputs, rank, world_size)
             return "right"
 
         def attached():

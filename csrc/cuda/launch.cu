@@ -1,3 +1,6 @@
+#include <cuda.h>
+#include <cudaTypedefs.h>
+
 #include <chrono>
 #include <mutex>
 #include <thread>
@@ -49,6 +52,20 @@ void ask(tpf_card* card, int ordinal) {
   *card = {architecture, sm_count, sms_in_clusters(shared, architecture), shared, major == 9 && TPF_CODE_FOR_90A};
 }
 
+// Whether this process uses the card already. libcuda is not linked to: torch, or whoever calls, has loaded it.
+bool has_context(int ordinal) {
+  static const auto state = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+    cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &function, 7000, cudaEnableDefault, &result);
+    return result == cudaDriverEntryPointSuccess ? reinterpret_cast<PFN_cuDevicePrimaryCtxGetState_v7000>(function)
+                                                 : nullptr;
+  }();
+  unsigned flags = 0;
+  int active = 0;
+  return state != nullptr && state(ordinal, &flags, &active) == CUDA_SUCCESS && active != 0;
+}
+
 // `next` waits for the work that `last` has been given.
 tpf_status join(cudaStream_t last, cudaStream_t next) {
   cudaEvent_t event = nullptr;
@@ -94,8 +111,10 @@ OnDevice::OnDevice(int ordinal) {
   card = known[entry];
 }
 
+// Not to a card that the process does not use: cudaSetDevice would make a context there.
 OnDevice::~OnDevice() {
-  if (before_ >= 0) cudaSetDevice(before_);
+  if (before_ < 0 || !has_context(before_)) return;
+  if (cudaSetDevice(before_) != cudaSuccess) cudaGetLastError();  // is not for whoever asks next
 }
 
 }  // namespace tpf
@@ -119,6 +138,7 @@ tpf_status tpf_card_of(tpf_card* card, int32_t device) {
 const char* tpf_cuda_error_string(void) { return cudaGetErrorString(tpf::last_error); }
 
 void tpf_team_close_cuda(const tpf_team* team) {
+  const tpf::OnDevice on_device(team->device);
   const uint32_t closed = 1;
   cudaMemcpy(&tpf::control(team->region[team->rank])->closed, &closed, sizeof(closed), cudaMemcpyHostToDevice);
 }

@@ -16,7 +16,8 @@ struct Grid {
 // Remembers the error for tpf_cuda_error_string.
 tpf_status cuda_failed(cudaError_t error);
 
-// Makes `ordinal`, where the caller's tensors are, the thread's current device for as long as this lives.
+// Makes `ordinal`, where the caller's tensors are, the thread's current device for as long as this lives. Afterwards it
+// is the one before, if the process uses that.
 class OnDevice {
  public:
   explicit OnDevice(int ordinal);
