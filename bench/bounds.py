@@ -113,15 +113,28 @@ def write(name: str, documents: list[dict], results: Path, **summary) -> None:
     largest = max(documents, key=lambda document: document["options"]["world_size"])
     file = Path(results, file_name(name, largest))
     if "goals" in summary:
-        earlier = json.loads(file.read_text())["goals"] if file.exists() else []
-        measured = {"date": largest["date"], "commit": largest["machine"].get("commit")}
-        summary["goals"] = [_latest(goal, measured, earlier) for goal in summary["goals"]]
+        earlier = _dated(json.loads(file.read_text())) if file.exists() else []
+        summary["goals"] = [_latest(goal, earlier) for goal in _dated(largest | summary)]
     kept = {key: largest[key] for key in ("format", "date", "machine")} | summary
     file.write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def _latest(goal: dict, measured: dict, earlier: list[dict]) -> dict:
-    if goal["value"] is not None:
-        return goal | measured
-    names = ("what", "world_size", "op", "tokens", "bound", "hidden")
-    return next((one for one in earlier if all(one[name] == goal[name] for name in names)), goal)
+def _dated(document: dict) -> list[dict]:
+    """Its goals; where one was measured, with when and at which commit."""
+    run = {"date": document["date"], "commit": document["machine"].get("commit")}
+    return [run | goal if goal["value"] is not None else goal for goal in document["goals"]]
+
+
+def _latest(goal: dict, earlier: list[dict]) -> dict:
+    """The goal, or what was measured for it earlier, held against today's bound."""
+
+    def named(one: dict) -> tuple:
+        return one["what"], one["world_size"], one["op"], one["tokens"], one["at_least"], one.get("hidden", HIDDEN)
+
+    if goal["value"] is None:
+        for one in earlier:
+            if named(one) == named(goal) and one["value"] is not None:
+                value = one["value"]
+                met = value >= goal["bound"] if goal["at_least"] else value <= goal["bound"]
+                return goal | {name: one[name] for name in ("value", "date", "commit")} | {"met": met}
+    return goal

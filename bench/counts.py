@@ -176,7 +176,7 @@ def rs_rmsnorm_ag(shape: Shape) -> Phases:
 def rs_rmsnorm_ag_fp8(shape: Shape) -> Phases:
     if shape.body("rs_rmsnorm_ag_fp8") == "all rows":
         return (_reduce_all(shape, shape.quantized_rows),)
-    if shape.plan("rs_rmsnorm_ag")["quantized_by_all"]:
+    if shape.body("rs_rmsnorm_ag") is not None and shape.plan("rs_rmsnorm_ag")["quantized_by_all"]:
         return (*rs_rmsnorm_ag(shape), Phase(shape.rows + shape.quantized_rows))
     return (*rs_rmsnorm_fp8(shape), _gather(shape, shape.own_quantized_rows, shape.quantized_rows))
 

@@ -14,7 +14,7 @@ def markdown(document: dict) -> str:
     ops = dict.fromkeys(row["op"] for row in document.get("results", []))
     parts += [_results(op, [row for row in document["results"] if row["op"] == op]) for op in ops]
     if "goals" in document:
-        parts.append(_goals(document["goals"]))
+        parts.append(_goals(document["goals"], document["machine"]))
     if "blocks" in document:
         parts.append(_blocks(document["blocks"]))
     return "\n".join(parts)
@@ -64,10 +64,13 @@ def _other(row: dict, name: str) -> str:
     return f"{row['programs'][name]['median_us']:.1f} ({row['speedup'][name]:.2f} x{shown})"
 
 
-def _goals(goals: list[dict]) -> str:
+def _goals(goals: list[dict], machine: dict) -> str:
+    """machine: with the commit of the last run; goals that an earlier one has measured say at which."""
     cells = []
     for goal in goals:
         value = "not measured" if goal["value"] is None else f"{goal['value']:.3g}{'' if goal['met'] else ' (missed)'}"
+        if goal.get("commit", machine["commit"]) != machine["commit"]:
+            value += f", at {short_commit(goal)}"
         bound = f"{'at least' if goal['at_least'] else 'at most'} {goal['bound']:g}"
         cells.append([goal["op"], goal["tokens"], goal["world_size"], goal["what"], value, bound])
     return table(["op", "tokens", "ranks", "what", "measured", "goal"], cells)

@@ -179,6 +179,22 @@ def test_a_run_of_some_launches_keeps_what_others_have_measured(tmp_path, capsys
         "rs_rmsnorm_ag": (0.75, "second", "day of second"),
     }
     assert len(kept) == len(multi.goals(2))
+    assert {goal["met"] for goal in kept if goal["op"] == "mla_prologue" and goal["tokens"] == 64} == {False}
+
+
+@pytest.mark.parametrize("name", ["multi_2xh100_2_ranks", "goals_1xh100_8_ranks"])
+def test_goals_of_older_files_are_kept(tmp_path, name):
+    """Which say neither when each goal was measured nor, some of them, of which hidden size."""
+    file = ROOT / "bench" / "results" / f"{name}.json"
+    before = json.loads(file.read_text())
+    (tmp_path / file.name).write_text(file.read_text())
+    world_size = int(name.split("_")[2])
+    now = {"format": 1, "date": "today", "machine": before["machine"] | {"commit": "now"}}
+    nothing = [goal | {"value": None, "met": None, "hidden": bounds.HIDDEN} for goal in before["goals"]]
+    bounds.write(name.split("_")[0], [now | {"options": {"world_size": world_size}}], tmp_path, goals=nothing)
+    kept = json.loads((tmp_path / file.name).read_text())["goals"]
+    assert [goal["value"] for goal in kept] == [goal["value"] for goal in before["goals"]]
+    assert {goal["commit"] for goal in kept if goal["value"] is not None} == {before["machine"]["commit"]}
 
 
 # ---- few tokens ----
