@@ -213,7 +213,7 @@ BAD_CALLS = {
 
 
 def with_changes(arguments: dict, changes: dict, device: str) -> dict:
-    """changes: by name, of an argument a function that makes another of it, or the other one."""
+    """changes: by argument, a new value or a function of the right one."""
     given = dict(arguments)
     for name, change in changes.items():
         if callable(change):

@@ -114,8 +114,9 @@ def go_wrong(device: str, name: str):
         if rank == ODD:
             takes_part = SITUATIONS[name][0](made, device)
         else:
-            error, _ = outcome(settled, made, call.run, rank, world_size)
+            error, seconds = outcome(settled, made, call.run, rank, world_size)
             assert isinstance(error, tp_fused.CollectiveFault), repr(error)
+            assert seconds < BUSY_S or not noticed
         told = diagnosed() if takes_part else None
         if name != "killed":
             dist.barrier()

@@ -193,7 +193,7 @@ def limits_of_ranks(reports, asked: int | None) -> CardLimits:
 
 
 def limits_of(ranks: int, num_sms: int, cluster_sms: int, most_gpcs: int, asked: int | None = None) -> CardLimits:
-    """`limits_of_ranks` of one that so many ranks share. cluster_sms: 0 where there are no clusters."""
+    """`limits_of_ranks` of a card that so many ranks share. cluster_sms: 0 where there are no clusters."""
     fitting = max(1, num_sms // ranks)
     if asked is not None and asked > fitting:
         raise ValueError(

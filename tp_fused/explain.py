@@ -160,8 +160,8 @@ def _explain_composed(op: str, num_tokens: int, complete: bool, asked: dict[str,
                 return _explain_op(op, num_tokens, False, asked)
             gather = planning.plan("rs_rmsnorm_ag", num_tokens, **_conditions("rs_rmsnorm_ag", False, asked))
             if gather["quantized_by_all"]:
-                told = explain("rs_rmsnorm_ag", num_tokens, **asked)
-                return f"{op}: so few rows are gathered in 16 bits, and all quantised by every rank\n{told}"
+                way = "so few rows are gathered in 16 bits, and all quantised by every rank (groups of 128, no output)"
+                return "\n".join((f"{op}: {way}", explain("rs_rmsnorm_ag", num_tokens, **asked)))
         way = "each rank quantises its own rows; they are gathered, with their scales if both are whole 16 bytes"
         parts = (explain("rs_rmsnorm_fp8", num_tokens, **asked), explain("all_gather_rows", num_tokens, **rest))
         return "\n".join((f"{op}: {way}", *parts))

@@ -302,8 +302,8 @@ def rs_rmsnorm_ag_fp8(
     fp8 models.
 
     On CUDA it goes one of three ways, which `tp_fused.explain` tells. Of the fewest tokens it is one kernel, in which
-    every rank adds up and quantises all rows; faults name it `rs_rmsnorm_fp8`. Where a block has one row, it is
-    `rs_rmsnorm_ag`, after which every rank quantises all rows (bf16, groups of 128, no output). Else it is
+    every rank adds up and quantises all rows; faults name it `rs_rmsnorm_fp8`. Of few rows a block, in bf16, groups of
+    128 and without output, it is `rs_rmsnorm_ag`, after which every rank quantises all rows. Else it is
     `rs_rmsnorm_fp8` and then `all_gather_rows`, as on the CPU. Faults name the op that the rank was in. The scales of a
     row have to fit into a row of the workspace: only those of very narrow groups do not.
     """

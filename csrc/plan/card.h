@@ -60,7 +60,8 @@ struct RowsOfBlocks {
   int rows;  // of one block, at most
 };
 
-// At most `max_ctas` blocks, and as few as go with as many rows each: the last one may have fewer.
+// At most `max_ctas` blocks, with as few rows each as that allows; no more blocks than these rows need. The last one
+// may have fewer rows.
 inline RowsOfBlocks share_out(int64_t rows, int max_ctas) {
   const int64_t each = (rows + max_ctas - 1) / max_ctas;
   return {static_cast<int>(each > 0 ? (rows + each - 1) / each : 1), static_cast<int>(each)};

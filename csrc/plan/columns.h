@@ -5,7 +5,7 @@
 
 namespace tpf {
 
-constexpr int kColumnsWarps = 8;  // of a block; each takes every so many blocks of K
+constexpr int kColumnsWarps = 8;  // of a block; each takes every so many K blocks
 constexpr int kMaxColumnsCluster = 8;
 constexpr int kColumnUnit = 8;                               // columns of one tensor-core instruction
 constexpr int kColumnUnits = 8;                              // that a warp has accumulators of

@@ -51,7 +51,7 @@ struct Fitted {
   // H200, `compare_builds`, at ae897c8. On a card of its own, times this rank's columns: of 1056, 8 rows and not 64.
   // Two H200, `compare_builds`, at 35b935c.
   int shared_card_column_rows, own_card_column_products;
-  // What a pass over columns costs there besides, and each block of a cluster, in blocks of K of a row.
+  // What a pass over columns costs there besides, and each block of a cluster, in K blocks of a row.
   // Two H200, clusters of one, four and eight forced, `compare_builds`, at 35b935c.
   int column_pass, column_cluster;
   // For the time of a tile, in cycles a block of K: products of so many rows times columns a cycle; of fp8, cycles that

@@ -1,5 +1,5 @@
-// How much room a cluster of eight blocks needs on a card that another process holds SMs of: backends.share_card counts
-// on it. Two processes, as ranks are, under MPS where there is a daemon.
+// How much room a cluster of eight blocks needs on a card that another process holds SMs of: backends.limits_of_ranks
+// counts on it. Two processes, as ranks are, under MPS where there is a daemon.
 //
 //   cluster_room HELD...    each time 20 draws of so many SMs that the other process holds, wherever they lie, and as
 //                           many of one SM of each pair (a TPC); prints "HELD pattern stuck", where `stuck` of the 20

@@ -77,7 +77,7 @@ struct ProjectionShared {
   alignas(8) uint64_t full[kMaxProductStages];
   alignas(8) uint64_t empty[kMaxProductStages];
   alignas(8) uint64_t copied[kCopiers][kCopierStages];
-  uint32_t stored;  // warps' shares of tiles, since the kernel began
+  uint32_t stored;  // warps' parts of tiles, since the kernel began
   int32_t taken;    // runs of rows to be normed
 
   // By one thread; a barrier of the block follows.

@@ -2,9 +2,9 @@
 // rank multiplies all rows by its share of the weight, so reads 1/W of it, and posts the columns to all ranks.
 //
 // The time of such a product is that of reading the weight. A cluster of blocks takes some units of 8 columns; its
-// blocks, and in these the warps, share out K in blocks of 64 bytes, and add up what they have in a fixed order: first
-// the warps' sums, then the blocks'. A lane has 16 bytes of a row along K: the two factors have their elements in the
-// same order, though not in the instruction's, which a sum does not mind. The weight is on its way to the L2 cache
+// blocks, and in these the warps, share out K in K blocks of 64 bytes, and add up what they have in a fixed order:
+// first the warps' sums, then the blocks'. A lane has 16 bytes of a row along K: the two factors have their elements in
+// the same order, though not in the instruction's, which a sum does not mind. The weight is on its way to the L2 cache
 // before the kernel before this one has ended (PDL); no further, for that kernel may have written it.
 //
 // A finished vector of 8 columns is posted into all ranks' inboxes, this rank's too, as flag-in-data. Then each rank
@@ -17,12 +17,12 @@
 
 namespace tpf {
 
-// What one warp multiplies: blocks first, first + step, ... of K, in one pass after the other. A pass is of
+// What one warp multiplies: K blocks first, first + step, ..., in one pass after the other. A pass is of
 // kColumnUnits units and one block of rows; those of the same units follow each other, so that the weight is in a
 // cache.
 //
 // Operands go through a ring in shared memory, of which each thread has its own 16 bytes of every vector: it reads what
-// it has copied, and nobody waits for another. A place in the ring is filled anew one block after it was read.
+// it has copied, and nobody waits for another. A place in the ring is filled anew one K block after it was read.
 template <typename In, int kRowTiles>
 struct WarpProduct {
   static constexpr bool kScaled = sizeof(In) == 1;
@@ -51,7 +51,7 @@ struct WarpProduct {
     halves = min(kHalves, (tokens - first_row + 7) / 8);
   }
 
-  // The lane's first element along K of block `i` of the warp's.
+  // The lane's first element along K of K block `i` of the warp's.
   __device__ int k_of(int i) const {
     return (first + i * step) * kKBlock + static_cast<int>(threadIdx.x) % 4 * kLaneElements;
   }
@@ -71,7 +71,7 @@ struct WarpProduct {
       copy16_async(place(slot, u), from, i < count && at < args.own.count && k < hidden);
     }
   }
-  // All that the warp will copy in a pass: a block of a row is half a line of the cache.
+  // All that the warp will copy in a pass: a K block of a row is half a line of the cache.
   __device__ void prefetch_weight(int pass) {
     begin_pass(pass);
     if (threadIdx.x % 4 != 0) return;
@@ -95,7 +95,7 @@ struct WarpProduct {
       copy16_async(place(slot, args.stage_units + half), from, i < count && row < tokens && k < hidden);
     }
   }
-  // The first blocks of a pass, as many as the ring holds.
+  // The first K blocks of a pass, as many as the ring holds.
   __device__ void fill_ring() const {
 #pragma unroll 1
     for (int i = 0; i < args.stages; ++i) {
@@ -119,7 +119,7 @@ struct WarpProduct {
 
   __device__ uint4 take(int slot, int vector) const { return *reinterpret_cast<const uint4*>(place(slot, vector)); }
 
-  // Block `i`, which is in `slot`. The next one's scales are on their way meanwhile.
+  // K block `i`, which is in `slot`. The next one's scales are on their way meanwhile.
   __device__ void multiply(float (&accumulators)[kRowTiles][kColumnUnits][4], Scales& scales, int i, int slot) const {
     const Scales own = scales;
     if constexpr (kScaled) load_scales(scales, i + 1);
@@ -153,8 +153,8 @@ struct WarpProduct {
     }
   }
 
-  // Those of a block: half of the 128 elements along K that have the same. All columns of a unit have the same, since a
-  // rank's share begins at a multiple of 128.
+  // Those of a K block: half of the 128 elements along K that have the same. All columns of a unit have the same, since
+  // a rank's share begins at a multiple of 128.
   __device__ void load_scales(Scales& scales, int i) const {
     const int group = (first + i * step) * kKBlock / 128, groups = (hidden + 127) / 128;
 #pragma unroll
@@ -175,7 +175,7 @@ struct WarpProduct {
   const ColumnsArgs& args;
   char* const ring;
   const int hidden, tokens, step, lane_row, first;
-  const int count;   // of the warp's blocks
+  const int count;   // of the warp's K blocks
   const int column;  // of the rank's
   int first_unit, units, first_row, halves;
 };
@@ -211,7 +211,7 @@ __device__ inline void add_warps(const float (&accumulators)[kRowTiles][kColumnU
   __syncthreads();
 }
 
-// The ring is full of the first pass's blocks.
+// The ring is full of the first pass's K blocks.
 template <typename In, int kRowTiles>
 __device__ inline void multiply_columns(const ColumnsArgs& args, WarpProduct<In, kRowTiles>& product, float* warp_sums,
                                         float* block_sums) {

@@ -32,7 +32,7 @@ constexpr int kCompiledFor = 0;
 enum class Epilogue { kSum, kNorm, kFp8, kGather };
 
 constexpr int kGatherStep = kMaxChunks;  // steps 0..6 staging, 7..13 gathering, 15 closing
-constexpr int kMaxWarpValues = 136;      // warps' shares of a row: its vectors, 32 at a time, and some behind its end
+constexpr int kMaxWarpValues = 136;      // warps' values of a row: its vectors, 32 at a time, and some behind its end
 
 struct ReduceArgs {
   void* output;        // kNorm, kFp8 with TPF_KEEP_OUTPUT: [rows, hidden]; kGather: [num_tokens, hidden]
