@@ -62,7 +62,11 @@ class Goal:
         return None
 
     def met(self, value: float) -> bool:
-        return value >= self.bound if self.at_least else value <= self.bound
+        return is_met(value, self.bound, self.at_least)
+
+
+def is_met(value: float, bound: float, at_least: bool) -> bool:
+    return value >= bound if at_least else value <= bound
 
 
 def at_least(bound: float, what: str, world_size: int, op: str, tokens: int, measure) -> Goal:
@@ -134,7 +138,6 @@ def _latest(goal: dict, earlier: list[dict]) -> dict:
     if goal["value"] is None:
         for one in earlier:
             if named(one) == named(goal) and one["value"] is not None:
-                value = one["value"]
-                met = value >= goal["bound"] if goal["at_least"] else value <= goal["bound"]
+                met = is_met(one["value"], goal["bound"], goal["at_least"])
                 return goal | {name: one[name] for name in ("value", "date", "commit")} | {"met": met}
     return goal

@@ -190,11 +190,16 @@ def test_goals_of_older_files_are_kept(tmp_path, name):
     (tmp_path / file.name).write_text(file.read_text())
     world_size = int(name.split("_")[2])
     now = {"format": 1, "date": "today", "machine": before["machine"] | {"commit": "now"}}
-    nothing = [goal | {"value": None, "met": None, "hidden": bounds.HIDDEN} for goal in before["goals"]]
+    easy = {True: 0.0, False: 1e9}
+    nothing = [
+        goal | {"value": None, "met": None, "hidden": bounds.HIDDEN, "bound": easy[goal["at_least"]]}
+        for goal in before["goals"]
+    ]
     bounds.write(name.split("_")[0], [now | {"options": {"world_size": world_size}}], tmp_path, goals=nothing)
     kept = json.loads((tmp_path / file.name).read_text())["goals"]
     assert [goal["value"] for goal in kept] == [goal["value"] for goal in before["goals"]]
-    assert {goal["commit"] for goal in kept if goal["value"] is not None} == {before["machine"]["commit"]}
+    measured = [goal for goal in kept if goal["value"] is not None]
+    assert {(goal["commit"], goal["met"]) for goal in measured} == {(before["machine"]["commit"], True)}
 
 
 # ---- few tokens ----

@@ -52,15 +52,10 @@ void ask(tpf_card* card, int ordinal) {
   *card = {architecture, sm_count, sms_in_clusters(shared, architecture), shared, major == 9 && TPF_CODE_FOR_90A};
 }
 
-// Whether this process uses the card already. libcuda is not linked to: torch, or whoever calls, has loaded it.
+// Whether this process uses the card already.
 bool has_context(int ordinal) {
-  static const auto state = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-    cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &function, 7000, cudaEnableDefault, &result);
-    return result == cudaDriverEntryPointSuccess ? reinterpret_cast<PFN_cuDevicePrimaryCtxGetState_v7000>(function)
-                                                 : nullptr;
-  }();
+  static const auto state =
+      reinterpret_cast<PFN_cuDevicePrimaryCtxGetState_v7000>(driver_function("cuDevicePrimaryCtxGetState", 7000));
   unsigned flags = 0;
   int active = 0;
   return state != nullptr && state(ordinal, &flags, &active) == CUDA_SUCCESS && active != 0;
@@ -90,6 +85,13 @@ bool read_control(Control* seen, const tpf_team& team, int rank) {
   return read;
 }
 }  // namespace
+
+void* driver_function(const char* name, unsigned version) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+  cudaGetDriverEntryPointByVersion(name, &function, version, cudaEnableDefault, &result);
+  return result == cudaDriverEntryPointSuccess ? function : nullptr;
+}
 
 tpf_status cuda_failed(cudaError_t error) {
   if (error == cudaSuccess) return TPF_OK;

@@ -13,6 +13,9 @@ struct Grid {
   bool pdl = false;          // launched by PDL: may begin while the kernel before it still runs, and calls pdl_wait
 };
 
+// A function of libcuda, or null. It is not linked to: torch, or whoever calls, has loaded it.
+void* driver_function(const char* name, unsigned version);
+
 // Remembers the error for tpf_cuda_error_string.
 tpf_status cuda_failed(cudaError_t error);
 
