@@ -22,22 +22,26 @@ NOT_RUN = "not run"
 
 # What a rank is told, by the cause that its message names. Whoever has given up tells its peers why.
 WORDS = {
-    "disagrees": rf"rank {ODD} called with .*, rank \d with|rank \d called with .*, rank {ODD} with",
-    "never arrived": rf"rank {ODD} never arrived",
-    "died": rf"the process of rank {ODD} ended",
-    "closed": rf"rank {ODD} closed its workspace",
+    "disagrees": r"rank {odd} called with .*, rank \d with|rank \d called with .*, rank {odd} with",
+    "never arrived": r"rank {odd} never arrived",
+    "died": r"the process of rank {odd} ended",
+    "closed": r"rank {odd} closed its workspace",
     "overlaps": r"began on rank \d before the workspace's call before it had ended",
 }
 REFUSED = r"has no workspace|is closed|must be one of|fork"  # before anything is launched
 
 
-def word_of(step: Step) -> str:
-    """The word for what a rank came upon; "unclear" where the message does not name the cause."""
+def word_of(step: Step, odd: str = str(ODD)) -> str:
+    """The word for what a rank came upon; "unclear" where the message does not name the cause, and the rank with it.
+
+    `odd`: a pattern of the ranks that may be named.
+    """
     if step.found in ("right", "wrong"):
         return step.found
     if step.found != "CollectiveFault":
         return "refused" if re.search(REFUSED, step.text) else "unclear"
-    return next((word for word, pattern in WORDS.items() if re.search(pattern, step.text)), "unclear")
+    patterns = {word: pattern.replace("{odd}", odd) for word, pattern in WORDS.items()}
+    return next((word for word, pattern in patterns.items() if re.search(pattern, step.text)), "unclear")
 
 
 def _words(role: str, told: dict) -> str:

@@ -27,7 +27,7 @@ def judged(name: str, op: str, device: str, steps: list[Step], slack_s: float) -
         of_role = [step for step in steps if step.role == role]
         assert of_role, f"{op}: nothing was heard of {role}"
         for step in of_role:
-            word = fault_table.word_of(step)
+            word = fault_table.word_of(step, SITUATIONS[name].odd)
             assert word in words[role] | {"right"}, f"{op}, {role}: {word}, expected {words[role]}: {step}"
             assert step.seconds < deadline_s + slack_s, (
                 f"{op}, {role}: {step.seconds:.1f} s, deadline {deadline_s} s: {step}"
@@ -42,7 +42,7 @@ def survivors_words(name: str, op: str, device: str, by_rank: dict[int, list[Ste
     found: dict[str, set[str]] = {}
     for rank, steps in by_rank.items():
         for role in {step.role for step in steps}:
-            words = {fault_table.word_of(step) for step in steps if step.role == role}
+            words = {fault_table.word_of(step, SITUATIONS[name].odd) for step in steps if step.role == role}
             allowed = expected(name, op, device)[role]
             heard = words & (allowed - {"right"}) or words & allowed
             assert heard, f"{op}: rank {rank} was not told: {steps}"
@@ -125,3 +125,11 @@ def test_cell(observed, expected):
 def test_word(found, text, word):
     """A message that names another rank, or another cause, does not count."""
     assert fault_table.word_of(Step("peers", found, text, 0.0)) == word
+
+
+def test_where_no_rank_is_odd_any_may_be_named():
+    text = "op #2: rank 2 called with rs_rmsnorm_ag, rank 0 with qkv_a_proj_ag_norm"
+    situation = SITUATIONS["graph streams"]
+    assert fault_table.word_of(Step("peers", "CollectiveFault", text, 0.0), situation.odd) == "disagrees"
+    assert "disagrees" in expected("graph streams", "mla_prologue", "cuda")["peers"]
+    assert "disagrees" not in expected("graph streams", "rs_rmsnorm", "cuda")["peers"]
