@@ -12,9 +12,10 @@
 #include <algorithm>
 #include <bit>
 #include <cfloat>
-#include <cuda/atomic>
 #include <numeric>
 #include <type_traits>
+
+#include "cuda/ptx/atomic.cuh"
 
 // protocol.h: rows before their signal, and the signal before the rows.
 #define PUBLISH_RELEASE 1

@@ -79,11 +79,12 @@ __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShar
   ScalePosition<Tiles> scales_at;
   // Blocks begin each wave of tiles together: left to themselves they drift apart, until what they share is no longer
   // in the L2 cache when the last of them wants it.
-  cuda::atomic_ref<uint32_t, cuda::thread_scope_device> fetched(control(args.team.region[args.team.rank])->fetched);
+  AtomicRef<uint32_t, kDeviceScope> fetched(control(args.team.region[args.team.rank])->fetched);
   const int end = args.row_blocks * args.column_tiles, own = own_row_blocks(args, Tiles::kRows);
   for (int first = 0, index = blockIdx.x; index < end; first += gridDim.x, index += gridDim.x) {
     // Blocks that began after a fault fetch nothing.
-    while (first > 0 && uniform(fetched.load(cuda::memory_order_relaxed)) < first && !uniform(has_faulted(args.team))) {
+    while (first > 0 && uniform(fetched.load(order::memory_order_relaxed)) < first &&
+           !uniform(has_faulted(args.team))) {
     }
     const Tile tile = tile_of(index, args);
     ScaleFetcher<Tiles> scale_fetcher(args, tile);
@@ -112,8 +113,8 @@ __device__ inline void fetch_operands(const ProjectionArgs& args, ProjectionShar
       next_stage<Tiles>(at);
     }
     __syncwarp();
-    if (threadIdx.x % 32 == 0 && fetched.fetch_add(1, cuda::memory_order_relaxed) + 1 == end) {
-      fetched.store(0, cuda::memory_order_relaxed);
+    if (threadIdx.x % 32 == 0 && fetched.fetch_add(1, order::memory_order_relaxed) + 1 == end) {
+      fetched.store(0, order::memory_order_relaxed);
     }
   }
 }

@@ -158,15 +158,14 @@ class RowNorm {
 };
 
 __device__ inline auto count_of(const ProjectionArgs& args, int row_block) {
-  return cuda::atomic_ref<uint32_t, cuda::thread_scope_device>(
-      control(args.team.region[args.team.rank])->finished[row_block]);
+  return AtomicRef<uint32_t, kDeviceScope>(control(args.team.region[args.team.rank])->finished[row_block]);
 }
 
 // By a warp: whether a counter has come so far. What other warps and blocks are asked for does not wait for a peer: no
 // deadline.
 template <typename Counter>
 __device__ inline bool has_come_to(const Counter& counter, uint32_t wanted) {
-  const bool ready = threadIdx.x % 32 == 0 && counter.load(cuda::memory_order_acquire) >= wanted;
+  const bool ready = threadIdx.x % 32 == 0 && counter.load(order::memory_order_acquire) >= wanted;
   __syncwarp();  // which orders memory, as a shuffle does not: what one lane has acquired, all may read
   return __shfl_sync(0xffffffffu, ready, 0) != 0;
 }
@@ -179,11 +178,11 @@ __device__ inline void count(const ProjectionArgs& args, const BlockRound& round
   const uint32_t complete = args.column_tiles + (kNorm ? min(Tiles::kRows, own - row_block * Tiles::kRows) : 0);
   __syncwarp();
   bool last =
-      lane == 0 && count_of(args, row_block).fetch_add(finished, cuda::memory_order_acq_rel) + finished == complete;
+      lane == 0 && count_of(args, row_block).fetch_add(finished, order::memory_order_acq_rel) + finished == complete;
   __syncwarp();  // what lane 0 has acquired, every lane releases to its peer
   last = __shfl_sync(0xffffffffu, last, 0);
   if (!last) return;
-  if (lane == 0) count_of(args, row_block).store(0, cuda::memory_order_relaxed);
+  if (lane == 0) count_of(args, row_block).store(0, order::memory_order_relaxed);
   publish_row_block(args, round, row_block, lane);
 }
 
@@ -240,7 +239,7 @@ __device__ inline void finish_row_blocks(const ProjectionArgs& args, const Block
   for (int row_block = own + blockIdx.x; row_block < args.row_blocks; row_block += gridDim.x) {
     publish_row_block(args, round, row_block, lane);
   }
-  cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
+  AtomicRef<uint32_t, kBlockScope> stored(shared.stored);
   RowNorm<Out, Tiles::kScaled> rows(args, round, weights, buffers);
   int number = 0;
   const auto next_run = [&] {

@@ -13,14 +13,14 @@ template <typename Tiles, typename Out, bool kNorm>
 __device__ inline void multiply_tiles(const ProjectionArgs& args, const BlockRound& round, ProjectionShared& shared,
                                       int group, char* stages, const float* scales) {
   const GroupPart part = part_of<Tiles>(group);
-  cuda::atomic_ref<uint32_t, cuda::thread_scope_block> stored(shared.stored);
+  AtomicRef<uint32_t, kBlockScope> stored(shared.stored);
   Mainloop<Tiles> mainloop(args, shared, stages, scales, group);
   for_tiles<Tiles>(args, [&](Tile tile) {
     typename Mainloop<Tiles>::Accumulators accumulators;
     const int stage = mainloop.multiply(accumulators);
     store_tile<Tiles, Out, kNorm>(args, round, tile, part, stages + stage * Tiles::kStageBytes, accumulators);
     mainloop.give_back(stage);
-    if (threadIdx.x % 32 == 0) stored.fetch_add(1, cuda::memory_order_release);
+    if (threadIdx.x % 32 == 0) stored.fetch_add(1, order::memory_order_release);
   });
 }
 
