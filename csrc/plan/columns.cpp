@@ -10,9 +10,9 @@ ColumnsPlan plan_columns(const tpf_call& call, bool aligned, const Limits& limit
   const bool shares = shares_card(limits.max_ctas, card);
   const Fitted& fitted = fitted_to(card);
   const int64_t columns = latent_columns_of(call, 0, limits.world_size).count;  // of the largest share, which decides
-  const int64_t most_rows =
-      shares ? fitted.shared_card_column_rows
-             : std::min<int64_t>(kMostColumnRows, fitted.own_card_column_products / std::max<int64_t>(columns, 1));
+  const int64_t products = scaled ? fitted.own_card_fp8_column_products : fitted.own_card_column_products;
+  const int64_t most_rows = shares ? fitted.shared_card_column_rows
+                                   : std::min<int64_t>(kMostColumnRows, products / std::max<int64_t>(columns, 1));
   const int64_t posted = call.num_tokens * call.columns * bytes_of(latent_dtype(call));
   if ((call.variant & TPF_COMPLETE) == 0 || !aligned || call.dtype == TPF_F32 || (scaled && !has_tma(card)) ||
       call.num_tokens > most_rows || call.hidden_size > kMostColumnsHidden || row_bytes % 16 != 0 ||

@@ -32,7 +32,7 @@ struct Planner {
   }
 
   // Whether every rank adds up all rows, in one synchronisation: as long as what every rank is sent then takes less
-  // time than a second one.
+  // time than a second one, or than a kernel that quantises.
   bool takes_all_rows() const {
     const int64_t bytes = limits.world_size * call.num_tokens * row_bytes;
     if ((!gathers && !quantizes_all) || !adds_up_all_rows(card.architecture) || (call.variant & TPF_COMPLETE) != 0 ||
@@ -40,6 +40,9 @@ struct Planner {
       return false;
     }
     const Fitted& fitted = fitted_to(card);
+    if (quantizes_all) {
+      return std::max(1, limits.world_size - 1) * call.num_tokens * row_bytes <= fitted.quantized_all_rows;
+    }
     return bytes <= (shares_card(limits.max_ctas, card) ? fitted.shared_card_all_rows : fitted.own_card_all_rows);
   }
 
