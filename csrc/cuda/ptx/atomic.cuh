@@ -2,7 +2,6 @@
 // cuda::atomic_ref comes to the same machine code, but <cuda/atomic> takes 5 to 7 s of a core to compile, in every file
 // and for every architecture: more than all else that these files include.
 #pragma once
-#include <cstdint>
 #include <type_traits>
 
 namespace tpf {
