@@ -48,13 +48,13 @@
 #include "partition.h"
 #include "tp_fused.h"
 
-// TPF_RANK: of what a rank does when it meets others. A rank of CUDA does it on the GPU alone.
+// TPF_DEVICE: of what ranks do to meet, which under nvcc runs on the GPU alone.
 #if defined(__CUDACC__)
 #include "cuda/ptx/atomic.cuh"
-#define TPF_RANK __device__
+#define TPF_DEVICE __device__
 #else
 #include <atomic>
-#define TPF_RANK
+#define TPF_DEVICE
 #endif
 
 namespace tpf {
@@ -273,26 +273,26 @@ TPF_HD constexpr bool reached(uint32_t seen, uint32_t mine) { return seen - mine
 TPF_HD constexpr bool refreshes(uint32_t epoch, int rounds) { return epoch / kOldest != (epoch + rounds) / kOldest; }
 
 // Makes an old word of this rank's region a younger one that says as little. A peer's store into it is not lost.
-TPF_RANK inline void refresh(uint64_t* word, uint32_t epoch) {
+TPF_DEVICE inline void refresh(uint64_t* word, uint32_t epoch) {
   shared_ref<uint64_t> shared(*word);
   uint64_t seen = shared.load(order::memory_order_relaxed);
   if (epoch - epoch_of(seen) < kOldest / 2 || reached(epoch_of(seen), epoch)) return;
   shared.compare_exchange_strong(seen, signal_word(epoch - 1, 0), order::memory_order_relaxed);
 }
 
-TPF_RANK inline void publish(uint64_t* word, uint32_t epoch, uint32_t fingerprint) {
+TPF_DEVICE inline void publish(uint64_t* word, uint32_t epoch, uint32_t fingerprint) {
   shared_ref<uint64_t>(*word).store(signal_word(epoch, fingerprint), order::memory_order_release);
 }
 
-TPF_RANK inline uint64_t observe(uint64_t* word) {
+TPF_DEVICE inline uint64_t observe(uint64_t* word) {
   return shared_ref<uint64_t>(*word).load(order::memory_order_acquire);
 }
 
 // Waits for a peer's word. `backoff()` is called between two looks; it may sleep, and ends the wait by returning
 // anything but TPF_OK. `seen` is the last word read.
 template <typename Backoff>
-TPF_RANK inline tpf_status wait_for(uint64_t* word, uint32_t epoch, uint32_t fingerprint, uint64_t* seen,
-                                    Backoff&& backoff) {
+TPF_DEVICE inline tpf_status wait_for(uint64_t* word, uint32_t epoch, uint32_t fingerprint, uint64_t* seen,
+                                      Backoff&& backoff) {
   for (;;) {
     *seen = observe(word);
     if (reached(epoch_of(*seen), epoch)) {

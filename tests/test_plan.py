@@ -212,8 +212,7 @@ def test_a_rank_without_symmetric_memory_plans_as_those_that_post():
 @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
 @given(calls(ops=("rs_rmsnorm_ag",)))
 def test_rows_that_all_ranks_add_up_are_quantised_by_all(asked):
-    """By a kernel of the same grid. Of more rows by one that adds up all, too, as long as few bytes are posted, or by
-    none: then two kernels or three serve the call."""
+    """By a kernel of the same grid. More rows are, too, while ranks post few bytes; else no one kernel serves them."""
     quantised = dataclasses.replace(asked, op="rs_rmsnorm_ag_fp8")
     if asked.plan()["body"] == "all rows":
         assert quantised.plan() == asked.plan()

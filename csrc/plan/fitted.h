@@ -26,9 +26,10 @@ struct Fitted {
   // H200, `compare_builds`, at 0be5b49. On a card of its own 8 tokens of two ranks, not 16. Two H200, `compare_builds`,
   // at c738612.
   int64_t shared_card_all_rows, own_card_all_rows;
-  // The same for rs_rmsnorm_ag_fp8, in bytes that a rank posts, whose other way has a kernel more, which quantises: 128
-  // tokens of two ranks, not 256; where they share a card, 128 of two, 32 and not 64 of four, 16 and not 32 of eight.
-  // Two H200, `python -m bench rs_rmsnorm_ag_fp8` with either way forced, at 8dd519d.
+  // The same for rs_rmsnorm_ag_fp8, in bytes that a rank posts. More than in 16 bits, since the other way takes one
+  // more kernel, to quantise. Two ranks with a card each: 128 tokens, not 256. On a shared card: 128 of two ranks, 32
+  // and not 64 of four, 16 and not 32 of eight. Two H200, `python -m bench rs_rmsnorm_ag_fp8` with either way forced,
+  // at 8dd519d.
   int64_t quantized_all_rows;
   // Bytes that all ranks of a shared card post to each other, up to which normalised rows are posted to be gathered
   // rather than fetched: 32 tokens of 8 ranks, not 64; all that are one row a block of 2 and 4 ranks. One H200,
@@ -55,8 +56,8 @@ struct Fitted {
   // H200, `compare_builds`, at ae897c8. On a card of its own, times this rank's columns: of 1056, 8 rows and not 64.
   // Two H200, `compare_builds`, at 35b935c.
   int shared_card_column_rows, own_card_column_products;
-  // The same on a card of its own of fp8, which else Triton multiplies, K block after K block: of 1152 columns of two
-  // ranks 32 rows, not 64. Two H200, `python -m bench mla_prologue_fp8` with either way forced, at 8dd519d.
+  // The second one for fp8, of which Triton multiplies more rows, one K block after the other: of 1152 columns, 32 rows
+  // and not 64. Two H200, `python -m bench mla_prologue_fp8` with either way forced, at 8dd519d.
   int own_card_fp8_column_products;
   // What a pass over columns costs there besides, and each block of a cluster, in K blocks of a row.
   // Two H200, clusters of one, four and eight forced, `compare_builds`, at 35b935c.

@@ -1,6 +1,6 @@
 // Words that others write meanwhile: std::atomic_ref's accesses, by functions that are built into nvcc (from 12.8 on).
-// cuda::atomic_ref comes to the same machine code, but <cuda/atomic> takes 5 to 7 s of a core to compile, in every file
-// and for every architecture: more than all else that these files include.
+// cuda::atomic_ref comes to the same instructions, but <cuda/atomic> takes longer to compile than all else that these
+// files include, in every file and for every architecture.
 #pragma once
 #include <type_traits>
 
